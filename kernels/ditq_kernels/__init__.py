@@ -1,0 +1,64 @@
+"""Arithmetic on tensors for low-bit Diffusion Transformers. Knows no model, file or timestep.
+
+    import ditq_kernels as k
+
+    q, scale = k.quantize_per_token(x)  # [T, K] float -> int8 [T, K], fp32 [T]
+    w = k.quantize_weight_w8(weight)  # [N, K] float -> int8 [N, K], fp32 [N]
+    y = k.gemm_w8a8(q, w.qweight, scale, w.scale)  # [T, N]
+
+Importing loads neither Triton nor CUDA.
+"""
+
+from ditq_kernels.backend import backend_of
+from ditq_kernels.numerics import (
+    INT8_LEVELS,
+    INT8_MAX,
+    MIN_SCALE,
+    asymmetric_scale,
+    dequantize,
+    quantize_asymmetric,
+    quantize_symmetric,
+    symmetric_scale,
+)
+from ditq_kernels.ops import (
+    gemm_w4a8,
+    gemm_w8a8,
+    linear_w4,
+    linear_w8,
+    quantize_per_token,
+    quantize_static,
+)
+from ditq_kernels.packing import expand_w4p, pack_int4, unpack_int4
+from ditq_kernels.weights import (
+    W4P,
+    W8,
+    quantize_weight_w4p,
+    quantize_weight_w8,
+    resolve_group_size,
+)
+
+__all__ = [
+    "INT8_LEVELS",
+    "INT8_MAX",
+    "MIN_SCALE",
+    "W4P",
+    "W8",
+    "asymmetric_scale",
+    "backend_of",
+    "dequantize",
+    "expand_w4p",
+    "gemm_w4a8",
+    "gemm_w8a8",
+    "linear_w4",
+    "linear_w8",
+    "pack_int4",
+    "quantize_asymmetric",
+    "quantize_per_token",
+    "quantize_static",
+    "quantize_symmetric",
+    "quantize_weight_w4p",
+    "quantize_weight_w8",
+    "resolve_group_size",
+    "symmetric_scale",
+    "unpack_int4",
+]

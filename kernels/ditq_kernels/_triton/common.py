@@ -1,0 +1,82 @@
+"""What the kernels share: rounding, the epilogue, tile order, launch plumbing."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from ditq_kernels import numerics
+from ditq_kernels._triton import versions
+
+INT8_MAX = tl.constexpr(numerics.INT8_MAX)
+INT8_MIN = tl.constexpr(-numerics.INT8_OFFSET)
+MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
+ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: at this size fp32 has no fraction
+GROUP_T = 8  # token tiles walked before the next output tile, so that neighbours share L2
+
+INTERPRETED = triton.knobs.runtime.interpret  # no inline assembly there
+
+
+@triton.jit
+def rounded_steps(x, inv_scale, low, high):
+    """clamp(round(x * inv_scale), low, high) as int32, ties to even; |low|, |high| < 2**22 integers.
+
+    Clamping first is the same: rounding is monotonic and leaves the integers low and high alone.
+    It brings the product into the range where adding 1.5 * 2**23 rounds, and leaves the integer in
+    the low bits. Needs no float-to-int conversion, which runs on a slow unit.
+    """
+    y = tl.minimum(tl.maximum(x * inv_scale, low), high)
+    return (y + ROUND_TO_INTEGER).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def tile_of_program(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr):
+    """Token tile and output tile of this program: GROUP_T token tiles share each output tile."""
+    program = tl.program_id(0)
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    programs_per_group = GROUP_T * tl.cdiv(N, BLOCK_N)
+    first_t = (program // programs_per_group) * GROUP_T
+    group_t = tl.minimum(tiles_t - first_t, GROUP_T)
+    inside = program % programs_per_group
+    return first_t + inside % group_t, inside // group_t
+
+
+@triton.jit
+def write_tile(
+    total, t, n, T, N,  # int32 sums [T, N] or, transposed, [N, T]; indices; sizes
+    out_ptr, scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,
+    stride_ot,
+    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
+    T_AXIS: tl.constexpr,  # 0 if rows of total are tokens, 1 if they are outputs
+):  # fmt: skip
+    """Dequantize in the order of the reference, each step one rounding, and store."""
+    N_AXIS: tl.constexpr = 1 - T_AXIS  # expand_dims inserts the axis of the other index
+    in_t, in_n = t < T, n < N
+    if zero_point_ptr is not None:
+        if PER_TOKEN_ZERO:
+            zero_point = tl.load(zero_point_ptr + t, mask=in_t, other=0)
+            zero_point = tl.expand_dims(zero_point, N_AXIS)
+        else:
+            zero_point = tl.load(zero_point_ptr)
+        weight_sum = tl.load(weight_sum_ptr + n, mask=in_n, other=0)
+        total -= zero_point * tl.expand_dims(weight_sum, T_AXIS)
+    weight_scale = tl.load(weight_scale_ptr + n, mask=in_n, other=0.0)
+    if PER_TOKEN_SCALE:
+        scale = tl.load(scale_ptr + t, mask=in_t, other=0.0)
+        real_step = tl.expand_dims(scale, N_AXIS) * tl.expand_dims(weight_scale, T_AXIS)
+    else:
+        real_step = tl.expand_dims(tl.load(scale_ptr) * weight_scale, T_AXIS)
+    y = total.to(tl.float32) * real_step
+    if bias_ptr is not None:
+        y += tl.expand_dims(tl.load(bias_ptr + n, mask=in_n, other=0.0), T_AXIS)
+    rows = tl.expand_dims(t.to(tl.int64) * stride_ot, N_AXIS)  # int64: T * N may pass 2**31
+    inside = tl.expand_dims(in_t, N_AXIS) & tl.expand_dims(in_n, T_AXIS)
+    at = out_ptr + rows + tl.expand_dims(n, T_AXIS)
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU current for a launch; refuses GPUs and Triton releases we do not run on."""
+    versions.check_device(tensor.device, triton.__version__)
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,151 @@
+"""Int8 activations times progressive int4 weights: expanded to int8 in registers, int32 sums over K.
+
+Weights are the first operand (the tile is weight x activations^T), so each warp expands only its own
+rows and, on Hopper, the tensor core reads them from registers. Expanding takes 7 operations per 8
+weights, four bytes at a time: `code * group_scale + (group_offset + 128)` never carries from byte to
+byte because the packer keeps every result in 0..255, and flipping the top bits subtracts the 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ditq_kernels import tuning
+from ditq_kernels._triton.common import (
+    GROUP_T,
+    INTERPRETED,
+    on_device_of,
+    tile_of_program,
+    write_tile,
+)
+from ditq_kernels._triton.prepared_w4 import prepared_w4
+
+
+@triton.jit
+def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
+    """Both int8 halves of packed bytes. group words: group_scale | (group_offset + 128) << 8.
+
+    INLINE_ASM works on four bytes per register. The plain twin is for the interpreter, which has no
+    assembly; compiled, it would cost ten times the instructions.
+    """
+    low_scale, low_offset = low_group & 255, low_group >> 8
+    high_scale, high_offset = high_group & 255, high_group >> 8
+    if INLINE_ASM:
+        low = tl.inline_asm_elementwise(
+            """{ .reg .b32 u;
+            and.b32 u, $1, 0x0F0F0F0F;
+            mad.lo.u32 u, u, $2, $6;
+            xor.b32 $0, u, 0x80808080; }""",
+            "=r,r,r,r,r,r,r,r,r,r",  # $1: 4 bytes; $2..$5: scale, $6..$9: offset, equal in a row
+            [packed, low_scale, low_offset * 0x01010101],
+            dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+        high = tl.inline_asm_elementwise(
+            """{ .reg .b32 u;
+            shr.u32 u, $1, 4;
+            and.b32 u, u, 0x0F0F0F0F;
+            mad.lo.u32 u, u, $2, $6;
+            xor.b32 $0, u, 0x80808080; }""",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [packed, high_scale, high_offset * 0x01010101],
+            dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        codes = packed.to(tl.int32)
+        low = ((codes & 15) * low_scale + low_offset - 128).to(tl.int8)
+        high = ((codes >> 4) * high_scale + high_offset - 128).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def _gemm_w4a8_kernel(
+    q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
+    scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,  # vectors or None
+    T, N, K, stride_qt, stride_sn, stride_ot,
+    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of UNIT
+    GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = UNIT // 2
+    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, HALF)
+    # rows past the end read the last row instead of needing a mask; they are never stored
+    real_n = tl.minimum(n, N - 1)
+    rows = real_n.to(tl.int64) * stride_sn  # int64: N * K may pass 2**31
+    columns = tl.minimum(t, T - 1).to(tl.int64) * stride_qt
+    split_at = split_ptr + rows[:, None] + k[None, :]
+    q_at = q_ptr + columns[None, :] + k[:, None]
+    last_group = K // GROUP_SIZE - 1  # padding of the last unit multiplies zero activations
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.int32)
+    for start in range(0, K, UNIT):
+        packed = tl.load(split_at)  # padded to whole units: no mask
+        if EVEN_K:
+            q_low = tl.load(q_at)
+            q_high = tl.load(q_at + HALF)
+        else:
+            q_low = tl.load(q_at, mask=(start + k < K)[:, None], other=0)
+            q_high = tl.load(q_at + HALF, mask=(start + HALF + k < K)[:, None], other=0)
+        low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
+        low_group = tl.load(groups_ptr + low_row + real_n)[:, None]
+        high_group = low_group
+        if GROUP_SIZE % UNIT != 0:
+            high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
+            high_group = tl.load(groups_ptr + high_row + real_n)[:, None]
+        low, high = expand_nibbles(
+            packed,
+            tl.broadcast_to(low_group, (BLOCK_N, HALF)),
+            tl.broadcast_to(high_group, (BLOCK_N, HALF)),
+            INLINE_ASM,
+        )
+        total = tl.dot(low, q_low, total, out_dtype=tl.int32)
+        total = tl.dot(high, q_high, total, out_dtype=tl.int32)
+        split_at += HALF
+        q_at += UNIT
+    write_tile(
+        total, t, n, T, N,
+        out_ptr, scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,
+        stride_ot, PER_TOKEN_SCALE, PER_TOKEN_ZERO, T_AXIS=1,
+    )  # fmt: skip
+
+
+def launch(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    config: tuning.TileConfig | None = None,
+) -> torch.Tensor:
+    """Run the kernel; arguments as in `ops.gemm_w4a8`."""
+    (num_tokens, in_features), out_features = q.shape, packed.shape[0]
+    out = torch.empty((num_tokens, out_features), dtype=out_dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    if config is None:
+        tables = tuning.tables_of(q.device)
+        config = tuning.tile_config("gemm_w4a8", tables, num_tokens, in_features)
+    tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
+    with on_device_of(q):
+        weights = prepared_w4(packed, group_scale, group_offset)
+        _gemm_w4a8_kernel[(tiles,)](
+            q, weights.split, weights.groups, out,
+            scale, weight_scale, bias, zero_point, weight_sum,
+            num_tokens, out_features, in_features,
+            q.stride(0), weights.split.stride(0), out.stride(0),
+            PER_TOKEN_SCALE=scale.numel() > 1,
+            PER_TOKEN_ZERO=zero_point is not None and zero_point.numel() > 1,
+            EVEN_K=in_features % weights.unit == 0,
+            GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,
+            INLINE_ASM=not INTERPRETED,
+            BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,56 @@
+"""Activations to int8 with one calibrated, asymmetric scale: one read of x, one write of q."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ditq_kernels import tuning
+from ditq_kernels._triton.common import INT8_MAX, INT8_MIN, on_device_of, rounded_steps
+from ditq_kernels._triton.rows import load_row_part, row_parts, store_row_part
+
+
+@triton.jit
+def _quantize_static_kernel(
+    x_ptr, scale_ptr, zero_point_ptr, smooth_inv_ptr, q_ptr,  # float, [1], [1], [K], [T, K] int8
+    T, K, stride_xt, stride_qt,
+    ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,  # a row is two parts
+):  # fmt: skip
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
+    inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
+    zero_point = tl.load(zero_point_ptr)
+    low = (-zero_point + INT8_MIN).to(tl.float32)
+    high = (-zero_point + INT8_MAX).to(tl.float32)
+    x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A)  # [ROWS, BLOCK_A]
+    q_a = rounded_steps(x_a, inv_scale, low, high) + zero_point
+    store_row_part(q_ptr, q_a, t, T, K, stride_qt, 0, BLOCK_A)
+    if BLOCK_B > 0:
+        x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B)
+        q_b = rounded_steps(x_b, inv_scale, low, high) + zero_point
+        store_row_part(q_ptr, q_b, t, T, K, stride_qt, BLOCK_A, BLOCK_B)
+
+
+def launch(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+    config: tuning.RowConfig | None = None,
+) -> torch.Tensor:
+    """Run the kernel; arguments as in `ops.quantize_static`."""
+    num_tokens, in_features = x.shape
+    q = torch.empty((num_tokens, in_features), dtype=torch.int8, device=x.device)
+    if num_tokens == 0:
+        return q
+    if config is None:
+        tables = tuning.tables_of(x.device)
+        config = tuning.row_config("quantize_static", tables, num_tokens, in_features)
+    block_a, block_b = row_parts(in_features)
+    with on_device_of(x):
+        _quantize_static_kernel[(triton.cdiv(num_tokens, config.rows),)](
+            x, scale, zero_point, smooth_inv, q,
+            num_tokens, in_features, x.stride(0), q.stride(0),
+            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return q

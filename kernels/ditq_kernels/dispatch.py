@@ -1,0 +1,164 @@
+"""The `ditq::` ops as torch sees them: default implementation, CUDA kernel, fake. No checks here.
+
+Arguments are those of the public ops in `ops.py`, which document and check them.
+"""
+
+import torch
+
+from ditq_kernels import reference
+from ditq_kernels.backend import load_kernel
+
+
+@torch.library.custom_op("ditq::quantize_per_token", mutates_args=())
+def quantize_per_token(
+    x: torch.Tensor, smooth_inv: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.quantize_per_token`."""
+    return reference.quantize_per_token(x, smooth_inv)
+
+
+@quantize_per_token.register_kernel("cuda")
+def _(x, smooth_inv):
+    return load_kernel("quantize_per_token").launch(x, smooth_inv)
+
+
+@quantize_per_token.register_fake
+def _(x, smooth_inv):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("ditq::quantize_static", mutates_args=())
+def quantize_static(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `ops.quantize_static`."""
+    return reference.quantize_static(x, scale, zero_point, smooth_inv)
+
+
+@quantize_static.register_kernel("cuda")
+def _(x, scale, zero_point, smooth_inv):
+    return load_kernel("quantize_static").launch(x, scale, zero_point, smooth_inv)
+
+
+@quantize_static.register_fake
+def _(x, scale, zero_point, smooth_inv):
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("ditq::gemm_w8a8", mutates_args=())
+def gemm_w8a8(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `ops.gemm_w8a8`."""
+    return reference.gemm_w8a8(
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype
+    )
+
+
+@gemm_w8a8.register_kernel("cuda")
+def _(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype):
+    return load_kernel("gemm_w8a8").launch(
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype
+    )
+
+
+@gemm_w8a8.register_fake
+def _(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype):
+    return q.new_empty((q.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::gemm_w4a8", mutates_args=())
+def gemm_w4a8(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `ops.gemm_w4a8`."""
+    return reference.gemm_w4a8(
+        q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
+        out_dtype,
+    )  # fmt: skip
+
+
+@gemm_w4a8.register_kernel("cuda")
+def _(
+    q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
+    out_dtype,
+):  # fmt: skip
+    return load_kernel("gemm_w4a8").launch(
+        q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
+        out_dtype,
+    )  # fmt: skip
+
+
+@gemm_w4a8.register_fake
+def _(
+    q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
+    out_dtype,
+):  # fmt: skip
+    return q.new_empty((q.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::linear_w8", mutates_args=())
+def linear_w8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `ops.linear_w8`."""
+    return reference.linear_w8(x, weight, weight_scale, bias, out_dtype)
+
+
+@linear_w8.register_kernel("cuda")
+def _(x, weight, weight_scale, bias, out_dtype):
+    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
+    return reference.linear_w8(x, weight, weight_scale, bias, out_dtype)
+
+
+@linear_w8.register_fake
+def _(x, weight, weight_scale, bias, out_dtype):
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::linear_w4", mutates_args=())
+def linear_w4(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `ops.linear_w4`."""
+    return reference.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
+
+
+@linear_w4.register_kernel("cuda")
+def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
+    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
+    return reference.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
+
+
+@linear_w4.register_fake
+def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
+    return x.new_empty((x.shape[0], packed.shape[0]), dtype=out_dtype)

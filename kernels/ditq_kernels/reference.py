@@ -1,0 +1,109 @@
+"""Every op in plain torch: specification, default implementation and oracle. Obvious and slow.
+
+Floats are fp32 and every line is one correctly rounded step, so a kernel can match bit for bit.
+Arguments are trusted: `ops.py` checked them.
+"""
+
+import torch
+
+from ditq_kernels import numerics, packing
+
+
+def quantize_per_token(
+    x: torch.Tensor, smooth_inv: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 codes [T, K] and one symmetric scale a row [T]."""
+    x = _smoothed(x, smooth_inv)
+    scale = numerics.symmetric_scale(x.abs().amax(dim=1))
+    return numerics.quantize_symmetric(x, scale[:, None]).contiguous(), scale
+
+
+def quantize_static(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+) -> torch.Tensor:
+    """Int8 codes [T, K] with one given asymmetric scale."""
+    return numerics.quantize_asymmetric(_smoothed(x, smooth_inv), scale, zero_point).contiguous()
+
+
+def gemm_w8a8(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Int8 activations [T, K] times int8 weights [N, K], dequantized to [T, N]."""
+    total = integer_matmul(q, weight)
+    if zero_point is not None and weight_sum is not None:
+        total = total - zero_point[:, None] * weight_sum  # sum of (q - zero_point) * weight
+    real_step = scale[:, None] * weight_scale  # scales meet first: static equals per token, bitwise
+    y = total.float() * real_step
+    if bias is not None:
+        y = y + bias
+    return y.to(out_dtype)
+
+
+def gemm_w4a8(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same on the int8 weights that progressive int4 codes stand for."""
+    weight = packing.expand_w4p(packed, group_scale, group_offset)
+    return gemm_w8a8(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype)
+
+
+def linear_w8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Float activations [B, K] times int8 weights, in fp32; the scale comes after the sum."""
+    y = (x.float() @ weight.float().t()) * weight_scale
+    if bias is not None:
+        y = y + bias
+    return y.to(out_dtype)
+
+
+def linear_w4(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same on the int8 weights that progressive int4 codes stand for."""
+    weight = packing.expand_w4p(packed, group_scale, group_offset)
+    return linear_w8(x, weight, weight_scale, bias, out_dtype)
+
+
+def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`q @ weight.T` of int8 matrices as int32 [T, N], exact on any device.
+
+    Computed in fp64: a product is at most 2**14, so any partial sum stays below 2**53 for every K
+    that fits in memory, each intermediate is an integer that fp64 holds, and the order of summation
+    cannot matter. (fp32 would need K <= 1024, and TF32 would break it.)
+    """
+    return (q.double() @ weight.double().t()).to(torch.int32)
+
+
+def _smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:
+    x = x.float()
+    return x if smooth_inv is None else x * smooth_inv

@@ -1,0 +1,80 @@
+"""Launch configurations: data in `tuned/*.json`, looked up by device, op and shape. Nothing is timed here.
+
+A table is a list of rows per op; the first row that fits wins. A row fits when the call has at most
+`max_tokens` tokens and `max_in_features` inputs (absent: no limit). The device's own table, such as
+`NVIDIA_H200.json`, comes before the table of its architecture, such as `sm_90.json`.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+
+# architectures without a table of their own borrow the one with the same shared memory
+BORROWED_TABLES = {"sm_86": "sm_89", "sm_87": "sm_80"}
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Launch of a row-wise kernel."""
+
+    rows: int  # tokens per program
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch of a GEMM: one program computes block_t tokens x block_n outputs."""
+
+    block_t: int
+    block_n: int
+    block_k: int  # inputs per iteration; gemm_w4a8 takes its packing unit instead
+    num_warps: int
+    num_stages: int
+
+
+def row_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> RowConfig:
+    """Launch configuration of a row-wise kernel."""
+    return RowConfig(**_fitting_row(op, tables, num_tokens, in_features))
+
+
+def tile_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> TileConfig:
+    """Launch configuration of a GEMM."""
+    return TileConfig(**_fitting_row(op, tables, num_tokens, in_features))
+
+
+@functools.cache
+def tables_of(device: torch.device) -> tuple[str, ...]:
+    """Names of the tables for a device, most specific first."""
+    if device.type == "cpu":
+        return ("interpreter",)  # a kernel sees CPU tensors only when Triton is interpreted
+    own = torch.cuda.get_device_name(device).replace(" ", "_")
+    major, minor = torch.cuda.get_device_capability(device)
+    return tables_of_architecture(f"sm_{major}{minor}", own)
+
+
+def tables_of_architecture(architecture: str, own: str = "") -> tuple[str, ...]:
+    """Names of the tables that exist for an architecture, such as "sm_90", after the GPU's own."""
+    names = (own, architecture, BORROWED_TABLES.get(architecture, ""))
+    return tuple(name for name in names if name and load_table(name))
+
+
+@functools.cache
+def load_table(name: str) -> dict:
+    """A parsed table of `tuned/`, empty if there is none."""
+    path = resources.files("ditq_kernels") / "tuned" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _fitting_row(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> dict:
+    for table in tables:
+        for row in load_table(table)["ops"].get(op, ()):
+            fits_tokens = num_tokens <= row.get("max_tokens", num_tokens)
+            if fits_tokens and in_features <= row.get("max_in_features", in_features):
+                return {key: value for key, value in row.items() if not key.startswith("max_")}
+    raise NotImplementedError(
+        f"{op}: no launch table covers this GPU (looked in {list(tables) or 'tuned/'}); "
+        "run `ditq tune` on it, or use an sm_80, sm_86, sm_89 or sm_90 GPU"
+    )

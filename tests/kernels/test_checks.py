@@ -1,0 +1,138 @@
+"""Each refusal at the public edge: one sentence with op, expected, got and remedy."""
+
+import re
+
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels import checks
+
+
+def gemm_arguments():
+    return {
+        "q": torch.zeros(4, 64, dtype=torch.int8),
+        "weight": torch.zeros(8, 64, dtype=torch.int8),
+        "scale": torch.ones(4),
+        "weight_scale": torch.ones(8),
+    }
+
+
+def w4_arguments():
+    return {
+        "q": torch.zeros(4, 64, dtype=torch.int8),
+        "packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "scale": torch.ones(4),
+        "group_scale": torch.ones(8, 2, dtype=torch.uint8),
+        "group_offset": torch.zeros(8, 2, dtype=torch.int8),
+        "weight_scale": torch.ones(8),
+    }
+
+
+def test_the_examples_are_legal():
+    assert k.gemm_w8a8(**gemm_arguments()).shape == (4, 8)
+    assert k.gemm_w4a8(**w4_arguments()).shape == (4, 8)
+
+
+W8_REFUSALS = [
+    ({"q": torch.zeros(2, 4, 64, dtype=torch.int8)}, "q must be [T, K] int8, got [2, 4, 64] int8"),
+    ({"q": torch.zeros(4, 64)}, "q must be [T, K] int8, got [4, 64] float32"),
+    ({"q": torch.zeros(4, 0, dtype=torch.int8)}, "q must have columns, got [4, 0] int8"),
+    ({"q": torch.zeros(64, 4, dtype=torch.int8).t()}, "rows of q must be contiguous"),
+    ({"weight": torch.zeros(8, 64, dtype=torch.uint8)}, "weight must be [N, K] int8"),
+    ({"weight": torch.zeros(8, 32, dtype=torch.int8)}, "must share K, got K=64 and K=32"),
+    ({"weight": torch.zeros(8, 64, dtype=torch.int8, device="meta")}, "must be on cpu"),
+    ({"scale": torch.ones(3)}, "scale must be [4] or [1] float32, got [3] float32"),
+    ({"scale": torch.ones(4).half()}, "scale must be [4] or [1] float32, got [4] float16"),
+    ({"scale": torch.ones(8)[::2]}, "scale must be contiguous, got stride 2"),
+    ({"weight_scale": torch.ones(8, 1)}, "weight_scale must be [8] float32, got [8, 1] float32"),
+    ({"bias": torch.ones(8).bfloat16()}, "bias must be [8] float32, got [8] bfloat16"),
+    ({"zero_point": torch.zeros(1, dtype=torch.int32)}, "weight_sum is missing"),
+    ({"weight_sum": torch.zeros(8, dtype=torch.int32)}, "zero_point is missing"),
+    (
+        {"zero_point": torch.zeros(2, dtype=torch.int32), "weight_sum": torch.zeros(8).int()},
+        "zero_point must be [4] or [1] int32, got [2] int32",
+    ),
+    (
+        {"zero_point": torch.zeros(1, dtype=torch.int32), "weight_sum": torch.zeros(8)},
+        "weight_sum must be [8] int32, got [8] float32",
+    ),
+    ({"out_dtype": torch.float64}, "out_dtype must be float32 | float16 | bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), W8_REFUSALS)
+def test_gemm_w8a8_refuses(change, sentence):
+    with pytest.raises(ValueError, match=f"^gemm_w8a8: .*{re.escape(sentence)}.*; "):
+        k.gemm_w8a8(**gemm_arguments() | change)
+
+
+W4_REFUSALS = [
+    ({"packed": torch.zeros(8, 32, dtype=torch.int8)}, "packed must be [N, K / 2] uint8"),
+    ({"packed": torch.zeros(8, 16, dtype=torch.uint8)}, "must be a whole multiple of 32, got K=32"),
+    ({"q": torch.zeros(4, 128, dtype=torch.int8)}, "must share K, got K=128 and K=64"),
+    ({"group_scale": torch.ones(7, 2, dtype=torch.uint8)}, "group_scale must be [N, J] with N=8"),
+    ({"group_offset": torch.ones(8, 1, dtype=torch.int8)}, "group_offset must be [N, J] with N=8"),
+    ({"group_offset": torch.ones(8, 2, dtype=torch.uint8)}, "group_offset must be [N, J] int8"),
+    (
+        {
+            "group_scale": torch.ones(8, 4, dtype=torch.uint8),
+            "group_offset": torch.ones(8, 4, dtype=torch.int8),
+        },
+        "K / J must be a whole multiple of 32, got K=64, J=4; repack",
+    ),
+    ({"weight_scale": torch.ones(7)}, "weight_scale must be [8] float32, got [7] float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), W4_REFUSALS)
+def test_gemm_w4a8_refuses(change, sentence):
+    with pytest.raises(ValueError, match=f"^gemm_w4a8: .*{re.escape(sentence)}"):
+        k.gemm_w4a8(**w4_arguments() | change)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_k_beyond_int32_is_refused(asymmetric):
+    limit = checks.MAX_K_ASYMMETRIC if asymmetric else checks.MAX_K_SYMMETRIC
+    change = {
+        "q": torch.zeros(4, limit + 1, dtype=torch.int8),
+        "weight": torch.zeros(8, limit + 1, dtype=torch.int8),
+    }
+    if asymmetric:
+        change["zero_point"] = torch.zeros(1, dtype=torch.int32)
+        change["weight_sum"] = torch.zeros(8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"K must be at most {limit} .* got K={limit + 1}; split"):
+        k.gemm_w8a8(**gemm_arguments() | change)
+
+
+def test_bounds_are_those_of_int32():
+    assert checks.MAX_K_SYMMETRIC * 128 * 128 < 2**31 <= (checks.MAX_K_SYMMETRIC + 1) * 128 * 128
+    assert checks.MAX_K_ASYMMETRIC * 255 * 128 < 2**31 <= (checks.MAX_K_ASYMMETRIC + 1) * 255 * 128
+
+
+def test_quantizers_refuse():
+    x, one, zero = torch.zeros(4, 64), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^quantize_per_token: x must be \[T, K\] float32 \| "):
+        k.quantize_per_token(x.double())
+    with pytest.raises(ValueError, match=r"^quantize_per_token: smooth_inv must be \[64\] float32"):
+        k.quantize_per_token(x, torch.ones(63))
+    with pytest.raises(ValueError, match=r"^quantize_per_token: K must be at most 131071"):
+        k.quantize_per_token(torch.zeros(1, 131072))
+    with pytest.raises(ValueError, match=r"^quantize_static: scale must be \[1\] float32"):
+        k.quantize_static(x, torch.ones(4), zero)
+    with pytest.raises(ValueError, match=r"^quantize_static: zero_point must be \[1\] int32"):
+        k.quantize_static(x, one, one)
+    with pytest.raises(ValueError, match=r"^quantize_static: rows of x must be contiguous"):
+        k.quantize_static(torch.zeros(64, 4).t(), one, zero)
+
+
+def test_weight_only_linears_refuse():
+    x, w = torch.zeros(2, 64), k.quantize_weight_w4p(torch.ones(8, 64), 32)
+    with pytest.raises(ValueError, match=r"^linear_w8: .* must share K, got K=64 and K=32"):
+        k.linear_w8(x, torch.zeros(8, 32, dtype=torch.int8), w.scale)
+    with pytest.raises(ValueError, match=r"^linear_w8: weight must be \[N, K\] int8"):
+        k.linear_w8(x, torch.zeros(8, 64), w.scale)
+    with pytest.raises(ValueError, match=r"^linear_w4: packed must be \[N, K / 2\] uint8"):
+        k.linear_w4(x, w.expand(), w.group_scale, w.group_offset, w.scale)
+    with pytest.raises(ValueError, match=r"^linear_w4: bias must be \[8\] float32"):
+        k.linear_w4(x, w.packed, w.group_scale, w.group_offset, w.scale, torch.ones(7))

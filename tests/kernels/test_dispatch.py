@@ -1,0 +1,82 @@
+"""The ops as torch sees them: schemas, fakes, strides, compilation."""
+
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels import dispatch
+
+
+def arguments(op, num_tokens=5):
+    """Positional arguments of each `ditq::` op, on K = 64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, 64, generator=generator)
+    w = k.quantize_weight_w4p(torch.randn(24, 64, generator=generator), 32)
+    q, scale = k.quantize_per_token(x)
+    zero_point, bias = torch.tensor([3], dtype=torch.int32), torch.randn(24, generator=generator)
+    int4 = (w.group_scale, w.group_offset, w.scale)
+    return {
+        "quantize_per_token": (x.bfloat16(), torch.rand(64)),
+        "quantize_static": (x, torch.tensor([0.02]), zero_point, None),
+        "gemm_w8a8": (
+            q, w.expand(), scale, w.scale, bias, zero_point, w.weight_sum(), torch.bfloat16,
+        ),
+        "gemm_w4a8": (q, w.packed, scale, *int4, None, None, None, torch.float32),
+        "linear_w8": (x, w.expand(), w.scale, bias, torch.float16),
+        "linear_w4": (x, w.packed, *int4, None, torch.float32),
+    }[op]  # fmt: skip
+
+
+OPS = ["quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    torch.library.opcheck(getattr(dispatch, op), arguments(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fakes_match_on_strided_rows(op):
+    first, *rest = arguments(op)
+    wide = torch.zeros(5, 100, dtype=first.dtype)
+    wide[:, 8:72] = first
+    torch.library.opcheck(
+        getattr(dispatch, op), (wide[:, 8:72], *rest), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_ops_trace_without_graph_breaks(op):
+    captured = []
+
+    def backend(module, _):
+        captured.append(module)
+        return module.forward
+
+    first, *rest = arguments(op)
+    *rest, last = rest
+    keywords = {"out_dtype": last} if isinstance(last, torch.dtype) else {}
+    positional = rest if keywords else [*rest, last]
+    if op.startswith("gemm"):
+        *positional, zero_point, weight_sum = positional
+        keywords |= {"zero_point": zero_point, "weight_sum": weight_sum}
+    public = getattr(k, op)
+    compiled = torch.compile(public, backend=backend, fullgraph=True)
+    got, expected = compiled(first, *positional, **keywords), public(first, *positional, **keywords)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert len(captured) == 1
+    torch.compiler.reset()
+
+
+def test_kernels_see_the_caller_s_tensor_object(monkeypatch):
+    """The cache of prepared int4 weights is keyed on it."""
+    seen = []
+    monkeypatch.setattr(
+        dispatch.reference, "linear_w4", lambda x, packed, *rest: seen.append(packed) or x + 0
+    )
+    x, *parts, bias, out_dtype = arguments("linear_w4")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            k.linear_w4(x, *parts, bias, out_dtype=out_dtype)
+    assert all(packed is parts[0] for packed in seen)
+    assert len(seen) == 2

@@ -1,0 +1,89 @@
+"""What the package exports, and that importing it is free."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels import backend
+
+EXPORTED = [
+    "INT8_LEVELS",
+    "INT8_MAX",
+    "MIN_SCALE",
+    "W4P",
+    "W8",
+    "asymmetric_scale",
+    "backend_of",
+    "dequantize",
+    "expand_w4p",
+    "gemm_w4a8",
+    "gemm_w8a8",
+    "linear_w4",
+    "linear_w8",
+    "pack_int4",
+    "quantize_asymmetric",
+    "quantize_per_token",
+    "quantize_static",
+    "quantize_symmetric",
+    "quantize_weight_w4p",
+    "quantize_weight_w8",
+    "resolve_group_size",
+    "symmetric_scale",
+    "unpack_int4",
+]
+
+
+def test_exported_names_are_guarded():
+    assert k.__all__ == EXPORTED
+    assert all(getattr(k, name).__doc__ for name in EXPORTED if callable(getattr(k, name)))
+
+
+def test_importing_loads_neither_triton_nor_cuda():
+    program = (
+        "import sys, torch, ditq_kernels as k;"
+        "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized();"
+        "q, s = k.quantize_per_token(torch.ones(2, 32)); k.gemm_w8a8(q, q, s, s);"
+        "ours = [m for m in sys.modules if m.startswith('ditq_kernels._triton')];"
+        "assert not ours, ours; assert not torch.cuda.is_initialized()"
+    )  # calling any custom op makes torch look for Triton, so only the import is asserted free of it
+    path = {"PYTHONPATH": k.__path__[0].removesuffix("/ditq_kernels"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", program], env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "on_cuda"),
+    [
+        ("quantize_per_token", "triton"),
+        ("gemm_w4a8", "triton"),
+        ("linear_w8", "torch"),
+        ("linear_w4", "torch"),
+    ],
+)
+def test_backend_of(op, on_cuda):
+    assert k.backend_of(op, torch.device("cpu")) == "reference"
+    assert k.backend_of(op, torch.device("cuda", 0)) == on_cuda
+
+
+def test_backend_of_refuses_unknown_ops():
+    with pytest.raises(ValueError, match=r"op_name must be one of gemm_w4a8, .* got 'gemm'"):
+        k.backend_of("gemm", torch.device("cpu"))
+
+
+def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
+    ops = {n for n in k.__all__ if n.startswith(("gemm", "linear"))}
+    ops |= {"quantize_per_token", "quantize_static"}
+    assert ops == backend.TRITON_OPS | backend.TORCH_OPS
+    assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    def refuse(name):
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(backend.importlib, "import_module", refuse)
+    with pytest.raises(RuntimeError, match=r"gemm_w8a8: CUDA tensors need Triton.*install triton"):
+        backend.load_kernel("gemm_w8a8")

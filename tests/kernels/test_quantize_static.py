@@ -1,0 +1,65 @@
+"""Static quantization: the op's meaning, and its kernel against the reference, bit for bit."""
+
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels import reference
+from ditq_kernels._triton import quantize_static as kernel
+from ditq_kernels.tuning import RowConfig
+
+
+def int32(value):
+    return torch.tensor([value], dtype=torch.int32)
+
+
+def test_by_hand():
+    x = torch.tensor([[0.5, 1.5, -0.5, 1e9, -1e9, 0.0]])
+    q = k.quantize_static(x, torch.tensor([1.0]), int32(1))
+    assert q.tolist() == [[1, 3, 1, 127, -128, 1]]
+
+
+def test_smooth_inv_multiplies_first(generator):
+    x, smooth_inv = torch.randn(5, 64, generator=generator), torch.rand(64, generator=generator)
+    q = k.quantize_static(x, torch.tensor([0.01]), int32(-7), smooth_inv)
+    assert torch.equal(q, k.quantize_static(x * smooth_inv, torch.tensor([0.01]), int32(-7)))
+
+
+@pytest.mark.parametrize(("num_tokens", "in_features"), [(1, 64), (5, 1152), (33, 1000), (9, 1)])
+@pytest.mark.parametrize("zero_point", [-128, 0, 33, 127])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 3e38 * 16, interpreted
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_equals_reference(num_tokens, in_features, zero_point, device, generator):
+    x = (torch.randn(num_tokens, in_features, generator=generator) * 3).to(device)
+    x[0, 0], x[-1, -1] = 3e38, -3e38
+    x[0, in_features // 2] = 0.03125  # a tie: half a step
+    smooth_inv = (torch.rand(in_features, generator=generator) + 0.1).to(device)
+    for scale, smooth in ((0.0625, None), (0.0173, smooth_inv)):
+        args = (torch.tensor([scale], device=device), int32(zero_point).to(device), smooth)
+        for dtype in (torch.float32, torch.bfloat16):
+            q = kernel.launch(x.to(dtype), *args)
+            assert torch.equal(q, reference.quantize_static(x.to(dtype), *args))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_of_every_height(rows, device, generator):
+    x = torch.randn(11, 96, generator=generator).to(device)[:, 5:90]
+    args = (torch.tensor([0.02], device=device), int32(5).to(device), None)
+    q = kernel.launch(x, *args, config=RowConfig(rows=rows, num_warps=4))
+    assert torch.equal(q, reference.quantize_static(x, *args))
+
+
+def test_no_tokens(device):
+    args = (torch.tensor([0.02], device=device), int32(5).to(device), None)
+    assert kernel.launch(torch.empty(0, 64, device=device), *args).shape == (0, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "in_features"), [(512, 1152), (8192, 4608)])
+@pytest.mark.usefixtures("poisoned")
+def test_op_on_gpu_equals_reference(num_tokens, in_features, generator):
+    x = torch.randn(num_tokens, in_features, generator=generator) * 3
+    args = (torch.tensor([0.0317]), int32(-21))
+    q = k.quantize_static(x.cuda(), *(arg.cuda() for arg in args))
+    assert torch.equal(q.cpu(), k.quantize_static(x, *args))

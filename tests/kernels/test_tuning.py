@@ -1,0 +1,53 @@
+"""Launch tables: complete, well-formed, looked up in order."""
+
+import pytest
+import torch
+
+from ditq_kernels import backend, tuning
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 512, 2048, 10**6])
+@pytest.mark.parametrize("in_features", [64, 1152, 4608, 100_000])
+def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
+    tables = tuning.tables_of_architecture(architecture)
+    for op in backend.TRITON_OPS:
+        choose = tuning.row_config if op.startswith("quantize") else tuning.tile_config
+        config = choose(op, tables, num_tokens, in_features)
+        sizes = vars(config).items()
+        assert all(v >= 1 and (v & (v - 1) == 0 or name == "num_stages") for name, v in sizes)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_untimed_tables_say_so(architecture):
+    assert "untimed" in tuning.load_table(architecture)["provenance"]
+
+
+def test_the_gpu_s_own_table_comes_first(monkeypatch):
+    own = {
+        "ops": {
+            "gemm_w8a8": [
+                {"block_t": 1, "block_n": 2, "block_k": 4, "num_warps": 8, "num_stages": 16}
+            ]
+        }
+    }
+    load = tuning.load_table
+    monkeypatch.setattr(
+        tuning, "load_table", lambda name: own if name == "NVIDIA_X" else load(name)
+    )
+    tables = tuning.tables_of_architecture("sm_90", "NVIDIA_X")
+    assert tables == ("NVIDIA_X", "sm_90")
+    assert tuning.tile_config("gemm_w8a8", tables, 8192, 1152) == tuning.TileConfig(1, 2, 4, 8, 16)
+    assert tuning.row_config("quantize_static", tables, 8192, 1152)  # falls through to sm_90
+
+
+def test_an_unknown_gpu_is_refused():
+    tables = tuning.tables_of_architecture("sm_75")
+    with pytest.raises(NotImplementedError, match="gemm_w8a8: no launch table covers this GPU"):
+        tuning.tile_config("gemm_w8a8", tables, 8192, 1152)
+
+
+def test_cpu_tensors_get_interpreter_tiles():
+    assert tuning.tables_of(torch.device("cpu")) == ("interpreter",)
