@@ -1,0 +1,32 @@
+"""Play packed low-bit Diffusion Transformers. Importing this package registers the `ditq` backend with diffusers.
+
+    import ditq_runtime as ditq
+    pipe = DiffusionPipeline.from_pretrained("out", torch_dtype=torch.bfloat16)
+    print(ditq.execution_report(pipe.transformer))
+
+Importing touches no GPU and no network, and does not load Triton.
+"""
+
+from ditq_runtime.checkpoint import FORMAT_VERSION
+from ditq_runtime.errors import CheckpointError, FallbackError
+from ditq_runtime.linear import QuantLinear
+from ditq_runtime.plugin import DitqConfig, DitqQuantizer, register
+from ditq_runtime.report import ExecutionReport, LayerRun, execution_report
+from ditq_runtime.scheme import LayerFormat, Scheme
+
+register()
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "DitqConfig",
+    "DitqQuantizer",
+    "ExecutionReport",
+    "FallbackError",
+    "LayerFormat",
+    "LayerRun",
+    "QuantLinear",
+    "Scheme",
+    "execution_report",
+    "register",
+]

@@ -1,0 +1,76 @@
+"""`ditq doctor`: versions, devices, and which backend each op uses here and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from ditq_runtime.cli.output import print_json, print_table, say
+
+PACKAGES = ("ditq", "torch", "triton", "diffusers", "accelerate", "safetensors", "numpy")
+OPS = ("quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4")
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices and the backend of every op.
+
+    Example: ditq doctor --json
+    """
+    report = examine()
+    if json:
+        print_json(report)
+        return
+    print_table("versions", ("package", "version"), report["versions"].items())
+    for device in report["devices"]:
+        say(f"device {device['device']}: {device['name']}")
+        print_table(f"ops on {device['device']}", ("op", "backend", "why"), device["ops"])
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` shows, JSON-safe."""
+    import torch
+
+    devices = [_device("cpu", platform.processor() or platform.machine())]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append(
+            _device(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        )
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": devices,
+    }
+
+
+def _device(device: str, name: str) -> dict[str, Any]:
+    import torch
+
+    import ditq_kernels as k
+
+    rows = []
+    for op in OPS:
+        try:
+            backend = k.backend_of(op, torch.device(device))
+            why = WHY[backend]
+        except (RuntimeError, ImportError) as error:
+            backend, why = "unavailable", str(error)
+        rows.append((op, backend, why))
+    return {"device": device, "name": name, "ops": rows}
+
+
+WHY = {
+    "reference": "plain torch, exact integers; no GPU here",
+    "triton": "Triton kernel, compiled on first use",
+    "torch": "plain torch on the GPU",
+}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

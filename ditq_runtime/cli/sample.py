@@ -1,0 +1,159 @@
+"""`ditq sample`: images from a packed folder, with their latency and the proof of what ran."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ditq_runtime.cli.output import print_json, say
+from ditq_runtime.files import atomic_file
+from ditq_runtime.images import grid
+
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "reference", "triton")
+
+
+def sample(
+    path: Annotated[str, typer.Argument(help="A pipeline folder written by `ditq convert`.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("sample.png"),
+    class_labels: Annotated[str, typer.Option(help="Class ids or names, comma-separated.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    cfg: Annotated[
+        float, typer.Option(help="Guidance weight; 1 or less switches guidance off.")
+    ] = 1.5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
+    columns: Annotated[int, typer.Option(min=1, help="Images per row of the grid.")] = 8,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[
+        str, typer.Option(help="auto, or fail unless the integer ops run on this one.")
+    ] = "auto",
+    report: Annotated[bool, typer.Option("--report", help="Print the execution report.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Sample images and write them as one grid.
+
+    Example: ditq sample out --class-labels 0,1,2,3 --steps 50 --out digits.png --report
+    """
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if backend not in BACKENDS:
+        raise typer.BadParameter(
+            f"--backend must be one of {', '.join(BACKENDS)}, got {backend!r}."
+        )
+    import torch
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    used = check_backend(backend, place)
+    begin = time.perf_counter()
+    pipe = load(path, getattr(torch, dtype), place)
+    loaded = time.perf_counter() - begin
+    labels = label_ids(pipe, class_labels)
+    begin = time.perf_counter()
+    images = draw(pipe, labels, steps, cfg, seed, batch)
+    took = time.perf_counter() - begin
+    with atomic_file(out) as part:
+        grid(images, min(columns, len(images))).save(part, format="PNG")
+    result: dict[str, Any] = {
+        "out": str(out),
+        "images": len(images),
+        "steps": steps,
+        "load_seconds": loaded,
+        "seconds": took,
+        "seconds_per_image": took / len(images),
+        "device": str(place),
+        "backend": used,
+        "dtype": dtype,
+    }
+    if report:
+        from ditq_runtime.report import execution_report
+
+        proof = execution_report(pipe.transformer)
+        result["report"] = proof.to_dict()
+        if not json:
+            say(str(proof))
+    if json:
+        print_json(result)
+    else:
+        say(
+            f"{out}: {len(images)} images, {steps} steps, {took:.2f} s ({took / len(images):.3f} s per image) on "
+            f"{place} ({used}, {dtype}); loaded in {loaded:.2f} s"
+        )
+
+
+def load(path: str, dtype: Any, device: Any) -> Any:
+    """Open a packed pipeline the way any diffusers user does, after checking that it is one."""
+    from diffusers import DiffusionPipeline
+
+    import ditq_runtime  # noqa: F401  registers the backend
+    from ditq_runtime.folder import open_folder
+
+    if path.startswith("demo:"):
+        raise ValueError(
+            f"{path} is a built-in float model, not a packed folder; `ditq convert {path} OUT` makes one"
+        )
+    folder = open_folder(path)
+    if folder.scheme is None:
+        raise ValueError(
+            f"{path}: a float model, not a packed one; `ditq convert {path} OUT` makes one"
+        )
+    if folder.path == Path(path):
+        raise ValueError(
+            f"{path}: a transformer alone cannot sample; give a pipeline folder with model_index.json"
+        )
+    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=None)
+    return pipe
+
+
+def check_backend(backend: str, device: Any) -> str:
+    """The backend of the integer GEMMs on a device; ValueError if the user asked for another."""
+    import ditq_kernels as k
+
+    used = k.backend_of("gemm_w8a8", device)
+    if backend not in ("auto", used):
+        raise ValueError(
+            f"--backend {backend} cannot run on {device}: integer ops run on {used!r} there"
+        )
+    return used
+
+
+def label_ids(pipe: Any, text: str) -> list[int]:
+    """Class ids from ids or names; without any, one of each class the pipeline names."""
+    names = getattr(pipe, "labels", {})
+    if not text:
+        return sorted(set(names.values()))[:16] or list(range(8))
+    ids = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if part in names:
+            ids.append(names[part])
+        elif part.isdigit() and int(part) < pipe.transformer.config.num_embeds_ada_norm:
+            ids.append(int(part))
+        else:
+            raise ValueError(
+                f"--class-labels: {part!r} is neither a class id below {pipe.transformer.config.num_embeds_ada_norm} "
+                f"nor one of {', '.join(list(names)[:12]) or '(the pipeline names no classes)'}"
+            )
+    return ids
+
+
+def draw(pipe: Any, labels: list[int], steps: int, cfg: float, seed: int, batch: int) -> list[Any]:
+    """One PIL image per label, in batches; image i has its own generator seeded seed + i."""
+    import torch
+
+    images: list[Any] = []
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        images += pipe(
+            part, guidance_scale=cfg, num_inference_steps=steps, generator=generators
+        ).images
+    return images

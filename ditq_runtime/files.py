@@ -1,0 +1,75 @@
+"""Output that appears whole or not at all: write beside the target, flush, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it over `path` when the block succeeds, remove it when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o644)
+        _flush(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; rename it to `path` when the block succeeds, remove it when not.
+
+    A killed process leaves a hidden `.NAME.*.part` folder and no `path`; the next run with the same target
+    removes such leftovers.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+    """
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        part.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """FileExistsError if `path` exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} already exists; choose another output folder or remove it first"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, with sorted keys and a final newline."""
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,120 @@
+"""Look into a packed folder without loading it: where its files are, what they hold, how many bytes of what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditq_runtime.checkpoint import check_version, read_headers
+from ditq_runtime.errors import CheckpointError
+from ditq_runtime.families import family_of
+from ditq_runtime.safetensors_header import TensorInfo
+from ditq_runtime.scheme import Scheme
+
+WEIGHTS = "diffusion_pytorch_model*.safetensors"
+CATEGORY_OF_FIELD = {
+    "weight": "block weights",
+    "group_scale": "group scales and offsets",
+    "group_offset": "group scales and offsets",
+    "bias": "biases",
+    "weight_scale": "channel and activation scales",
+    "weight_sum": "channel and activation scales",
+    "act_scale": "channel and activation scales",
+    "act_zero": "channel and activation scales",
+    "smooth_inv": "channel and activation scales",
+}
+CATEGORIES = (
+    "block weights",
+    "modulation weights",
+    "group scales and offsets",
+    "channel and activation scales",
+    "biases",
+    "timestep and label embedder",
+    "other float",
+    "file headers",
+)
+
+
+@dataclass(frozen=True)
+class TransformerFolder:
+    """The files of one transformer.
+
+    Attributes:
+        path: the folder with its config.json.
+        config: parsed config.json.
+        files: its safetensors files.
+        headers: tensor name -> dtype, shape, bytes.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    files: list[Path]
+    headers: dict[str, TensorInfo]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The `quantization_config`, None for a float model."""
+        return self.config.get("quantization_config")
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of a packed transformer, None for a float model."""
+        if self.quantization is None:
+            return None
+        method = self.quantization.get("quant_method")
+        if method != "ditq":
+            raise CheckpointError(f"{self.path}: quantized with {method!r}, which is not ditq")
+        check_version(self.quantization.get("format_version"))
+        return Scheme.from_dict(self.quantization.get("scheme"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of its weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def open_folder(path: str | Path) -> TransformerFolder:
+    """Read config and headers of a transformer folder, or of the transformer of a pipeline folder.
+
+    Raises:
+        CheckpointError: no such folder, no config, no weights, or a damaged file; names it.
+    """
+    folder = Path(path)
+    if (folder / "model_index.json").exists():
+        folder = folder / "transformer"
+    config = folder / "config.json"
+    if not config.exists():
+        raise CheckpointError(
+            f"{path}: no config.json there; expected a diffusers pipeline or transformer folder"
+        )
+    try:
+        parsed = json.loads(config.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{config}: not valid JSON ({error}); copy it again") from error
+    files = sorted(folder.glob(WEIGHTS))
+    if not files:
+        raise CheckpointError(f"{folder}: no {WEIGHTS} there; the checkpoint is incomplete")
+    return TransformerFolder(folder, parsed, files, read_headers(files))
+
+
+def size_by_category(folder: TransformerFolder) -> dict[str, int]:
+    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`."""
+    family = family_of(folder.config["_class_name"])
+    consumers = tuple(f".{name}." for site in family.sites for name in site.consumers)
+    modulations = tuple(f".{name}." for name in family.modulations)
+    sizes = dict.fromkeys(CATEGORIES, 0)
+    for name, info in folder.headers.items():
+        field = name.rpartition(".")[2]
+        if f".{family.shared_embedder}." in name:
+            category = "timestep and label embedder"
+        elif any(part in name for part in modulations) and field == "weight":
+            category = "modulation weights"
+        elif any(part in name for part in consumers + modulations):
+            category = CATEGORY_OF_FIELD.get(field, "other float")
+        else:
+            category = "other float"
+        sizes[category] += info.nbytes
+    sizes["file headers"] = folder.nbytes - sum(sizes.values())
+    return sizes

@@ -1,0 +1,142 @@
+"""QuantLinear: a linear layer played from packed tensors.
+
+It is an `nn.Linear` subclass with a `weight`, because diffusers, accelerate and PEFT look for exactly that.
+Its scales, biases and other fp32 tensors stay fp32 through every dtype cast of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import ditq_kernels as k
+from ditq_runtime.scheme import LayerFormat
+
+
+class QuantLinear(nn.Linear):
+    """A linear [N, K] in one of the formats of `LayerFormat`.
+
+    Attributes:
+        format: how it is stored and run.
+        compute_dtype: dtype of the output; follows `.to(dtype)` of the model.
+        wide_output: the output is fp32 whatever the compute dtype. True for modulation linears, because an AdaLN
+            multiplier (1 + scale) / s in half precision costs as much as the quantization.
+    """
+
+    format: LayerFormat
+    compute_dtype: torch.dtype
+    wide_output: bool
+    weight_scale: nn.Parameter
+    group_scale: nn.Parameter
+    group_offset: nn.Parameter
+    weight_sum: nn.Parameter
+    act_scale: nn.Parameter
+    act_zero: nn.Parameter
+    smooth_inv: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layer_format: LayerFormat,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+        wide_output: bool = False,
+    ) -> None:
+        """Allocate the stored tensors, uninitialized."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
+        self.register_parameter("bias", None)
+        for name, (dtype, shape) in layer_format.tensors(in_features, out_features).items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., K] fp32 | fp16 | bf16, already smoothed and shifted by its producer where the scheme folds.
+
+        Returns:
+            [..., N] in `compute_dtype`, or fp32 where `wide_output`.
+        """
+        rows = x.reshape(-1, self.in_features)
+        out_dtype = torch.float32 if self.wide_output else self.compute_dtype
+        y = (
+            self._integer(rows, out_dtype)
+            if self.format.integer_gemm
+            else self._weight_only(rows, out_dtype)
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _integer(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        smooth_inv = self.smooth_inv if self.format.smooth else None
+        if self.format.activations == "token":
+            q, scale = k.quantize_per_token(rows, smooth_inv)
+            zero: dict[str, Any] = {}
+        else:
+            scale = self.act_scale.data
+            q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
+            zero = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if self.format.weights == "w8":
+            return k.gemm_w8a8(
+                q, self.weight, scale, self.weight_scale, self.bias, out_dtype=out_dtype, **zero
+            )
+        return k.gemm_w4a8(
+            q,
+            self.weight,
+            scale,
+            self.group_scale,
+            self.group_offset,
+            self.weight_scale,
+            self.bias,
+            out_dtype=out_dtype,
+            **zero,
+        )
+
+    def _weight_only(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        if self.format.weights == "fp32":
+            return nn.functional.linear(rows.float(), self.weight, self.bias).to(out_dtype)
+        if self.format.weights == "w8":
+            return k.linear_w8(rows, self.weight, self.weight_scale, self.bias, out_dtype=out_dtype)
+        return k.linear_w4(
+            rows,
+            self.weight,
+            self.group_scale,
+            self.group_offset,
+            self.weight_scale,
+            self.bias,
+            out_dtype=out_dtype,
+        )
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """The weight the codes stand for: fp32 [N, K], in the folded units of the scheme."""
+        if self.format.weights == "fp32":
+            return self.weight.detach()
+        codes = self.weight.data
+        if self.format.weights == "w4p":
+            codes = k.expand_w4p(self.weight, self.group_scale, self.group_offset)
+        return codes.float() * self.weight_scale[:, None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Move every tensor, cast none: `.to(bf16)`, `.half()` or fp8 layerwise casting must not spoil scales."""
+        held = {name: p.data for name, p in self._parameters.items() if p is not None}
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            new = self._parameters[name]
+            if new is not None and new.dtype != old.dtype:
+                new.data = old.to(new.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and format, for `print(model)`."""
+        f = self.format
+        group = f", group_size={f.group_size}" if f.group_size else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, weights={f.weights}{group}, "
+            f"activations={f.activations}, smooth={f.smooth}, compute_dtype={self.compute_dtype}"
+        )

@@ -1,0 +1,232 @@
+"""execution_report: the proof that the integers ran.
+
+One forward is observed from below: a dispatch mode sees every operator that torch executes and notes it on the linear
+it ran in. A layer the scheme promises in integers that ran anything else is an error, never a row in a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ditq_kernels as k
+from ditq_runtime.errors import FallbackError
+from ditq_runtime.families import family_of, get_linear
+from ditq_runtime.linear import QuantLinear
+
+FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What one linear did.
+
+    Attributes:
+        name: module name.
+        op: the operators that ran, joined by ` + `.
+        weights: `w8`, `w4p` or the float dtype.
+        activations: `int8 token`, `int8 static` or the float dtype.
+        nbytes: bytes of its stored tensors.
+        flops: 2 * rows * K * N of the observed forward.
+        backend: `reference`, `triton` or `torch`.
+        integer: both operands of the product were integers.
+        note: why it is not, where it is not.
+    """
+
+    name: str
+    op: str
+    weights: str
+    activations: str
+    nbytes: int
+    flops: int
+    backend: str
+    integer: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ExecutionReport:
+    """All linears of a transformer, in the order they ran."""
+
+    layers: list[LayerRun] = field(default_factory=list)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Counts, bytes, and the share of linear FLOPs that ran in integers."""
+        flops = sum(layer.flops for layer in self.layers)
+        integer = [layer for layer in self.layers if layer.integer]
+        return {
+            "linears": len(self.layers),
+            "integer_linears": len(integer),
+            "weight_only_linears": sum(layer.note == WEIGHT_ONLY for layer in self.layers),
+            "bytes": sum(layer.nbytes for layer in self.layers),
+            "integer_flops_share": sum(layer.flops for layer in integer) / max(flops, 1),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {"totals": self.totals, "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        """A fixed-width table with the totals as its last line."""
+        header = f"{'layer':<44} {'op':<36} {'weights':<8} {'activations':<12} {'bytes':>10} backend    note"
+        rows = [
+            f"{r.name:<44} {r.op:<36} {r.weights:<8} {r.activations:<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
+            for r in self.layers
+        ]
+        t = self.totals
+        last = (
+            f"{t['integer_linears']:.0f} of {t['linears']:.0f} linears in integers, "
+            f"{t['weight_only_linears']:.0f} weight-only, {100 * t['integer_flops_share']:.1f} % of linear FLOPs "
+            f"in integers, {t['bytes'] / 2**20:.2f} MiB"
+        )
+        return "\n".join([header, *rows, last])
+
+
+WEIGHT_ONLY = "weight-only: integer weights, float activations"
+
+
+def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> ExecutionReport:
+    """Run one forward of a packed transformer and report, per linear, what really executed.
+
+    Args:
+        model: a transformer loaded from a packed checkpoint.
+        inputs: keyword arguments of its forward; default: one image of the model's own size.
+
+    Returns:
+        The report; `print` it, or take `.layers`, `.totals`, `.to_dict()`.
+
+    Raises:
+        ValueError: the model is not a packed transformer.
+        FallbackError: a layer that the scheme lists was replaced, did not run, or ran something else.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    scheme = getattr(config, "scheme", None)
+    if scheme is None:
+        raise ValueError(
+            f"execution_report: {type(model).__name__} is not a packed ditq transformer"
+        )
+    family = family_of(scheme.architecture)
+    _check_in_place(model, scheme.layers)
+    watch = _Watch(model)
+    with watch, torch.no_grad():
+        model(**(inputs or family.example_inputs(model)))
+    layers = []
+    for name in watch.order:
+        layer = get_linear(model, name)
+        if isinstance(layer, QuantLinear):
+            layers.append(_packed_run(name, layer, watch))
+        else:
+            reason = next(
+                (why for part, why in family.kept.items() if part in name), "kept float by --keep"
+            )
+            layers.append(_float_run(name, layer, watch, reason))
+    idle = sorted(set(scheme.layers) - set(watch.order))
+    if idle:
+        raise FallbackError(
+            f"{idle[0]}: listed in the scheme, but no operator ran in it during a forward"
+        )
+    return ExecutionReport(layers)
+
+
+def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:
+    for name in listed:
+        module = model.get_submodule(name)
+        if type(module) is not QuantLinear:
+            raise FallbackError(
+                f"{name}: the scheme promises a packed layer, but the model has a {type(module).__name__} there; "
+                "load the checkpoint again and do not replace or wrap its linears"
+            )
+
+
+class _Watch(TorchDispatchMode):
+    """Notes, for every linear, the operators that ran inside its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.ran: dict[str, list[str]] = {}
+        self.rows: dict[str, int] = {}
+        self.order: list[str] = []
+        self._inside: list[str] = []
+        self._hooks: list[Any] = []
+        self._linears = {m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def __enter__(self) -> _Watch:
+        for module, name in self._linears.items():
+            self._hooks.append(module.register_forward_pre_hook(self._enter_layer(name)))
+            self._hooks.append(module.register_forward_hook(self._leave_layer))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._inside:
+            space, _, rest = str(func).partition(".")
+            name = rest.partition(".")[0]
+            if space == "ditq" or name in FLOAT_GEMMS:
+                self.ran[self._inside[-1]].append(f"{space}.{name}")
+        return func(*args, **(kwargs or {}))
+
+    def _leave_layer(self, module: nn.Linear, args: Any, output: Any) -> None:
+        self._inside.pop()
+
+    def _enter_layer(self, name: str) -> Any:
+        def enter(module: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
+            if name not in self.ran:
+                self.order.append(name)
+                self.ran[name], self.rows[name] = [], 0
+            self.rows[name] += args[0].numel() // module.in_features
+            self._inside.append(name)
+
+        return enter
+
+
+def _packed_run(name: str, layer: QuantLinear, watch: _Watch) -> LayerRun:
+    expected, ran = [f"ditq.{op}" for op in layer.format.ops], watch.ran[name]
+    if layer.format.weights == "fp32":
+        return _float_run(name, layer, watch, "folded but kept float by --keep")
+    calls = len(ran) // max(len(expected), 1)
+    if not ran or ran != expected * calls:
+        raise FallbackError(
+            f"{name}: expected {' + '.join(expected)}, but {' + '.join(ran) or 'nothing'} ran"
+        )
+    device = layer.weight.device
+    activations = f"int8 {layer.format.activations}" if layer.format.integer_gemm else "fp32"
+    return LayerRun(
+        name=name,
+        op=" + ".join(layer.format.ops),
+        weights=layer.format.weights,
+        activations=activations,
+        nbytes=_nbytes(layer),
+        flops=2 * watch.rows[name] * layer.in_features * layer.out_features,
+        backend=k.backend_of(layer.format.ops[-1], device),
+        integer=layer.format.integer_gemm,
+        note="" if layer.format.integer_gemm else WEIGHT_ONLY,
+    )
+
+
+def _float_run(name: str, layer: nn.Linear, watch: _Watch, reason: str) -> LayerRun:
+    dtype = str(layer.weight.dtype).removeprefix("torch.")
+    return LayerRun(
+        name=name,
+        op=" + ".join(op.removeprefix("aten.") for op in dict.fromkeys(watch.ran[name])),
+        weights=dtype,
+        activations=dtype,
+        nbytes=_nbytes(layer),
+        flops=2 * watch.rows[name] * layer.in_features * layer.out_features,
+        backend="torch",
+        integer=False,
+        note=reason,
+    )
+
+
+def _nbytes(layer: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))

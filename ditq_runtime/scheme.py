@@ -1,0 +1,165 @@
+"""What a packed transformer is: one format per kind of layer, and the list of layers that have it.
+
+The scheme is the part of `config.json` that the runtime reads. How the file was made (the recipe) is provenance only.
+docs/format.md is the prose twin of this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from ditq_runtime.errors import CheckpointError
+
+WEIGHTS = ("w8", "w4p", "fp32")
+ACTIVATIONS = ("token", "static", "none")
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one linear is stored and run.
+
+    Attributes:
+        weights: `w8` int8 per output channel, `w4p` 4-bit two-level groups, `fp32` unquantized.
+        activations: `token` int8 with one scale per token, computed when it runs; `static` int8 with one
+            calibrated scale and zero point; `none` float (a weight-only layer, as modulation linears are).
+        group_size: input channels that share a `w4p` group; None for the other weights.
+        smooth: the layer divides its input by a stored factor before quantizing (no producer could absorb it).
+        bias: the layer has a bias.
+    """
+
+    weights: str
+    activations: str
+    group_size: int | None = None
+    smooth: bool = False
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that no op runs."""
+        if self.weights not in WEIGHTS:
+            raise CheckpointError(f"format: weights must be one of {WEIGHTS}, got {self.weights!r}")
+        if self.activations not in ACTIVATIONS:
+            raise CheckpointError(
+                f"format: activations must be one of {ACTIVATIONS}, got {self.activations!r}"
+            )
+        if (self.weights == "w4p") != (self.group_size is not None):
+            raise CheckpointError(
+                f"format: group_size belongs to w4p and only there, got weights={self.weights!r}, "
+                f"group_size={self.group_size!r}"
+            )
+        if self.weights == "fp32" and self.activations != "none":
+            raise CheckpointError("format: fp32 weights cannot have quantized activations")
+        if self.smooth and self.activations == "none":
+            raise CheckpointError("format: smooth needs quantized activations")
+
+    @property
+    def integer_gemm(self) -> bool:
+        """Both operands of the matrix product are integers."""
+        return self.activations != "none"
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The `ditq::` ops one forward of the layer runs, in order."""
+        if self.weights == "fp32":
+            return ()
+        bits = "w8" if self.weights == "w8" else "w4"
+        if not self.integer_gemm:
+            return (f"linear_{bits}",)
+        quantizer = "quantize_per_token" if self.activations == "token" else "quantize_static"
+        return (quantizer, f"gemm_{bits}a8")
+
+    def tensors(
+        self, in_features: int, out_features: int
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors stored for a layer `[out_features, in_features]`: name -> dtype, shape."""
+        k, n = in_features, out_features
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if self.weights == "fp32":
+            stored["weight"] = (torch.float32, (n, k))
+        elif self.weights == "w8":
+            stored["weight"] = (torch.int8, (n, k))
+            stored["weight_scale"] = (torch.float32, (n,))
+        else:
+            groups = self._groups(k)
+            stored["weight"] = (torch.uint8, (n, k // 2))
+            stored["weight_scale"] = (torch.float32, (n,))
+            stored["group_scale"] = (torch.uint8, (n, groups))
+            stored["group_offset"] = (torch.int8, (n, groups))
+        if self.activations == "static":
+            stored["weight_sum"] = (torch.int32, (n,))
+            stored["act_scale"] = (torch.float32, (1,))
+            stored["act_zero"] = (torch.int32, (1,))
+        if self.smooth:
+            stored["smooth_inv"] = (torch.float32, (k,))
+        if self.bias:
+            stored["bias"] = (torch.float32, (n,))
+        return stored
+
+    def _groups(self, in_features: int) -> int:
+        size = self.group_size
+        if type(size) is not int or size < 32 or size % 32 or in_features % size:
+            raise CheckpointError(
+                f"format: group_size must be a multiple of 32 that divides the {in_features} inputs, "
+                f"got {size!r}; convert again with another --group-size"
+            )
+        return in_features // size
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which layers of which architecture have which format.
+
+    Attributes:
+        architecture: the diffusers class name of the transformer.
+        shared_embedder: the timestep and label embedder is stored once, in the first block.
+        formats: name -> LayerFormat.
+        layers: module name -> name of its format.
+    """
+
+    architecture: str
+    shared_embedder: bool
+    formats: dict[str, LayerFormat]
+    layers: dict[str, str]
+
+    def format_of(self, layer: str) -> LayerFormat:
+        """The format of a module that the scheme lists."""
+        return self.formats[self.layers[layer]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in `config.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Any) -> Scheme:
+        """Read a stored scheme; CheckpointError for anything unknown, missing or contradictory."""
+        _check_keys(stored, cls, "scheme")
+        if not isinstance(stored["formats"], dict) or not isinstance(stored["layers"], dict):
+            raise CheckpointError(
+                "scheme: formats and layers must be objects; the config.json is damaged"
+            )
+        formats = {}
+        for name, entry in stored["formats"].items():
+            _check_keys(entry, LayerFormat, f"scheme.formats.{name}")
+            formats[name] = LayerFormat(**entry)
+        unknown = sorted({str(f) for f in stored["layers"].values()} - set(formats))
+        if unknown:
+            raise CheckpointError(f"scheme: layers name formats that are not defined: {unknown}")
+        if not stored["layers"]:
+            raise CheckpointError("scheme: no layer is listed, so nothing would be quantized")
+        return cls(
+            architecture=str(stored["architecture"]),
+            shared_embedder=bool(stored["shared_embedder"]),
+            formats=formats,
+            layers=dict(stored["layers"]),
+        )
+
+
+def _check_keys(stored: Any, kind: type, where: str) -> None:
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{where}: expected an object, got {type(stored).__name__}")
+    expected = {field.name for field in fields(kind)}
+    missing, extra = sorted(expected - set(stored)), sorted(set(stored) - expected)
+    if missing or extra:
+        raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {extra}")

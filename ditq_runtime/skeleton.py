@@ -1,0 +1,79 @@
+"""Turn a diffusers transformer into the shape a scheme describes: packed linears, own AdaLN, one embedder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ditq_runtime.errors import CheckpointError
+from ditq_runtime.families import Family, family_of
+from ditq_runtime.linear import QuantLinear
+from ditq_runtime.scheme import LayerFormat, Scheme
+
+
+def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
+    """Swap in what `scheme` lists, in place; the new tensors are uninitialized, on meta.
+
+    Args:
+        model: a float transformer of the scheme's architecture, usually on meta.
+        scheme: what the checkpoint is.
+        compute_dtype: dtype of activations between the layers.
+
+    Raises:
+        CheckpointError: the architecture differs, or a listed layer does not exist or is no linear.
+    """
+    family = _family(model, scheme)
+    modulations = tuple(f".{name}" for name in family.modulations)
+    for name, layer_format in ((name, scheme.format_of(name)) for name in scheme.layers):
+        _swap(model, name, layer_format, compute_dtype, wide_output=name.endswith(modulations))
+    for name in family.block_names(model):
+        family.use_direct_multiplier(model.get_submodule(name))
+    if scheme.shared_embedder:
+        share_embedder(model, family)
+
+
+def duplicate_embedders(model: nn.Module, scheme: Scheme) -> list[str]:
+    """Prefixes of the embedder copies that a checkpoint with a shared embedder does not store."""
+    return _family(model, scheme).embedder_prefixes(model)[1:] if scheme.shared_embedder else []
+
+
+def share_embedder(model: nn.Module, family: Family) -> None:
+    """Make every block use the first block's embedder object."""
+    first, *others = family.embedder_prefixes(model)
+    for prefix in others:
+        parent, _, leaf = prefix.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(first))
+
+
+def _family(model: nn.Module, scheme: Scheme) -> Family:
+    if type(model).__name__ != scheme.architecture:
+        raise CheckpointError(
+            f"scheme: written for {scheme.architecture}, but config.json asks for {type(model).__name__}"
+        )
+    return family_of(scheme.architecture)
+
+
+def _swap(
+    model: nn.Module,
+    name: str,
+    layer_format: LayerFormat,
+    compute_dtype: torch.dtype,
+    wide_output: bool,
+) -> None:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(
+            f"{name}: listed in the scheme, but the model has no linear of that name"
+        )
+    packed = QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        layer_format,
+        compute_dtype,
+        wide_output=wide_output,
+    )
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed)
