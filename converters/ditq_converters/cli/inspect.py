@@ -1,0 +1,147 @@
+"""`ditq inspect`: what would be folded and quantized in a float model; what a packed one holds and will run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ditq_converters.cli import options as o
+from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
+
+
+def inspect(
+    path: o.ModelArgument,
+    method: o.MethodOption = "smoothquant",
+    weights: o.WeightsOption = "w8",
+    activations: o.ActivationsOption = "token",
+    group_size: o.GroupSizeOption = 64,
+    keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    json: o.JsonOption = False,
+) -> None:
+    """Show the fold plan and coverage of a float model, or scheme, sizes and backend of a packed one.
+
+    Example: ditq inspect demo:digits --weights w4p
+    """
+    if _is_packed(path):
+        _show_packed(inspect_packed(path), json)
+        return
+    from ditq_converters.recipe import Recipe
+
+    try:
+        recipe = Recipe(method, weights, activations, group_size, None, tuple(keep))
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from error
+    _show_float(inspect_float(path, recipe), json)
+
+
+def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
+    """The plan of every linear of a float model, with coverage in parameters."""
+    from ditq_converters.models import open_model, transformer_of
+    from ditq_converters.pack import format_name
+    from ditq_converters.plan import plan_layers
+    from ditq_runtime.families import family_of
+
+    model = transformer_of(open_model(path))
+    plans = plan_layers(model, family_of(type(model).__name__), recipe)
+    total = sum(p.numel() for p in model.parameters())
+    layers: list[dict[str, Any]] = [
+        {
+            "name": plan.name,
+            "site": plan.site,
+            "kind": plan.kind,
+            "format": format_name(plan.format) if plan.format else "float",
+            "fold": plan.fold,
+            "parameters": plan.parameters,
+        }
+        for plan in plans
+    ]
+    quantized = sum(e["parameters"] for e in layers if e["format"] not in ("float", "fp32"))
+    return {
+        "architecture": type(model).__name__,
+        "parameters": total,
+        "quantized_parameters_share": quantized / total,
+        "layers": layers,
+    }
+
+
+def inspect_packed(path: str) -> dict[str, Any]:
+    """Scheme, sizes and backends of a packed folder, from its headers alone."""
+    import torch
+
+    import ditq_kernels as k
+    from ditq_runtime.folder import open_folder, size_by_category
+
+    folder = open_folder(path)
+    scheme = folder.scheme
+    assert scheme is not None
+    assert folder.quantization is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    formats = []
+    for name, layer_format in scheme.formats.items():
+        ops = [(op, k.backend_of(op, device)) for op in layer_format.ops]
+        formats.append(
+            {
+                "format": name,
+                "layers": sum(used == name for used in scheme.layers.values()),
+                "runs": " + ".join(f"{op} ({backend})" for op, backend in ops) or "float (torch)",
+            }
+        )
+    return {
+        "architecture": scheme.architecture,
+        "shared_embedder": scheme.shared_embedder,
+        "recipe": folder.quantization.get("recipe", {}),
+        "device": str(device),
+        "formats": formats,
+        "bytes_by_category": size_by_category(folder),
+        "bytes": folder.nbytes,
+        "tensors": len(folder.headers),
+    }
+
+
+def _is_packed(path: str) -> bool:
+    from ditq_runtime.folder import open_folder
+
+    return Path(path).is_dir() and open_folder(path).quantization is not None
+
+
+def _show_float(report: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(report)
+        return
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for layer in report["layers"]:
+        key = tuple(layer[field] for field in ("site", "kind", "format", "fold"))
+        groups[key].append(layer)
+    total = report["parameters"]
+    rows = [
+        (site, kind, len(members), form, 100 * sum(m["parameters"] for m in members) / total, fold)
+        for (site, kind, form, fold), members in groups.items()
+    ]
+    print_table(
+        f"fold plan of {report['architecture']}",
+        ("site", "kind", "linears", "format", "% params", "factor"),
+        rows,
+    )
+    say(
+        f"{100 * report['quantized_parameters_share']:.1f} % of {total:,} parameters become integers; "
+        "the rest are embedders, the final projection and the patch embedding. --json lists every linear"
+    )
+
+
+def _show_packed(report: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(report)
+        return
+    recipe = report["recipe"]
+    say(
+        f"{report['architecture']}, packed with {recipe.get('method', 'unknown')} by ditq {recipe.get('ditq', '?')}"
+    )
+    rows = [(f["format"], f["layers"], f["runs"]) for f in report["formats"]]
+    print_table(
+        f"what will run on {report['device']}", ("format", "linears", "ops (backend)"), rows
+    )
+    sizes = [(name, mebibytes(size)) for name, size in report["bytes_by_category"].items() if size]
+    print_table("on disk", ("category", "size"), [*sizes, ("total", mebibytes(report["bytes"]))])

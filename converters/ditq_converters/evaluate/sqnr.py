@@ -1,0 +1,103 @@
+"""Signal-to-quantization-noise ratio of the noise prediction, per sampling step (Meta, Eq. 3; METHODS 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_converters.trajectory import Call, SamplingPlan, predict, trajectory
+
+
+@dataclass(frozen=True)
+class SqnrCurve:
+    """SQNR in dB per call, noisiest first.
+
+    Attributes:
+        mean_of_ratios: 10 log10 mean_x(|f|^2 / |fq - f|^2), the convention of Meta's Eq. 3.
+        ratio_of_sums: 10 log10(sum_x |f|^2 / sum_x |fq - f|^2); lower, and steadier.
+    """
+
+    mean_of_ratios: list[float]
+    ratio_of_sums: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over calls of `mean_of_ratios`, in dB."""
+        return sum(self.mean_of_ratios) / len(self.mean_of_ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {
+            "mean_db": self.mean,
+            "mean_of_ratios_db": self.mean_of_ratios,
+            "ratio_of_sums_db": self.ratio_of_sums,
+        }
+
+
+def sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> tuple[float, float]:
+    """Both conventions for one call.
+
+    Args:
+        signal: [S, ...] the float model's output.
+        quantized: [S, ...] the quantized model's.
+
+    Returns:
+        (mean of ratios, ratio of sums) in dB.
+
+    Raises:
+        ValueError: the outputs are equal, bit for bit, so that there is no noise to measure.
+    """
+    power = signal.double().flatten(1).pow(2).sum(1)
+    noise = (quantized.double() - signal.double()).flatten(1).pow(2).sum(1)
+    if not bool((noise > 0).all()):
+        raise ValueError(
+            "sqnr: a sample has no quantization noise at all; is the quantized model the float model?"
+        )
+    return 10 * float((power / noise).mean().log10()), 10 * float(
+        (power.sum() / noise.sum()).log10()
+    )
+
+
+def run(
+    model: nn.Module,
+    scheduler: Any,
+    plan: SamplingPlan,
+    after_call: Callable[[], None] | None = None,
+) -> list[Call]:
+    """All calls of one sampling run; `[-1].after` are the samples [S, C, H, W]."""
+    calls = []
+    for call in trajectory(model, scheduler, plan):
+        calls.append(call)
+        if after_call is not None:
+            after_call()
+    return calls
+
+
+def compare_runs(float_calls: list[Call], quantized_calls: list[Call]) -> SqnrCurve:
+    """Free SQNR: each model on its own trajectory, from equal seeds."""
+    pairs = [
+        sqnr_db(f.epsilon, q.epsilon[: len(f.epsilon)])
+        for f, q in zip(float_calls, quantized_calls, strict=True)
+    ]
+    return SqnrCurve(*(list(values) for values in zip(*pairs, strict=True)))
+
+
+@torch.no_grad()
+def forced_sqnr(
+    float_calls: list[Call],
+    quantized: nn.Module,
+    plan: SamplingPlan,
+    after_call: Callable[[], None] | None = None,
+) -> SqnrCurve:
+    """Forced SQNR: the quantized model is given the float model's latents at every call."""
+    pairs = []
+    for call in float_calls:
+        timestep = torch.tensor(call.timestep)
+        pairs.append(sqnr_db(call.epsilon, predict(quantized, call.latents, timestep, plan)))
+        if after_call is not None:
+            after_call()
+    return SqnrCurve(*(list(values) for values in zip(*pairs, strict=True)))

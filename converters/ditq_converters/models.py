@@ -1,0 +1,75 @@
+"""Open MODEL: a built-in demo, a diffusers folder, a transformer folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_converters.demo import DEMO_MODELS, open_demo
+
+TRANSFORMER_FILE = "config.json"
+PIPELINE_FILE = "model_index.json"
+
+
+def open_model(model: str, torch_dtype: torch.dtype = torch.float32) -> Any:
+    """Open a float model.
+
+    Args:
+        model: `demo:NAME`, a folder with model_index.json (a pipeline) or config.json (a transformer), or a hub id.
+        torch_dtype: of its weights.
+
+    Returns:
+        A diffusers pipeline; a transformer alone where the folder holds only that.
+
+    Raises:
+        ValueError: nothing of that name, an unknown demo, a packed model, a Facebook `.pt` file.
+    """
+    if model.startswith("demo:"):
+        pipe = open_demo(model)
+        return pipe if torch_dtype == torch.float32 else pipe.to(torch_dtype)
+    path = Path(model)
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        raise ValueError(
+            f"{model}: Facebook DiT checkpoints are not read yet; convert it to a diffusers folder first"
+        )
+    if path.is_dir():
+        return _open_folder(path, torch_dtype)
+    if path.exists() or model.count("/") > 1 or model.startswith((".", "/")):
+        raise ValueError(
+            f"{model}: not a diffusers folder, not a hub id, and not one of {', '.join(DEMO_MODELS)}"
+        )
+    return _from_pretrained("DiffusionPipeline", model, torch_dtype)
+
+
+def transformer_of(pipe: Any) -> nn.Module:
+    """The transformer of a pipeline, or the transformer itself."""
+    return pipe if isinstance(pipe, nn.Module) else pipe.transformer
+
+
+def _open_folder(path: Path, torch_dtype: torch.dtype) -> Any:
+    if (path / PIPELINE_FILE).exists():
+        _refuse_packed(path / "transformer" / TRANSFORMER_FILE)
+        return _from_pretrained("DiffusionPipeline", str(path), torch_dtype)
+    if (path / TRANSFORMER_FILE).exists():
+        _refuse_packed(path / TRANSFORMER_FILE)
+        return _from_pretrained("AutoModel", str(path), torch_dtype)
+    raise ValueError(
+        f"{path}: no {PIPELINE_FILE} and no {TRANSFORMER_FILE} in it, so it is no diffusers model"
+    )
+
+
+def _refuse_packed(config: Path) -> None:
+    if config.exists() and json.loads(config.read_text()).get("quantization_config"):
+        raise ValueError(
+            f"{config.parent}: is quantized already; give the float model it was made from"
+        )
+
+
+def _from_pretrained(kind: str, source: str, torch_dtype: torch.dtype) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind).from_pretrained(source, torch_dtype=torch_dtype)

@@ -1,0 +1,82 @@
+"""Assemble stored tensors into a packed transformer. Lossless: bits move, values do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ditq_converters.plan import LayerPlan
+from ditq_runtime import plugin, skeleton
+from ditq_runtime.families import Family
+from ditq_runtime.scheme import LayerFormat, Scheme
+
+
+def format_name(layer_format: LayerFormat) -> str:
+    """A readable name for a format: `w8_token`, `w4p64_static_smooth`, `w8_weight_only`, `fp32`."""
+    weights = f"{layer_format.weights}{layer_format.group_size or ''}"
+    if layer_format.weights == "fp32":
+        parts = [weights]
+    else:
+        parts = [
+            weights,
+            "weight_only" if layer_format.activations == "none" else layer_format.activations,
+        ]
+    parts += ["smooth"] * layer_format.smooth + ["nobias"] * (not layer_format.bias)
+    return "_".join(parts)
+
+
+def make_scheme(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Scheme:
+    """The scheme that lists every planned layer."""
+    formats, layers = {}, {}
+    for plan in plans:
+        if plan.format is not None:
+            formats[format_name(plan.format)] = plan.format
+            layers[plan.name] = format_name(plan.format)
+    return Scheme(type(model).__name__, has_shared_embedder(model, family), formats, layers)
+
+
+def has_shared_embedder(model: nn.Module, family: Family) -> bool:
+    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough."""
+    prefixes = family.embedder_prefixes(model)
+    if len(prefixes) < 2:
+        return False
+    first, *others = (model.get_submodule(prefix).state_dict() for prefix in prefixes)
+    return all(
+        torch.equal(tensor, other[name]) for other in others for name, tensor in first.items()
+    )
+
+
+def pack_model(
+    model: Any, scheme: Scheme, tensors: dict[str, torch.Tensor], recipe: dict[str, Any]
+) -> nn.Module:
+    """Build the packed transformer: stored tensors for the listed layers, the float model's for the rest.
+
+    Args:
+        model: the float transformer; not changed.
+        scheme: what to build.
+        tensors: full name -> tensor for every tensor of every listed layer.
+        recipe: provenance, stored beside the scheme.
+
+    Returns:
+        A transformer on the CPU that runs and that `save_pretrained` writes.
+    """
+    dtype = next(model.parameters()).dtype
+    with init_empty_weights():
+        packed = type(model).from_config(model.config)
+    skeleton.install(packed, scheme, dtype)
+    for name, buffer in packed.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = model.get_buffer(name).detach().cpu().clone()
+    listed = tuple(f"{layer}." for layer in scheme.layers)
+    floats = {
+        n: t.detach().cpu().clone()
+        for n, t in model.state_dict().items()
+        if not n.startswith(listed)
+    }
+    packed.load_state_dict({**floats, **tensors}, strict=True, assign=True)
+    packed.requires_grad_(False).eval()
+    plugin.adopt(packed, plugin.DitqConfig(scheme, recipe), dtype)
+    return packed

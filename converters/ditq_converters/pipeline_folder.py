@@ -1,0 +1,39 @@
+"""Write a pipeline folder that stock diffusers loads: complete or not at all, class names included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ditq_runtime.files import atomic_folder
+
+
+def write_pipeline(
+    pipe: Any, out: Path, max_shard_size: str = "10GB", labels_of: Any = None
+) -> None:
+    """Save a pipeline, or a transformer alone, atomically.
+
+    Args:
+        pipe: what to save.
+        out: the folder; must not exist, or be empty.
+        max_shard_size: as in diffusers' `save_pretrained`.
+        labels_of: the pipeline whose class names to keep; default: `pipe`.
+
+    Raises:
+        FileExistsError: `out` is in use.
+    """
+    with atomic_folder(out) as part:
+        pipe.save_pretrained(part, max_shard_size=max_shard_size)
+        _keep_labels(labels_of or pipe, part / "model_index.json")
+
+
+def _keep_labels(pipe: Any, index: Path) -> None:
+    """`save_pretrained` drops id2label; put it back, so that class names survive."""
+    names: dict[str, list[str]] = {}
+    for label, class_id in getattr(pipe, "labels", {}).items():
+        names.setdefault(str(class_id), []).append(label)
+    if names:
+        content = json.loads(index.read_text())
+        content["id2label"] = {key: ", ".join(names[key]) for key in sorted(names, key=int)}
+        index.write_text(json.dumps(content, indent=2) + "\n")

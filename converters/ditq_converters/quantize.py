@@ -1,0 +1,83 @@
+"""Quantize one folded linear: the lossy step. Float tensors in, the stored tensors of its format out."""
+
+from __future__ import annotations
+
+import torch
+
+import ditq_kernels as k
+from ditq_converters.fold import LinearTensors
+from ditq_runtime.scheme import LayerFormat
+
+
+def static_range(
+    minimum: torch.Tensor, maximum: torch.Tensor, smooth: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The min-max range of a site after smoothing, over all calls and channels (METHODS 3, `static_tensor`).
+
+    Args:
+        minimum: [T, K] fp32 of the unsmoothed input.
+        maximum: [T, K] fp32.
+        smooth: [K] fp64 or None.
+
+    Returns:
+        low, high: scalars, fp32.
+    """
+    u = 1.0 if smooth is None else 1.0 / smooth
+    return (minimum.double() * u).min().float(), (maximum.double() * u).max().float()
+
+
+def quantize_linear(
+    linear: LinearTensors,
+    layer_format: LayerFormat,
+    act_range: tuple[torch.Tensor, torch.Tensor] | None,
+    smooth_inv: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Tensors of `LayerFormat.tensors` for a folded linear.
+
+    Args:
+        linear: folded weight [N, K] and bias [N], fp64.
+        layer_format: what to make.
+        act_range: low and high of its input, for static activations.
+        smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
+
+    Returns:
+        name -> tensor, contiguous.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    weight = linear.weight.float()
+    tensors, codes = _weights(weight, layer_format)
+    if layer_format.activations == "static":
+        assert act_range is not None
+        tensors["act_scale"], tensors["act_zero"] = (
+            t.reshape(1) for t in k.asymmetric_scale(*act_range)
+        )
+        tensors["weight_sum"] = codes.sum(dim=1, dtype=torch.int32)
+    if layer_format.smooth:
+        assert smooth_inv is not None
+        tensors["smooth_inv"] = smooth_inv.float()
+    if layer_format.bias:
+        assert linear.bias is not None
+        tensors["bias"] = linear.bias.float()
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _weights(
+    weight: torch.Tensor, layer_format: LayerFormat
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Stored weight tensors, and the integer weights [N, K] they stand for."""
+    if layer_format.weights == "fp32":
+        return {"weight": weight}, weight
+    if layer_format.weights == "w8":
+        w8 = k.quantize_weight_w8(weight)
+        return {"weight": w8.qweight, "weight_scale": w8.scale}, w8.qweight
+    assert layer_format.group_size is not None
+    w4p = k.quantize_weight_w4p(weight, layer_format.group_size)
+    stored = {
+        "weight": w4p.packed,
+        "weight_scale": w4p.scale,
+        "group_scale": w4p.group_scale,
+        "group_offset": w4p.group_offset,
+    }
+    return stored, w4p.expand()

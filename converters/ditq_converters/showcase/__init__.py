@@ -1,0 +1,5 @@
+"""The main job on the built-in model, end to end, ending in a folder a person can look at: `ditq demo`."""
+
+from ditq_converters.showcase.run import Settings, run_showcase
+
+__all__ = ["Settings", "run_showcase"]

@@ -1,0 +1,80 @@
+"""Every image of the demo folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from ditq_converters.evaluate import plots
+from ditq_runtime.images import grid
+
+if TYPE_CHECKING:
+    from ditq_converters.showcase.run import Settings, Study
+
+SHOWN = 40  # samples per model in a grid
+SITES = ("qkv", "o_proj", "fc1", "fc2")
+
+
+def write_pictures(out: Path, digits: Study, salient: Study, settings: Settings) -> None:
+    """Sample grids and plots for both studies."""
+    side_by_side(out / "samples-digits.png", digits, list(digits.samples))
+    shown = ["float", *(name for name in salient.samples if " static " in name)]
+    side_by_side(out / "samples-salient.png", salient, shown)
+    for key, title in (
+        ("sqnr_free", "each on its own trajectory"),
+        ("sqnr_forced", "on the float model's latents"),
+    ):
+        for study, name in ((digits, "digits"), (salient, "salient")):
+            curves = {n: v[key]["mean_of_ratios_db"] for n, v in study.figures["variants"].items()}
+            model = study.figures["model"]
+            plots.sqnr_curves(
+                out / f"{key.replace('_', '-')}-{name}.png", curves, f"{model}, {title}"
+            )
+    for name, (layers, errors) in digits.layers.items():
+        title = f"demo:digits {name}: error of every linear at every step (cascade)"
+        plots.layer_heatmap(out / f"layers-{name.lower()}.png", layers, errors, title)
+    sizes = digits.figures["bytes"]
+    plots.stacked_sizes(out / "sizes.png", sizes, "demo:digits, transformer on disk")
+    for study, name in ((digits, "digits"), (salient, "salient")):
+        write_ranges(out, study, name)
+
+
+def write_ranges(out: Path, study: Study, name: str) -> None:
+    """Activation ranges over channels and steps, as the papers show them."""
+    block = "transformer_blocks.2"
+    panels = {site: absmax(study, f"{block}.{site}") for site in SITES}
+    model = study.figures["model"]
+    plots.activation_ranges(
+        out / f"activations-{name}.png", panels, f"{model}, {block}: range of every channel"
+    )
+    drift = {site: values.amax(1) for site, values in panels.items()}
+    plots.range_drift(
+        out / f"drift-{name}.png",
+        drift,
+        f"{model}, {block}: range of each linear input over sampling",
+    )
+
+
+def absmax(study: Study, site: str) -> torch.Tensor:
+    """[T, K] largest |x| of a site."""
+    low, high = study.stats.ranges(site)
+    return torch.maximum(low.abs(), high.abs())
+
+
+def side_by_side(path: Path, study: Study, names: list[str]) -> None:
+    """One grid per model, same seeds at the same places, with captions."""
+    panels = [(name, grid(study.decode(study.samples[name][:SHOWN]), columns=8)) for name in names]
+    captioned = [_caption(image, name, study.figures) for name, image in panels]
+    grid(captioned, columns=3, gap=12).save(path)
+
+
+def _caption(image: Image.Image, name: str, figures: dict[str, Any]) -> Image.Image:
+    variant = figures["variants"].get(name)
+    text = name if variant is None else f"{name}: {variant['sqnr_free']['mean_db']:.1f} dB"
+    sheet = Image.new("L", (image.width, image.height + 18), 255)
+    sheet.paste(image, (0, 18))
+    ImageDraw.Draw(sheet).text((3, 3), text, fill=0)
+    return sheet

@@ -1,0 +1,234 @@
+"""Calibrate, convert, reload, sample, compare, show. Reads in the order it runs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ditq_converters.calibrate import calibrate, draw_labels, make_scheduler
+from ditq_converters.convert import convert, ditq_version
+from ditq_converters.demo import export_demo
+from ditq_converters.evaluate import compare_runs, forced_sqnr, layer_errors, run
+from ditq_converters.progress import progress_bar
+from ditq_converters.recipe import Recipe
+from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
+from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
+from ditq_converters.stats import CalibrationStats
+from ditq_converters.trajectory import SamplingPlan
+from ditq_runtime.files import write_json
+from ditq_runtime.folder import open_folder, size_by_category
+from ditq_runtime.report import execution_report
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything.
+
+    Attributes:
+        steps: model calls per sample, in calibration and in sampling.
+        guidance: classifier-free guidance weight.
+        calibration_samples: images sampled to calibrate.
+        scored_samples: images per model of `demo:digits`, for SQNR, PSNR, accuracy and digit-FD.
+        salient_samples: images per model of `demo:digits-salient`, for SQNR.
+        layer_samples: images for the error per layer.
+        seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
+    """
+
+    steps: int = 50
+    guidance: float = 1.5
+    calibration_samples: int = 32
+    scored_samples: int = 200
+    salient_samples: int = 20
+    layer_samples: int = 20
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """A run of well under a minute; its figures are rougher."""
+        return cls(
+            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, layer_samples=5
+        )
+
+
+def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
+    """Run the main job on both demo models and write a report folder.
+
+    Args:
+        out: folder for models, statistics, images, plots, report.json and index.html; its models are replaced.
+        settings: how much of everything.
+
+    Returns:
+        The content of report.json.
+    """
+    from ditq_converters.showcase.page import write_page
+    from ditq_converters.showcase.pictures import write_pictures
+
+    begin = time.perf_counter()
+    digits = _study("demo:digits", DIGITS, out, settings, settings.scored_samples)
+    salient = _study("demo:digits-salient", SALIENT, out, settings, settings.salient_samples)
+    report = {
+        "settings": asdict(settings),
+        "versions": _versions(),
+        "digits": digits.figures,
+        "salient": salient.figures,
+        "checks": checks(digits.figures, salient.figures),
+        "seconds": time.perf_counter() - begin,
+    }
+    write_pictures(out, digits, salient, settings)
+    write_json(out / "report.json", report)
+    write_page(out, report)
+    return report
+
+
+@dataclass(frozen=True)
+class Study:
+    """One demo model and its packed variants.
+
+    Attributes:
+        figures: JSON-safe results.
+        samples: model name -> final latents [S, C, H, W].
+        labels: class of each sample.
+        stats: its calibration.
+        layers: variant -> (layer names, errors [layers, steps]), where measured.
+        decode: latents -> list of PIL images.
+    """
+
+    figures: dict[str, Any]
+    samples: dict[str, torch.Tensor]
+    labels: tuple[int, ...]
+    stats: CalibrationStats
+    layers: dict[str, tuple[list[str], torch.Tensor]]
+    decode: Any
+
+
+def _study(
+    name: str, variants: tuple[Variant, ...], out: Path, settings: Settings, samples: int
+) -> Study:
+    folder = out / name.partition(":")[2]
+    float_folder = _fresh(folder / "float")
+    export_demo(name, float_folder)
+    pipe = DiffusionPipeline.from_pretrained(float_folder)
+    stats = calibrate(
+        pipe,
+        folder / "stats",
+        settings.steps,
+        settings.calibration_samples,
+        settings.guidance,
+        seed=settings.seed,
+    )
+    labels = draw_labels(list(range(10)), samples, settings.seed + 1)
+    plan = SamplingPlan(
+        labels,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seed + 1,
+        micro_batch=50,
+    )
+    with progress_bar(f"{name} float", settings.steps) as advance:
+        float_calls = run(pipe.transformer, make_scheduler(pipe, "ddim"), plan, advance)
+    baseline = Baseline(pipe, plan, float_calls)
+    latents = {"float": float_calls[-1].after}
+    figures: dict[str, Any] = {
+        "model": name,
+        "labels": list(labels),
+        "bytes": {"float": size_by_category(open_folder(float_folder))},
+        "float": score_samples(float_calls[-1].after, labels),
+        "variants": {},
+    }
+    layers = {}
+    for variant in variants:
+        result, finals, errors = _variant(variant, baseline, stats, folder, settings)
+        figures["variants"][variant.name] = result
+        figures["bytes"][variant.name] = result.pop("bytes_by_category")
+        latents[variant.name] = finals
+        if errors is not None:
+            layers[variant.name] = errors
+    return Study(figures, latents, labels, stats, layers, baseline.decode)
+
+
+def _variant(
+    variant: Variant, baseline: Baseline, stats: CalibrationStats, folder: Path, settings: Settings
+) -> tuple[dict[str, Any], torch.Tensor, tuple[list[str], torch.Tensor] | None]:
+    recipe = Recipe(method=variant.method, weights=variant.weights, activations=variant.activations)
+    target = _fresh(folder / variant.folder)
+    begin = time.perf_counter()
+    convert(baseline.pipe, recipe, stats, target, quiet=True)
+    seconds = time.perf_counter() - begin
+    packed = DiffusionPipeline.from_pretrained(target)
+    plan, calls = baseline.plan, baseline.calls
+    with progress_bar(f"{baseline.name} {variant.name}", 2 * plan.steps) as advance:
+        own = run(packed.transformer, make_scheduler(packed, "ddim"), plan, advance)
+        forced = forced_sqnr(calls, packed.transformer, plan, advance)
+    opened = open_folder(target)
+    result = {
+        "recipe": recipe.to_dict(),
+        "sqnr_free": compare_runs(calls, own).to_dict(),
+        "sqnr_forced": forced.to_dict(),
+        "psnr_db": paired_psnr(calls[-1].after, own[-1].after),
+        **score_samples(own[-1].after, plan.labels),
+        "convert_seconds": seconds,
+        "bytes_on_disk": opened.nbytes,
+        "bytes_by_category": size_by_category(opened),
+        "execution": execution_report(packed.transformer).to_dict(),
+    }
+    errors = None
+    if variant.per_layer:
+        few = baseline.subset(settings.layer_samples)
+        with progress_bar(f"{baseline.name} {variant.name} layers", plan.steps) as advance:
+            errors = layer_errors(
+                baseline.pipe.transformer, packed.transformer, few.calls, few.plan, advance
+            )
+    return result, own[-1].after, errors
+
+
+def checks(digits: dict[str, Any], salient: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the demo is expected to show, with what it showed."""
+    rows = []
+
+    def at_least(what: str, value: float, least: float) -> None:
+        rows.append({"what": what, "value": value, "at_least": least, "ok": value >= least})
+
+    for name, least in (("W8A8", 35.0), ("W4A8", 25.0)):
+        variant = digits["variants"][name]
+        at_least(f"{name} mean SQNR, dB", variant["sqnr_free"]["mean_db"], least)
+        kept = variant["accuracy"] / digits["float"]["accuracy"]
+        at_least(f"{name} share of the float model's accuracy", kept, 0.98)
+    for weights in ("W8A8", "W4A8"):
+        for activations in ("static", "token"):
+            smooth, linear = (
+                salient["variants"][f"{weights} {activations} {method}"]["sqnr_free"]["mean_db"]
+                for method in ("smoothquant", "linear")
+            )
+            at_least(
+                f"salient {weights} {activations}: smoothquant over linear, dB",
+                smooth - linear,
+                10.0,
+            )
+    return rows
+
+
+def _fresh(folder: Path) -> Path:
+    """Remove what an earlier run left at a path that is ours to replace."""
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    return folder
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+
+    return {
+        "ditq": ditq_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU used",
+    }
