@@ -8,6 +8,9 @@ import torch
 
 from ditq_kernels import numerics, packing
 
+EXACT_FP32_INPUTS = 2**24 // 2**14  # inputs whose int8 products sum exactly in fp32
+IEEE = ("none", "ieee")  # settings under which oneDNN multiplies fp32 as fp32
+
 
 def quantize_per_token(
     x: torch.Tensor, smooth_inv: torch.Tensor | None
@@ -97,11 +100,15 @@ def linear_w4(
 def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`q @ weight.T` of int8 matrices as int32 [T, N], exact on any device.
 
-    Computed in fp64: a product is at most 2**14, so any partial sum stays below 2**53 for every K
-    that fits in memory, each intermediate is an integer that fp64 holds, and the order of summation
-    cannot matter. (fp32 would need K <= 1024, and TF32 would break it.)
+    A product is at most 2**14. Where an fp32 product is IEEE (a CPU at the default precision, so neither TF32 nor
+    bf16 passes), 1024 inputs at a time sum to at most 2**24: every partial sum is an integer that fp32 holds, so the
+    order of summation cannot matter, and int32 adds the parts. Elsewhere fp64 does the same up to 2**53.
     """
-    return (q.double() @ weight.double().t()).to(torch.int32)
+    if q.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision not in IEEE:
+        return (q.double() @ weight.double().t()).to(torch.int32)
+    parts = zip(q.split(EXACT_FP32_INPUTS, 1), weight.split(EXACT_FP32_INPUTS, 1), strict=True)
+    first, *others = ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)
+    return sum(others, start=first)
 
 
 def _smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:

@@ -228,3 +228,26 @@ def test_op_on_gpu_equals_reference(num_tokens, out_features, in_features, out_d
     *positional, zero_point, weight_sum = arguments
     y = k.gemm_w8a8(*positional, zero_point=zero_point, weight_sum=weight_sum, out_dtype=out_dtype)
     assert torch.equal(y, reference.gemm_w8a8(*arguments, out_dtype))
+
+
+@pytest.fixture
+def fp32_precision():
+    """Sets how oneDNN multiplies fp32; puts it back at the end."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    yield lambda setting: setattr(backend, "fp32_precision", setting)
+    backend.fp32_precision = before
+
+
+@pytest.mark.parametrize("setting", ["none", "bf16"])
+@pytest.mark.parametrize("in_features", [1024, 1025, 4608])
+def test_integer_sums_are_exact_at_the_extremes_whatever_the_fp32_precision(
+    setting, in_features, fp32_precision
+):
+    fp32_precision(setting)
+    generator = torch.Generator().manual_seed(in_features)
+    q = torch.randint(-128, 128, (3, in_features), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (5, in_features), dtype=torch.int8, generator=generator)
+    q[0], weight[0] = -128, -127  # the largest partial sums there are
+    exact = q.long() @ weight.long().t()
+    assert torch.equal(reference.integer_matmul(q, weight).long(), exact)

@@ -34,25 +34,25 @@ class Settings:
         steps: model calls per sample, in calibration and in sampling.
         guidance: classifier-free guidance weight.
         calibration_samples: images sampled to calibrate.
-        scored_samples: images per model of `demo:digits`, for SQNR, PSNR, accuracy and digit-FD.
+        scored_samples: images per model of `demo:digits`, for free SQNR, PSNR, accuracy and digit-FD.
         salient_samples: images per model of `demo:digits-salient`, for SQNR.
-        layer_samples: images for the error per layer.
+        few_samples: images for the forced SQNR and the error per layer.
         seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
     """
 
     steps: int = 50
     guidance: float = 1.5
     calibration_samples: int = 32
-    scored_samples: int = 200
+    scored_samples: int = 100
     salient_samples: int = 20
-    layer_samples: int = 20
+    few_samples: int = 20
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Settings:
         """A run of well under a minute; its figures are rougher."""
         return cls(
-            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, layer_samples=5
+            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, few_samples=5
         )
 
 
@@ -132,7 +132,7 @@ def _study(
     )
     with progress_bar(f"{name} float", settings.steps) as advance:
         float_calls = run(pipe.transformer, make_scheduler(pipe, "ddim"), plan, advance)
-    baseline = Baseline(pipe, plan, float_calls)
+    baseline = Baseline(name, pipe, plan, float_calls)
     latents = {"float": float_calls[-1].after}
     figures: dict[str, Any] = {
         "model": name,
@@ -161,10 +161,10 @@ def _variant(
     convert(baseline.pipe, recipe, stats, target, quiet=True)
     seconds = time.perf_counter() - begin
     packed = DiffusionPipeline.from_pretrained(target)
-    plan, calls = baseline.plan, baseline.calls
+    plan, calls, few = baseline.plan, baseline.calls, baseline.subset(settings.few_samples)
     with progress_bar(f"{baseline.name} {variant.name}", 2 * plan.steps) as advance:
         own = run(packed.transformer, make_scheduler(packed, "ddim"), plan, advance)
-        forced = forced_sqnr(calls, packed.transformer, plan, advance)
+        forced = forced_sqnr(few.calls, packed.transformer, few.plan, advance)
     opened = open_folder(target)
     result = {
         "recipe": recipe.to_dict(),
@@ -179,7 +179,6 @@ def _variant(
     }
     errors = None
     if variant.per_layer:
-        few = baseline.subset(settings.layer_samples)
         with progress_bar(f"{baseline.name} {variant.name} layers", plan.steps) as advance:
             errors = layer_errors(
                 baseline.pipe.transformer, packed.transformer, few.calls, few.plan, advance

@@ -18,19 +18,16 @@ class Baseline:
     """The float model and its run, which every variant is compared with.
 
     Attributes:
+        name: of the demo model, for progress bars.
         pipe: the float pipeline.
         plan: what was sampled.
         calls: its calls.
     """
 
+    name: str
     pipe: Any
     plan: SamplingPlan
     calls: list[Call]
-
-    @property
-    def name(self) -> str:
-        """Short name for progress bars."""
-        return type(self.pipe).__name__.removesuffix("Pipeline")
 
     def subset(self, samples: int) -> Baseline:
         """The first `samples` samples of the run."""
@@ -38,7 +35,9 @@ class Baseline:
             Call(c.index, c.timestep, c.latents[:samples], c.epsilon[:samples], c.after[:samples])
             for c in self.calls
         ]
-        return Baseline(self.pipe, replace(self.plan, labels=self.plan.labels[:samples]), calls)
+        return Baseline(
+            self.name, self.pipe, replace(self.plan, labels=self.plan.labels[:samples]), calls
+        )
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Any]:
