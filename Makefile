@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/ditq demo --out runs/demo
 
+# One thread a process: two pytest workers on two cores, and tiny models gain nothing from more.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests
 
 check: $(READY)
 	$(BIN)/ruff check .

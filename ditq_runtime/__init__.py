@@ -1,10 +1,10 @@
 """Play packed low-bit Diffusion Transformers. Importing this package registers the `ditq` backend with diffusers.
 
     import ditq_runtime as ditq
-    pipe = DiffusionPipeline.from_pretrained("out", torch_dtype=torch.bfloat16)
+    pipe = DiffusionPipeline.from_pretrained("out", dtype=torch.bfloat16)
     print(ditq.execution_report(pipe.transformer))
 
-Importing touches no GPU and no network, and does not load Triton.
+Importing touches no GPU and no network, and loads none of our Triton kernels.
 """
 
 from ditq_runtime.checkpoint import FORMAT_VERSION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+RANDOM = "?" * 8  # the part of a temporary name that `tempfile` makes up
 
 
 @contextmanager
@@ -32,21 +35,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; rename it to `path` when the block succeeds, remove it when not.
 
-    A killed process leaves a hidden `.NAME.*.part` folder and no `path`; the next run with the same target
-    removes such leftovers.
+    A killed process leaves a hidden `.NAME.RANDOM.part` folder and no `path`; the next run with the same target
+    removes such leftovers, so one target belongs to one process at a time.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
     """
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
                 _flush(file)
         part.chmod(0o755)
         if path.exists():

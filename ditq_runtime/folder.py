@@ -93,15 +93,37 @@ def open_folder(path: str | Path) -> TransformerFolder:
         parsed = json.loads(config.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config}: not valid JSON ({error}); copy it again") from error
+    _check_object(parsed, f"{config}")
+    _check_object(parsed.get("quantization_config") or {}, f"{config}: quantization_config")
     files = sorted(folder.glob(WEIGHTS))
+    _check_shards(folder, files)
     if not files:
         raise CheckpointError(f"{folder}: no {WEIGHTS} there; the checkpoint is incomplete")
     return TransformerFolder(folder, parsed, files, read_headers(files))
 
 
+def _check_object(value: Any, what: str) -> None:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must be a JSON object, got {value!r}; copy the file again")
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Every shard that an index names must be there."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged ({error}); copy it again") from error
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise CheckpointError(
+                f"{folder / missing[0]}: missing, though {index.name} names it; copy it again"
+            )
+
+
 def size_by_category(folder: TransformerFolder) -> dict[str, int]:
     """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`."""
-    family = family_of(folder.config["_class_name"])
+    family = family_of(str(folder.config.get("_class_name")))
     consumers = tuple(f".{name}." for site in family.sites for name in site.consumers)
     modulations = tuple(f".{name}." for name in family.modulations)
     sizes = dict.fromkeys(CATEGORIES, 0)

@@ -64,6 +64,8 @@ class QuantLinear(nn.Linear):
             [..., N] in `compute_dtype`, or fp32 where `wide_output`.
         """
         rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:  # a transposed input, which nn.Linear accepts too
+            rows = rows.contiguous()
         out_dtype = torch.float32 if self.wide_output else self.compute_dtype
         y = (
             self._integer(rows, out_dtype)

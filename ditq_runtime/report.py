@@ -134,8 +134,9 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
 
 
 def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in listed:
-        module = model.get_submodule(name)
+        module = modules.get(name)
         if type(module) is not QuantLinear:
             raise FallbackError(
                 f"{name}: the scheme promises a packed layer, but the model has a {type(module).__name__} there; "

@@ -6,7 +6,9 @@ Layout (safetensors format): 8 bytes little-endian header length, the header as 
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,18 +54,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         try:
             header = json.loads(file.read(length))
-            entries = {
-                name: _info(entry) for name, entry in header.items() if name != "__metadata__"
-            }
-            end = max(
-                (
-                    entry["data_offsets"][1]
-                    for name, entry in header.items()
-                    if name != "__metadata__"
-                ),
-                default=0,
-            )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            header.pop("__metadata__", None)
+            entries = {name: _info(entry) for name, entry in header.items()}
+            end = _end_of_data(entry["data_offsets"] for entry in header.values())
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(
                 f"{path}: its header is damaged ({error}); copy it again"
             ) from error
@@ -75,9 +76,25 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _info(entry: dict) -> TensorInfo:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    begin, end = entry["data_offsets"]
-    expected = torch.Size(shape).numel() * dtype.itemsize
+    dtype, shape = DTYPES[entry["dtype"]], tuple(_counts(entry["shape"]))
+    begin, end = _counts(entry["data_offsets"])
+    expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise ValueError(f"{end - begin} bytes for a tensor of {expected}")
-    return TensorInfo(dtype, shape, end - begin)
+    return TensorInfo(dtype, shape, expected)
+
+
+def _counts(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+        raise ValueError(f"expected a list of counts, got {values!r}")
+    return values
+
+
+def _end_of_data(offsets: Iterable[list[int]]) -> int:
+    """Where the last tensor ends; ValueError if tensors overlap or leave holes."""
+    end = 0
+    for begin, next_end in sorted(offsets):
+        if begin != end:
+            raise ValueError(f"a tensor begins at {begin}, the one before it ends at {end}")
+        end = next_end
+    return end

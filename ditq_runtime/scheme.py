@@ -44,6 +44,8 @@ class LayerFormat:
             raise CheckpointError(
                 f"format: activations must be one of {ACTIVATIONS}, got {self.activations!r}"
             )
+        for field in ("smooth", "bias"):
+            _check_type(f"format: {field}", getattr(self, field), bool)
         if (self.weights == "w4p") != (self.group_size is not None):
             raise CheckpointError(
                 f"format: group_size belongs to w4p and only there, got weights={self.weights!r}, "
@@ -135,24 +137,36 @@ class Scheme:
     def from_dict(cls, stored: Any) -> Scheme:
         """Read a stored scheme; CheckpointError for anything unknown, missing or contradictory."""
         _check_keys(stored, cls, "scheme")
-        if not isinstance(stored["formats"], dict) or not isinstance(stored["layers"], dict):
-            raise CheckpointError(
-                "scheme: formats and layers must be objects; the config.json is damaged"
-            )
+        for key, kind in (
+            ("architecture", str),
+            ("shared_embedder", bool),
+            ("formats", dict),
+            ("layers", dict),
+        ):
+            _check_type(f"scheme: {key}", stored[key], kind)
+        for layer, name in stored["layers"].items():
+            _check_type(f"scheme: the format of {layer}", name, str)
         formats = {}
         for name, entry in stored["formats"].items():
             _check_keys(entry, LayerFormat, f"scheme.formats.{name}")
             formats[name] = LayerFormat(**entry)
-        unknown = sorted({str(f) for f in stored["layers"].values()} - set(formats))
+        unknown = sorted(set(stored["layers"].values()) - set(formats))
         if unknown:
             raise CheckpointError(f"scheme: layers name formats that are not defined: {unknown}")
         if not stored["layers"]:
             raise CheckpointError("scheme: no layer is listed, so nothing would be quantized")
         return cls(
-            architecture=str(stored["architecture"]),
-            shared_embedder=bool(stored["shared_embedder"]),
+            architecture=stored["architecture"],
+            shared_embedder=stored["shared_embedder"],
             formats=formats,
             layers=dict(stored["layers"]),
+        )
+
+
+def _check_type(what: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        raise CheckpointError(
+            f"{what} must be of type {kind.__name__}, got {value!r}; the config.json is damaged"
         )
 
 

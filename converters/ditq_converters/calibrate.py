@@ -186,6 +186,8 @@ def _manifest(model: nn.Module, plan: SamplingPlan, sampler: str, scheduler: Any
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a new run, or check that an unfinished one is the same."""
+    for leftover in folder.glob(".*.part"):  # of a killed run
+        leftover.unlink()
     if not (folder / "manifest.json").exists():
         write_manifest(folder, manifest)
         return

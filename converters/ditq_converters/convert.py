@@ -45,7 +45,8 @@ def convert(
         The packed transformer, in memory.
 
     Raises:
-        ValueError: an unsupported model, missing statistics, a layer that cannot have the recipe's format.
+        ValueError: an unsupported model, missing statistics, a layer that cannot have the recipe's format, a tensor
+            that is not finite.
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
@@ -54,6 +55,7 @@ def convert(
     model = transformer_of(pipe)
     family = family_of(type(model).__name__)
     plans = plan_layers(model, family, recipe)
+    check_finite(model)
     if stats is not None:
         stats.check_model(model)
     elif recipe.needs_statistics:
@@ -73,6 +75,15 @@ def convert(
     if out is not None:
         save(pipe, packed, Path(out), max_shard_size)
     return packed
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError that names the first tensor of a float model with a NaN or an infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name}: holds a value that is not finite; check the source checkpoint"
+            )
 
 
 def convert_block(

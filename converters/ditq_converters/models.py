@@ -72,4 +72,4 @@ def _refuse_packed(config: Path) -> None:
 def _from_pretrained(kind: str, source: str, torch_dtype: torch.dtype) -> Any:
     import diffusers
 
-    return getattr(diffusers, kind).from_pretrained(source, torch_dtype=torch_dtype)
+    return getattr(diffusers, kind).from_pretrained(source, dtype=torch_dtype)

@@ -44,9 +44,14 @@ def quantize_linear(
         name -> tensor, contiguous.
 
     Raises:
-        ValueError: a weight is not finite.
+        ValueError: a weight or a bias is not finite in fp32.
     """
-    weight = linear.weight.float()
+    weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"quantize_linear: the folded {name} is not finite; check the source checkpoint"
+            )
     tensors, codes = _weights(weight, layer_format)
     if layer_format.activations == "static":
         assert act_range is not None
@@ -58,8 +63,8 @@ def quantize_linear(
         assert smooth_inv is not None
         tensors["smooth_inv"] = smooth_inv.float()
     if layer_format.bias:
-        assert linear.bias is not None
-        tensors["bias"] = linear.bias.float()
+        assert bias is not None
+        tensors["bias"] = bias
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

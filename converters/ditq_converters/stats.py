@@ -23,6 +23,7 @@ from torch import nn
 from ditq_runtime.files import atomic_file, write_json
 
 STATISTICS_VERSION = 1
+KEYS = ("calls", "timesteps", "plan", "sampler", "model_hash")
 
 
 class StatisticsError(ValueError):
@@ -63,8 +64,13 @@ def read_state(folder: Path) -> tuple[int, torch.Tensor] | None:
     path = folder / "state.safetensors"
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["call"]), file.get_tensor("latents")
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["call"]), file.get_tensor("latents")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StatisticsError(
+            f"{path}: the resume point is damaged ({error}); delete the file to start over"
+        ) from error
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -147,10 +153,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise StatisticsError(f"{path}: not valid JSON ({error}); calibrate again") from error
-    if manifest.get("version") != STATISTICS_VERSION:
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != STATISTICS_VERSION:
         raise StatisticsError(
-            f"{path}: version {manifest.get('version')!r}, this ditq reads {STATISTICS_VERSION}; calibrate again"
+            f"{path}: version {version!r}, this ditq reads {STATISTICS_VERSION}; calibrate again"
         )
+    missing = [key for key in KEYS if key not in manifest]
+    if missing:
+        raise StatisticsError(f"{path}: lacks {', '.join(missing)}; calibrate again")
     return manifest
 
 

@@ -117,6 +117,8 @@ def predict(
     """
     parameter = next(model.parameters())
     parts = []
+    training = model.training
+    model.eval()  # a DiT in training mode drops labels at random
     for start in range(0, len(latents), plan.micro_batch):
         chunk = latents[start : start + plan.micro_batch].to(parameter.device, parameter.dtype)
         labels = torch.tensor(
@@ -132,6 +134,7 @@ def predict(
             cond, null = epsilon.chunk(2)
             epsilon = null + plan.guidance * (cond - null)
         parts.append(epsilon)
+    model.train(training)
     return torch.cat(parts)
 
 

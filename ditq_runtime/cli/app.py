@@ -8,12 +8,17 @@ from __future__ import annotations
 import sys
 import traceback
 from importlib.metadata import entry_points
+from typing import Any
 
-import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 GROUP = "ditq.commands"
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # UsageError, of the click that typer runs on
+INTERRUPTED = "interrupted; the same command resumes where it can"
 ORDER = ("demo", "inspect", "calibrate", "convert", "sample", "bench", "doctor")
 HELP = """Low-bit runtime for Diffusion Transformers: convert once, sample in integers.
 
@@ -21,16 +26,26 @@ Start with `ditq demo`. Every command has --help with an example; --debug anywhe
 """
 
 
+class Ordered(TyperGroup):
+    """Lists commands and groups of commands in one order."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order a user meets them."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+
+
 def make_app() -> typer.Typer:
-    """The application with every registered subcommand, in the order a user meets them."""
-    app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-    commands = {entry.name: entry for entry in entry_points(group=GROUP)}
-    for name in sorted(commands, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
-        command = commands[name].load()
+    """The application with every registered subcommand."""
+    app = typer.Typer(
+        cls=Ordered, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    )
+    for entry in entry_points(group=GROUP):
+        command = entry.load()
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
+            app.add_typer(command, name=entry.name)
         else:
-            app.command(name)(command)
+            app.command(entry.name)(command)
     return app
 
 
@@ -41,22 +56,21 @@ def run(arguments: list[str]) -> int:
     _quiet_diffusers()
     try:
         result = make_app()(arguments, prog_name="ditq", standalone_mode=False)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "ditq"
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            Console(stderr=True).print(error.format_message(), markup=False, highlight=False)
-        else:
-            _say(f"{command}: {error.format_message()} See `{command} --help`.")
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; the same command resumes where it can")
+    except (KeyboardInterrupt, typer.Abort):
+        _say(INTERRUPTED)
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, USAGE_ERROR):
+            _say_misuse(error)
+            return 2
         _say(_sentence(error))
+        return 1
+    if result == 130:  # how typer reports Ctrl-C
+        _say(INTERRUPTED)
         return 1
     return result if isinstance(result, int) else 0
 
@@ -82,5 +96,17 @@ def _sentence(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 
+def _say_misuse(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        _console().print(error.format_message())
+        return
+    command = error.ctx.command_path if error.ctx else "ditq"
+    _say(f"{command}: {error.format_message()} See `{command} --help`.")
+
+
 def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"ditq: {text}", markup=False, highlight=False)
+    _console().print(f"ditq: {text}")
+
+
+def _console() -> Console:
+    return Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)

@@ -109,15 +109,21 @@ def load(path: str, dtype: Any, device: Any) -> Any:
         raise ValueError(
             f"{path}: a transformer alone cannot sample; give a pipeline folder with model_index.json"
         )
-    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=None)
     return pipe
 
 
 def check_backend(backend: str, device: Any) -> str:
     """The backend of the integer GEMMs on a device; ValueError if the user asked for another."""
+    import torch
+
     import ditq_kernels as k
 
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}: no CUDA GPU is usable here; drop --device to use the CPU"
+        )
     used = k.backend_of("gemm_w8a8", device)
     if backend not in ("auto", used):
         raise ValueError(
@@ -135,7 +141,11 @@ def label_ids(pipe: Any, text: str) -> list[int]:
     for part in (piece.strip() for piece in text.split(",")):
         if part in names:
             ids.append(names[part])
-        elif part.isdigit() and int(part) < pipe.transformer.config.num_embeds_ada_norm:
+        elif (
+            part.isascii()
+            and part.isdigit()
+            and int(part) < pipe.transformer.config.num_embeds_ada_norm
+        ):
             ids.append(int(part))
         else:
             raise ValueError(

@@ -104,7 +104,7 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     bf16 passes), 1024 inputs at a time sum to at most 2**24: every partial sum is an integer that fp32 holds, so the
     order of summation cannot matter, and int32 adds the parts. Elsewhere fp64 does the same up to 2**53.
     """
-    if q.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision not in IEEE:
+    if q.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision not in IEEE:  # type: ignore[attr-defined]
         return (q.double() @ weight.double().t()).to(torch.int32)
     parts = zip(q.split(EXACT_FP32_INPUTS, 1), weight.split(EXACT_FP32_INPUTS, 1), strict=True)
     first, *others = ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)

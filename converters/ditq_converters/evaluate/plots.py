@@ -10,13 +10,14 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.image import AxesImage
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000")
 
 
 def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
     """SQNR in dB over sampling steps, one line per model; step 1 is the noisiest."""
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.2 + 0.1 * len(curves)), layout="constrained")
     for (name, values), color in zip(curves.items(), PALETTE, strict=False):
         mean = sum(values) / len(values)
         axes.plot(
@@ -28,18 +29,18 @@ def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -
         title=title,
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
 def layer_heatmap(path: Path, names: Sequence[str], errors: torch.Tensor, title: str) -> None:
     """Relative error of every layer at every step."""
     figure, axes = plt.subplots(figsize=(9, 0.2 * len(names) + 1.6), layout="constrained")
-    image = axes.imshow(100 * errors.numpy(), aspect="auto", cmap="magma", interpolation="nearest")
+    image = _per_step(axes, 100 * errors, "magma")
     axes.set_yticks(
         range(len(names)), [name.removeprefix("transformer_blocks.") for name in names], fontsize=7
     )
-    axes.set(xlabel="sampling step (0 = noisiest)", title=title)
+    axes.set(xlabel="sampling step (1 = noisiest)", title=title)
     figure.colorbar(image, ax=axes, label="relative error of the output, %")
     _save(figure, path)
 
@@ -57,15 +58,10 @@ def activation_ranges(path: Path, panels: Mapping[str, torch.Tensor], title: str
     )
     for axes, (name, absmax) in zip(grid[0], panels.items(), strict=True):
         order = absmax.amax(0).argsort(descending=True)
-        image = axes.imshow(
-            absmax[:, order].T.log10().numpy(),
-            aspect="auto",
-            cmap="viridis",
-            interpolation="nearest",
-        )
+        image = _per_step(axes, absmax[:, order].T.log10(), "viridis")
         spread = absmax.amax(0)
         ratio = float(spread.max() / spread.median())
-        axes.set(xlabel="sampling step (0 = noisiest)", ylabel="channel, widest first")
+        axes.set(xlabel="sampling step (1 = noisiest)", ylabel="channel, widest first")
         axes.set_title(f"{name}\nwidest / median channel: {ratio:.1f}", fontsize=10)
         figure.colorbar(image, ax=axes, label="log10 of largest |x|")
     figure.suptitle(title)
@@ -102,6 +98,15 @@ def stacked_sizes(path: Path, sizes: Mapping[str, Mapping[str, int]], title: str
     axes.set(xlabel="MiB on disk", title=title)
     axes.legend(fontsize=7, loc="lower right")
     _save(figure, path)
+
+
+def _per_step(axes: plt.Axes, values: torch.Tensor, cmap: str) -> AxesImage:
+    """Draw [rows, steps] as an image whose columns are numbered from 1."""
+    rows, steps = values.shape
+    box = (0.5, steps + 0.5, rows - 0.5, -0.5)
+    return axes.imshow(
+        values.numpy(), aspect="auto", cmap=cmap, interpolation="nearest", extent=box
+    )
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

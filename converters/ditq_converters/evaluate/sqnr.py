@@ -53,6 +53,8 @@ def sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> tuple[float, float
     """
     power = signal.double().flatten(1).pow(2).sum(1)
     noise = (quantized.double() - signal.double()).flatten(1).pow(2).sum(1)
+    if not bool(torch.isfinite(power).all() and torch.isfinite(noise).all()):
+        raise ValueError("sqnr: a model gave values that are not finite; its SQNR is undefined")
     if not bool((noise > 0).all()):
         raise ValueError(
             "sqnr: a sample has no quantization noise at all; is the quantized model the float model?"

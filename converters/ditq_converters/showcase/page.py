@@ -49,6 +49,7 @@ def write_page(out: Path, report: dict[str, Any]) -> None:
         _variants(report["salient"]),
         _image("samples-salient.png"),
         _image("sqnr-free-salient.png"),
+        _image("sqnr-forced-salient.png"),
         "<h2>What ran</h2>",
         _execution(report["digits"]["variants"]["W4A8"]["execution"]),
         f"<p>{escape(str(report['versions']))}; {report['seconds']:.0f} s in all; figures in report.json.</p>",

@@ -66,7 +66,10 @@ def absmax(study: Study, site: str) -> torch.Tensor:
 
 def side_by_side(path: Path, study: Study, names: list[str]) -> None:
     """One grid per model, same seeds at the same places, with captions."""
-    panels = [(name, grid(study.decode(study.samples[name][:SHOWN]), columns=8)) for name in names]
+    panels = [
+        (name, grid(study.decode(study.samples[name][:SHOWN]), columns=8, scale=2))
+        for name in names
+    ]
     captioned = [_caption(image, name, study.figures) for name, image in panels]
     grid(captioned, columns=3, gap=12).save(path)
 

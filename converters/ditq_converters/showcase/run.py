@@ -116,7 +116,7 @@ def _study(
     pipe = DiffusionPipeline.from_pretrained(float_folder)
     stats = calibrate(
         pipe,
-        folder / "stats",
+        folder / f"stats-{settings.steps}x{settings.calibration_samples}",
         settings.steps,
         settings.calibration_samples,
         settings.guidance,

@@ -1,0 +1,98 @@
+"""A recipe is validated once, with the choices in the sentence."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ditq_converters import Recipe
+
+
+def test_defaults():
+    assert Recipe().to_dict() == {
+        "method": "smoothquant",
+        "weights": "w8",
+        "activations": "token",
+        "group_size": 64,
+        "modulation": "w8",
+        "keep": [],
+        "alpha": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"method": "awq"}, "method must be one of linear, smoothquant, got 'awq'"),
+        ({"weights": "w4"}, "weights must be one of w8, w4p, got 'w4'"),
+        ({"weights": "fp32"}, "weights must be one of"),
+        ({"activations": "tensor"}, "activations must be one of token, static, got 'tensor'"),
+        ({"activations": "none"}, "activations must be one of"),
+        ({"modulation": "fp32"}, "modulation must be one of w8, w4p, got 'fp32'"),
+        ({"group_size": 0}, "group_size must be a positive multiple of 32, got 0"),
+        ({"group_size": -64}, "group_size must be"),
+        ({"group_size": 16}, "group_size must be"),
+        ({"group_size": 48}, "group_size must be"),
+        ({"alpha": -0.01}, "alpha must lie in"),
+        ({"alpha": 1.01}, "alpha must lie in"),
+        ({"alpha": math.nan}, "alpha must lie in"),
+    ],
+)
+def test_refusals(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"group_size": 32},
+        {"group_size": 4608},
+        {"modulation": "w4p"},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(fields):
+    Recipe(**fields)
+
+
+def test_one_keep_pattern_is_not_a_string_of_patterns():
+    """Its characters would be the patterns, and `*` among them would keep every layer float, silently."""
+    with pytest.raises(ValueError, match="keep"):
+        Recipe(keep="*.to_q")
+
+
+@pytest.mark.parametrize(
+    ("method", "activations", "needed"),
+    [
+        ("linear", "token", False),
+        ("linear", "static", True),
+        ("smoothquant", "token", True),
+        ("smoothquant", "static", True),
+    ],
+)
+def test_who_needs_statistics(method, activations, needed):
+    assert Recipe(method=method, activations=activations).needs_statistics is needed
+
+
+def test_modulation_follows_the_weights_unless_told():
+    assert Recipe(weights="w4p").modulation_weights == "w4p"
+    assert Recipe(weights="w4p", modulation="w8").modulation_weights == "w8"
+
+
+def test_keep_patterns_match_whole_names():
+    recipe = Recipe(keep=("*.attn1.to_q", "blocks.0.*"))
+    assert recipe.keeps("blocks.7.attn1.to_q")
+    assert recipe.keeps("blocks.0.ff")
+    assert not recipe.keeps("blocks.7.attn1.to_q.x")
+    assert not recipe.keeps("blocks.10.ff")
+    assert not Recipe().keeps("anything")
+
+
+def test_a_recipe_is_frozen_and_json_safe():
+    recipe = Recipe(keep=("a*", "b"))
+    assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.alpha = 0.7

@@ -1,0 +1,150 @@
+"""Tiny random DiTs, converted once for the whole folder."""
+
+import json
+import struct
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from ditq_converters import Recipe, calibrate, convert
+from ditq_converters.demo.identity_vae import build_identity_vae
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+NAMES = {"3": "three", "7": "seven"}
+
+# name -> (which float model, recipe); "shared" has one embedder for all blocks, "own" one in each
+RECIPES = {
+    "w8_static": ("own", Recipe("smoothquant", "w8", "static")),
+    "w8_token": ("shared", Recipe("linear", "w8", "token")),
+    "w4p_static": ("shared", Recipe("smoothquant", "w4p", "static", group_size=32)),
+    "w4p_token": ("own", Recipe("smoothquant", "w4p", "token", group_size=32, modulation="w8")),
+    "kept": ("shared", Recipe("smoothquant", "w8", "token", keep=("*.attn1.to_q",))),
+}
+
+
+def _build_model(shared=False, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    }
+    model = DiTTransformer2DModel(**{**config, **changes}).eval().requires_grad_(False)
+    first, *others = model.transformer_blocks
+    for block in model.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.05)
+        torch.nn.init.normal_(block.norm1.linear.bias, std=0.3)
+    for block in others if shared else ():
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return model
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    """Builds a random DiT, 64 wide, with 16 tokens."""
+    return _build_model
+
+
+@pytest.fixture(scope="session")
+def pipes():
+    """Float pipelines: kind -> DiTPipeline."""
+    return {
+        kind: DiTPipeline(
+            _build_model(shared=kind == "shared"),
+            build_identity_vae(),
+            DDIMScheduler(clip_sample=False),
+            id2label=NAMES,
+        )
+        for kind in ("own", "shared")
+    }
+
+
+@pytest.fixture(scope="session")
+def stats(pipes, tmp_path_factory):
+    """Calibrations: kind -> CalibrationStats."""
+    folder = tmp_path_factory.mktemp("stats")
+    return {
+        kind: calibrate(pipe, folder / kind, steps=2, samples=2, quiet=True)
+        for kind, pipe in pipes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def packed_folder(pipes, stats, tmp_path_factory):
+    """Recipe name -> a packed pipeline folder, made at the first request; do not change it."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            kind, recipe = RECIPES[name]
+            made[name] = tmp_path_factory.mktemp("packed") / name
+            convert(pipes[kind], recipe, stats[kind], made[name], quiet=True)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load():
+    """Loads the transformer of a pipeline folder."""
+    return lambda folder, **options: DiTTransformer2DModel.from_pretrained(
+        folder / "transformer", **options
+    )
+
+
+@pytest.fixture(scope="session")
+def forward():
+    """Runs a model on a fixed batch of two."""
+
+    def run(model, dtype=torch.float32):
+        latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        timestep, labels = torch.tensor([10, 900]), torch.tensor([3, 1000])
+        with torch.no_grad():
+            return model(latents, timestep=timestep, class_labels=labels).sample
+
+    return run
+
+
+class Weights:
+    """A safetensors file taken apart: name -> [dtype, shape, bytes], to be put together damaged."""
+
+    def __init__(self, path):
+        raw = path.read_bytes()
+        self.path, self.raw = path, raw
+        (length,) = struct.unpack("<Q", raw[:8])
+        self.data_begin = 8 + length
+        header = json.loads(raw[8 : self.data_begin])
+        self.metadata = header.pop("__metadata__", {})
+        self.entries = {}
+        for name, entry in header.items():
+            begin, end = (self.data_begin + offset for offset in entry["data_offsets"])
+            self.entries[name] = [entry["dtype"], entry["shape"], raw[begin:end]]
+
+    def write(self, changes, path=None):
+        """Write with some entries changed (None: left out; a new name: added)."""
+        header, data, end = {"__metadata__": self.metadata}, [], 0
+        for name, entry in {**self.entries, **changes}.items():
+            if entry is None:
+                continue
+            dtype, shape, content = entry
+            header[name] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [end, end + len(content)],
+            }
+            data.append(content)
+            end += len(content)
+        text = json.dumps(header).encode()
+        (path or self.path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data))
+
+
+@pytest.fixture(scope="session")
+def take_apart():
+    """Opens a safetensors file for damage."""
+    return Weights

@@ -1,0 +1,154 @@
+"""Scheme and LayerFormat: what they store, and the sentences with which they refuse."""
+
+import json
+
+import pytest
+import torch
+
+from ditq_runtime import CheckpointError, LayerFormat, Scheme
+
+FORMATS = {
+    "w8_token": LayerFormat("w8", "token"),
+    "w4p_static": LayerFormat("w4p", "static", group_size=32, smooth=True, bias=False),
+    "kept": LayerFormat("fp32", "none"),
+}
+LAYERS = {"blocks.0.a": "w8_token", "blocks.0.b": "w4p_static", "blocks.1.a": "kept"}
+SCHEME = Scheme("DiTTransformer2DModel", True, FORMATS, LAYERS)
+
+
+def _stored(**changes):
+    return {**SCHEME.to_dict(), **changes}
+
+
+def _format(**changes):
+    entry = {"weights": "w8", "activations": "token", "group_size": None}
+    return {**entry, "smooth": False, "bias": True, **changes}
+
+
+def test_a_scheme_survives_json():
+    again = Scheme.from_dict(json.loads(json.dumps(SCHEME.to_dict())))
+    assert again == SCHEME
+    assert again.format_of("blocks.0.b") == FORMATS["w4p_static"]
+
+
+def test_the_stored_form_is_what_the_format_document_says():
+    assert SCHEME.to_dict() == {
+        "architecture": "DiTTransformer2DModel",
+        "shared_embedder": True,
+        "formats": {
+            "w8_token": _format(),
+            "w4p_static": _format(
+                weights="w4p", activations="static", group_size=32, smooth=True, bias=False
+            ),
+            "kept": _format(weights="fp32", activations="none"),
+        },
+        "layers": LAYERS,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"weights": "w5"}, r"weights must be one of .*'w8', 'w4p', 'fp32'.*got 'w5'"),
+        ({"weights": ["w8"]}, r"weights must be one of .*got \['w8'\]"),
+        ({"activations": "int8"}, r"activations must be one of .*'token'.*got 'int8'"),
+        (
+            {"weights": "w4p"},
+            r"group_size belongs to w4p and only there, got weights='w4p', .*None",
+        ),
+        ({"group_size": 32}, r"group_size belongs to w4p and only there, got weights='w8'.*=32"),
+        ({"weights": "fp32"}, "fp32 weights cannot have quantized activations"),
+        ({"activations": "none", "smooth": True}, "smooth needs quantized activations"),
+    ],
+)
+def test_formats_that_no_op_runs_are_refused(fields, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        LayerFormat(**_format(**fields))
+    with pytest.raises(CheckpointError, match=sentence):
+        Scheme.from_dict(_stored(formats={**SCHEME.to_dict()["formats"], "x": _format(**fields)}))
+
+
+@pytest.mark.parametrize(
+    ("stored", "sentence"),
+    [
+        (None, "scheme: expected an object, got NoneType"),
+        ([], "scheme: expected an object, got list"),
+        ({}, r"scheme: missing keys \['architecture', 'formats', 'layers', 'shared_embedder'\]"),
+        (_stored(extra=1), r"scheme: missing keys \[\], unknown keys \['extra'\]"),
+        (_stored(formats=[]), "scheme: formats must be of type dict"),
+        (_stored(layers=[]), "scheme: layers must be of type dict"),
+        (_stored(formats={"f": 3}), r"scheme.formats.f: expected an object, got int"),
+        (_stored(formats={"f": {}}), r"scheme.formats.f: missing keys \['activations', 'bias'"),
+        (_stored(formats={"f": _format(odd=1)}), r"scheme.formats.f: .*unknown keys \['odd'\]"),
+        (_stored(layers={"a": "w3"}), r"layers name formats that are not defined: \['w3'\]"),
+        (_stored(layers={"a": ["kept"]}), "the format of a must be of type str"),
+        (_stored(layers={}), "no layer is listed, so nothing would be quantized"),
+    ],
+)
+def test_malformed_schemes_are_refused(stored, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        Scheme.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        _stored(shared_embedder="false"),
+        _stored(architecture=3),
+        _stored(formats={"1": _format()}, layers={"a": 1}),
+        _stored(formats={"f": _format(bias="no")}, layers={"a": "f"}),
+        _stored(formats={"f": _format(smooth=1)}, layers={"a": "f"}),
+    ],
+    ids=["embedder", "architecture", "format name", "bias", "smooth"],
+)
+def test_values_of_another_type_are_refused_and_not_guessed(stored):
+    with pytest.raises(CheckpointError):
+        Scheme.from_dict(stored)
+
+
+@pytest.mark.parametrize("size", [0, -32, 16, 48, 96, 256, 32.0, "32", True])
+def test_group_sizes_that_do_not_fit_are_refused(size):
+    with pytest.raises(CheckpointError, match=r"multiple of 32 that divides the 128 inputs, got"):
+        LayerFormat("w4p", "token", group_size=size).tensors(128, 8)
+
+
+@pytest.mark.parametrize(
+    ("layer_format", "ops"),
+    [
+        (LayerFormat("w8", "token"), ("quantize_per_token", "gemm_w8a8")),
+        (LayerFormat("w8", "static"), ("quantize_static", "gemm_w8a8")),
+        (LayerFormat("w4p", "token", 32), ("quantize_per_token", "gemm_w4a8")),
+        (LayerFormat("w4p", "static", 32), ("quantize_static", "gemm_w4a8")),
+        (LayerFormat("w8", "none"), ("linear_w8",)),
+        (LayerFormat("w4p", "none", 32), ("linear_w4",)),
+        (LayerFormat("fp32", "none"), ()),
+    ],
+)
+def test_ops_of_every_format(layer_format, ops):
+    assert layer_format.ops == ops
+    assert layer_format.integer_gemm == (len(ops) == 2)
+
+
+def test_stored_tensors_of_the_fullest_format():
+    stored = LayerFormat("w4p", "static", group_size=64, smooth=True).tensors(128, 6)
+    assert stored == {
+        "weight": (torch.uint8, (6, 64)),
+        "weight_scale": (torch.float32, (6,)),
+        "group_scale": (torch.uint8, (6, 2)),
+        "group_offset": (torch.int8, (6, 2)),
+        "weight_sum": (torch.int32, (6,)),
+        "act_scale": (torch.float32, (1,)),
+        "act_zero": (torch.int32, (1,)),
+        "smooth_inv": (torch.float32, (128,)),
+        "bias": (torch.float32, (6,)),
+    }
+
+
+def test_stored_tensors_of_the_barest_formats():
+    assert LayerFormat("w8", "token", bias=False).tensors(5, 3) == {
+        "weight": (torch.int8, (3, 5)),
+        "weight_scale": (torch.float32, (3,)),
+    }
+    assert LayerFormat("fp32", "none", bias=False).tensors(5, 3) == {
+        "weight": (torch.float32, (3, 5))
+    }
