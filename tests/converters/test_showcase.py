@@ -104,7 +104,7 @@ def test_the_models_it_left_load(made):
 def test_it_can_be_run_again_with_other_settings(made):
     """`ditq demo --quick` and then `ditq demo` write to the same default folder."""
     out, before = made
-    again = run_showcase(out, Settings(2, 1.5, 2, 4, 1, 1))
+    again = run_showcase(out, Settings(2, 1.5, 2, 4, 2, 1))
     assert again["settings"]["steps"] == 2
     assert len(again["digits"]["variants"]["W8A8"]["sqnr_free"]["mean_of_ratios_db"]) == 2
     assert before["settings"]["steps"] == 3

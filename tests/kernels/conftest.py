@@ -5,9 +5,7 @@ import os
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"  # tests/conftest.py decides
 
 
 def pytest_configure(config):

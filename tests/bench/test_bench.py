@@ -1,0 +1,86 @@
+"""The bench prints no time for a wrong answer, compares within one run, and says where it measured."""
+
+import csv
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import ditq_kernels as k
+from ditq_bench import SHAPES, GemmShape
+from ditq_bench.cli import bench
+from ditq_bench.gemm import BASELINE, bench_gemm
+from ditq_bench.results import FIELDS
+from ditq_bench.timing import time_in_turn
+
+SMALL = GemmShape("small", 8, 128, 32)
+CPU = torch.device("cpu")
+
+
+def test_operations_of_a_known_shape():
+    fc1 = next(shape for shape in SHAPES["dit-xl-256"] if shape.name.endswith("fc1"))
+    assert (fc1.tokens, fc1.inputs, fc1.outputs) == (512, 1152, 4608)
+    assert fc1.operations == 2 * 512 * 1152 * 4608
+
+
+def test_candidates_run_in_turn_after_a_warm_up():
+    order = []
+    timings = time_in_turn(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=4
+    )
+    assert order == ["a", "b"] * 5
+    assert timings["a"].rounds == 4
+    assert timings["a"].p20 <= timings["a"].median <= timings["a"].p80
+
+
+def test_a_spent_budget_still_gives_three_rounds():
+    assert time_in_turn({"a": lambda: None}, CPU, rounds=100, budget=0.0)["a"].rounds == 3
+
+
+def test_ratios_are_of_the_same_run():
+    rows = {row.candidate: row for row in bench_gemm(SMALL, CPU, budget=0.0)}
+    assert rows[BASELINE].speedup == 1.0
+    for row in rows.values():
+        assert row.speedup == pytest.approx(rows[BASELINE].timing.median / row.timing.median)
+        assert row.tops == pytest.approx(SMALL.operations / row.timing.median / 1e12)
+    assert rows["ditq W8A8"].error < 1e-6
+
+
+@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+def test_a_wrong_kernel_gets_no_time(op, monkeypatch):
+    right = getattr(k, op)
+    monkeypatch.setattr(k, op, lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    with pytest.raises(RuntimeError, match="is wrong .* no time is reported"):
+        bench_gemm(SMALL, CPU, budget=0.0)
+
+
+@pytest.fixture
+def app():
+    app = typer.Typer()
+    app.add_typer(bench, name="bench")
+    return app
+
+
+def test_the_command_writes_rows_with_their_origin(app, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "small", (SMALL,))
+    arguments = ["bench", "kernels", "--shapes", "small", "--budget", "0", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["backend"] == "reference"
+    with (tmp_path / "gemm.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(FIELDS)
+    assert {row["candidate"] for row in rows} == {row["candidate"] for row in report["rows"]}
+    assert all(row["device"] and row["torch"] == torch.__version__ for row in rows)
+    assert {row["backend"] for row in rows} == {"torch", "reference"}
+
+
+def test_unknown_shapes_are_misuse(app, tmp_path):
+    arguments = ["bench", "kernels", "--shapes", "huge", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "dit-xl-256" in result.output
+    assert not (tmp_path / "out").exists()
