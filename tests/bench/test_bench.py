@@ -52,7 +52,7 @@ def test_ratios_are_of_the_same_run():
 def test_a_wrong_kernel_gets_no_time(op, monkeypatch):
     right = getattr(k, op)
     monkeypatch.setattr(k, op, lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
-    with pytest.raises(RuntimeError, match="is wrong .* no time is reported"):
+    with pytest.raises(RuntimeError, match=r"is wrong .* no time is reported"):
         bench_gemm(SMALL, CPU, budget=0.0)
 
 
