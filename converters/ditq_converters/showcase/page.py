@@ -90,7 +90,7 @@ def _variants(study: dict[str, Any]) -> str:
             "",
             "",
             f"{base['accuracy']:.3f}",
-            f"{base['digit_fd']:.2f}",
+            _number(base["digit_fd"]),
             _mib(study["bytes"]["float"]),
             "",
         ]
@@ -103,7 +103,7 @@ def _variants(study: dict[str, Any]) -> str:
                 f"{v['sqnr_forced']['mean_db']:.1f}",
                 f"{v['psnr_db']:.1f}",
                 f"{v['accuracy']:.3f}",
-                f"{v['digit_fd']:.2f}",
+                _number(v["digit_fd"]),
                 _mib(study["bytes"][name]),
                 f"{v['convert_seconds']:.1f}",
             ]
@@ -119,7 +119,7 @@ def _variants(study: dict[str, Any]) -> str:
         "MiB",
         "convert, s",
     ]
-    note = f"<p>{samples} samples per model; digit-FD compares only rows of one table.</p>"
+    note = f"<p>{samples} samples per model; digit-FD compares rows of one table, from 65 samples on.</p>"
     return _table(header, rows) + note
 
 
@@ -153,6 +153,10 @@ def _execution(execution: dict[str, Any]) -> str:
     return line + _table(
         ["layer", "ops", "weights", "activations", "bytes", "backend", "note"], rows
     )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _mib(parts: dict[str, int]) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ditq_converters.demo.classifier import score
+from ditq_converters.demo.classifier import FEATURES, score
 from ditq_converters.trajectory import Call, SamplingPlan
 
 PEAK = 2.0  # images lie in [-1, 1]
+FEWEST_FOR_FD = FEATURES + 1
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ def paired_psnr(reference: torch.Tensor, images: torch.Tensor) -> float:
     return 10 * float((PEAK**2 / clamped).log10())
 
 
-def score_samples(latents: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float]:
-    """Classifier accuracy, mean probability of the right class, and digit-FD of final latents [S, 1, 8, 8]."""
+def score_samples(latents: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float | None]:
+    """Accuracy, mean probability of the right class, and digit-FD of final latents [S, 1, 8, 8].
+
+    digit-FD is None below FEWEST_FOR_FD samples, where the covariance of its 64 features is singular.
+    """
     result = score(latents.clamp(-1, 1), torch.tensor(labels))
     return {
         "accuracy": result.accuracy,
         "mean_probability": result.mean_probability,
-        "digit_fd": result.digit_fd,
+        "digit_fd": result.digit_fd if len(labels) >= FEWEST_FOR_FD else None,
     }
