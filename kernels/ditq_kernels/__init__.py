@@ -9,6 +9,7 @@
 Importing loads neither Triton nor CUDA.
 """
 
+from ditq_kernels.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels.backend import backend_of
 from ditq_kernels.numerics import (
     INT8_LEVELS,
@@ -44,6 +45,8 @@ __all__ = [
     "W4P",
     "W8",
     "asymmetric_scale",
+    "attention_qk_int8_pv_bf16",
+    "attention_qk_int8_pv_int8",
     "backend_of",
     "dequantize",
     "expand_w4p",

@@ -5,7 +5,16 @@ from types import ModuleType
 
 import torch
 
-TRITON_OPS = frozenset({"quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8"})
+TRITON_OPS = frozenset(
+    {
+        "quantize_per_token",
+        "quantize_static",
+        "gemm_w8a8",
+        "gemm_w4a8",
+        "attention_qk_int8_pv_int8",
+        "attention_qk_int8_pv_bf16",
+    }
+)
 TORCH_OPS = frozenset({"linear_w8", "linear_w4"})
 
 

@@ -3,6 +3,8 @@
 Each check raises ValueError with one sentence: op, what was expected, what came, what to do.
 """
 
+import math
+
 import torch
 
 from ditq_kernels.packing import GROUP_MULTIPLE
@@ -12,6 +14,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # int32 holds the whole sum of K products, also at the extremes of int8
 MAX_K_SYMMETRIC = (2**31 - 1) // (128 * 128)
 MAX_K_ASYMMETRIC = (2**31 - 1) // (255 * 128)
+MAX_KEYS = (2**31 - 1) // (255 * 255)  # of probability codes times values with a zero point
+
+HEAD_DIMS = (32, 64, 72, 88, 96, 128)  # of attention
 
 
 def check_matrix(
@@ -127,6 +132,91 @@ def check_zero_point(
             f"{op}: zero_point and weight_sum go together, {missing} is missing; pass "
             "weight_sum = qweight.sum(1, dtype=torch.int32), or neither for symmetric activations"
         )
+
+
+def check_attention(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_dtype: torch.dtype
+) -> None:
+    """Queries, keys and values that fit together, of a head dimension that has kernels."""
+    named = (("q", q, torch.int8), ("k", k, torch.int8), ("v", v, v_dtype))
+    for name, tensor, dtype in named:
+        if tensor.dim() != 4 or tensor.dtype != dtype:
+            raise ValueError(
+                f"{op}: {name} must be [B, H, T, D] {_names((dtype,))}, got {_describe(tensor)}; "
+                "split the heads and convert it"
+            )
+        if tensor.stride(3) != 1:
+            raise ValueError(
+                f"{op}: rows of {name} must be contiguous, got strides {tuple(tensor.stride())}; "
+                "call .contiguous()"
+            )
+        check_device(op, name, tensor, like=q)
+    batch, heads, _, head_dim = q.shape
+    for name, tensor, _ in named[1:]:
+        expected = (batch, heads, k.shape[2], head_dim)
+        if tensor.shape != expected or tensor.shape[2] == 0:
+            raise ValueError(
+                f"{op}: {name} must be [B, H, Tk, D] with B={batch}, H={heads}, D={head_dim} as in q "
+                f"and one Tk of at least 1 for k and v, got {list(tensor.shape)}; "
+                "repeat grouped heads, which are not supported"
+            )
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"{op}: the head dimension must be one of {HEAD_DIMS}, got {head_dim}; "
+            "pad with zero columns, or use torch's scaled_dot_product_attention"
+        )
+
+
+def check_attention_sum(op: str, num_keys: int) -> None:
+    """Few enough keys for an int32 sum of probability codes times values."""
+    if num_keys > MAX_KEYS:
+        raise ValueError(
+            f"{op}: Tk must be at most {MAX_KEYS} for the int32 sum not to overflow, got "
+            f"Tk={num_keys}; use attention_qk_int8_pv_bf16"
+        )
+
+
+def check_attention_scale(op: str, name: str, scale: torch.Tensor, like: torch.Tensor) -> None:
+    """A contiguous fp32 scale: one, one a head, or one a token of `like`."""
+    batch, heads, num_tokens, _ = like.shape
+    shapes = ((1,), (heads,), (batch, heads, num_tokens))
+    if scale.dtype != torch.float32 or tuple(scale.shape) not in shapes:
+        expected = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(
+            f"{op}: {name} must be float32 of shape {expected}, got {_describe(scale)}; "
+            "pass one value, one per head, or one per token"
+        )
+    if not scale.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, got strides {tuple(scale.stride())}; "
+            "call .contiguous()"
+        )
+    check_device(op, name, scale, like)
+
+
+def check_softmax_scale(op: str, softmax_scale: float) -> None:
+    """A positive, finite multiplier of the logits."""
+    if not 0.0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"{op}: softmax_scale must be positive and finite, got {softmax_scale}; "
+            "it is usually D ** -0.5"
+        )
+
+
+def check_key_mask(op: str, key_mask: torch.Tensor, like: torch.Tensor) -> None:
+    """A contiguous bool mask over the keys of each image."""
+    expected = (like.shape[0], like.shape[2])
+    if key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected:
+        raise ValueError(
+            f"{op}: key_mask must be [B, Tk] = {list(expected)} bool, True where a key is attended, got "
+            f"{_describe(key_mask)}; biases, causal masks and masks per head or query are not supported"
+        )
+    if not key_mask.is_contiguous():
+        raise ValueError(
+            f"{op}: key_mask must be contiguous, got strides {tuple(key_mask.stride())}; "
+            "call .contiguous()"
+        )
+    check_device(op, "key_mask", key_mask, like)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

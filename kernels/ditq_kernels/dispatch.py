@@ -162,3 +162,68 @@ def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
 @linear_w4.register_fake
 def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
     return x.new_empty((x.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::attention_qk_int8_pv_int8", mutates_args=())
+def attention_qk_int8_pv_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero_point: torch.Tensor | None,
+    softmax_scale: float,
+    key_mask: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `attention.attention_qk_int8_pv_int8`."""
+    return reference.attention_qk_int8_pv_int8(
+        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype
+    )
+
+
+@attention_qk_int8_pv_int8.register_kernel("cuda")
+def _(q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype):
+    return load_kernel("attention_qk_int8_pv_int8").launch(
+        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype
+    )
+
+
+@attention_qk_int8_pv_int8.register_fake
+def _(q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype):
+    return _attention_output(q, out_dtype)
+
+
+@torch.library.custom_op("ditq::attention_qk_int8_pv_bf16", mutates_args=())
+def attention_qk_int8_pv_bf16(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    softmax_scale: float,
+    key_mask: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `attention.attention_qk_int8_pv_bf16`."""
+    return reference.attention_qk_int8_pv_bf16(
+        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype
+    )
+
+
+@attention_qk_int8_pv_bf16.register_kernel("cuda")
+def _(q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype):
+    return load_kernel("attention_qk_int8_pv_bf16").launch(
+        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype
+    )
+
+
+@attention_qk_int8_pv_bf16.register_fake
+def _(q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype):
+    return _attention_output(q, out_dtype)
+
+
+def _attention_output(q, out_dtype):
+    batch, heads, num_queries, head_dim = q.shape
+    return q.new_empty((batch, num_queries, heads, head_dim), dtype=out_dtype).transpose(1, 2)

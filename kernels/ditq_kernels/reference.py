@@ -4,6 +4,8 @@ Floats are fp32 and every line is one correctly rounded step, so a kernel can ma
 Arguments are trusted: `ops.py` checked them.
 """
 
+import math
+
 import torch
 
 from ditq_kernels import numerics, packing
@@ -114,3 +116,77 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:
     x = x.float()
     return x if smooth_inv is None else x * smooth_inv
+
+
+def attention_qk_int8_pv_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero_point: torch.Tensor | None,
+    softmax_scale: float,
+    key_mask: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Attention [B, H, Tq, D] on int8 codes; probabilities are codes 0 to 255 of the row maximum."""
+    p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
+    codes = (p.double() * numerics.INT8_LEVELS).round()  # ties to even, of the exact product
+    values = v.double()
+    if v_zero_point is not None:
+        values = values - v_zero_point[:, None, None]
+    code_sum = codes.sum(dim=3, keepdim=True).clamp_min(1).float()  # no keys: 0 / 1
+    # integers below 2**31 all the way: fp64 sums them exactly
+    y = (codes @ values).float() * (v_scale[:, None, None] / code_sum)
+    return _by_token(y.to(out_dtype))
+
+
+def attention_qk_int8_pv_bf16(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    softmax_scale: float,
+    key_mask: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Attention [B, H, Tq, D] on int8 queries and keys, bf16 probabilities and values."""
+    p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
+    p_sum = p.double().sum(dim=3, keepdim=True).float()
+    inv_sum = 1 / torch.where(p_sum > 0, p_sum, 1.0)  # no keys: 0 / 1
+    y = (p.bfloat16().double() @ v.double()).float() * inv_sum
+    return _by_token(y.to(out_dtype))
+
+
+def _unnormalized_probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    softmax_scale: float,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """exp2(logit - row maximum), fp32 [B, H, Tq, Tk]; rows without keys are zero."""
+    total = (q.double() @ k.double().transpose(2, 3)).float()  # integers up to 2**21
+    softmax_step = torch.tensor(softmax_scale * math.log2(math.e), dtype=torch.float32)
+    row_step = _per_row(q_scale) * softmax_step.to(q.device)
+    logits = total * (row_step * _per_row(k_scale).transpose(-2, -1))
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    top = logits.amax(dim=3, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    return torch.exp2((logits - top).double()).float()  # correctly rounded on any device
+
+
+def _per_row(scale: torch.Tensor) -> torch.Tensor:
+    """[1], [H] or [B, H, T] as something that broadcasts against [B, H, T, 1]."""
+    return scale[..., None] if scale.dim() == 3 else scale[:, None, None]
+
+
+def _by_token(y: torch.Tensor) -> torch.Tensor:
+    """The same values over [B, T, H, D] memory."""
+    batch, heads, num_tokens, head_dim = y.shape
+    out = y.new_empty((batch, num_tokens, heads, head_dim)).transpose(1, 2)
+    return out.copy_(y)

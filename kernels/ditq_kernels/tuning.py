@@ -1,7 +1,8 @@
 """Launch configurations: data in `tuned/*.json`, looked up by device, op and shape. Nothing is timed here.
 
 A table is a list of rows per op; the first row that fits wins. A row fits when the call has at most
-`max_tokens` tokens and `max_in_features` inputs (absent: no limit). The device's own table, such as
+`max_tokens` tokens and `max_in_features` inputs (absent: no limit); for attention these are keys and
+the head dimension. The device's own table, such as
 `NVIDIA_H200.json`, comes before the table of its architecture, such as `sm_90.json`.
 """
 
@@ -35,6 +36,16 @@ class TileConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch of an attention kernel: one program computes block_q queries of one head."""
+
+    block_q: int
+    block_k: int  # keys per iteration, at most; all keys in one tile are looked at once
+    num_warps: int
+    num_stages: int
+
+
 def row_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> RowConfig:
     """Launch configuration of a row-wise kernel."""
     return RowConfig(**_fitting_row(op, tables, num_tokens, in_features))
@@ -43,6 +54,13 @@ def row_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: i
 def tile_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> TileConfig:
     """Launch configuration of a GEMM."""
     return TileConfig(**_fitting_row(op, tables, num_tokens, in_features))
+
+
+def attention_config(
+    op: str, tables: tuple[str, ...], num_keys: int, head_dim: int
+) -> AttentionConfig:
+    """Launch configuration of an attention kernel."""
+    return AttentionConfig(**_fitting_row(op, tables, num_keys, head_dim))
 
 
 @functools.cache

@@ -63,3 +63,39 @@ def exact_bf16_in_the_interpreter(monkeypatch):
         return convert(values, source, target, rounding)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def attention_problem():
+    """A function that builds arguments of both attention ops, by name."""
+
+    def build(queries, keys, head_dim, generator, scales="per_token", mask=True, batch=2, heads=2):
+        """Keyword arguments of both ops; logits deviate by about 1, values by 1 around 0.5."""
+        shape = {"static": (1,), "per_head": (heads,)}
+        factor = 0.8 + 0.4 * torch.rand(2, batch, heads, max(queries, keys), generator=generator)
+        factor *= 1 / 74  # deviation of uniform int8 codes
+        q_scale, k_scale = factor[0, ..., :queries].contiguous(), factor[1, ..., :keys].contiguous()
+        if scales != "per_token":
+            q_scale, k_scale = (s.flatten()[: shape[scales][0]].clone() for s in (q_scale, k_scale))
+        key_mask = torch.rand(batch, keys, generator=generator) < 0.7
+        key_mask[:, 0] = True
+        values = torch.randn(batch, heads, keys, head_dim, generator=generator) + 0.5
+        per_head = heads if scales != "static" else 1
+        return {
+            "q": _codes((batch, heads, queries, head_dim), generator),
+            "k": _codes((batch, heads, keys, head_dim), generator),
+            "v": _codes((batch, heads, keys, head_dim), generator),
+            "values": values.bfloat16(),
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": torch.rand(per_head, generator=generator) / 74 + 0.01,
+            "v_zero_point": torch.randint(-128, 128, (per_head,), generator=generator).int(),
+            "softmax_scale": head_dim**-0.5,
+            "key_mask": key_mask if mask else None,
+        }
+
+    return build
+
+
+def _codes(shape, generator):
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)

@@ -136,3 +136,78 @@ def test_weight_only_linears_refuse():
         k.linear_w4(x, w.expand(), w.group_scale, w.group_offset, w.scale)
     with pytest.raises(ValueError, match=r"^linear_w4: bias must be \[8\] float32"):
         k.linear_w4(x, w.packed, w.group_scale, w.group_offset, w.scale, torch.ones(7))
+
+
+def attention_arguments(pv):
+    arguments = {
+        "q": torch.zeros(2, 3, 5, 64, dtype=torch.int8),
+        "k": torch.zeros(2, 3, 7, 64, dtype=torch.int8),
+        "v": torch.zeros(2, 3, 7, 64, dtype=torch.int8 if pv == "int8" else torch.bfloat16),
+        "q_scale": torch.ones(1),
+        "k_scale": torch.ones(1),
+        "softmax_scale": 0.125,
+    }
+    return arguments | ({"v_scale": torch.ones(3)} if pv == "int8" else {})
+
+
+HEADLESS = torch.zeros(2, 5, 64, dtype=torch.int8)
+TURNED = torch.zeros(2, 3, 64, 5, dtype=torch.int8).mT
+GROUPED = torch.zeros(2, 1, 7, 64, dtype=torch.int8)
+ATTENTION_REFUSALS = [
+    ({"q": HEADLESS}, "q must be [B, H, T, D] int8, got [2, 5, 64] int8; split the heads"),
+    ({"q": torch.zeros(2, 3, 5, 64)}, "q must be [B, H, T, D] int8, got [2, 3, 5, 64] float32"),
+    ({"q": TURNED}, "rows of q must be contiguous, got strides (960, 320, 1, 5)"),
+    ({"k": GROUPED}, "H=3, D=64 as in q and one Tk of at least 1 for k and v, got [2, 1, 7, 64]"),
+    ({"k": torch.zeros(2, 3, 7, 32, dtype=torch.int8)}, "k must be [B, H, Tk, D] with B=2, H=3"),
+    ({"k": torch.zeros(2, 3, 0, 64, dtype=torch.int8)}, "one Tk of at least 1 for k and v, got"),
+    ({"k": torch.zeros(2, 3, 7, 64, dtype=torch.int8, device="meta")}, "k must be on cpu"),
+    ({"q_scale": torch.ones(5)}, "q_scale must be float32 of shape [1], [3], [2, 3, 5], got [5]"),
+    ({"k_scale": torch.ones(2, 3, 5)}, "of shape [1], [3], [2, 3, 7], got [2, 3, 5] float32"),
+    ({"k_scale": torch.ones(3).half()}, "k_scale must be float32 of shape [1], [3], [2, 3, 7]"),
+    ({"k_scale": torch.ones(2, 7, 3).mT}, "k_scale must be contiguous, got strides (21, 1, 3)"),
+    ({"k_scale": torch.ones(1, device="meta")}, "k_scale must be on cpu"),
+    ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
+    ({"softmax_scale": float("nan")}, "softmax_scale must be positive and finite, got nan"),
+    (
+        {"key_mask": torch.zeros(2, 7)},
+        "bool, True where a key is attended, got [2, 7] float32; bia",
+    ),
+    ({"key_mask": torch.ones(2, 3, 5, 7).bool()}, "key_mask must be [B, Tk] = [2, 7] bool"),
+    ({"key_mask": torch.ones(7, 2).bool().t()}, "key_mask must be contiguous"),
+    ({"out_dtype": torch.int8}, "out_dtype must be float32 | float16 | bfloat16"),
+]
+INT8_VALUE_REFUSALS = [
+    ({"v": torch.zeros(2, 3, 7, 64)}, "v must be [B, H, T, D] int8, got [2, 3, 7, 64] float32"),
+    ({"v": torch.zeros(2, 3, 8, 64, dtype=torch.int8)}, "for k and v, got [2, 3, 8, 64]"),
+    ({"v_scale": torch.ones(2, 3, 7)}, "v_scale must be [1] or [3] float32, got [2, 3, 7] float32"),
+    ({"v_zero_point": torch.ones(3)}, "v_zero_point must be [1] or [3] int32, got [3] float32"),
+]
+
+
+@pytest.mark.parametrize("pv", ["int8", "bf16"])
+@pytest.mark.parametrize(("change", "sentence"), ATTENTION_REFUSALS)
+def test_attention_refuses(pv, change, sentence):
+    op = f"attention_qk_int8_pv_{pv}"
+    with pytest.raises(ValueError, match=f"^{op}: .*{re.escape(sentence)}"):
+        getattr(k, op)(**attention_arguments(pv) | change)
+
+
+@pytest.mark.parametrize(("change", "sentence"), INT8_VALUE_REFUSALS)
+def test_attention_refuses_values(change, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        k.attention_qk_int8_pv_int8(**attention_arguments("int8") | change)
+
+
+@pytest.mark.parametrize("pv", ["int8", "bf16"])
+def test_attention_names_other_head_dimensions(pv):
+    change = {name: attention_arguments(pv)[name][..., :40] for name in "qkv"}
+    with pytest.raises(NotImplementedError, match=r"one of \(32, .*, 128\), got 40; pad with zero"):
+        getattr(k, f"attention_qk_int8_pv_{pv}")(**attention_arguments(pv) | change)
+
+
+def test_attention_refuses_more_keys_than_int32_can_sum():
+    assert checks.MAX_KEYS * 255 * 255 < 2**31 <= (checks.MAX_KEYS + 1) * 255 * 255
+    keys = torch.zeros(1, 1, checks.MAX_KEYS + 1, 32, dtype=torch.int8)
+    change = {"q": keys[:, :, :1], "k": keys, "v": keys, "v_scale": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"Tk must be at most 33025 .* got Tk=33026; use"):
+        k.attention_qk_int8_pv_int8(**attention_arguments("int8") | change)

@@ -15,6 +15,9 @@ def arguments(op, num_tokens=5):
     q, scale = k.quantize_per_token(x)
     zero_point, bias = torch.tensor([3], dtype=torch.int32), torch.randn(24, generator=generator)
     int4 = (w.group_scale, w.group_offset, w.scale)
+    keys = torch.randint(-128, 128, (2, 3, 7, 64), generator=generator, dtype=torch.int8)
+    queries, values = keys[:, :, :num_tokens], keys.bfloat16()
+    steps, mask = (torch.rand(3) / 99, torch.rand(2, 3, 7) / 99), torch.ones(2, 7).bool()
     return {
         "quantize_per_token": (x.bfloat16(), torch.rand(64)),
         "quantize_static": (x, torch.tensor([0.02]), zero_point, None),
@@ -24,10 +27,18 @@ def arguments(op, num_tokens=5):
         "gemm_w4a8": (q, w.packed, scale, *int4, None, None, None, torch.float32),
         "linear_w8": (x, w.expand(), w.scale, bias, torch.float16),
         "linear_w4": (x, w.packed, *int4, None, torch.float32),
+        "attention_qk_int8_pv_int8": (
+            queries, keys, keys, *steps, steps[0], zero_point, 0.1, mask, torch.bfloat16,
+        ),
+        "attention_qk_int8_pv_bf16": (queries, keys, values, *steps, 0.1, None, torch.float32),
     }[op]  # fmt: skip
 
 
-OPS = ["quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4"]
+ROW_OPS = [
+    "quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4",
+]  # fmt: skip
+ATTENTION = ["attention_qk_int8_pv_int8", "attention_qk_int8_pv_bf16"]
+OPS = ROW_OPS + ATTENTION
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -35,7 +46,7 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(dispatch, op), arguments(op))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ROW_OPS)
 def test_fakes_match_on_strided_rows(op):
     first, *rest = arguments(op)
     wide = torch.zeros(5, 100, dtype=first.dtype)
@@ -57,6 +68,11 @@ def test_public_ops_trace_without_graph_breaks(op):
     *rest, last = rest
     keywords = {"out_dtype": last} if isinstance(last, torch.dtype) else {}
     positional = rest if keywords else [*rest, last]
+    if op.startswith("attention"):
+        *positional, softmax_scale, key_mask = positional
+        keywords |= {"softmax_scale": softmax_scale, "key_mask": key_mask}
+    if op == "attention_qk_int8_pv_int8":
+        *positional, keywords["v_zero_point"] = positional
     if op.startswith("gemm"):
         *positional, zero_point, weight_sum = positional
         keywords |= {"zero_point": zero_point, "weight_sum": weight_sum}
@@ -66,6 +82,17 @@ def test_public_ops_trace_without_graph_breaks(op):
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert len(captured) == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("op", ATTENTION)
+def test_attention_takes_and_gives_tokens_of_heads(op):
+    """[B, T, H, D] memory in and out."""
+    q, keys, v, *rest = arguments(op)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, keys, v)]
+    torch.library.opcheck(getattr(dispatch, op), (*turned, *rest))
+    y = getattr(dispatch, op)(*turned, *rest)
+    assert torch.equal(y, getattr(dispatch, op)(q, keys, v, *rest))
+    assert y.transpose(1, 2).is_contiguous()
 
 
 def test_kernels_see_the_caller_s_tensor_object(monkeypatch):

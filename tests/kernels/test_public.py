@@ -16,6 +16,8 @@ EXPORTED = [
     "W4P",
     "W8",
     "asymmetric_scale",
+    "attention_qk_int8_pv_bf16",
+    "attention_qk_int8_pv_int8",
     "backend_of",
     "dequantize",
     "expand_w4p",
@@ -59,6 +61,8 @@ def test_importing_loads_neither_triton_nor_cuda():
     [
         ("quantize_per_token", "triton"),
         ("gemm_w4a8", "triton"),
+        ("attention_qk_int8_pv_int8", "triton"),
+        ("attention_qk_int8_pv_bf16", "triton"),
         ("linear_w8", "torch"),
         ("linear_w4", "torch"),
     ],
@@ -69,12 +73,14 @@ def test_backend_of(op, on_cuda):
 
 
 def test_backend_of_refuses_unknown_ops():
-    with pytest.raises(ValueError, match=r"op_name must be one of gemm_w4a8, .* got 'gemm'"):
+    with pytest.raises(
+        ValueError, match=r"op_name must be one of attention_qk_int8_pv_bf16, .* got 'gemm'"
+    ):
         k.backend_of("gemm", torch.device("cpu"))
 
 
 def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
-    ops = {n for n in k.__all__ if n.startswith(("gemm", "linear"))}
+    ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear"))}
     ops |= {"quantize_per_token", "quantize_static"}
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)

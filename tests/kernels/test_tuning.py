@@ -15,6 +15,8 @@ def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
     tables = tuning.tables_of_architecture(architecture)
     for op in backend.TRITON_OPS:
         choose = tuning.row_config if op.startswith("quantize") else tuning.tile_config
+        if op.startswith("attention"):
+            choose = tuning.attention_config
         config = choose(op, tables, num_tokens, in_features)
         sizes = vars(config).items()
         assert all(v >= 1 and (v & (v - 1) == 0 or name == "num_stages") for name, v in sizes)

@@ -22,6 +22,9 @@ from triton.compiler import ASTSource
 
 from ditq_kernels import tuning
 from ditq_kernels._triton import (
+    attention,
+    attention_qk_int8_pv_bf16,
+    attention_qk_int8_pv_int8,
     gemm_w4a8,
     gemm_w8a8,
     prepared_w4,
@@ -38,10 +41,13 @@ POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32",
     "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_sum_ptr": "*i32",
+    "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
+    "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
 }  # fmt: skip
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
-MULTIPLES_OF_16 = frozenset(POINTERS) | {
+MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step"} | {
     "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot",
+    "PADDED_K", "stride_qb", "stride_kb", "stride_vb",
 }  # fmt: skip
 
 
@@ -57,7 +63,7 @@ class Census:
     spills: int  # local memory instructions
     shared: int  # bytes a program, dynamic
     mma: dict[str, int]  # tensor-core opcodes with their suffixes, whole kernel
-    loop: dict[str, int]  # opcodes of the hot loop: the innermost one with tensor-core instructions
+    loop: dict[str, int]  # opcodes of the hot loop: the longest innermost one with tensor-core instructions
     whole: dict[str, int]  # opcodes of the whole kernel
 
     @property
@@ -73,17 +79,17 @@ def compile_op(
     in_features: int = 1152,
     group_size: int = 64,
     zero_point: bool = False,
-    config: tuning.TileConfig | tuning.RowConfig | None = None,
+    config: tuning.TileConfig | tuning.RowConfig | tuning.AttentionConfig | None = None,
 ) -> Census:
     """Compile an op with its tuned configuration (or another) and count instructions.
 
     Args:
-        op: "quantize_per_token", "quantize_static", "gemm_w8a8" or "gemm_w4a8".
+        op: an op with a Triton kernel, such as "gemm_w8a8".
         target: compute capability without the dot, such as 90.
-        num_tokens: T, picks the configuration.
-        in_features: K, a multiple of 16.
+        num_tokens: T, picks the configuration; the number of keys for attention.
+        in_features: K, a multiple of 16; the head dimension for attention.
         group_size: neighbouring inputs sharing a group, for gemm_w4a8.
-        zero_point: activations are asymmetric, for the GEMMs.
+        zero_point: activations are asymmetric, for the GEMMs; values, for attention.
         config: instead of the tuned one.
 
     Raises:
@@ -91,22 +97,30 @@ def compile_op(
     """
     if INTERPRETED:
         raise RuntimeError("offline: unset TRITON_INTERPRET, an interpreted kernel has no machine code")
-    rowwise = op.startswith("quantize")
     if config is None:
-        choose = tuning.row_config if rowwise else tuning.tile_config
-        tables = tuning.tables_of_architecture(f"sm_{target}")
-        config = choose(op, tables, num_tokens, in_features)
-    if rowwise:
+        config = _tuned(op, target, num_tokens, in_features)
+    if op.startswith("quantize"):
         kernel, constants = _row_kernel(op, in_features, config)
+    elif op.startswith("attention"):
+        kernel, constants = _attention_kernel(op, num_tokens, in_features, zero_point, config)
     else:
         kernel, constants = _tile_kernel(op, in_features, group_size, zero_point, config)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
-    if isinstance(config, tuning.TileConfig):
+    if not isinstance(config, tuning.RowConfig):
         options["num_stages"] = config.num_stages
     compiled = triton.compile(
         _source(kernel, constants), target=GPUTarget("cuda", target, 32), options=options
     )
     return _census(op, target, config, compiled)
+
+
+def _tuned(op, target, num_tokens, in_features):
+    tables = tuning.tables_of_architecture(f"sm_{target}")
+    if op.startswith("quantize"):
+        return tuning.row_config(op, tables, num_tokens, in_features)
+    if op.startswith("attention"):
+        return tuning.attention_config(op, tables, num_tokens, in_features)
+    return tuning.tile_config(op, tables, num_tokens, in_features)
 
 
 def _row_kernel(op, in_features, config):
@@ -129,6 +143,28 @@ def _tile_kernel(op, in_features, group_size, zero_point, config):
     unit = prepared_w4.kernel_unit(in_features, group_size)
     constants |= {"UNIT": unit, "EVEN_K": in_features % unit == 0, "GROUP_SIZE": group_size}
     return gemm_w4a8._gemm_w4a8_kernel, constants | {"INLINE_ASM": True}
+
+
+def _attention_kernel(op, num_keys, head_dim, zero_point, config):
+    """Heads inside tokens, as projections write them; scales per head for V, per token for Q and K."""
+    strides = {f"STRIDE_{name}H": head_dim for name in "QKV"}
+    strides |= {f"STRIDE_{name}T": 16 * head_dim for name in "QKV"}
+    parts = attention.VALUE_PARTS[head_dim]
+    constants = {
+        "Q_SCALE": attention.PER_TOKEN.value, "K_SCALE": attention.PER_TOKEN.value,
+        "V_SCALE": attention.PER_HEAD.value, "ZERO_POINT": attention.PER_HEAD.value,
+        "BF16_DOT": True, "key_mask_ptr": None,
+    }  # fmt: skip
+    constants |= strides
+    constants |= attention.shape_constants(head_dim, num_keys, config.block_q, config.block_k, parts)
+    if not zero_point:
+        constants |= {"zero_point_ptr": None}
+    module = {
+        "attention_qk_int8_pv_int8": attention_qk_int8_pv_int8,
+        "attention_qk_int8_pv_bf16": attention_qk_int8_pv_bf16,
+    }[op]
+    kernel = getattr(module, f"_{op}_kernel")
+    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 def _source(kernel, constants):
@@ -179,16 +215,20 @@ def _instructions(machine_code: str) -> list[tuple[int, str]]:
 
 
 def _hot_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Body of the smallest backward branch around tensor-core instructions; empty if there is none."""
-    best: list[tuple[int, str]] = []
+    """Body of the longest innermost loop with tensor-core instructions; empty if there is none."""
+    loops = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if branch is None or int(branch[1], 16) >= address:
-            continue
-        body = [item for item in instructions if int(branch[1], 16) <= item[0] <= address]
-        if any("MMA" in text for _, text in body) and (not best or len(body) < len(best)):
-            best = body
-    return best
+        if branch is not None and int(branch[1], 16) < address:
+            body = [item for item in instructions if int(branch[1], 16) <= item[0] <= address]
+            if any("MMA" in text for _, text in body):
+                loops.append(body)
+    innermost = [loop for loop in loops if not any(_inside(other, loop) for other in loops)]
+    return max(innermost, key=len, default=[])
+
+
+def _inside(inner: list[tuple[int, str]], outer: list[tuple[int, str]]) -> bool:
+    return len(inner) < len(outer) and outer[0] <= inner[0] and inner[-1] <= outer[-1]
 
 
 def _opcode(text: str) -> str:
