@@ -17,7 +17,9 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.linear import QuantLinear
+from ditq_runtime.pinned import Pinned
 from ditq_runtime.safetensors_header import TensorInfo, read_header
+from ditq_runtime.timestep_groups import TimestepGroups
 
 FORMAT_VERSION = 1
 POSITIVE = ("weight_scale", "act_scale", "smooth_inv")
@@ -60,7 +62,7 @@ def check_tensors(
     Raises:
         CheckpointError: names the first tensor that is missing, unknown, of another shape or of another dtype.
     """
-    packed = {n for n, m in skeleton.named_modules() if isinstance(m, QuantLinear)}
+    packed = {n for n, m in skeleton.named_modules() if isinstance(m, Pinned)}
     expected = {
         name: tensor
         for name, tensor in skeleton.state_dict().items()
@@ -106,6 +108,8 @@ def check_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             _check_layer(name, module)
+        elif isinstance(module, TimestepGroups) and not bool((module.bounds.diff() > 0).all()):
+            raise CheckpointError(f"{name}.bounds: boundaries must rise; the checkpoint is damaged")
 
 
 def _check_layer(name: str, layer: QuantLinear) -> None:

@@ -24,6 +24,8 @@ CATEGORY_OF_FIELD = {
     "act_scale": "channel and activation scales",
     "act_zero": "channel and activation scales",
     "smooth_inv": "channel and activation scales",
+    "lora_down": "low-rank branches",
+    "lora_up": "low-rank branches",
 }
 CATEGORIES = (
     "block weights",
@@ -31,6 +33,7 @@ CATEGORIES = (
     "group scales and offsets",
     "channel and activation scales",
     "biases",
+    "low-rank branches",
     "timestep and label embedder",
     "other float",
     "file headers",

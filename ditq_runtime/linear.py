@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_runtime.pinned import Pinned
 from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.timestep_groups import GroupIndex
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(Pinned, nn.Linear):
     """A linear [N, K] in one of the formats of `LayerFormat`.
 
     Attributes:
@@ -23,11 +25,13 @@ class QuantLinear(nn.Linear):
         compute_dtype: dtype of the output; follows `.to(dtype)` of the model.
         wide_output: the output is fp32 whatever the compute dtype. True for modulation linears, because an AdaLN
             multiplier (1 + scale) / s in half precision costs as much as the quantization.
+        group_index: where the block leaves its timestep group, for a layer with one bias per group.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     wide_output: bool
+    group_index: GroupIndex | None
     weight_scale: nn.Parameter
     group_scale: nn.Parameter
     group_offset: nn.Parameter
@@ -35,6 +39,8 @@ class QuantLinear(nn.Linear):
     act_scale: nn.Parameter
     act_zero: nn.Parameter
     smooth_inv: nn.Parameter
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
+        self.group_index = None
         self.register_parameter("bias", None)
         for name, (dtype, shape) in layer_format.tensors(in_features, out_features).items():
             tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -67,14 +74,17 @@ class QuantLinear(nn.Linear):
         if rows.stride(1) != 1:  # a transposed input, which nn.Linear accepts too
             rows = rows.contiguous()
         out_dtype = torch.float32 if self.wide_output else self.compute_dtype
-        y = (
-            self._integer(rows, out_dtype)
-            if self.format.integer_gemm
-            else self._weight_only(rows, out_dtype)
-        )
+        run = self._integer if self.format.integer_gemm else self._weight_only
+        if self.format.groups == 1 and self.format.lora_rank == 0:
+            y = run(rows, self.bias, out_dtype)
+        else:  # the epilogue's order, step by step: scales, low-rank branch, bias, cast
+            y = run(rows, None, torch.float32)
+            y = self._add_bias(y).to(out_dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _integer(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    def _integer(
+        self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
         smooth_inv = self.smooth_inv if self.format.smooth else None
         if self.format.activations == "token":
             q, scale = k.quantize_per_token(rows, smooth_inv)
@@ -84,35 +94,34 @@ class QuantLinear(nn.Linear):
             q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
             zero = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
         if self.format.weights == "w8":
-            return k.gemm_w8a8(
-                q, self.weight, scale, self.weight_scale, self.bias, out_dtype=out_dtype, **zero
+            y = k.gemm_w8a8(
+                q, self.weight, scale, self.weight_scale, bias, out_dtype=out_dtype, **zero
             )
-        return k.gemm_w4a8(
-            q,
-            self.weight,
-            scale,
-            self.group_scale,
-            self.group_offset,
-            self.weight_scale,
-            self.bias,
-            out_dtype=out_dtype,
-            **zero,
-        )
+        else:
+            group = (self.group_scale, self.group_offset)
+            y = k.gemm_w4a8(
+                q, self.weight, scale, *group, self.weight_scale, bias, out_dtype=out_dtype, **zero
+            )
+        if self.format.lora_rank:
+            x = k.dequantize(q, scale[:, None], zero.get("zero_point"))
+            y = y + (x @ self.lora_down.float().t()) @ self.lora_up.float().t()
+        return y
 
-    def _weight_only(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    def _weight_only(
+        self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
         if self.format.weights == "fp32":
-            return nn.functional.linear(rows.float(), self.weight, self.bias).to(out_dtype)
+            return nn.functional.linear(rows.float(), self.weight, bias).to(out_dtype)
         if self.format.weights == "w8":
-            return k.linear_w8(rows, self.weight, self.weight_scale, self.bias, out_dtype=out_dtype)
-        return k.linear_w4(
-            rows,
-            self.weight,
-            self.group_scale,
-            self.group_offset,
-            self.weight_scale,
-            self.bias,
-            out_dtype=out_dtype,
-        )
+            return k.linear_w8(rows, self.weight, self.weight_scale, bias, out_dtype=out_dtype)
+        group = (self.group_scale, self.group_offset)
+        return k.linear_w4(rows, self.weight, *group, self.weight_scale, bias, out_dtype=out_dtype)
+
+    def _add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        if self.format.groups > 1:
+            assert self.group_index is not None
+            return y + self.group_index.rows(self.bias, y.shape[0])
+        return y if self.bias is None else y + self.bias
 
     def dequantized_weight(self) -> torch.Tensor:
         """The weight the codes stand for: fp32 [N, K], in the folded units of the scheme."""
@@ -124,21 +133,12 @@ class QuantLinear(nn.Linear):
         return codes.float() * self.weight_scale[:, None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
-        """Move every tensor, cast none: `.to(bf16)`, `.half()` or fp8 layerwise casting must not spoil scales."""
-        held = {name: p.data for name, p in self._parameters.items() if p is not None}
+        """Move every tensor, cast none; the compute dtype follows the cast."""
         super()._apply(fn, recurse)
-        for name, old in held.items():
-            new = self._parameters[name]
-            if new is not None and new.dtype != old.dtype:
-                new.data = old.to(new.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
         """Shape and format, for `print(model)`."""
-        f = self.format
-        group = f", group_size={f.group_size}" if f.group_size else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, weights={f.weights}{group}, "
-            f"activations={f.activations}, smooth={f.smooth}, compute_dtype={self.compute_dtype}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self.format}, compute_dtype={self.compute_dtype}"

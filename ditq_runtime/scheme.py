@@ -28,6 +28,8 @@ class LayerFormat:
         group_size: input channels that share a `w4p` group; None for the other weights.
         smooth: the layer divides its input by a stored factor before quantizing (no producer could absorb it).
         bias: the layer has a bias.
+        groups: timestep groups of the bias; 1: one bias for all timesteps.
+        lora_rank: rank of the low-rank branch that the codes leave to it; 0: none.
     """
 
     weights: str
@@ -35,6 +37,8 @@ class LayerFormat:
     group_size: int | None = None
     smooth: bool = False
     bias: bool = True
+    groups: int = 1
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
         """Refuse combinations that no op runs."""
@@ -55,6 +59,16 @@ class LayerFormat:
             raise CheckpointError("format: fp32 weights cannot have quantized activations")
         if self.smooth and self.activations == "none":
             raise CheckpointError("format: smooth needs quantized activations")
+        for field, least in (("groups", 1), ("lora_rank", 0)):
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise CheckpointError(
+                    f"format: {field} must be a count of at least {least}, got {value!r}"
+                )
+        if self.groups > 1 and not self.bias:
+            raise CheckpointError("format: timestep groups need a bias")
+        if self.lora_rank and not self.integer_gemm:
+            raise CheckpointError("format: a low-rank branch needs quantized activations")
 
     @property
     def integer_gemm(self) -> bool:
@@ -96,7 +110,10 @@ class LayerFormat:
         if self.smooth:
             stored["smooth_inv"] = (torch.float32, (k,))
         if self.bias:
-            stored["bias"] = (torch.float32, (n,))
+            stored["bias"] = (torch.float32, (n,) if self.groups == 1 else (self.groups, n))
+        if self.lora_rank:
+            stored["lora_down"] = (torch.bfloat16, (self.lora_rank, k))
+            stored["lora_up"] = (torch.bfloat16, (n, self.lora_rank))
         return stored
 
     def _groups(self, in_features: int) -> int:

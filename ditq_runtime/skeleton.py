@@ -7,8 +7,10 @@ from torch import nn
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import Family, family_of
+from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.timestep_groups import TimestepGroups
 
 
 def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
@@ -27,7 +29,9 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
     for name, layer_format in ((name, scheme.format_of(name)) for name in scheme.layers):
         _swap(model, name, layer_format, compute_dtype, wide_output=name.endswith(modulations))
     for name in family.block_names(model):
-        family.use_direct_multiplier(model.get_submodule(name))
+        block = model.get_submodule(name)
+        family.use_direct_multiplier(block)
+        _install_groups(name, block)
     if scheme.shared_embedder:
         share_embedder(model, family)
 
@@ -51,6 +55,21 @@ def _family(model: nn.Module, scheme: Scheme) -> Family:
             f"scheme: written for {scheme.architecture}, but config.json asks for {type(model).__name__}"
         )
     return family_of(scheme.architecture)
+
+
+def _install_groups(name: str, block: nn.Module) -> None:
+    """Give a block with grouped layers the module that finds its current group, and its layers the place to look."""
+    grouped = [m for m in block.modules() if isinstance(m, QuantLinear) and m.format.groups > 1]
+    counts = {layer.format.groups for layer in grouped}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{name}: its layers have {sorted(counts)} timestep groups, one number is needed"
+        )
+    if grouped:
+        groups = TimestepGroups(counts.pop())
+        setattr(block, TIMESTEP_GROUPS, groups)
+        for layer in grouped:
+            layer.group_index = groups.current
 
 
 def _swap(

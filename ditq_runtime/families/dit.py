@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families.sites import AdaLN, Family, OnTheFly, Site, ValueRows
+from ditq_runtime.families.sites import (
+    TIMESTEP_GROUPS,
+    AdaLN,
+    Family,
+    OnTheFly,
+    Site,
+    ValueRows,
+)
 
 SITES = (
     Site("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), AdaLN("norm1.linear", 0, 1)),
@@ -62,6 +69,9 @@ def _forward(
         raise ValueError(
             "DiT blocks have no cross-attention: encoder_hidden_states and its mask must be None"
         )
+    groups = getattr(self, TIMESTEP_GROUPS, None)
+    if groups is not None:
+        groups(timestep)
     embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
     modulation = self.norm1.linear(self.norm1.silu(embedding))
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)

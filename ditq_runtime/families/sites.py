@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+TIMESTEP_GROUPS = "timestep_groups"  # name of the module in a block that finds its current group
+
 
 def get_linear(module: nn.Module, name: str) -> nn.Linear:
     """The linear called `name`; ValueError if the module has none of that name."""

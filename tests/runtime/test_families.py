@@ -84,7 +84,7 @@ def _decibels(signal, got):
 
 @pytest.mark.parametrize("smooth", [1.0, 10.0, 100.0])
 def test_a_direct_multiplier_is_precise_at_any_smoothing_factor(smooth):
-    # METHODS 2.1. The runtime's multiplier is fp32. Even one rounded to bf16, error uniform in a step of 2**-7 of its
+    # The runtime's multiplier is fp32. Even one rounded to bf16, error uniform in a step of 2**-7 of its
     # binade's lower end, keeps -20 log10(2**-7 / sqrt(12) * 0.72) = 56 dB; storing (1 + scale) / s - 1 cancels.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 500, WIDTH, generator=generator).bfloat16()

@@ -31,6 +31,7 @@ BIASES = 4 * (OUTPUTS + 6 * D)
                 # weight_scale and weight_sum, act_scale and act_zero of six linears, smooth_inv of fc2
                 "channel and activation scales": BLOCKS * 4 * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D),
                 "biases": BLOCKS * BIASES,
+                "low-rank branches": 0,
                 "timestep and label embedder": BLOCKS * EMBEDDER,
                 "other float": OTHER,
             },
@@ -43,6 +44,7 @@ BIASES = 4 * (OUTPUTS + 6 * D)
                 "group scales and offsets": BLOCKS * 2 * (LINEARS + MODULATION) // 32,
                 "channel and activation scales": BLOCKS * 4 * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D),
                 "biases": BLOCKS * BIASES,
+                "low-rank branches": 0,
                 "timestep and label embedder": EMBEDDER,
                 "other float": OTHER,
             },

@@ -276,5 +276,5 @@ def test_hosts_see_a_linear_that_needs_no_gradient():
     assert not [*layer.buffers()]  # accelerate does not offload buffers
     assert QuantLinear(K, N, LayerFormat("w8", "token", bias=False)).bias is None
     text = repr(layer)
-    for part in ("in_features=96", "out_features=40", "weights=w4p", "group_size=32", "static"):
+    for part in ("in_features=96", "out_features=40", "weights='w4p'", "group_size=32", "'static'"):
         assert part in text

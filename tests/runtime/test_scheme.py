@@ -22,7 +22,8 @@ def _stored(**changes):
 
 def _format(**changes):
     entry = {"weights": "w8", "activations": "token", "group_size": None}
-    return {**entry, "smooth": False, "bias": True, **changes}
+    more = {"smooth": False, "bias": True, "groups": 1, "lora_rank": 0}
+    return {**entry, **more, **changes}
 
 
 def test_a_scheme_survives_json():
