@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["DEMO_MODELS", "export_demo", "open_demo"]
 
-DEMO_MODELS = ("demo:digits", "demo:digits-salient")
+DEMO_MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
 
 
 def open_demo(name: str) -> DiTPipeline:
     """Build a demo pipeline in memory, from the packaged weights; no network.
 
     Args:
-        name: "demo:digits", the model as it was trained; or "demo:digits-salient", the same
-            function with planted outlier channels (see `ditq_converters.demo.salience`).
+        name: "demo:digits", the model as it was trained; "demo:digits-salient", the same function
+            with planted outlier channels; or "demo:digits-asymmetric", which adds channels far
+            from zero to those (see `ditq_converters.demo.salience`).
 
     Returns:
         A `DiTPipeline` (fp32, CPU) for class labels 0..9, drawing [N, 32, 32] greyscale images.

@@ -10,7 +10,7 @@ from ditq_converters.demo import DEMO_MODELS
 from ditq_converters.demo.architecture import build_scheduler, build_transformer, expand
 from ditq_converters.demo.bundle import DIGITS_FILE, load_asset
 from ditq_converters.demo.identity_vae import build_identity_vae
-from ditq_converters.demo.salience import plant
+from ditq_converters.demo.salience import plant, plant_asymmetry
 from ditq_converters.pipeline_folder import write_pipeline
 from ditq_runtime.files import check_new
 
@@ -44,6 +44,8 @@ def open_demo(name: str) -> DiTPipeline:
     transformer = load_transformer()
     if name == "demo:digits-salient":
         plant(transformer)
+    elif name == "demo:digits-asymmetric":
+        plant_asymmetry(transformer)
     return DiTPipeline(transformer, build_identity_vae(), build_scheduler(), id2label=ID2LABEL)
 
 

@@ -12,7 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.image import AxesImage
 
-PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000")
+PALETTE = (
+    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#ee9944",
+    "#774411",
+)  # fmt: skip
 
 
 def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
@@ -33,15 +36,29 @@ def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -
     _save(figure, path)
 
 
-def layer_heatmap(path: Path, names: Sequence[str], errors: torch.Tensor, title: str) -> None:
-    """Relative error of every layer at every step."""
+def layer_heatmap(
+    path: Path,
+    names: Sequence[str],
+    errors: torch.Tensor,
+    title: str,
+    label: str = "relative error of the output, %",
+) -> None:
+    """A share, by default the relative error, of every layer at every step.
+
+    Args:
+        path: PNG to write.
+        names: of the rows.
+        errors: [rows, steps], drawn in percent.
+        title: of the figure.
+        label: of the colours.
+    """
     figure, axes = plt.subplots(figsize=(9, 0.2 * len(names) + 1.6), layout="constrained")
     image = _per_step(axes, 100 * errors, "magma")
     axes.set_yticks(
         range(len(names)), [name.removeprefix("transformer_blocks.") for name in names], fontsize=7
     )
     axes.set(xlabel="sampling step (1 = noisiest)", title=title)
-    figure.colorbar(image, ax=axes, label="relative error of the output, %")
+    figure.colorbar(image, ax=axes, label=label)
     _save(figure, path)
 
 
@@ -87,16 +104,17 @@ def range_drift(path: Path, ranges: Mapping[str, torch.Tensor], title: str) -> N
 
 def stacked_sizes(path: Path, sizes: Mapping[str, Mapping[str, int]], title: str) -> None:
     """Bytes on disk by category, one bar per model."""
-    categories = list(dict.fromkeys(category for parts in sizes.values() for category in parts))
-    figure, axes = plt.subplots(figsize=(8, 0.7 * len(sizes) + 1.8), layout="constrained")
+    named = (category for parts in sizes.values() for category, size in parts.items() if size)
+    categories = list(dict.fromkeys(named))
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(sizes) + 2.2), layout="constrained")
     left = dict.fromkeys(sizes, 0.0)
-    for category, color in zip(categories, PALETTE, strict=False):
+    for category, color in zip(categories, PALETTE[: len(categories)], strict=True):
         widths = [parts.get(category, 0) / 2**20 for parts in sizes.values()]
         axes.barh(list(sizes), widths, left=list(left.values()), color=color, label=category)
         left = {name: left[name] + width for name, width in zip(sizes, widths, strict=True)}
     axes.invert_yaxis()
     axes.set(xlabel="MiB on disk", title=title)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path)
 
 

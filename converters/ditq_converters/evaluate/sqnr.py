@@ -1,9 +1,9 @@
-"""Signal-to-quantization-noise ratio of the noise prediction, per sampling step (Meta, Eq. 3; METHODS 10)."""
+"""Signal-to-quantization-noise ratio of the noise prediction, per sampling step (Meta, Eq. 3)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def compare_runs(float_calls: list[Call], quantized_calls: list[Call]) -> SqnrCu
         sqnr_db(f.epsilon, q.epsilon[: len(f.epsilon)])
         for f, q in zip(float_calls, quantized_calls, strict=True)
     ]
-    return SqnrCurve(*(list(values) for values in zip(*pairs, strict=True)))
+    return _curve(pairs)
 
 
 @torch.no_grad()
@@ -102,4 +102,62 @@ def forced_sqnr(
         pairs.append(sqnr_db(call.epsilon, predict(quantized, call.latents, timestep, plan)))
         if after_call is not None:
             after_call()
+    return _curve(pairs)
+
+
+@torch.no_grad()
+def halves_sqnr(
+    model: nn.Module,
+    quantized: nn.Module,
+    float_calls: list[Call],
+    quantized_calls: list[Call],
+    plan: SamplingPlan,
+    after_call: Callable[[], None] | None = None,
+) -> dict[str, dict[str, SqnrCurve]]:
+    """SQNR of the two halves of guidance on their own, before they are combined.
+
+    Args:
+        model: float transformer.
+        quantized: packed transformer.
+        float_calls: of the float model's guided run.
+        quantized_calls: of the packed model's, from equal noise.
+        plan: the plan of both runs.
+        after_call: told when a call of one half is done.
+
+    Returns:
+        {"cond" | "null": {"free" | "forced": curve}}.
+
+    Raises:
+        ValueError: the plan is not guided, so that there is no null half.
+    """
+    if not plan.guided:
+        raise ValueError(
+            f"halves: need guidance above 1, got {plan.guidance}; without it there is no null half"
+        )
+    nulls = (plan.null_label,) * len(plan.labels)
+    plans = {"cond": plan.labels, "null": nulls}
+    curves = {}
+    for half, labels in plans.items():
+        alone = replace(plan, labels=labels, guidance=1.0)
+        free, forced = [], []
+        for ours, theirs in zip(float_calls, quantized_calls, strict=True):
+            timestep = torch.tensor(ours.timestep)
+            truth = predict(model, ours.latents, timestep, alone)
+            free.append(sqnr_db(truth, predict(quantized, theirs.latents, timestep, alone)))
+            forced.append(sqnr_db(truth, predict(quantized, ours.latents, timestep, alone)))
+            if after_call is not None:
+                after_call()
+        curves[half] = {"free": _curve(free), "forced": _curve(forced)}
+    return curves
+
+
+def subset(calls: list[Call], samples: int) -> list[Call]:
+    """The first `samples` samples of a run."""
+    return [
+        Call(c.index, c.timestep, c.latents[:samples], c.epsilon[:samples], c.after[:samples])
+        for c in calls
+    ]
+
+
+def _curve(pairs: list[tuple[float, float]]) -> SqnrCurve:
     return SqnrCurve(*(list(values) for values in zip(*pairs, strict=True)))

@@ -1,0 +1,134 @@
+"""`ditq eval`: a packed folder against the float model it was made from; figures, plots, a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ditq_converters.cli import options as o
+from ditq_runtime.cli.output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from ditq_converters.evaluate import Evaluation, EvaluationSettings
+
+
+PackedArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="A folder written by `ditq convert`.")
+]
+ReferenceOption = Annotated[
+    str, typer.Option(metavar="MODEL", help="The float model it was made from, as for convert.")
+]
+ReportOption = Annotated[
+    Path, typer.Option(metavar="REPORT", help="Folder for the report; new or empty.")
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per sample.")]
+SamplesOption = Annotated[
+    int, typer.Option(min=1, help="Samples per model; Frechet distances need many.")
+]
+FewOption = Annotated[
+    int, typer.Option(min=1, help="Of those, for forced SQNR, halves and layers.")
+]
+CfgOption = Annotated[float, typer.Option(help="Guidance weight; 1 or less switches it off.")]
+HalvesOption = Annotated[
+    bool, typer.Option("--halves", help="Also SQNR of the cond and null predictions alone.")
+]
+FeaturesOption = Annotated[
+    str, typer.Option(metavar="MODULE:FUNCTION", help="Features for one more Frechet distance.")
+]
+LpipsOption = Annotated[bool, typer.Option("--lpips", help="Also LPIPS (torchmetrics).")]
+FidOption = Annotated[
+    bool, typer.Option("--fid", help="Also FD on Inception features (torch-fidelity).")
+]
+NpzOption = Annotated[
+    Path | None, typer.Option(help="Also write the packed model's samples for ADM's evaluator.")
+]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="At most 10 steps and 10 samples; rougher figures.")
+]
+
+
+def evaluate_command(
+    packed: PackedArgument,
+    reference: ReferenceOption,
+    out: ReportOption,
+    steps: StepsOption = 50,
+    samples: SamplesOption = 50,
+    few_samples: FewOption = 16,
+    cfg: CfgOption = 1.5,
+    seed: o.SeedOption = 1,
+    batch: o.BatchOption = 32,
+    sampler: o.SamplerOption = "ddim",
+    halves: HalvesOption = False,
+    features: FeaturesOption = "",
+    lpips: LpipsOption = False,
+    fid: FidOption = False,
+    npz: NpzOption = None,
+    quick: QuickOption = False,
+    device: o.DeviceOption = "",
+    json: o.JsonOption = False,
+) -> None:
+    """Measure what packing cost: SQNR per step and per layer, images, distances, true bytes.
+
+    Both models sample from equal noise. Ends with a folder to look at: open REPORT/index.html.
+
+    Example: ditq eval out --reference demo:digits --out report --halves
+    """
+    from ditq_converters.evaluate import SAMPLERS, EvaluationSettings
+
+    if sampler not in SAMPLERS:
+        raise typer.BadParameter(
+            f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
+        )
+    if halves and cfg <= 1:
+        raise typer.BadParameter(f"--halves needs --cfg above 1, got {cfg}: there is no null half.")
+    settings = EvaluationSettings(
+        steps, samples, few_samples, cfg, seed, batch, sampler, halves, features, lpips, fid
+    )
+    found = _run(packed, reference, out, settings.quick() if quick else settings, npz, device)
+    if json:
+        print_json(found.figures)
+        return
+    _print(found, f"{packed} against {reference}", out)
+
+
+def _print(found: Evaluation, title: str, out: Path) -> None:
+    from ditq_converters.evaluate.page import summary
+
+    print_table(title, ("measure", "value"), summary(found.figures))
+    for note in found.figures["notes"]:
+        say(f"note: {note}")
+    say(
+        f"{out / 'index.html'}: open it in a browser; {found.figures['seconds']:.0f} s, "
+        f"figures in {out / 'report.json'}"
+    )
+
+
+def _run(
+    packed: str,
+    reference: str,
+    out: Path,
+    settings: EvaluationSettings,
+    npz: Path | None,
+    device: str,
+) -> Evaluation:
+    """Open both models, evaluate, and write the samples where asked to."""
+    from ditq_converters.evaluate import evaluate
+    from ditq_converters.evaluate.inputs import judge_pipe, open_packed
+    from ditq_converters.evaluate.scores import NO_IMAGES
+    from ditq_converters.models import open_model
+    from ditq_runtime.files import check_new
+
+    check_new(out)
+    packed_pipe, float_pipe = open_packed(packed), open_model(reference)
+    if npz is not None and not hasattr(judge_pipe(packed_pipe, float_pipe), "vae"):
+        raise ValueError(f"--npz: there will be no images, because {NO_IMAGES}")
+    for pipe in (packed_pipe, float_pipe):
+        o.place(pipe, device)
+    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed)
+    if npz is not None and found.images is not None:
+        from ditq_converters.evaluate.report import write_npz
+
+        write_npz(npz, found.images["packed"])
+    return found

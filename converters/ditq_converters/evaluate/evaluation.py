@@ -1,0 +1,257 @@
+"""Evaluate: a packed model against the float model it was made from. Reads in the order it runs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditq_converters.calibrate import SAMPLERS as CALIBRATION_SAMPLERS
+from ditq_converters.calibrate import class_ids, draw_labels, make_scheduler
+from ditq_converters.evaluate.clipping import ClipCounter
+from ditq_converters.evaluate.inputs import judge_pipe, transformers_of, warn_of_source
+from ditq_converters.evaluate.layer_error import LayerErrors, cascade_errors, forced_errors
+from ditq_converters.evaluate.scores import Judges, decode, judge
+from ditq_converters.evaluate.sqnr import (
+    SqnrCurve,
+    compare_runs,
+    forced_sqnr,
+    halves_sqnr,
+    run,
+    subset,
+)
+from ditq_converters.progress import progress_bar
+from ditq_converters.trajectory import Call, SamplingPlan
+from ditq_runtime.files import check_new
+from ditq_runtime.folder import open_folder, size_by_category
+
+SAMPLERS = tuple(name for name in CALIBRATION_SAMPLERS if name != "t_max")  # draws no image
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much of everything.
+
+    Attributes:
+        steps: model calls per sample.
+        samples: images per model, for free SQNR, images and Frechet distances.
+        few_samples: of those, for forced SQNR, halves and the error per layer.
+        guidance: classifier-free guidance weight; at 1 or below there is none.
+        seed: of classes and noise; not the calibration's default, so that no model is judged on its calibration noise.
+        micro_batch: samples per forward.
+        sampler: ddim or ddpm.
+        halves: also the SQNR of the conditional and the null prediction on their own.
+        features: `module:function` of a feature extractor for one more Frechet distance; "" for none.
+        lpips: also LPIPS, by torchmetrics.
+        fid: also the Frechet distance on Inception features, by torch-fidelity.
+    """
+
+    steps: int = 50
+    samples: int = 50
+    few_samples: int = 16
+    guidance: float = 1.5
+    seed: int = 1
+    micro_batch: int = 32
+    sampler: str = "ddim"
+    halves: bool = False
+    features: str = ""
+    lpips: bool = False
+    fid: bool = False
+
+    def quick(self) -> EvaluationSettings:
+        """At most 10 steps and 10 samples: seconds on a demo model, and rougher figures."""
+        return replace(
+            self,
+            steps=min(self.steps, 10),
+            samples=min(self.samples, 10),
+            few_samples=min(self.few_samples, 4),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        figures: JSON-safe; the content of report.json.
+        timesteps: of the calls, noisiest first.
+        sqnr: "free", "forced", and with halves "cond free" and so on.
+        layers: errors of linears in cascade, and of forced blocks.
+        clip: (linears with static activations, share of inputs cut off, fp64 [linears, calls]).
+        latents: "float" and "packed" -> final latents [S, C, H, W].
+        images: "float" and "packed" -> [S, C, H, W] fp32 in [-1, 1]; None without a VAE.
+    """
+
+    figures: dict[str, Any]
+    timesteps: list[float]
+    sqnr: dict[str, SqnrCurve]
+    layers: tuple[LayerErrors, LayerErrors]
+    clip: tuple[list[str], torch.Tensor]
+    latents: dict[str, torch.Tensor]
+    images: dict[str, torch.Tensor] | None
+
+
+def evaluate(
+    packed_pipe: Any,
+    float_pipe: Any,
+    settings: EvaluationSettings | None = None,
+    out: str | Path | None = None,
+    packed_folder: str | Path | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure a packed model against its float model: SQNR, layers, images, distances, bytes.
+
+    Both sample from equal noise with equal classes, through the scheduler and the VAE of `float_pipe` (of
+    `packed_pipe` where the other is a transformer alone).
+
+    Args:
+        packed_pipe: a packed pipeline, or its transformer alone.
+        float_pipe: the float pipeline it was made from, or its transformer alone.
+        settings: how much of everything; default: EvaluationSettings().
+        out: folder for the report; must not exist, or be empty; default: write none.
+        packed_folder: where the packed model lies, for its true bytes; default: leave them out.
+        quiet: show no progress bar.
+
+    Returns:
+        All figures, curves, samples and images.
+
+    Raises:
+        ValueError: the models are no twins, a count is below one, an unknown sampler, halves without guidance.
+        FileExistsError: `out` is in use.
+        ImportError: LPIPS or FID was asked for and its package is missing.
+    """
+    settings = settings or EvaluationSettings()
+    begin = time.perf_counter()
+    if out is not None:
+        check_new(Path(out))
+    packed, model = transformers_of(packed_pipe, float_pipe)
+    pipe = judge_pipe(packed_pipe, float_pipe)
+    plan = _plan(pipe, model, settings)
+    judges = Judges.load(settings.features, settings.lpips, settings.fid, pipe)
+    with progress_bar("evaluating", _calls(settings), quiet=quiet) as advance:
+        found = _measure(packed, model, pipe, plan, settings, judges, advance)
+    found.figures["notes"] = warn_of_source(packed, model) + found.figures["notes"]
+    found.figures["bytes"] = _sizes(model, packed_folder)
+    found.figures["seconds"] = time.perf_counter() - begin
+    if out is not None:
+        from ditq_converters.evaluate.report import write_report  # matplotlib loads on first use
+
+        write_report(Path(out), found)
+    return found
+
+
+def _plan(pipe: Any, model: Any, settings: EvaluationSettings) -> SamplingPlan:
+    if settings.sampler not in SAMPLERS:
+        raise ValueError(
+            f"evaluate: sampler must be one of {', '.join(SAMPLERS)}, got {settings.sampler!r}"
+        )
+    if settings.few_samples < 1:
+        raise ValueError(f"evaluate: few_samples must be at least 1, got {settings.few_samples}")
+    if settings.halves and settings.guidance <= 1:
+        raise ValueError(
+            f"evaluate: halves need guidance above 1, got {settings.guidance}; without it there is no null half"
+        )
+    return SamplingPlan(
+        draw_labels(class_ids(pipe, model), settings.samples, settings.seed),
+        model.config.num_embeds_ada_norm,
+        settings.steps,
+        settings.guidance,
+        settings.seed,
+        settings.micro_batch,
+    )
+
+
+def _calls(settings: EvaluationSettings) -> int:
+    """Ticks of the progress bar: two runs, forced, cascade, forced blocks, and two halves where asked for."""
+    return settings.steps * (7 if settings.halves else 5)
+
+
+def _measure(
+    packed: Any,
+    model: Any,
+    pipe: Any,
+    plan: SamplingPlan,
+    settings: EvaluationSettings,
+    judges: Judges,
+    advance: Callable[[], None],
+) -> Evaluation:
+    ours = run(model, make_scheduler(pipe, settings.sampler), plan, advance)
+    theirs, clip = _clipped_run(packed, make_scheduler(pipe, settings.sampler), plan, advance)
+    count = settings.few_samples
+    few, few_plan = subset(ours, count), replace(plan, labels=plan.labels[:count])
+    sqnr = {
+        "free": compare_runs(ours, theirs),
+        "forced": forced_sqnr(few, packed, few_plan, advance),
+    }
+    layers = (
+        cascade_errors(model, packed, few, few_plan, advance),
+        forced_errors(model, packed, few, few_plan, advance),
+    )
+    if settings.halves:
+        both = halves_sqnr(model, packed, few, subset(theirs, count), few_plan, advance)
+        sqnr |= {
+            f"{half} {kind}": curve for half, kinds in both.items() for kind, curve in kinds.items()
+        }
+    latents = {"float": ours[-1].after, "packed": theirs[-1].after}
+    images = decode(pipe, latents, plan.micro_batch)
+    figures = {
+        "settings": asdict(settings),
+        "versions": _versions(),
+        "architecture": type(model).__name__,
+        "recipe": getattr(packed.config.quantization_config, "recipe", {}),
+        "labels": list(plan.labels),
+        "sqnr": {name: curve.to_dict() for name, curve in sqnr.items()},
+        "layers": {errors.mode: _means(errors.names, errors.relative) for errors in layers},
+        "clip_fraction": _means(*clip),
+        **judge(pipe, latents, images, plan.labels, judges),
+    }
+    timesteps = [call.timestep for call in ours]
+    return Evaluation(figures, timesteps, sqnr, layers, clip, latents, images)
+
+
+def _clipped_run(
+    packed: Any, scheduler: Any, plan: SamplingPlan, advance: Callable[[], None]
+) -> tuple[list[Call], tuple[list[str], torch.Tensor]]:
+    """The packed model's own run, and what its static ranges cut off on the way."""
+    shares = []
+    with ClipCounter(packed) as counter:
+
+        def after_call() -> None:
+            shares.append(counter.take())
+            advance()
+
+        calls = run(packed, scheduler, plan, after_call)
+    return calls, (counter.names, torch.stack(shares, dim=1))
+
+
+def _means(names: list[str], values: torch.Tensor) -> dict[str, float]:
+    """Name -> mean over calls of [names, calls]."""
+    return dict(zip(names, values.mean(1).tolist(), strict=True))
+
+
+def _sizes(model: Any, packed_folder: str | Path | None) -> dict[str, Any]:
+    """True bytes on disk of the packed transformer, and of the float one's parameters in its dtype."""
+    memory = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes: dict[str, Any] = {"float_in_memory": memory, "packed": None, "packed_total": None}
+    if packed_folder is not None:
+        folder = open_folder(packed_folder)
+        sizes |= {"packed": size_by_category(folder), "packed_total": folder.nbytes}
+    return sizes
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+
+    from ditq_converters.convert import ditq_version
+
+    return {
+        "ditq": ditq_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }

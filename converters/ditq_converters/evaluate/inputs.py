@@ -1,0 +1,87 @@
+"""Open the packed model and check that the reference is its float twin, before any long work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditq_converters.models import transformer_of
+from ditq_converters.stats import model_hash
+
+IGNORED = ("quantization_config",)
+
+
+def open_packed(path: str | Path) -> Any:
+    """Open what `ditq convert` wrote: a pipeline, or a transformer alone, in fp32.
+
+    Raises:
+        ValueError: a built-in model, a float model.
+        CheckpointError: no model there, or a damaged one.
+    """
+    from diffusers import AutoModel, DiffusionPipeline
+
+    import ditq_runtime  # noqa: F401  registers the backend
+    from ditq_runtime.folder import open_folder
+
+    how = "packed folders are made by `ditq convert MODEL OUT`"
+    if str(path).startswith("demo:"):
+        raise ValueError(f"{path} is a built-in float model, not a packed folder; {how}")
+    folder = open_folder(path)
+    if folder.scheme is None:
+        raise ValueError(f"{path}: a float model, not a packed one; {how}")
+    kind = AutoModel if folder.path == Path(path) else DiffusionPipeline
+    return kind.from_pretrained(str(path))
+
+
+def check_twins(packed: nn.Module, model: nn.Module) -> None:
+    """ValueError unless both transformers have one architecture and one configuration; names the first difference."""
+    names = [type(module).__name__ for module in (packed, model)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"reference: expected a {names[0]}, as the packed model is, got a {names[1]}; "
+            "give the float model it was made from"
+        )
+    configs = [_plain(module) for module in (packed, model)]
+    for key in sorted(configs[0].keys() | configs[1].keys()):
+        ours, theirs = (config.get(key) for config in configs)
+        if ours != theirs:
+            raise ValueError(
+                f"reference: its {key} is {theirs}, that of the packed model is {ours}; "
+                "give the float model it was made from"
+            )
+
+
+def warn_of_source(packed: Any, model: nn.Module) -> list[str]:
+    """A sentence when the packed model names another float model as its source; it may still be worth comparing."""
+    recipe = getattr(packed.config.quantization_config, "recipe", {})
+    source = recipe.get("calibration", {}).get("model_hash")
+    if source is None or source == model_hash(model):
+        return []
+    return [
+        "the reference is not the model that the packed one was calibrated on (other weights or another dtype)"
+    ]
+
+
+def judge_pipe(packed_pipe: Any, float_pipe: Any) -> Any:
+    """Whose scheduler, class names and VAE to use: the reference's, else the packed pipeline's, else neither's."""
+    return next((p for p in (float_pipe, packed_pipe) if not isinstance(p, nn.Module)), float_pipe)
+
+
+def transformers_of(packed_pipe: Any, float_pipe: Any) -> tuple[Any, Any]:
+    """The two transformers, checked to be twins and put into eval mode."""
+    packed, model = transformer_of(packed_pipe).eval(), transformer_of(float_pipe).eval()
+    if getattr(packed.config, "quantization_config", None) is None:
+        raise ValueError("evaluate: the first model is not packed; convert it first")
+    check_twins(packed, model)
+    return packed, model
+
+
+def _plain(module: Any) -> dict[str, Any]:
+    """The configuration, less what does not shape the model."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dict(module.config).items()
+        if not key.startswith("_") and key not in IGNORED
+    }

@@ -1,0 +1,138 @@
+"""The report folder: report.json, CSV tables, plots, and a page that shows them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from ditq_converters.evaluate import plots
+from ditq_converters.evaluate.evaluation import Evaluation
+from ditq_converters.evaluate.judges import rgb, to_uint8
+from ditq_converters.evaluate.layer_error import FORCED
+from ditq_converters.evaluate.page import write_page
+from ditq_runtime.files import atomic_file, atomic_folder, write_json
+from ditq_runtime.images import grid
+
+SHOWN, COLUMNS = 16, 8  # sample pairs in the picture
+SIDE = 64  # smaller images are enlarged to it
+MAGNIFIED = 8  # of their difference
+
+
+def write_report(out: Path, found: Evaluation) -> None:
+    """Write the report folder: complete or not at all.
+
+    Raises:
+        FileExistsError: `out` is in use.
+    """
+    with atomic_folder(out) as part:
+        write_json(part / "report.json", found.figures)
+        write_sqnr(part / "sqnr.csv", found)
+        write_layers(part / "layers.csv", found)
+        pictures = write_pictures(part, found)
+        if found.clip[0]:
+            write_clip(part / "clip.csv", found)
+        write_page(part, found.figures, pictures)
+
+
+def write_sqnr(path: Path, found: Evaluation) -> None:
+    """One row per step; for every mode both conventions, in dB."""
+    header, columns = ["step", "timestep"], []
+    for name, curve in found.sqnr.items():
+        stem = name.replace(" ", "_")
+        header += [f"{stem}_mean_of_ratios_db", f"{stem}_ratio_of_sums_db"]
+        columns += [curve.mean_of_ratios, curve.ratio_of_sums]
+    rows = zip(*columns, strict=True)
+    steps = enumerate(found.timesteps, start=1)
+    _write_csv(path, header, ([*step, *row] for step, row in zip(steps, rows, strict=True)))
+
+
+def write_layers(path: Path, found: Evaluation) -> None:
+    """One row per mode, layer and step."""
+    header = ["mode", "layer", "step", "timestep", "relative_error", "sqnr_db", "max_abs", "cosine"]
+    rows = []
+    for errors in found.layers:
+        measures = torch.stack(
+            [errors.relative, errors.sqnr_db, errors.max_abs, errors.cosine], dim=-1
+        ).tolist()
+        for name, steps in zip(errors.names, measures, strict=True):
+            for step, (timestep, values) in enumerate(zip(found.timesteps, steps, strict=True), 1):
+                rows.append([errors.mode, name, step, timestep, *values])
+    _write_csv(path, header, rows)
+
+
+def write_clip(path: Path, found: Evaluation) -> None:
+    """One row per linear with static activations and step: share of inputs outside the codes' range."""
+    rows = [
+        [name, step, timestep, share]
+        for name, shares in zip(found.clip[0], found.clip[1].tolist(), strict=True)
+        for step, (timestep, share) in enumerate(zip(found.timesteps, shares, strict=True), 1)
+    ]
+    _write_csv(path, ["layer", "step", "timestep", "clip_fraction"], rows)
+
+
+def write_pictures(out: Path, found: Evaluation) -> list[str]:
+    """Every PNG of the report; returns their names, in the order to show them."""
+    names = ["sqnr.png", "layers-cascade.png", "layers-forced-block.png"]
+    curves = {name: curve.mean_of_ratios for name, curve in found.sqnr.items()}
+    plots.sqnr_curves(out / "sqnr.png", curves, "packed against float: mean of ratios, per step")
+    for errors in found.layers:
+        forced = errors.mode == FORCED
+        name, what = (names[2], "block") if forced else (names[1], "linear")
+        title = f"error of every {what} at every step, {errors.mode}"
+        plots.layer_heatmap(out / name, errors.names, errors.relative, title)
+    if found.clip[0]:
+        names.append("clip.png")
+        title = "inputs outside the calibrated static range"
+        plots.layer_heatmap(out / names[-1], *found.clip, title, "share of inputs cut off, %")
+    if found.figures["bytes"]["packed"]:
+        names.append("sizes.png")
+        sizes = {"packed": found.figures["bytes"]["packed"]}
+        plots.stacked_sizes(out / names[-1], sizes, "packed transformer, true bytes on disk")
+    if found.images is not None:
+        names.insert(0, "samples.png")
+        write_samples(out / names[0], found.images)
+    return names
+
+
+def write_samples(path: Path, images: dict[str, torch.Tensor]) -> None:
+    """Float, packed and their difference side by side, equal seeds at equal places."""
+    reference, others = (images[key][:SHOWN] for key in ("float", "packed"))
+    difference = (MAGNIFIED * (others - reference).abs() - 1).clamp(-1, 1)
+    panels = {"float": reference, "packed": others, f"difference x{MAGNIFIED}": difference}
+    sheets = []
+    for name, batch in panels.items():
+        scale = max(1, SIDE // batch.shape[-1])
+        sheet = grid([Image.fromarray(pixels) for pixels in uint8_nhwc(batch)], COLUMNS, scale)
+        captioned = Image.new("RGB", (sheet.width, sheet.height + 18), "white")
+        captioned.paste(sheet, (0, 18))
+        ImageDraw.Draw(captioned).text((3, 3), name, fill="black")
+        sheets.append(captioned)
+    grid(sheets, columns=3 if scale > 1 else 1, gap=12).save(path)
+
+
+def uint8_nhwc(images: torch.Tensor) -> np.ndarray:
+    """Images [S, 1 or 3, H, W] in [-1, 1] -> uint8 [S, H, W, 3]."""
+    return to_uint8(rgb(images)).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def write_npz(path: Path, images: torch.Tensor) -> None:
+    """Write samples as ADM's evaluator reads them (Dhariwal and Nichol, guided-diffusion): uint8 NHWC `arr_0`.
+
+    Args:
+        path: to write, whole or not at all.
+        images: [S, 1 or 3, H, W] float in [-1, 1]; one channel is repeated to three.
+    """
+    with atomic_file(path) as part, part.open("wb") as file:
+        np.savez(file, arr_0=uint8_nhwc(images))
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

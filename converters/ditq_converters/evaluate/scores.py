@@ -1,0 +1,142 @@
+"""Score final latents and images: paired with the float model's, and as a set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditq_converters.evaluate.features import (
+    Features,
+    checked_features,
+    frechet,
+    latent_pool4,
+    load_features,
+)
+from ditq_converters.evaluate.judges import INCEPTION, load_inception, load_lpips
+from ditq_converters.evaluate.paired import WINDOW, pooled_psnr_db, psnr_db, relative_l2, ssim
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NO_IMAGES = "neither model is a pipeline with a VAE, so images are not scored"
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Scores that somebody asked for by name.
+
+    Attributes:
+        features: (name, function) of each feature extractor.
+        lpips: of two sets of images; None if not asked for.
+    """
+
+    features: tuple[tuple[str, Features], ...] = ()
+    lpips: Callable[[torch.Tensor, torch.Tensor], float] | None = None
+
+    @classmethod
+    def load(cls, features: str, lpips: bool, fid: bool, pipe: Any) -> Judges:
+        """Import them before the long work.
+
+        Raises:
+            ValueError: a wrong `features`, or there will be no images to judge.
+            ImportError: a package is missing.
+        """
+        if (features or lpips or fid) and not hasattr(pipe, "vae"):
+            raise ValueError(
+                f"evaluate: features, lpips and fid judge images, but {NO_IMAGES}; give a pipeline folder"
+            )
+        extractors = [load_features(features)] if features else []
+        if fid:
+            extractors.append((INCEPTION, load_inception()))
+        return cls(tuple(extractors), load_lpips() if lpips else None)
+
+
+@torch.no_grad()
+def decode(
+    pipe: Any, latents: dict[str, torch.Tensor], batch: int
+) -> dict[str, torch.Tensor] | None:
+    """Final latents [S, C, H, W] -> images fp32 [S, C', H', W'] in [-1, 1], on the CPU; None without a VAE."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return None
+    place = next(vae.parameters())
+    images = {}
+    for name, values in latents.items():
+        scaled = (values / vae.config.scaling_factor).to(place.device, place.dtype)
+        parts = [vae.decode(part).sample for part in scaled.split(batch)]
+        images[name] = torch.cat(parts).float().clamp(-1, 1).cpu()
+    return images
+
+
+def judge(
+    pipe: Any,
+    latents: dict[str, torch.Tensor],
+    images: dict[str, torch.Tensor] | None,
+    labels: tuple[int, ...],
+    judges: Judges,
+) -> dict[str, Any]:
+    """The report's entries "latents", "images", "frechet", "demo" and "notes", JSON-safe.
+
+    Args:
+        pipe: whose class names tell a digits model.
+        latents: "float" and "packed" -> final latents [S, C, H, W].
+        images: the same, decoded; or None.
+        labels: class of each sample.
+        judges: what was asked for besides.
+    """
+    distances = [frechet("latent_pool4", *(latent_pool4(latents[k]) for k in ("float", "packed")))]
+    if images is not None:
+        for name, extract in judges.features:
+            both = (checked_features(name, extract, images[k]) for k in ("float", "packed"))
+            distances.append(frechet(name, *both))
+    return {
+        "latents": {"relative_l2": relative_l2(latents["float"], latents["packed"])},
+        "images": None if images is None else _paired(images, judges),
+        "frechet": distances,
+        "demo": {k: score_digits(v, labels) for k, v in latents.items()}
+        if is_digits(pipe)
+        else None,
+        "notes": ([] if images is not None else [NO_IMAGES])
+        + [d["warning"] for d in distances if d["warning"]],
+    }
+
+
+def _paired(images: dict[str, torch.Tensor], judges: Judges) -> dict[str, float | None]:
+    reference, others = images["float"], images["packed"]
+    large = min(reference.shape[-2:]) >= WINDOW
+    return {
+        "psnr_db": _finite(pooled_psnr_db(reference, others)),
+        "psnr_mean_of_images_db": _finite(float(psnr_db(reference, others).mean())),
+        "ssim": float(ssim(reference, others).mean()) if large else None,
+        "lpips": judges.lpips(reference, others) if judges.lpips else None,
+    }
+
+
+def is_digits(pipe: Any) -> bool:
+    """Whether a pipeline draws the built-in digits, which the built-in classifier can judge."""
+    labels = getattr(pipe, "labels", {})
+    return labels == {name: digit for digit, name in enumerate(DIGITS)} and (
+        pipe.transformer.config.sample_size,
+        pipe.transformer.config.in_channels,
+    ) == (8, 1)
+
+
+def score_digits(latents: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float | None]:
+    """Accuracy, mean probability of the right digit, and digit-FD to the real digits, of latents [S, 1, 8, 8].
+
+    digit-FD is None where its 64 features have a singular covariance: below 65 samples.
+    """
+    from ditq_converters.demo.classifier import FEATURES, score
+
+    result = score(latents.clamp(-1, 1), torch.tensor(labels))
+    return {
+        "accuracy": result.accuracy,
+        "mean_probability": result.mean_probability,
+        "digit_fd": result.digit_fd if len(labels) > FEATURES else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
