@@ -1,9 +1,10 @@
-"""Calibrate: sample the float model and record the range of every linear input, per call and channel (METHODS 9)."""
+"""Calibrate: sample the float model and record the range of every linear input, per call and channel."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import diffusers
 import torch
 from torch import nn
 
+from ditq_converters.labels import check_labels, class_ids, draw_labels
+from ditq_converters.memory import fitting_micro_batch
 from ditq_converters.models import transformer_of
-from ditq_converters.progress import progress_bar
+from ditq_converters.progress import note, progress_bar
+from ditq_converters.recorder import Recorder
+from ditq_converters.rows import RowPlan, evenly_spaced
+from ditq_converters.samplers import SAMPLERS, history, make_scheduler, set_timesteps
 from ditq_converters.stats import (
     CalibrationStats,
+    ResumePoint,
     StatisticsError,
     model_hash,
     read_manifest,
@@ -25,23 +32,29 @@ from ditq_converters.stats import (
     write_shard,
     write_state,
 )
-from ditq_converters.trajectory import SamplingPlan, noise_generator, trajectory
+from ditq_converters.trajectory import SamplingPlan, trajectory
 from ditq_runtime.families import Family, family_of
 
-SAMPLERS = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}
-CLASSES = 1000
+__all__ = ["SAMPLERS", "calibrate", "class_ids", "draw_labels", "make_scheduler"]
+
+STEPS = 50
 
 
 def calibrate(
     pipe: Any,
     out: str | Path,
-    steps: int = 50,
+    steps: int | None = None,
     samples: int = 32,
     guidance: float = 1.5,
     sampler: str = "ddim",
     seed: int = 0,
     micro_batch: int = 32,
     quiet: bool = False,
+    *,
+    rows: int = 64,
+    cfg_channels: int | None = None,
+    labels: Sequence[int] | None = None,
+    memory_budget: int | None = None,
 ) -> CalibrationStats:
     """Data-free calibration: run the float model from Gaussian noise and store the ranges it meets.
 
@@ -50,129 +63,125 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline, or its transformer alone.
         out: folder for the statistics.
-        steps: model calls per sample, T.
+        steps: model calls per sample, T; default: 50. Sampler `t_max` always makes one.
         samples: images to sample, S; their classes are drawn without replacement where there are enough.
         guidance: classifier-free guidance weight; statistics cover both halves.
-        sampler: a key of SAMPLERS.
-        seed: of classes and noise.
+        sampler: one of SAMPLERS.
+        seed: of classes, noise and the choice of rows.
         micro_batch: samples per forward; bounds memory.
         quiet: show no progress bar.
+        rows: input rows to keep per site for searches, at min(T, 50) evenly spaced calls; 0 keeps none. On disk that
+            is 4 bytes (fp32) times rows times calls times all channels: 2.9 GB for DiT-XL at 64 rows and 50 calls.
+        cfg_channels: leading channels that are guided; None: all, as diffusers' pipeline does; 3: as DiT's own code.
+        labels: class ids, one per sample, instead of drawing `samples` of them.
+        memory_budget: bytes; lowers `micro_batch` so that the peak stays below (see `memory`). A resumed run keeps the
+            micro-batch it began with.
 
     Returns:
         The opened statistics.
 
     Raises:
-        ValueError: an unknown sampler, an unsupported transformer, a count below one.
+        ValueError: an unknown sampler, class or channel count, an unsupported transformer, a count below one, a
+            budget that one sample does not fit into.
         StatisticsError: `out` holds statistics of another model or plan, or the model gave non-finite values.
     """
     model: Any = transformer_of(pipe)
     family = family_of(type(model).__name__)
-    labels = draw_labels(class_ids(pipe, model), samples, seed)
-    plan = SamplingPlan(
-        labels, model.config.num_embeds_ada_norm, steps, guidance, seed, micro_batch
-    )
     scheduler = make_scheduler(pipe, sampler)
+    chosen = _choose_labels(pipe, model, labels, samples, seed)
+    calls = _number_of_calls(sampler, steps, quiet)
+    null_label = model.config.num_embeds_ada_norm
+    plan = SamplingPlan(chosen, null_label, calls, guidance, seed, micro_batch, cfg_channels)
+    _check_channels(model, cfg_channels)
+    kept = RowPlan(rows, evenly_spaced(calls) if rows else (), len(chosen), plan.guided, seed)
     folder = Path(out)
+    if memory_budget is not None:
+        micro_batch = _fit(model, family, scheduler, plan, rows, memory_budget, folder)
+        plan = replace(plan, micro_batch=micro_batch)
+    manifest = _manifest(model, plan, sampler, scheduler, kept)
+    manifest["memory_budget"] = memory_budget
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, _manifest(model, plan, sampler, scheduler))
-
-    state = read_state(folder)
-    done, latents = (state[0] + 1, state[1]) if state else (0, None)
-    if state is None and all(shard_path(folder, call).exists() for call in range(steps)):
-        return CalibrationStats.open(folder)
-    recorder = RangeRecorder(model, family)
-    with recorder, progress_bar("calibrating", steps, done, quiet) as advance:
-        for call in trajectory(model, scheduler, plan, done, latents, lambda _: recorder.reset()):
-            write_shard(folder, call.index, recorder.ranges())
-            write_state(folder, call.index, call.after)
-            advance()
-    remove_state(folder)
+    _claim(folder, manifest)
+    _run(model, family, scheduler, plan, kept, folder, quiet)
     return CalibrationStats.open(folder)
 
 
-def class_ids(pipe: Any, model: Any) -> list[int]:
-    """Class ids that mean something: those the pipeline has names for, else all that the embedding has."""
-    named = sorted(set(getattr(pipe, "labels", {}).values()))
-    return named or list(range(min(CLASSES, model.config.num_embeds_ada_norm)))
+def _run(
+    model: nn.Module,
+    family: Family,
+    scheduler: Any,
+    plan: SamplingPlan,
+    rows: RowPlan,
+    folder: Path,
+    quiet: bool,
+) -> None:
+    """Make the calls that are not on disk."""
+    state = read_state(folder)
+    if state is None and all(shard_path(folder, call).exists() for call in range(plan.steps)):
+        return
+    done = state.call + 1 if state else 0
+    latents, remembered = (state.latents, state.history) if state else (None, None)
+    recorder = Recorder(model, family, rows)
+    with recorder, progress_bar("calibrating", plan.steps, done, quiet) as advance:
+        run = trajectory(model, scheduler, plan, done, latents, recorder.begin, remembered)
+        for call in run:
+            write_shard(folder, call.index, recorder.ranges(), recorder.rows())
+            write_state(folder, ResumePoint(call.index, call.after, history(scheduler)))
+            advance()
+    remove_state(folder)
 
 
-def draw_labels(ids: list[int], samples: int, seed: int) -> tuple[int, ...]:
-    """`samples` class ids, without replacement until all have been drawn (METHODS 9)."""
-    if samples < 1:
-        raise ValueError(f"calibrate: samples must be at least 1, got {samples}")
-    drawn: list[int] = []
-    generator = noise_generator(seed, 0, -1)
-    while len(drawn) < samples:
-        drawn += [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
-    return tuple(drawn[:samples])
+def _fit(
+    model: nn.Module,
+    family: Family,
+    scheduler: Any,
+    plan: SamplingPlan,
+    rows: int,
+    budget: int,
+    folder: Path,
+) -> int:
+    """The micro-batch that an earlier run with this budget chose, so that bytes are the same; or what fits now."""
+    if (folder / "manifest.json").exists():
+        before = read_manifest(folder)
+        if before.get("memory_budget") == budget:
+            return int(before["plan"]["micro_batch"])
+    set_timesteps(scheduler, plan.steps)
+    return fitting_micro_batch(model, family, plan, scheduler.timesteps[0], rows, budget)
 
 
-def make_scheduler(pipe: Any, sampler: str) -> Any:
-    """A fresh scheduler with the pipeline's noise schedule; DiT's own schedule where there is no pipeline."""
-    if sampler not in SAMPLERS:
+def _number_of_calls(sampler: str, steps: int | None, quiet: bool) -> int:
+    if sampler != "t_max":
+        return STEPS if steps is None else steps
+    if steps not in (None, 1):
+        note(f"calibrate: sampler t_max makes one call, at the highest noise, not {steps}", quiet)
+    return 1
+
+
+def _choose_labels(
+    pipe: Any, model: Any, labels: Sequence[int] | None, samples: int, seed: int
+) -> tuple[int, ...]:
+    ids = class_ids(pipe, model)
+    return draw_labels(ids, samples, seed) if labels is None else check_labels(tuple(labels), ids)
+
+
+def _check_channels(model: Any, cfg_channels: int | None) -> None:
+    channels = model.config.in_channels
+    if cfg_channels is not None and cfg_channels > channels:
         raise ValueError(
-            f"calibrate: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}"
+            f"calibrate: cfg_channels must be at most {channels}, the model's latent channels, got {cfg_channels}"
         )
-    own = getattr(pipe, "scheduler", None)
-    config = own.config if own is not None else {"clip_sample": False}
-    return SAMPLERS[sampler].from_config(config)
 
 
-class RangeRecorder:
-    """Forward pre-hooks that keep a running minimum and maximum of every site, per channel."""
-
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        """Remember where to listen; nothing is hooked before `with`."""
-        self._ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._listen = {
-            f"{block}.{site.name}": model.get_submodule(f"{block}.{site.consumers[0]}")
-            for block in family.block_names(model)
-            for site in family.sites
-        }
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> RangeRecorder:
-        """Install the hooks."""
-        for site, module in self._listen.items():
-            self._hooks.append(module.register_forward_pre_hook(self._observer(site)))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def reset(self) -> None:
-        """Forget the last call."""
-        self._ranges.clear()
-
-    def ranges(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Site -> (min [K], max [K]) fp32 on the CPU, over everything since the last reset."""
-        return {site: (low.cpu(), high.cpu()) for site, (low, high) in self._ranges.items()}
-
-    def _observer(self, site: str) -> Any:
-        def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            low, high = rows.amin(0), rows.amax(0)
-            if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-                raise StatisticsError(
-                    f"{site}: the float model produced a value that is not finite; check its weights"
-                )
-            if site in self._ranges:
-                before = self._ranges[site]
-                low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-            self._ranges[site] = (low, high)
-
-        return observe
-
-
-def _manifest(model: nn.Module, plan: SamplingPlan, sampler: str, scheduler: Any) -> dict[str, Any]:
-    scheduler.set_timesteps(plan.steps)
+def _manifest(
+    model: nn.Module, plan: SamplingPlan, sampler: str, scheduler: Any, rows: RowPlan
+) -> dict[str, Any]:
+    set_timesteps(scheduler, plan.steps)
     return {
+        "sampler": sampler,
         "calls": plan.steps,
         "timesteps": [float(t) for t in scheduler.timesteps],
         "plan": {**asdict(plan), "labels": list(plan.labels)},
-        "sampler": sampler,
+        "rows": {"count": rows.count, "calls": list(rows.calls)},
         "architecture": type(model).__name__,
         "model_hash": model_hash(model),
         "dtype": str(next(model.parameters()).dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.fold import block_linears, fold_block, weight_absmax
-from ditq_converters.methods import METHODS, SiteData
+from ditq_converters.fold import block_linears, fold_block
+from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.models import transformer_of
 from ditq_converters.pack import make_scheme, pack_model
 from ditq_converters.pipeline_folder import write_pipeline
-from ditq_converters.plan import LayerPlan, plan_layers, smooths
+from ditq_converters.plan import LayerPlan, plan_layers
 from ditq_converters.progress import progress_bar
-from ditq_converters.quantize import quantize_linear, static_range
+from ditq_converters.quantize import quantize_linear
 from ditq_converters.recipe import Recipe
+from ditq_converters.sites import act_ranges, group_bounds, site_data
 from ditq_converters.stats import CalibrationStats
 from ditq_runtime.families import Family, family_of
+from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.files import check_new
+from ditq_runtime.scheme import LayerFormat
 
 
 def convert(
@@ -63,14 +67,17 @@ def convert(
             f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
             "run `ditq calibrate` first and pass them"
         )
-    scheme = make_scheme(model, family, plans)
     tensors: dict[str, torch.Tensor] = {}
+    formats: dict[str, LayerFormat] = {}
     by_name = {plan.name: plan for plan in plans}
     blocks = family.block_names(model)
     with torch.no_grad(), progress_bar("converting", len(blocks), quiet=quiet) as advance:
         for block in blocks:
-            tensors |= convert_block(model, family, block, recipe, stats, by_name)
+            packed_block = convert_block(model, family, block, recipe, stats, by_name)
+            tensors |= packed_block.tensors
+            formats |= packed_block.formats
             advance()
+        scheme = make_scheme(model, family, formats)
         packed = pack_model(model, scheme, tensors, provenance(recipe, stats))
     if out is not None:
         save(pipe, packed, Path(out), max_shard_size)
@@ -86,6 +93,14 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class PackedBlock:
+    """One converted block: full tensor name -> tensor, full layer name -> its final format."""
+
+    tensors: dict[str, torch.Tensor]
+    formats: dict[str, LayerFormat]
+
+
 def convert_block(
     model: nn.Module,
     family: Family,
@@ -93,32 +108,35 @@ def convert_block(
     recipe: Recipe,
     stats: CalibrationStats | None,
     plans: dict[str, LayerPlan],
-) -> dict[str, torch.Tensor]:
-    """The stored tensors of one block: statistics -> factors -> fold (exact) -> quantize (lossy)."""
+) -> PackedBlock:
+    """One block: statistics -> transforms -> fold (exact) -> quantize (lossy)."""
     linears = block_linears(model.get_submodule(block), family)
-    smooth, act_range = {}, {}
-    method = METHODS[recipe.method]
-    for site in family.sites:
-        ranges = stats.ranges(f"{block}.{site.name}") if stats and recipe.needs_statistics else None
-        if smooths(recipe, block, site):
-            assert method.smooth is not None
-            assert ranges is not None
-            smooth[site.name] = method.smooth(
-                SiteData(*ranges, weight_absmax(linears, site)), recipe.alpha
-            )
-        if recipe.activations == "static":
-            assert ranges is not None
-            act_range.update(
-                dict.fromkeys(site.consumers, static_range(*ranges, smooth.get(site.name)))
-            )
-    smooth_inv = fold_block(linears, family, smooth)
-    tensors = {}
+    needed = stats if recipe.needs_statistics else None
+    sites = [] if needed is None else site_data(family, block, linears, recipe, needed)
+    transform = METHODS[recipe.method].transform
+    choice = BlockTransform({}, ())
+    if transform is not None and sites:
+        choice = transform(sites, recipe.options)
+    act_range = act_ranges(family, sites, choice, recipe) if recipe.activations == "static" else {}
+    smooth_inv = fold_block(linears, family, choice.sites)
+
+    tensors, formats = {}, {}
     for name, linear in linears.items():
-        layer_format = plans[f"{block}.{name}"].format
-        assert layer_format is not None
-        stored = quantize_linear(linear, layer_format, act_range.get(name), smooth_inv.get(name))
+        planned = plans[f"{block}.{name}"].format
+        assert planned is not None
+        groups = 1 if linear.bias is None else linear.bias.shape[0]
+        final = replace(
+            planned, groups=groups, bias=linear.bias is not None, smooth=name in smooth_inv
+        )
+        if linear.bias is not None:
+            linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
+        stored = quantize_linear(linear, final, act_range.get(name), smooth_inv.get(name))
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
-    return tensors
+        formats[f"{block}.{name}"] = final
+    if choice.num_groups > 1 and needed is not None:
+        bounds = group_bounds(needed.timesteps, choice.group_of_call)
+        tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
+    return PackedBlock(tensors, formats)
 
 
 def provenance(recipe: Recipe, stats: CalibrationStats | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ditq_converters.plan import LayerPlan
 from ditq_runtime import plugin, skeleton
 from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
@@ -25,17 +24,16 @@ def format_name(layer_format: LayerFormat) -> str:
             "weight_only" if layer_format.activations == "none" else layer_format.activations,
         ]
     parts += ["smooth"] * layer_format.smooth + ["nobias"] * (not layer_format.bias)
+    parts += [f"groups{layer_format.groups}"] * (layer_format.groups > 1)
+    parts += [f"lora{layer_format.lora_rank}"] * (layer_format.lora_rank > 0)
     return "_".join(parts)
 
 
-def make_scheme(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Scheme:
-    """The scheme that lists every planned layer."""
-    formats, layers = {}, {}
-    for plan in plans:
-        if plan.format is not None:
-            formats[format_name(plan.format)] = plan.format
-            layers[plan.name] = format_name(plan.format)
-    return Scheme(type(model).__name__, has_shared_embedder(model, family), formats, layers)
+def make_scheme(model: nn.Module, family: Family, formats: dict[str, LayerFormat]) -> Scheme:
+    """The scheme that lists every packed layer: full name -> format."""
+    names = {name: format_name(layer_format) for name, layer_format in formats.items()}
+    named = {format_name(layer_format): layer_format for layer_format in formats.values()}
+    return Scheme(type(model).__name__, has_shared_embedder(model, family), named, names)
 
 
 def has_shared_embedder(model: nn.Module, family: Family) -> bool:

@@ -46,7 +46,7 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
     plans = []
     for block in family.block_names(model):
         for site in family.sites:
-            smooth = smooths(recipe, block, site)
+            smooth = transforms(recipe, block, site)
             plans += [
                 _consumer(model, f"{block}.{name}", site, recipe, smooth) for name in site.consumers
             ]
@@ -65,11 +65,12 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
     return plans
 
 
-def smooths(recipe: Recipe, block: str, site: Site) -> bool:
-    """Whether a site gets a factor: the method has one, and some consumer is quantized."""
-    return METHODS[recipe.method].smooth is not None and not all(
-        recipe.keeps(f"{block}.{c}") for c in site.consumers
-    )
+def transforms(recipe: Recipe, block: str, site: Site) -> bool:
+    """Whether a method may transform a site: it has a transform, and some consumer is quantized."""
+    method = METHODS[recipe.method]
+    kept = all(recipe.keeps(f"{block}.{name}") for name in site.consumers)
+    reached = method.on_the_fly or not isinstance(site.producer, OnTheFly)
+    return method.transform is not None and reached and not kept
 
 
 def _consumer(model: nn.Module, name: str, site: Site, recipe: Recipe, smooth: bool) -> LayerPlan:
@@ -80,7 +81,9 @@ def _consumer(model: nn.Module, name: str, site: Site, recipe: Recipe, smooth: b
         layer_format = LayerFormat("fp32", "none", bias=bias)
     else:
         group = _group_size(name, linear, recipe.weights, recipe.group_size)
-        layer_format = LayerFormat(recipe.weights, recipe.activations, group, on_the_fly, bias)
+        layer_format = LayerFormat(
+            recipe.weights, recipe.activations, group, on_the_fly, bias, lora_rank=recipe.rank
+        )
     kind = KIND[type(site.producer)]
     return LayerPlan(name, site.name, kind, layer_format, _where(site, smooth), _parameters(linear))
 

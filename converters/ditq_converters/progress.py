@@ -1,4 +1,4 @@
-"""One progress bar for all long work: what is done, how fast, and when it ends."""
+"""One progress bar for all long work: what is done, how fast, and when it ends; and a line beside it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,10 @@ def progress_bar(
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda: bar.advance(task)
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """One plain line on stderr, beside the bar."""
+    if not quiet:
+        console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        console.print(text)

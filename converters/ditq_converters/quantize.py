@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import ditq_kernels as k
 from ditq_converters.fold import LinearTensors
+from ditq_converters.methods import Transform, ranges
+from ditq_converters.methods.alternating import alternate
 from ditq_runtime.scheme import LayerFormat
 
 
 def static_range(
-    minimum: torch.Tensor, maximum: torch.Tensor, smooth: torch.Tensor | None
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    transform: Transform,
+    group_of_call: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The min-max range of a site after smoothing, over all calls and channels (METHODS 3, `static_tensor`).
+    """The min-max range of a transformed site, over all calls and channels.
 
     Args:
-        minimum: [T, K] fp32 of the unsmoothed input.
+        minimum: [T, K] fp32 of the untransformed input.
         maximum: [T, K] fp32.
-        smooth: [K] fp64 or None.
+        transform: what happens to the site.
+        group_of_call: [T] timestep group of every call.
 
     Returns:
         low, high: scalars, fp32.
     """
-    u = 1.0 if smooth is None else 1.0 / smooth
-    return (minimum.double() * u).min().float(), (maximum.double() * u).max().float()
+    return ranges.minmax(*ranges.after(minimum, maximum, transform, group_of_call))
 
 
 def quantize_linear(
@@ -35,7 +42,7 @@ def quantize_linear(
     """Tensors of `LayerFormat.tensors` for a folded linear.
 
     Args:
-        linear: folded weight [N, K] and bias [N], fp64.
+        linear: folded weight [N, K] and bias [G, N], fp64.
         layer_format: what to make.
         act_range: low and high of its input, for static activations.
         smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
@@ -52,7 +59,11 @@ def quantize_linear(
             raise ValueError(
                 f"quantize_linear: the folded {name} is not finite; check the source checkpoint"
             )
+    lora: dict[str, torch.Tensor] = {}
+    if layer_format.lora_rank:
+        weight, lora = _split_branch(linear.weight, layer_format)
     tensors, codes = _weights(weight, layer_format)
+    tensors |= lora
     if layer_format.activations == "static":
         assert act_range is not None
         tensors["act_scale"], tensors["act_zero"] = (
@@ -64,7 +75,7 @@ def quantize_linear(
         tensors["smooth_inv"] = smooth_inv.float()
     if layer_format.bias:
         assert bias is not None
-        tensors["bias"] = bias
+        tensors["bias"] = bias[0] if layer_format.groups == 1 else bias
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -86,3 +97,30 @@ def _weights(
         "group_offset": w4p.group_offset,
     }
     return stored, w4p.expand()
+
+
+def _split_branch(
+    weight: torch.Tensor, layer_format: LayerFormat
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the codes are made from [N, K] fp32, and the low-rank branch in bf16 (DiTAS Eq. 9-10).
+
+    Two candidates for the codes: the iterate that the optimization kept, and the rest that the rounded branch leaves;
+    the grid moves with its input, so either may be closer.
+    """
+    quantized = _quantizer(layer_format)
+    split = alternate(weight, quantized, layer_format.lora_rank)
+    lora = {"lora_down": split.lora_down.bfloat16(), "lora_up": split.lora_up.bfloat16()}
+    branch = lora["lora_up"].double() @ lora["lora_down"].double()
+    targets = (split.quantize_target, weight - branch)
+    best = min(targets, key=lambda target: float((quantized(target) + branch - weight).norm()))
+    return best.float(), lora
+
+
+def _quantizer(layer_format: LayerFormat) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Weight -> the weight its codes stand for, [N, K] fp64."""
+
+    def quantized(weight: torch.Tensor) -> torch.Tensor:
+        tensors, codes = _weights(weight.float(), layer_format)
+        return codes.double() * tensors["weight_scale"].double()[:, None]
+
+    return quantized

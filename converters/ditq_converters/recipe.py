@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
 from typing import Any
 
-from ditq_converters.methods import METHODS
+from ditq_converters.methods import METHODS, Options
+from ditq_converters.methods.timestep_groups import LINKAGES
 
 WEIGHTS = ("w8", "w4p")
 ACTIVATIONS = ("token", "static")
@@ -23,7 +24,8 @@ class Recipe:
         group_size: input channels per `w4p` group; lowered per layer to a divisor of its inputs.
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.
-        alpha: migration strength of smoothing, s = a^alpha / w^(1 - alpha) (SmoothQuant Eq. 4).
+        lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
+        alpha: and the fields below: see `ditq_converters.methods.Options`.
 
     Raises:
         ValueError: a field is out of its range; the message lists the choices.
@@ -35,7 +37,15 @@ class Recipe:
     group_size: int = 64
     modulation: str | None = None
     keep: tuple[str, ...] = ()
+    lora_rank: int | None = None
     alpha: float = 0.5
+    search: bool = True
+    ssc: bool = True
+    shift: bool = True
+    scale: bool = True
+    num_groups: int | None = None
+    linkage: str = "ward"
+    ema: float = 0.99
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -51,13 +61,34 @@ class Recipe:
             raise ValueError(
                 f"recipe: group_size must be a positive multiple of 32, got {self.group_size}"
             )
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"recipe: alpha must lie in [0, 1], got {self.alpha}")
+        for field in ("alpha", "ema"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"recipe: {field} must lie in [0, 1], got {getattr(self, field)}")
+        _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
+        if self.num_groups is not None and self.num_groups < 1:
+            raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
+        if self.rank < 0:
+            raise ValueError(f"recipe: lora_rank must not be negative, got {self.rank}")
 
     @property
     def needs_statistics(self) -> bool:
         """Whether a calibration must have run."""
         return self.activations == "static" or METHODS[self.method].needs_statistics
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the calibration must have sampled rows."""
+        return METHODS[self.method].needs_rows and self.search
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank branch."""
+        return METHODS[self.method].lora_rank if self.lora_rank is None else self.lora_rank
+
+    @property
+    def options(self) -> Options:
+        """What the method is told."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
     @property
     def modulation_weights(self) -> str:
@@ -70,7 +101,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for provenance."""
-        return {**asdict(self), "keep": list(self.keep), "modulation": self.modulation_weights}
+        return {
+            **asdict(self),
+            "keep": list(self.keep),
+            "modulation": self.modulation_weights,
+            "lora_rank": self.rank,
+        }
 
 
 def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,10 @@
 """Calibration statistics on disk: one shard per model call, a manifest that says what they belong to.
 
     stats/manifest.json             plan, sampler, model hash, versions, sites and their widths
-    stats/call_0000.safetensors     per site: SITE.min and SITE.max, fp32 [K]; call 0 is the noisiest
-    stats/state.safetensors         latents after the last complete call, to resume from; removed at the end
+    stats/call_0000.safetensors     per site: SITE.min and SITE.max, fp32 [K], and at the calls that the manifest
+                                    lists SITE.rows, [n, K] in the model's dtype; call 0 is the noisiest
+    stats/state.safetensors         latents and sampler history after the last complete call, to resume from;
+                                    removed at the end
 
 A shard appears by atomic rename when its call is complete, so memory does not grow with the number of calls.
 """
@@ -45,28 +47,52 @@ def shard_path(folder: Path, call: int) -> Path:
 
 
 def write_shard(
-    folder: Path, call: int, ranges: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    folder: Path,
+    call: int,
+    ranges: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    rows: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Store site -> (min [K], max [K]) of one complete call."""
+    """Store site -> (min [K], max [K]), and site -> rows [n, K] if there are any, of one complete call."""
     tensors = {}
     for site, (low, high) in ranges.items():
         tensors[f"{site}.min"], tensors[f"{site}.max"] = low.contiguous(), high.contiguous()
+    for site, kept in (rows or {}).items():
+        tensors[f"{site}.rows"] = kept.contiguous()
     _save(tensors, shard_path(folder, call), {"call": str(call)})
 
 
-def write_state(folder: Path, call: int, latents: torch.Tensor) -> None:
-    """Store the latents [S, C, H, W] that follow call `call`, to resume from."""
-    _save({"latents": latents.contiguous()}, folder / "state.safetensors", {"call": str(call)})
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run stopped.
+
+    Attributes:
+        call: the last complete call.
+        latents: [S, C, H, W] fp32 after it.
+        history: what the sampler remembers of earlier calls (`samplers.history`).
+    """
+
+    call: int
+    latents: torch.Tensor
+    history: dict[str, torch.Tensor]
 
 
-def read_state(folder: Path) -> tuple[int, torch.Tensor] | None:
-    """Last complete call and the latents after it; None if nothing is there."""
+def write_state(folder: Path, point: ResumePoint) -> None:
+    """Store where to resume from."""
+    tensors = {"latents": point.latents, **point.history}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _save(tensors, folder / "state.safetensors", {"call": str(point.call)})
+
+
+def read_state(folder: Path) -> ResumePoint | None:
+    """Where to resume from; None if nothing is there."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
-            return int(file.metadata()["call"]), file.get_tensor("latents")
+            call = int(file.metadata()["call"])
+            history = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        return ResumePoint(call, history.pop("latents"), history)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StatisticsError(
             f"{path}: the resume point is damaged ({error}); delete the file to start over"
@@ -115,23 +141,47 @@ class CalibrationStats:
 
     def ranges(self, site: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Minimum and maximum of a site: fp32 [T, K] each."""
-        lows, highs = [], []
-        for call in range(self.calls):
-            path = shard_path(self.folder, call)
-            try:
-                with safe_open(path, "pt") as file:
-                    lows.append(file.get_tensor(f"{site}.min"))
-                    highs.append(file.get_tensor(f"{site}.max"))
-            except (SafetensorError, OSError) as error:
-                raise StatisticsError(
-                    f"{path}: cannot read {site} ({error}); calibrate again"
-                ) from error
-        low, high = torch.stack(lows), torch.stack(highs)
-        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        read = [self._read(call, site, "min", "max") for call in range(self.calls)]
+        low, high = (torch.stack(side) for side in zip(*read, strict=True))
+        self._check_finite(site, low, high)
+        return low, high
+
+    def rows(self, site: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Sampled input rows of a site, for searches.
+
+        The same (sample, token) pairs for all sites of a call that have as many tokens; under guidance the first half
+        is conditional, the second the same pairs of the null half.
+
+        Returns:
+            rows: [C, n, K] fp32. calls: the C calls they were sampled at, ascending.
+
+        Raises:
+            StatisticsError: none were kept, or a shard is damaged.
+        """
+        calls = tuple(self.manifest.get("rows", {}).get("calls", ()))
+        if not calls:
+            raise StatisticsError(
+                f"{self.folder}: holds no sampled rows; calibrate into a new folder with --rows 64"
+            )
+        rows = torch.stack([self._read(call, site, "rows")[0].float() for call in calls])
+        self._check_finite(site, rows)
+        return rows, calls
+
+    def _read(self, call: int, site: str, *fields: str) -> list[torch.Tensor]:
+        path = shard_path(self.folder, call)
+        try:
+            with safe_open(path, "pt") as file:
+                return [file.get_tensor(f"{site}.{field}") for field in fields]
+        except (SafetensorError, OSError) as error:
+            raise StatisticsError(
+                f"{path}: cannot read {site} ({error}); calibrate again"
+            ) from error
+
+    def _check_finite(self, site: str, *tensors: torch.Tensor) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise StatisticsError(
                 f"{self.folder}: {site} holds values that are not finite; calibrate again"
             )
-        return low, high
 
     def check_model(self, model: nn.Module) -> None:
         """StatisticsError if they were taken from another model."""

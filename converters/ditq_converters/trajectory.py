@@ -6,12 +6,14 @@ not on batch split, device or the point a run was resumed at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from ditq_converters.samplers import restore, set_timesteps
 
 MASK64 = (1 << 64) - 1
 
@@ -27,6 +29,8 @@ class SamplingPlan:
         guidance: classifier-free guidance weight; at 1 or below no null half is run.
         seed: of the initial noise.
         micro_batch: samples per forward (each counts twice under guidance).
+        cfg_channels: leading channels of the noise that are guided, the others keep the conditional prediction; None
+            guides all, as diffusers' pipeline does, 3 is DiT's reference code.
 
     Raises:
         ValueError: a count below one.
@@ -38,14 +42,14 @@ class SamplingPlan:
     guidance: float = 1.5
     seed: int = 0
     micro_batch: int = 32
+    cfg_channels: int | None = None
 
     def __post_init__(self) -> None:
         """Validate the counts."""
-        for field in ("steps", "micro_batch"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"sampling: {field} must be at least 1, got {getattr(self, field)}"
-                )
+        for field in ("steps", "micro_batch", "cfg_channels"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"sampling: {field} must be at least 1, got {value}")
         if not self.labels:
             raise ValueError("sampling: at least one sample is needed, got none")
 
@@ -115,27 +119,50 @@ def predict(
     Returns:
         [S, C, H, W] fp32; a learned variance is dropped.
     """
-    parameter = next(model.parameters())
+    return predict_all_channels(model, latents, timestep, plan)[:, : latents.shape[1]]
+
+
+def predict_all_channels(
+    model: nn.Module, latents: torch.Tensor, timestep: Any, plan: SamplingPlan
+) -> torch.Tensor:
+    """As `predict`, with a learned variance behind the noise: [S, 2C, H, W] fp32 where the model has one.
+
+    The variance is that of the conditional half, as in DiT's `forward_with_cfg`.
+    """
     parts = []
     training = model.training
     model.eval()  # a DiT in training mode drops labels at random
-    for start in range(0, len(latents), plan.micro_batch):
-        chunk = latents[start : start + plan.micro_batch].to(parameter.device, parameter.dtype)
-        labels = torch.tensor(
-            plan.labels[start : start + plan.micro_batch], device=parameter.device
-        )
-        if plan.guided:
-            chunk = torch.cat([chunk, chunk])
-            labels = torch.cat([labels, torch.full_like(labels, plan.null_label)])
-        times = torch.as_tensor(timestep, device=parameter.device).expand(len(chunk))
-        out = model(chunk, timestep=times, class_labels=labels).sample
-        epsilon = out[:, : latents.shape[1]].float().cpu()
-        if plan.guided:
-            cond, null = epsilon.chunk(2)
-            epsilon = null + plan.guidance * (cond - null)
-        parts.append(epsilon)
-    model.train(training)
+    try:
+        for start in range(0, len(latents), plan.micro_batch):
+            stop = min(start + plan.micro_batch, len(latents))
+            labels = plan.labels[start:stop]
+            out = _forward(model, latents[start:stop], timestep, labels, plan)
+            parts.append(_guide(out, latents.shape[1], plan) if plan.guided else out)
+    finally:
+        model.train(training)
     return torch.cat(parts)
+
+
+def _forward(
+    model: Any, latents: torch.Tensor, timestep: Any, labels: tuple[int, ...], plan: SamplingPlan
+) -> torch.Tensor:
+    """One batch, [cond; null] under guidance; fp32 on the CPU."""
+    parameter = next(model.parameters())
+    chunk = latents.to(parameter.device, parameter.dtype)
+    classes = torch.tensor(labels, device=parameter.device)
+    if plan.guided:
+        chunk = torch.cat([chunk, chunk])
+        classes = torch.cat([classes, torch.full_like(classes, plan.null_label)])
+    times = torch.as_tensor(timestep, device=parameter.device).expand(len(chunk))
+    return model(chunk, timestep=times, class_labels=classes).sample.float().cpu()
+
+
+def _guide(out: torch.Tensor, channels: int, plan: SamplingPlan) -> torch.Tensor:
+    """Null + guidance * (cond - null) in the guided channels, the conditional half in all others."""
+    cond, null = out.chunk(2)
+    last = min(plan.cfg_channels or channels, channels)
+    guided = null[:, :last] + plan.guidance * (cond[:, :last] - null[:, :last])
+    return torch.cat([guided, cond[:, last:]], dim=1)
 
 
 @torch.no_grad()
@@ -146,29 +173,35 @@ def trajectory(
     start: int = 0,
     latents: torch.Tensor | None = None,
     before_call: Callable[[int], None] | None = None,
+    remembered: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Call]:
     """Run the sampler, yielding every call when it is done.
 
     Args:
         model: the transformer.
-        scheduler: a single-step diffusers scheduler (DDIM, DDPM).
+        scheduler: of `samplers.make_scheduler`, or a single-step diffusers scheduler that scales no model input.
         plan: what to sample.
         start: first call to run; `latents` are then those before that call.
         latents: [S, C, H, W]; default: Gaussian noise.
         before_call: told the index of each call before it runs.
+        remembered: `samplers.history` of the scheduler before call `start`.
 
     Yields:
         `plan.steps - start` calls, noisiest first.
     """
-    scheduler.set_timesteps(plan.steps)
+    set_timesteps(scheduler, plan.steps)
+    restore(scheduler, start, remembered or {})
+    reads_variance = getattr(scheduler, "reads_variance", False)
     current = initial_latents(plan, model) if latents is None else latents
     for index, timestep in enumerate(scheduler.timesteps):
         if index < start:
             continue
         if before_call is not None:
             before_call(index)
-        epsilon = predict(model, scheduler.scale_model_input(current, timestep), timestep, plan)
+        output = predict_all_channels(model, current, timestep, plan)
+        epsilon = output[:, : current.shape[1]]
         noise = [noise_generator(plan.seed, sample, index + 1) for sample in range(len(current))]
-        after = scheduler.step(epsilon, timestep, current, generator=noise).prev_sample
+        prediction = output if reads_variance else epsilon
+        after = scheduler.step(prediction, timestep, current, generator=noise).prev_sample
         yield Call(index, float(timestep), current, epsilon, after)
         current = after

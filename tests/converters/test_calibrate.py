@@ -1,15 +1,12 @@
 """Calibration: ranges as an independent recording has them, resumable to the byte, and nothing left behind."""
 
-import json
-import random
 import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline
+from diffusers import DDIMScheduler
 
 from ditq_converters import StatisticsError, calibrate
-from ditq_converters.calibrate import draw_labels
 from ditq_converters.stats import shard_path
 from ditq_converters.trajectory import SamplingPlan, initial_latents
 
@@ -156,23 +153,6 @@ def test_the_manifest_says_what_was_run(pipe, stats):
     assert len(labels) == SAMPLES
 
 
-def test_a_bare_transformer_draws_from_all_classes(make_dit, tmp_path):
-    stats = calibrate(make_dit(), tmp_path, steps=1, samples=40, quiet=True)
-    labels = stats.manifest["plan"]["labels"]
-    assert len(set(labels)) == 40
-    assert max(labels) < 1000  # never the null class
-    assert max(labels) > 500
-
-
-def test_labels_are_drawn_without_replacement_and_by_seed():
-    ids = [4, 8, 15, 16, 23]
-    drawn = draw_labels(ids, 12, seed=1)
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == ids
-    assert drawn == draw_labels(ids, 12, seed=1)
-    assert drawn[:7] == draw_labels(ids, 7, seed=1)
-    assert any(drawn != draw_labels(ids, 12, seed=seed) for seed in (2, 3))
-
-
 def test_nothing_is_left_on_the_model(make_pipeline, inputs, tmp_path):
     pipe = make_pipeline(seed=2)
     model = pipe.transformer
@@ -237,6 +217,10 @@ def test_an_infinite_activation_is_refused(make_pipeline, tmp_path):
         ({"guidance": 3.0}, "another plan"),
         ({"seed": 1}, "another plan"),
         ({"sampler": "ddpm"}, "another sampler"),
+        ({"rows": 8}, "another rows"),
+        ({"cfg_channels": 3}, "another plan"),
+        ({"labels": (0, 1, 7, 7)}, "another plan"),
+        ({"memory_budget": 2**40}, "another memory_budget"),
     ],
 )
 def test_another_plan_does_not_resume(pipe, stats, change, sentence):
@@ -258,6 +242,13 @@ def test_another_model_does_not_resume(make_pipeline, stats):
         ({"samples": 0}, "samples must be at least 1"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"sampler": "euler"}, "sampler must be one of ddim, ddpm"),
+        ({"sampler": "flow"}, "flow does not fit a model whose scheduler is DDIMScheduler"),
+        ({"rows": -1}, "rows must be 0"),
+        ({"cfg_channels": 0}, "cfg_channels must be at least 1"),
+        ({"cfg_channels": 5}, "cfg_channels must be at most 4, .* got 5"),
+        ({"labels": ()}, "at least one class"),
+        ({"labels": (0, 2)}, "no class 2"),
+        ({"memory_budget": 2**20}, "1.0 MiB is too small: .* allow at least"),
     ],
 )
 def test_misuse_is_refused_before_a_folder_appears(pipe, tmp_path, change, sentence):
@@ -280,98 +271,19 @@ def test_a_finished_calibration_is_not_run_again(make_pipeline, stats):
 
 @pytest.mark.parametrize("steps", [2, 6])
 def test_memory_does_not_grow_with_the_number_of_calls(make_dit, tmp_path, monkeypatch, steps):
-    """P22: when a call's ranges are stored, those of the calls before are gone."""
+    """P22: when a call's ranges and rows are stored, those of the calls before are gone."""
     import sys
 
     module = sys.modules["ditq_converters.calibrate"]
     write, alive, counts = module.write_shard, [], []
 
-    def spy(folder, call, ranges):
+    def spy(folder, call, ranges, rows):
         counts.append(sum(reference() is not None for reference in alive))
         alive.extend(weakref.ref(tensor) for pair in ranges.values() for tensor in pair)
-        write(folder, call, ranges)
+        alive.extend(weakref.ref(tensor) for tensor in rows.values())
+        write(folder, call, ranges, rows)
 
     monkeypatch.setattr(module, "write_shard", spy)
     calibrate(make_dit(), tmp_path, steps=steps, samples=1, quiet=True)
     assert counts == [0] * steps
-    assert len(alive) == steps * 8 * 2
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("call_*.safetensors"))}
-
-
-JOB = "calibrate(pipe, {out!r}, steps=5, samples=3, guidance=2.0, sampler='ddpm', micro_batch=2, quiet=True)"
-
-
-@pytest.fixture(scope="module")
-def killed(killable, make_pipeline, tmp_path_factory):
-    """A model on disk, the shards of an uninterrupted run, and how many write events such a run has."""
-    folder = tmp_path_factory.mktemp("killed")
-    make_pipeline().save_pretrained(folder / "model")
-    killable.prepare(f"pipe = open_model({str(folder / 'model')!r})")
-    out = folder / "whole"
-    events = killable.run(JOB.format(out=str(out)), slow=True)
-    assert len(shards(out)) == 5
-    return str(folder / "model"), shards(out), (out / "manifest.json").read_bytes(), events
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(killable, killed, tmp_path):
-    """P22: killed at six moments of its writes, in six folders, then run again."""
-    _, whole, manifest, events = killed
-    rng, unfinished = random.Random(1), 0
-    for attempt, event in enumerate(sorted(rng.sample(range(1, events), 6))):
-        out = tmp_path / str(attempt)
-        job = JOB.format(out=str(out))
-        assert killable.kill_at(job, event, rng.uniform(0, 0.02))
-        before = shards(out) if out.exists() else {}
-        assert all(whole[name] == data for name, data in before.items())  # whole or not there
-        unfinished += 0 < len(before) < 5
-        killable.run(job)
-        assert shards(out) == whole
-        assert (out / "manifest.json").read_bytes() == manifest
-        assert not (out / "state.safetensors").exists()
-    assert unfinished >= 3  # the kills met runs that had done some calls and not all
-
-
-def test_a_run_killed_again_and_again_gets_there(killable, killed, tmp_path):
-    _, whole, _, events = killed
-    job, rng = JOB.format(out=str(tmp_path)), random.Random(2)
-    for _ in range(4):
-        killable.kill_at(job, rng.randrange(1, events // 3), rng.uniform(0, 0.02))
-    killable.run(job)
-    assert shards(tmp_path) == whole
-
-
-def test_a_resumed_run_leaves_no_temporary_files(killable, killed, tmp_path):
-    """A kill inside a write leaves a hidden .part file; the run that finishes the job removes it."""
-    _, _, _, events = killed
-    job = JOB.format(out=str(tmp_path))
-    for event in range(5, 12):
-        killable.kill_at(job, min(event, events - 1), 0.0)
-        if list(tmp_path.glob(".*.part")):
-            break
-    assert list(tmp_path.glob(".*.part"))  # some kill did leave one
-    killable.run(job)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"call_{call:04d}.safetensors" for call in range(5)),
-        "manifest.json",
-    ]
-
-
-def test_the_resume_point_is_used(killable, killed, tmp_path):
-    """After a kill the model runs only for the calls that are not on disk."""
-    model, whole, _, events = killed
-    job = JOB.format(out=str(tmp_path))
-    killable.kill_at(job, events * 2 // 3, 0.0)
-    state = tmp_path / "state.safetensors"
-    done = len(shards(tmp_path))
-    assert 1 <= done < 5
-    assert state.exists()
-    pipe, ran = DiTPipeline.from_pretrained(model), []
-    pipe.transformer.register_forward_pre_hook(lambda *_: ran.append(1))
-    calibrate(pipe, tmp_path, 5, 3, 2.0, "ddpm", micro_batch=2, quiet=True)
-    # two micro-batches a call; a call whose shard is there but whose latents are not is run again
-    assert len(ran) in (2 * (5 - done), 2 * (5 - done + 1))
-    assert json.loads((tmp_path / "manifest.json").read_text())["calls"] == 5
-    assert list(shards(tmp_path)) == list(whole)
+    assert len(alive) == steps * 8 * 3

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from ditq_converters.methods import METHODS, SiteData
+from ditq_converters.methods import METHODS, Options, SiteData
 
-SMOOTH = METHODS["smoothquant"].smooth
+
+def smooth(site, alpha):
+    """The factor smoothquant gives one site; it groups no timesteps and shifts nothing."""
+    choice = METHODS["smoothquant"].transform([site], Options(alpha=alpha))
+    assert choice.num_groups == 1
+    assert choice.sites["fc1"].shift is None
+    return choice.sites["fc1"].smooth
 
 
 def random_site(calls=7, width=33, seed=0):
@@ -18,26 +24,32 @@ def random_site(calls=7, width=33, seed=0):
 
 
 def as_site(low, high, weight):
-    return SiteData(torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(weight))
+    # two rows whose largest magnitude per column is `weight`
+    stacked = torch.from_numpy(np.stack([0.5 * weight, -weight]))
+    return SiteData("fc1", torch.from_numpy(low), torch.from_numpy(high), stacked)
 
 
 def test_smoothquant_by_hand():
     """a = max(|-4|, 1, 2, 16) = 16, w = 1/4; s = 16^(3/4) / (1/4)^(1/4) = 8 / 0.70711 = 8 sqrt 2."""
     site = SiteData(
+        "fc1",
         torch.tensor([[-4.0], [-1.0]]),
         torch.tensor([[2.0], [16.0]]),
-        torch.tensor([0.25], dtype=torch.float64),
+        torch.tensor([[0.25]], dtype=torch.float64),
     )
-    s = SMOOTH(site, 0.75)
+    s = smooth(site, 0.75)
     assert s.dtype == torch.float64
     torch.testing.assert_close(s, torch.tensor([8 * 2**0.5], dtype=torch.float64))
 
 
 def test_the_minimum_counts_as_much_as_the_maximum():
     site = SiteData(
-        torch.tensor([[-9.0, 0.0]]), torch.tensor([[1.0, 9.0]]), torch.ones(2, dtype=torch.float64)
+        "fc1",
+        torch.tensor([[-9.0, 0.0]]),
+        torch.tensor([[1.0, 9.0]]),
+        torch.ones(1, 2, dtype=torch.float64),
     )
-    assert SMOOTH(site, 0.5).tolist() == [3.0, 3.0]
+    assert smooth(site, 0.5).tolist() == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -47,21 +59,21 @@ def test_smoothquant_equals_numpy(alpha):
     expected = np.exp(alpha * np.log(a) - (1 - alpha) * np.log(weight))
     # exp, log and pow are within an ulp or two, on exponents below 10
     np.testing.assert_allclose(
-        SMOOTH(as_site(low, high, weight), alpha).numpy(), expected, rtol=1e-13
+        smooth(as_site(low, high, weight), alpha).numpy(), expected, rtol=1e-13
     )
 
 
 def test_the_ends_of_alpha():
     low, high, weight = random_site()
     site = as_site(low, high, weight)
-    torch.testing.assert_close(SMOOTH(site, 0.0), 1 / site.weight_absmax, rtol=1e-15, atol=0)
-    torch.testing.assert_close(SMOOTH(site, 1.0), site.absmax.amax(0), rtol=1e-15, atol=0)
+    torch.testing.assert_close(smooth(site, 0.0), 1 / site.weight_absmax, rtol=1e-15, atol=0)
+    torch.testing.assert_close(smooth(site, 1.0), site.absmax.amax(0), rtol=1e-15, atol=0)
 
 
 def test_half_way_balances_activations_and_weights():
     low, high, weight = random_site(width=500)
     site = as_site(low, high, weight)
-    s = SMOOTH(site, 0.5)
+    s = smooth(site, 0.5)
     torch.testing.assert_close(site.absmax.amax(0) / s, site.weight_absmax * s, rtol=1e-12, atol=0)
 
 
@@ -78,22 +90,23 @@ def test_half_way_balances_activations_and_weights():
 )
 def test_guards_and_clamps(absmax, weight, alpha, expected):
     site = SiteData(
+        "fc1",
         torch.tensor([[-absmax]]),
         torch.tensor([[0.0]]),
-        torch.tensor([weight], dtype=torch.float64),
+        torch.tensor([[weight]], dtype=torch.float64),
     )
     # fp32 statistics: 1e12 and 0 are not exact powers, but both end at a guard or a clamp
-    np.testing.assert_allclose(SMOOTH(site, alpha).item(), expected, rtol=1e-12)
+    np.testing.assert_allclose(smooth(site, alpha).item(), expected, rtol=1e-12)
 
 
 def test_linear_has_no_transform():
-    assert METHODS["linear"].smooth is None
+    assert METHODS["linear"].transform is None
     assert not METHODS["linear"].needs_statistics
     assert METHODS["smoothquant"].needs_statistics
 
 
 def test_methods_are_listed_by_their_name():
-    assert sorted(METHODS) == ["linear", "smoothquant"]
+    assert {"linear", "smoothquant"} <= set(METHODS)
     for name, method in METHODS.items():
         assert method.name == name
         assert method.source

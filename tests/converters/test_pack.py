@@ -70,7 +70,7 @@ def own_smoothing(model, stats, recipe, block):
 
 
 def own_fold(model, factors, block):
-    """Linear -> (weight, bias) in fp64, folded by the formulas of METHODS 2: columns first, then rows."""
+    """Linear -> (weight, bias) in fp64, folded independently: columns first, then rows."""
     folded = {}
     for site, names in BLOCK_LINEARS.items():
         for name in names:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.plan import plan_layers, smooths
+from ditq_converters.plan import plan_layers, transforms
 from ditq_runtime.families import FAMILIES, family_of
 
 FAMILY = family_of("DiTTransformer2DModel")
@@ -107,11 +107,11 @@ def test_kept_layers_stay_float(make_dit):
 def test_a_site_is_smoothed_while_one_reader_is_quantized(make_dit):
     sites = {site.name: site for site in FAMILY.sites}
     some = Recipe(keep=("*.to_q", "*.ff.net.2"))
-    assert smooths(some, "transformer_blocks.0", sites["qkv"])
-    assert not smooths(some, "transformer_blocks.0", sites["fc2"])
-    assert not smooths(Recipe(keep=("*.0.attn1.to_?",)), "transformer_blocks.0", sites["qkv"])
-    assert smooths(Recipe(keep=("*.0.attn1.to_?",)), "transformer_blocks.1", sites["qkv"])
-    assert not smooths(Recipe(method="linear"), "transformer_blocks.0", sites["qkv"])
+    assert transforms(some, "transformer_blocks.0", sites["qkv"])
+    assert not transforms(some, "transformer_blocks.0", sites["fc2"])
+    assert not transforms(Recipe(keep=("*.0.attn1.to_?",)), "transformer_blocks.0", sites["qkv"])
+    assert transforms(Recipe(keep=("*.0.attn1.to_?",)), "transformer_blocks.1", sites["qkv"])
+    assert not transforms(Recipe(method="linear"), "transformer_blocks.0", sites["qkv"])
 
 
 @pytest.mark.parametrize("pattern", ["nothing.*", "proj_out_1", "to_q", "*.norm1.emb.*"])

@@ -6,6 +6,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_converters.fold import LinearTensors
+from ditq_converters.methods import Transform
 from ditq_converters.quantize import quantize_linear, static_range
 from ditq_runtime.scheme import LayerFormat
 
@@ -17,7 +18,9 @@ def linear(rows=24, inputs=96, bias=True, seed=0):
     weight[3] *= 40
     weight[:, 5] *= 15
     weight[7] = 0
-    return LinearTensors(weight, torch.randn(rows, generator=generator).double() if bias else None)
+    return LinearTensors(
+        weight, torch.randn(1, rows, generator=generator).double() if bias else None
+    )
 
 
 def by_numpy(stored, group_size=None):
@@ -97,7 +100,7 @@ def test_fp32_layers_store_the_folded_weight():
     source = linear()
     stored = quantize_linear(source, LayerFormat("fp32", "none"), None, None)
     assert torch.equal(stored["weight"], source.weight.float())
-    assert torch.equal(stored["bias"], source.bias.float())
+    assert torch.equal(stored["bias"], source.bias[0].float())
     assert sorted(stored) == ["bias", "weight"]
 
 
@@ -110,11 +113,15 @@ def test_smooth_inv_is_stored_in_fp32():
 def test_static_range_by_hand():
     low = torch.tensor([[-4.0, -1.0], [-2.0, -3.0]])
     high = torch.tensor([[1.0, 5.0], [8.0, 0.5]])
-    assert static_range(low, high, None) == (-4.0, 8.0)
+    assert static_range(low, high, Transform(), (0, 0)) == (-4.0, 8.0)
     # divided by (2, 0.5): minima -2, -6; maxima 4, 10
-    smooth = torch.tensor([2.0, 0.5], dtype=torch.float64)
-    assert static_range(low, high, smooth) == (-6.0, 10.0)
-    assert static_range(low, high, smooth)[0].dtype == torch.float32
+    smooth = Transform(torch.tensor([2.0, 0.5], dtype=torch.float64))
+    assert static_range(low, high, smooth, (0, 0)) == (-6.0, 10.0)
+    assert static_range(low, high, smooth, (0, 0))[0].dtype == torch.float32
+    # minus (1, 2) in the first call, minus (0, -1) in the second: minima -5, -3, -2, -2; maxima 0, 3, 8, 1.5
+    shift = torch.tensor([[1.0, 2.0], [0.0, -1.0]], dtype=torch.float64)
+    assert static_range(low, high, Transform(None, shift), (0, 1)) == (-5.0, 8.0)
+    assert static_range(low, high, Transform(None, shift[:1]), (0, 0)) == (-5.0, 7.0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e39])
@@ -129,6 +136,6 @@ def test_weights_that_are_not_finite_in_fp32_are_refused(value, weights):
 
 def test_a_bias_that_is_not_finite_is_refused():
     source = linear()
-    source.bias[2] = torch.nan
+    source.bias[0, 2] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         quantize_linear(source, LayerFormat("w8", "token"), None, None)

@@ -17,14 +17,22 @@ def test_defaults():
         "group_size": 64,
         "modulation": "w8",
         "keep": [],
+        "lora_rank": 0,
         "alpha": 0.5,
+        "search": True,
+        "ssc": True,
+        "shift": True,
+        "scale": True,
+        "num_groups": None,
+        "linkage": "ward",
+        "ema": 0.99,
     }
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"method": "awq"}, "method must be one of linear, smoothquant, got 'awq'"),
+        ({"method": "awq"}, "method must be one of linear, smoothquant.*got 'awq'"),
         ({"weights": "w4"}, "weights must be one of w8, w4p, got 'w4'"),
         ({"weights": "fp32"}, "weights must be one of"),
         ({"activations": "tensor"}, "activations must be one of token, static, got 'tensor'"),

@@ -8,7 +8,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ditq_converters import CalibrationStats, StatisticsError, stats
-from ditq_converters.stats import model_hash, read_state, shard_path, write_shard, write_state
+from ditq_converters.stats import (
+    ResumePoint,
+    model_hash,
+    read_state,
+    shard_path,
+    write_shard,
+    write_state,
+)
 
 SITES = ("a.qkv", "b.fc2")
 
@@ -73,10 +80,13 @@ def test_a_shard_round_trip(tmp_path):
 def test_the_resume_point_round_trip(tmp_path):
     assert read_state(tmp_path) is None
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    write_state(tmp_path, 3, latents)
-    call, read = read_state(tmp_path)
-    assert call == 3
-    assert torch.equal(read, latents)
+    history = {"model_output.1": -latents}
+    write_state(tmp_path, ResumePoint(3, latents, history))
+    read = read_state(tmp_path)
+    assert read.call == 3
+    assert torch.equal(read.latents, latents)
+    assert list(read.history) == ["model_output.1"]
+    assert torch.equal(read.history["model_output.1"], -latents)
 
 
 def test_a_missing_shard(folder):
@@ -138,7 +148,7 @@ def test_a_damaged_manifest_is_refused_by_a_sentence(folder, text):
 
 
 def test_a_damaged_resume_point_is_refused_by_a_sentence(tmp_path):
-    write_state(tmp_path, 3, torch.zeros(1))
+    write_state(tmp_path, ResumePoint(3, torch.zeros(1), {}))
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(StatisticsError, match=r"state\.safetensors"):

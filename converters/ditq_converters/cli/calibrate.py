@@ -16,12 +16,17 @@ def calibrate(
     out: Annotated[
         Path, typer.Option(help="Folder for the statistics; the same command resumes there.")
     ],
-    steps: o.StepsOption = 50,
-    samples: o.SamplesOption = 32,
+    steps: o.CallsOption = None,
+    samples: o.ImagesOption = None,
     cfg: o.CfgOption = 1.5,
     sampler: o.SamplerOption = "ddim",
     seed: o.SeedOption = 0,
     batch: o.BatchOption = 32,
+    rows: o.RowsOption = 64,
+    cfg_channels: o.CfgChannelsOption = None,
+    labels: o.LabelsOption = None,
+    prompts: o.PromptsOption = None,
+    memory_budget: o.MemoryOption = "",
     device: o.DeviceOption = "",
     json: o.JsonOption = False,
 ) -> None:
@@ -31,21 +36,57 @@ def calibrate(
 
     Example: ditq calibrate demo:digits --out stats --steps 50 --samples 32
     """
-    from ditq_converters.calibrate import SAMPLERS
     from ditq_converters.calibrate import calibrate as run
-    from ditq_converters.models import open_model
+    from ditq_converters.labels import read_labels
+    from ditq_converters.memory import format_bytes, peak_rss
+    from ditq_converters.models import open_model, transformer_of
+
+    budget = _check(sampler, samples, labels, prompts, memory_budget)
+    pipe = open_model(model)
+    listed = read_labels(labels, pipe, transformer_of(pipe)) if labels else None
+    o.place(pipe, device)
+    stats = run(
+        pipe, out, steps, samples or 32, cfg, sampler, seed, batch,
+        rows=rows, cfg_channels=cfg_channels, labels=listed, memory_budget=budget,
+    )  # fmt: skip
+    size, peak = sum(file.stat().st_size for file in out.iterdir()), peak_rss()
+    micro_batch = stats.manifest["plan"]["micro_batch"]
+    if json:
+        report = {
+            "out": str(out),
+            "calls": stats.calls,
+            "bytes": size,
+            "timesteps": stats.timesteps,
+        }
+        print_json({**report, "micro_batch": micro_batch, "peak_rss_bytes": peak})
+    else:
+        say(
+            f"{out}: {stats.calls} calls, {size / 2**20:.2f} MiB of statistics; "
+            f"{micro_batch} samples per forward, at most {format_bytes(peak)} of main memory"
+        )
+
+
+def _check(
+    sampler: str, samples: int | None, labels: Path | None, prompts: Path | None, memory: str
+) -> int | None:
+    """Refuse what needs no model to be refused; return the memory budget in bytes."""
+    from ditq_converters.memory import parse_bytes
+    from ditq_converters.samplers import SAMPLERS
 
     if sampler not in SAMPLERS:
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
-    pipe = open_model(model)
-    o.place(pipe, device)
-    stats = run(pipe, out, steps, samples, cfg, sampler, seed, batch)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    if json:
-        print_json(
-            {"out": str(out), "calls": stats.calls, "bytes": size, "timesteps": stats.timesteps}
+    if prompts is not None:
+        raise typer.BadParameter(
+            "--prompts is for models that are conditioned on text, and ditq has no adapter for one yet; "
+            "list class labels with --labels."
         )
-    else:
-        say(f"{out}: {stats.calls} calls, {size / 2**20:.2f} MiB of statistics")
+    if labels is not None and samples is not None:
+        raise typer.BadParameter(
+            "--labels lists one class per sample; leave --samples out, or drop --labels."
+        )
+    try:
+        return parse_bytes(memory) if memory else None
+    except ValueError as error:
+        raise typer.BadParameter(f"--memory-budget: {error}.") from error

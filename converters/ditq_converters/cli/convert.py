@@ -24,7 +24,26 @@ def convert(
     group_size: o.GroupSizeOption = 64,
     modulation: o.ModulationOption = "",
     keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rank of a low-rank branch; default: as the method has it."),
+    ] = None,
     alpha: o.AlphaOption = 0.5,
+    search: Annotated[
+        bool, typer.Option("--search/--no-search", help="ditas: search alpha per layer.")
+    ] = True,
+    ssc: Annotated[
+        bool, typer.Option("--ssc/--no-ssc", help="ptq4dit: weigh calls by rank correlation.")
+    ] = True,
+    shift: Annotated[bool, typer.Option("--shift/--no-shift", help="htg: shift channels.")] = True,
+    scale: Annotated[bool, typer.Option("--scale/--no-scale", help="htg: scale channels.")] = True,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="htg: timestep groups; default: a tenth of the calls.")
+    ] = None,
+    linkage: Annotated[
+        str, typer.Option(help="htg: ward, centroid, average or exact_dp.")
+    ] = "ward",
+    ema: Annotated[float, typer.Option(help="htg: moving average of channel ranges.")] = 0.99,
     stats: Annotated[
         Path | None,
         typer.Option(help="Statistics of `ditq calibrate`; default: OUT.stats, made if needed."),
@@ -47,6 +66,7 @@ def convert(
     """
     from ditq_converters.calibrate import calibrate
     from ditq_converters.convert import convert as run
+    from ditq_converters.methods import METHODS
     from ditq_converters.models import open_model, transformer_of
     from ditq_converters.plan import plan_layers
     from ditq_converters.recipe import Recipe
@@ -56,7 +76,21 @@ def convert(
 
     try:
         recipe = Recipe(
-            method, weights, activations, group_size, modulation or None, tuple(keep), alpha
+            method,
+            weights,
+            activations,
+            group_size,
+            modulation or None,
+            tuple(keep),
+            lora_rank,
+            alpha,
+            search=search,
+            ssc=ssc,
+            shift=shift,
+            scale=scale,
+            num_groups=groups,
+            linkage=linkage,
+            ema=ema,
         )
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
@@ -73,7 +107,18 @@ def convert(
         opened = CalibrationStats.open(stats)
     elif recipe.needs_statistics:
         folder = out.with_name(f"{out.name}.stats")
-        opened = calibrate(pipe, folder, steps, samples, cfg, seed=seed, micro_batch=batch)
+        one_step = METHODS[method].static_call is not None
+        opened = calibrate(
+            pipe,
+            folder,
+            None if one_step else steps,
+            samples,
+            cfg,
+            sampler="t_max" if one_step else "ddim",
+            seed=seed,
+            micro_batch=batch,
+            rows=64 if recipe.needs_rows else 0,
+        )
     run(pipe, recipe, opened, out, max_shard_size)
     _print(out, time.perf_counter() - begin, json)
 

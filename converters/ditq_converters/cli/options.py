@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,10 +10,13 @@ import typer
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="demo:digits, demo:digits-salient, a diffusers folder, or a hub id."
+        metavar="MODEL",
+        help="demo:digits, demo:digits-salient, demo:digits-asymmetric, a diffusers folder, or a hub id.",
     ),
 ]
-MethodOption = Annotated[str, typer.Option(help="linear or smoothquant.")]
+MethodOption = Annotated[
+    str, typer.Option(help="linear, smoothquant, meta, ditas, ptq4dit or htg.")
+]
 WeightsOption = Annotated[
     str, typer.Option(help="w8 (int8 per channel) or w4p (4 bits, two-level groups).")
 ]
@@ -28,7 +32,34 @@ AlphaOption = Annotated[float, typer.Option(help="Migration strength of smoothin
 StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per calibration sample.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 CfgOption = Annotated[float, typer.Option(help="Guidance weight; statistics cover both halves.")]
-SamplerOption = Annotated[str, typer.Option(help="ddim or ddpm.")]
+SamplerOption = Annotated[str, typer.Option(help="ddim, ddpm, dpmsolver++, flow or t_max.")]
+CallsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Model calls per sample; default: 50, and 1 for t_max."),
+]
+ImagesOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calibration samples; default: 32, or as many as --labels."),
+]
+RowsOption = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Input rows to keep per site and call, for methods that search; 0 for none."
+    ),
+]
+CfgChannelsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Guide only the first channels (3: DiT's own code); default: all."),
+]
+LabelsOption = Annotated[
+    Path | None, typer.Option(help="Text file with one class id or name per line, one per sample.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Prompts, for models that are conditioned on text: none yet.")
+]
+MemoryOption = Annotated[
+    str, typer.Option(help="Such as 6GiB: lowers --batch so that the peak stays below it.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of classes and noise.")]
 BatchOption = Annotated[
     int, typer.Option(min=1, help="Samples per forward; lower it to save memory.")

@@ -6,5 +6,5 @@ LINEAR = Method(
     name="linear",
     source="round-to-nearest, no transform",
     needs_statistics=False,
-    smooth=None,
+    transform=None,
 )

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ditq_converters.methods.base import Method, SiteData
+from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
 
 GUARD = 1e-5  # smallest absmax that enters the formula
 LIMIT = 1e4  # factors stay in [1 / LIMIT, LIMIT]
 
 
-def smooth(site: SiteData, alpha: float) -> torch.Tensor:
-    """Eq. 4: s[k] = a[k]^alpha / w[k]^(1 - alpha), a the largest |x| of channel k over all calls.
+def smooth_factor(a: torch.Tensor, w: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Eq. 4: s[k] = a[k]^alpha / w[k]^(1 - alpha). All methods here share it and differ in `a`.
 
     Args:
-        site: statistics and weights of one linear input.
+        a: [K] fp64, aggregated largest |x| per channel.
+        w: [K] fp64, largest |W| per channel.
         alpha: migration strength in [0, 1].
 
     Returns:
         [K] fp64, in [1e-4, 1e4].
     """
-    a = site.absmax.amax(dim=0).clamp_min(GUARD)
-    w = site.weight_absmax.clamp_min(GUARD)
+    a, w = a.clamp_min(GUARD), w.clamp_min(GUARD)
     return (a**alpha / w ** (1 - alpha)).clamp(1 / LIMIT, LIMIT)
+
+
+def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
+    """Smooth every site with the maximum over all calls."""
+    factors = {
+        site.name: Transform(
+            smooth_factor(site.absmax.amax(dim=0), site.weight_absmax, options.alpha)
+        )
+        for site in sites
+    }
+    return BlockTransform(factors, (0,) * len(sites[0].minimum))
 
 
 SMOOTHQUANT = Method(
     name="smoothquant",
     source="SmoothQuant, arXiv:2211.10438, Eq. 4, with the maximum over all calls",
     needs_statistics=True,
-    smooth=smooth,
+    transform=transform,
 )

@@ -1,0 +1,100 @@
+"""DiTAS (arXiv:2409.07756): temporal-aggregated smoothing, its strength searched on sampled rows.
+
+We search with the quantizers that run. The paper's weights are quantized per input channel, which no integer GEMM can
+rescale, and its activation range is taken anew for every call; ours are per output channel, and per token or static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+import ditq_kernels as k
+from ditq_converters.methods import ranges
+from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
+from ditq_converters.methods.smoothquant import smooth_factor
+
+ALPHAS = tuple(m / 20 for m in range(21))
+
+
+def factor(site: SiteData, alpha: float) -> torch.Tensor:
+    """TAS, Eq. 4: s = a^alpha / w^(1 - alpha), a = the largest |x| over all calls; [K] fp64."""
+    return smooth_factor(site.absmax.amax(dim=0), site.weight_absmax, alpha)
+
+
+def grid_losses(site: SiteData, options: Options) -> list[float]:
+    """Eq. 8 at the 21 points of the grid: sum over rows of |Qa(x / s) Qw(W diag(s))^T - x W^T|^2.
+
+    Args:
+        site: with rows [C, n, K] fp32.
+        options: `weights`, `group_size` and `activations` name the quantizers.
+
+    Returns:
+        The loss at every alpha of `ALPHAS`; products are fp32, their squares are summed in fp64.
+
+    Raises:
+        ValueError: the site has no rows, or an unknown quantizer.
+    """
+    if site.rows is None:
+        raise ValueError(
+            f"ditas: site {site.name!r} has no sampled rows; calibrate with rows, or switch the search off"
+        )
+    rows = site.rows.reshape(-1, site.rows.shape[-1]).float()
+    expected = rows @ site.weight.float().T
+    losses = []
+    for alpha in ALPHAS:
+        smooth = factor(site, alpha)
+        weight = _through_weight_quantizer(site.weight * smooth, options)
+        output = _through_activation_quantizer(rows, site, smooth, options) @ weight.T
+        losses.append(float(output.sub_(expected).double().square_().sum()))
+    return losses
+
+
+def best_alpha(site: SiteData, options: Options) -> float:
+    """Algorithm 1: the alpha of least loss; the smallest of equals. Arguments and errors as `grid_losses`."""
+    losses = grid_losses(site, options)
+    return ALPHAS[losses.index(min(losses))]
+
+
+def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
+    """Smooth every site, each with its own alpha."""
+    transforms = {}
+    for site in sites:
+        alpha = best_alpha(site, options) if options.search else options.alpha
+        transforms[site.name] = Transform(factor(site, alpha))
+    return BlockTransform(transforms, (0,) * len(sites[0].minimum))
+
+
+def _through_weight_quantizer(weight: torch.Tensor, options: Options) -> torch.Tensor:
+    """[N, K] fp64 -> the real weights that run, [N, K] fp32."""
+    if options.weights == "w8":
+        return k.quantize_weight_w8(weight).dequantize()
+    if options.weights == "w4p":
+        group_size = k.resolve_group_size(weight.shape[1], options.group_size)
+        return k.quantize_weight_w4p(weight, group_size).dequantize()
+    raise ValueError(f"ditas: weights must be w8 or w4p, got {options.weights!r}")
+
+
+def _through_activation_quantizer(
+    rows: torch.Tensor, site: SiteData, smooth: torch.Tensor, options: Options
+) -> torch.Tensor:
+    """Rows [R, K] fp32 -> the real smoothed activations that run, [R, K] fp32."""
+    smoothed = rows * (1 / smooth).float()
+    if options.activations == "token":
+        codes, scale = k.quantize_per_token(smoothed)
+        return k.dequantize(codes, scale[:, None])
+    if options.activations == "static":
+        low, high = ranges.minmax(site.minimum.double() / smooth, site.maximum.double() / smooth)
+        return ranges.through_quantizer(smoothed, low, high)
+    raise ValueError(f"ditas: activations must be token or static, got {options.activations!r}")
+
+
+DITAS = Method(
+    name="ditas",
+    source="DiTAS, arXiv:2409.07756, Eq. 4 and 6-10, Alg. 1",
+    needs_statistics=True,
+    transform=transform,
+    needs_rows=True,
+    lora_rank=32,
+)

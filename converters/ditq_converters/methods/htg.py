@@ -1,0 +1,124 @@
+"""HTG (arXiv:2503.06930): shift channels per group of timesteps, then scale them by a moving average of their range.
+
+Where the paper is ambiguous or wrong we read it as follows: groups are floor(T / 10), as its Table 3 shows; the maxima
+of Eq. 6 and 7 and of the weights are of absolute values, for signed ones may be negative once the shift is shared by a
+group; the X of Eq. 7 has the group's shift, as defined after Eq. 5; and the shifted input owes `W z` to the bias (Eq. 5
+and 8, which Eq. 6 drops). Groups are clustered once a block, so that all its layers switch together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ditq_converters.methods import timestep_groups
+from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
+from ditq_converters.methods.smoothquant import smooth_factor
+
+CALLS_PER_GROUP = 10
+ALPHA = 0.5  # s = sqrt(m / w)
+
+
+def channel_centres(site: SiteData) -> torch.Tensor:
+    """Eq. 2: z_i = (max X_i + min X_i) / 2, [T, K] fp64."""
+    return (site.maximum.double() + site.minimum.double()) / 2
+
+
+def group_calls(sites: Sequence[SiteData], options: Options) -> tuple[int, ...]:
+    """One partition of the calls for a block, from the concatenated centres of the sites shifted per group (Eq. 3).
+
+    Args:
+        sites: of one block.
+        options: `num_groups`, `linkage`; with `shift` off there is one group.
+
+    Returns:
+        [T] timestep group of every call.
+
+    Raises:
+        ValueError: an unknown linkage, or fewer than one group.
+    """
+    num_calls = len(sites[0].minimum)
+    grouped = [channel_centres(site) for site in sites if site.grouped and site.foldable]
+    if not options.shift or not grouped:
+        return (0,) * num_calls
+    wanted = options.num_groups
+    if wanted is None:
+        wanted = max(1, num_calls // CALLS_PER_GROUP)
+    z, wanted = torch.cat(grouped, dim=1), min(wanted, num_calls)
+    if options.linkage == "exact_dp":
+        return timestep_groups.exact_dp(z, wanted)
+    return timestep_groups.greedy(z, wanted, options.linkage)
+
+
+def group_means(z: torch.Tensor, group_of_call: Sequence[int]) -> torch.Tensor:
+    """Eq. 4: zb_g, the mean of z_i over the calls of each group, [G, K] fp64 from z [T, K] fp64."""
+    group = torch.tensor(group_of_call)
+    return torch.stack([z[group == g].mean(dim=0) for g in range(group_of_call[-1] + 1)])
+
+
+def shifted_absmax(site: SiteData, shift_of_call: torch.Tensor) -> torch.Tensor:
+    """Largest |X_i - zb_g(i)| per call and channel: half the range of X_i plus |z_i - zb_g(i)|.
+
+    Args:
+        site: one linear input.
+        shift_of_call: [T, K] fp64, the shift in force at each call.
+
+    Returns:
+        [T, K] fp64.
+    """
+    above = site.maximum.double() - shift_of_call
+    below = site.minimum.double() - shift_of_call
+    return torch.maximum(above.abs(), below.abs())
+
+
+def moving_average(absmax: torch.Tensor, coefficient: float) -> torch.Tensor:
+    """Eq. 7, from the noisiest call to the cleanest: m = A_0, then m = c m + (1 - c) A_i.
+
+    With the paper's c = 0.99 the noisiest call weighs 0.99^(T - 1): 0.37 of the whole for 100 calls.
+
+    Args:
+        absmax: [T, K] fp64, noisiest first.
+        coefficient: c in [0, 1].
+
+    Returns:
+        [K] fp64.
+    """
+    mean = absmax[0]
+    for current in absmax[1:]:
+        mean = coefficient * mean + (1 - coefficient) * current
+    return mean
+
+
+def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
+    """Shift and scale every site whose producer can absorb both; the paper leaves the second MLP layer alone.
+
+    Sites with `grouped` off (behind V) get one shift for all calls, the mean of z_i: their producer sees all groups.
+    """
+    group_of_call = group_calls(sites, options)
+    transforms = {}
+    if options.shift or options.scale:
+        for site in sites:
+            if site.foldable:
+                groups = group_of_call if site.grouped else (0,) * len(group_of_call)
+                transforms[site.name] = _site_transform(site, groups, options)
+    return BlockTransform(transforms, group_of_call)
+
+
+def _site_transform(site: SiteData, groups: Sequence[int], options: Options) -> Transform:
+    shift = group_means(channel_centres(site), groups) if options.shift else None
+    if not options.scale:
+        return Transform(shift=shift)
+    no_shift = torch.zeros(len(groups), site.minimum.shape[1], dtype=torch.float64)
+    absmax = shifted_absmax(site, no_shift if shift is None else shift[list(groups)])
+    m = moving_average(absmax, options.ema)
+    return Transform(smooth_factor(m, site.weight_absmax, ALPHA), shift)
+
+
+HTG = Method(
+    name="htg",
+    source="HTG, arXiv:2503.06930, Eq. 2-8 and Alg. 1",
+    needs_statistics=True,
+    transform=transform,
+    on_the_fly=False,
+)

@@ -1,0 +1,15 @@
+"""One-step calibration (Yang et al., An Analysis on Quantizing Diffusion Transformers, section 3.3.1).
+
+No transform: static activations take the range of the noisiest call alone. The paper's calibration is one forward at
+the largest timestep, so the first call must be there; its weight groups (Alg. 1) are those of `w4p`.
+"""
+
+from ditq_converters.methods.base import Method
+
+META = Method(
+    name="meta",
+    source="Yang et al., An Analysis on Quantizing Diffusion Transformers, section 3.3.1",
+    needs_statistics=True,
+    transform=None,
+    static_call=0,
+)

@@ -1,0 +1,81 @@
+"""What the statistics say about the sites of one block, and what follows for its static ranges and groups."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from ditq_converters.fold import Block, site_weight
+from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
+from ditq_converters.quantize import static_range
+from ditq_converters.recipe import Recipe
+from ditq_converters.stats import CalibrationStats, StatisticsError
+from ditq_runtime.families import AdaLN, Family, OnTheFly
+
+Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def site_data(
+    family: Family, block: str, linears: Block, recipe: Recipe, stats: CalibrationStats
+) -> list[SiteData]:
+    """The sites of a block that a recipe quantizes, with their statistics and original weights."""
+    sites = []
+    for site in family.sites:
+        if all(recipe.keeps(f"{block}.{name}") for name in site.consumers):
+            continue
+        rows: torch.Tensor | None = None
+        row_calls: tuple[int, ...] = ()
+        if recipe.needs_rows:
+            rows, row_calls = stats.rows(f"{block}.{site.name}")
+        sites.append(
+            SiteData(
+                site.name,
+                *stats.ranges(f"{block}.{site.name}"),
+                weight=site_weight(linears, site),
+                foldable=not isinstance(site.producer, OnTheFly),
+                grouped=isinstance(site.producer, AdaLN),
+                rows=rows,
+                row_calls=row_calls,
+            )
+        )
+    return sites
+
+
+def act_ranges(
+    family: Family, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
+) -> Ranges:
+    """Consumer -> static range (low, high) of its transformed input."""
+    consumers = {site.name: site.consumers for site in family.sites}
+    only = METHODS[recipe.method].static_call
+    calls = slice(None) if only is None else slice(only, only + 1)
+    ranges: Ranges = {}
+    for site in sites:
+        transform = choice.sites.get(site.name, Transform())
+        pair = static_range(
+            site.minimum[calls], site.maximum[calls], transform, choice.group_of_call[calls]
+        )
+        ranges.update(dict.fromkeys(consumers[site.name], pair))
+    return ranges
+
+
+def group_bounds(timesteps: list[float], group_of_call: tuple[int, ...]) -> torch.Tensor:
+    """Boundaries between timestep groups: midpoints of the timesteps on both sides.
+
+    Args:
+        timesteps: [T] of every call, noisiest first.
+        group_of_call: [T] group of every call, rising.
+
+    Returns:
+        fp32 [G - 1], ascending timesteps; the last group of calls lies below the first boundary.
+
+    Raises:
+        StatisticsError: the timesteps do not fall strictly.
+    """
+    if any(later >= earlier for earlier, later in pairwise(timesteps)):
+        raise StatisticsError(
+            "timestep groups need timesteps that fall at every call; calibrate with ddim or ddpm"
+        )
+    edges = [i for i in range(1, len(timesteps)) if group_of_call[i] != group_of_call[i - 1]]
+    middles = [(timesteps[i - 1] + timesteps[i]) / 2 for i in reversed(edges)]
+    return torch.tensor(middles, dtype=torch.float32)

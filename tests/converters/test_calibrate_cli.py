@@ -1,0 +1,78 @@
+"""`ditq calibrate`: its options, and misuse that is refused before anything is written."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ditq_converters import CalibrationStats
+from ditq_converters.cli.calibrate import calibrate
+
+SITE = "transformer_blocks.0.qkv"
+
+
+@pytest.fixture(scope="module")
+def run():
+    app = typer.Typer()
+    app.command()(calibrate)
+    return lambda *arguments: CliRunner().invoke(app, ["demo:digits", *map(str, arguments)])
+
+
+def test_options_reach_the_statistics(run, tmp_path):
+    out, labels = tmp_path / "stats", tmp_path / "labels"
+    labels.write_text("three\n9\n")
+    result = run(
+        "--out", out, "--steps", 2, "--sampler", "dpmsolver++", "--rows", 6, "--cfg-channels", 1,
+        "--labels", labels, "--memory-budget", "1TiB", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report, stats = json.loads(result.stdout), CalibrationStats.open(out)
+    assert stats.manifest["sampler"] == "dpmsolver++"
+    assert stats.manifest["plan"]["labels"] == [3, 9]
+    assert stats.manifest["plan"]["cfg_channels"] == 1
+    assert stats.rows(SITE)[0].shape[:2] == (2, 6)
+    assert report["micro_batch"] == 32
+    assert 50 * 2**20 < report["peak_rss_bytes"] < 2**40
+
+
+def test_t_max_needs_no_steps_and_says_so_if_given(run, tmp_path):
+    result = run("--out", tmp_path / "stats", "--samples", 2, "--sampler", "t_max", "--steps", 9)
+    assert result.exit_code == 0, result.output
+    assert "makes one call, at the highest noise, not 9" in result.stderr
+    assert "1 calls" in result.stdout
+    assert "of main memory" in result.stdout
+    assert CalibrationStats.open(tmp_path / "stats").timesteps == [999.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--prompts", "captions.txt"), "no adapter for one yet; list class labels with --labels"),
+        (("--labels", "x", "--samples", "3"), "one class per sample; leave --samples out"),
+        (("--memory-budget", "plenty"), "a number and a unit, such as 6GiB"),
+        (("--rows", "-1"), "--rows"),
+        (("--cfg-channels", "0"), "--cfg-channels"),
+        (("--sampler", "heun"), "ddim, ddpm, dpmsolver++, flow, t_max"),
+    ],
+)
+def test_misuse_exits_with_2_and_touches_nothing(run, tmp_path, arguments, sentence):
+    result = run("--out", tmp_path / "stats", *arguments)
+    assert result.exit_code == 2, result.output
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_labels_file_names_its_line(run, tmp_path):
+    (tmp_path / "labels").write_text("1\neleven\n")
+    result = run("--out", tmp_path / "stats", "--labels", tmp_path / "labels")
+    assert result.exit_code == 1
+    assert "line 2: unknown class 'eleven'" in str(result.exception)
+    assert not (tmp_path / "stats").exists()
+
+
+def test_a_budget_that_is_too_small_says_what_is_needed(run, tmp_path):
+    result = run("--out", tmp_path / "stats", "--memory-budget", "10MiB")
+    assert result.exit_code == 1
+    assert "10.0 MiB is too small" in str(result.exception)
+    assert not (tmp_path / "stats").exists()

@@ -1,0 +1,74 @@
+"""Class labels: drawn from those that mean something, or read from a file and refused with a line number."""
+
+import pytest
+
+from ditq_converters import calibrate
+from ditq_converters.calibrate import draw_labels
+from ditq_converters.labels import read_labels
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "labels.txt"
+
+
+def test_a_bare_transformer_draws_from_all_classes(make_dit, tmp_path):
+    stats = calibrate(make_dit(), tmp_path, steps=1, samples=40, quiet=True)
+    labels = stats.manifest["plan"]["labels"]
+    assert len(set(labels)) == 40
+    assert max(labels) < 1000  # never the null class
+    assert max(labels) > 500
+
+
+def test_labels_are_drawn_without_replacement_and_by_seed():
+    ids = [4, 8, 15, 16, 23]
+    drawn = draw_labels(ids, 12, seed=1)
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == ids
+    assert drawn == draw_labels(ids, 12, seed=1)
+    assert drawn[:7] == draw_labels(ids, 7, seed=1)
+    assert any(drawn != draw_labels(ids, 12, seed=seed) for seed in (2, 3))
+
+
+def test_ids_and_names_one_per_line(make_pipeline, file, tmp_path):
+    pipe = make_pipeline()
+    file.write_text("7\n goldfish \nTinca tinca\r\n0\n7", encoding="utf-8")
+    labels = read_labels(file, pipe, pipe.transformer)
+    assert labels == (7, 1, 0, 0, 7)
+    stats = calibrate(pipe, tmp_path / "stats", 1, labels=labels, quiet=True)
+    assert stats.manifest["plan"]["labels"] == [7, 1, 0, 0, 7]
+
+
+def test_a_bare_transformer_has_ids_only(make_dit, file):
+    file.write_text("0\n999\n")
+    assert read_labels(file, None, make_dit()) == (0, 999)
+    file.write_text("0\n1000\n")  # the null class
+    with pytest.raises(ValueError, match=r"line 2: unknown class '1000'; its class ids are 0 to 9"):
+        read_labels(file, None, make_dit())
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "is empty"),
+        (b"\n", "line 1: is empty"),
+        (b"0\n\n1\n", "line 2: is empty"),
+        (b"0\n1\n   \n", "line 3: is empty"),
+        (b"0\nwhale\n", r"line 2: unknown class 'whale'; .*its names Tinca tinca, tench, goldfish"),
+        (b"0\n2\n", "line 2: unknown class '2'"),  # has no name, so means nothing
+        (b"-1\n", "line 1: unknown class '-1'"),
+        ("²\n".encode(), "line 1: unknown class"),
+        (b"1.0\n", "line 1: unknown class"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_bad_files_are_refused_with_a_line_number(make_pipeline, file, data, sentence):
+    pipe = make_pipeline()
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=sentence):
+        read_labels(file, pipe, pipe.transformer)
+
+
+def test_a_missing_file_is_named(make_pipeline, file):
+    pipe = make_pipeline()
+    with pytest.raises(FileNotFoundError, match=r"labels\.txt"):
+        read_labels(file, pipe, pipe.transformer)

@@ -1,0 +1,106 @@
+"""A memory budget: parsed from words, counted as torch allocates, and kept by a whole run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditq_converters import calibrate
+from ditq_converters.memory import LiveBytes, format_bytes, held, parse_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("6GiB", 6 * 2**30), ("500MB", 500_000_000), (" 1.5 gib ", 3 * 2**29), ("1TiB", 2**40),
+        ("7B", 7), ("64kb", 64_000), ("0.5KiB", 512),
+    ],
+)  # fmt: skip
+def test_budgets_are_a_number_and_a_unit(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "6", "GiB", "-6GiB", "6 parsecs", "6GiBs", "1e3MB", "0GiB", "0.1B", "٣GiB", "6IB", "6Gi"],
+)
+def test_nonsense_is_refused_by_a_sentence(text):
+    with pytest.raises(ValueError, match="a number and a unit, such as 6GiB"):
+        parse_bytes(text)
+
+
+def test_live_bytes_are_counted_as_they_come_and_go():
+    weight = torch.ones(256, 256)
+    with LiveBytes() as live:
+        a = weight.t().reshape(-1)[:5]  # reshape copies: 256 KiB
+        del a
+        b = weight.view(-1)  # a view: nothing
+        c = b + 1  # 256 KiB
+        d = c.half()  # 128 KiB
+        c.mul_(2)  # in place: nothing
+        del c
+        e = torch.zeros(1024)  # 4 KiB
+    assert live.peak == 384 * 1024
+    assert (d.numel(), e.numel()) == (65536, 1024)
+
+
+def test_a_budget_lowers_the_micro_batch_and_a_resumed_run_keeps_it(make_dit, tmp_path):
+    model, batches = make_dit(), []
+    model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    arguments = {"steps": 1, "samples": 6, "guidance": 1.0, "quiet": True}
+    budget = held(CPU) + 2**30
+    stats = calibrate(model, tmp_path / "roomy", memory_budget=budget, micro_batch=4, **arguments)
+    assert stats.manifest["plan"]["micro_batch"] == 4  # never more than asked for
+    assert batches == [1, 4, 2]  # the probe, then the run
+    manifest = tmp_path / "roomy" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["plan"]["micro_batch"] = 5  # as a machine with other free memory would have chosen
+    manifest.write_text(json.dumps(content))
+    (tmp_path / "roomy" / "call_0000.safetensors").unlink()
+    batches.clear()
+    calibrate(model, tmp_path / "roomy", memory_budget=budget, micro_batch=4, **arguments)
+    assert batches == [5, 1]
+    with pytest.raises(ValueError, match=r"1\.0 MiB is too small: .* are needed .*allow at least"):
+        calibrate(model, tmp_path / "tight", memory_budget=2**20, **arguments)
+    assert not (tmp_path / "tight").exists()
+
+
+RUN = """
+import sys, tempfile
+import torch
+from diffusers import DiTTransformer2DModel
+from ditq_converters import calibrate
+from ditq_converters.memory import held, peak_rss
+torch.set_num_threads(1)
+model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=8,
+    num_layers=2, sample_size=32, patch_size=2, num_embeds_ada_norm=1000).eval().requires_grad_(False)
+budget = held(torch.device("cpu")) + 60 * 2**20
+stats = calibrate(model, tempfile.mkdtemp(), 2, 32, memory_budget=budget, quiet=True)
+print(stats.manifest["plan"]["micro_batch"], budget, peak_rss())
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
+def test_the_peak_of_a_run_stays_under_its_budget():
+    """A process of its own, so that its peak is this run's. 32 samples would take 140 MiB."""
+    rooms = [str(ROOT), *(str(ROOT / room) for room in ("kernels", "converters"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-W", "ignore", "-c", RUN]
+    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    micro_batch, budget, peak = (int(word) for word in run.stdout.split())
+    assert 2 <= micro_batch < 32
+    assert peak <= budget
+
+
+def test_bytes_are_shown_in_words():
+    assert (format_bytes(3 * 2**29), format_bytes(2**19)) == ("1.50 GiB", "0.5 MiB")

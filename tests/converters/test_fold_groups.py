@@ -1,0 +1,147 @@
+"""Shifts per timestep group fold exactly too, on the device, for batches of mixed timesteps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ditq_converters.fold import LinearTensors, block_linears, fold_block
+from ditq_converters.methods import Transform
+from ditq_converters.sites import group_bounds
+from ditq_converters.stats import StatisticsError
+from ditq_runtime.families import family_of
+from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.timestep_groups import TimestepGroups
+
+FAMILY = family_of("DiTTransformer2DModel")
+WIDTH, GROUPS = 64, 3
+BOUNDS = (250.0, 600.0)
+EXACT = (
+    1e-12  # fp64 rounds to 1.1e-16; sums of 256 terms, factors up to 5, shifts up to 3, two blocks
+)
+
+
+class GroupedLinear(nn.Module):
+    """An fp64 linear whose bias is chosen by the block's group index: the oracle of a packed layer."""
+
+    def __init__(self, tensors: LinearTensors, index, u=None):
+        super().__init__()
+        self.weight = nn.Parameter(tensors.weight)
+        zeros = torch.zeros(1, len(tensors.weight), dtype=torch.float64)
+        self.bias = nn.Parameter(zeros if tensors.bias is None else tensors.bias)
+        self.index, self.u = index, u
+
+    def forward(self, x):
+        bias = self.bias[self.index.value] if len(self.bias) > 1 else self.bias
+        bias = bias if x.dim() == 2 else bias[:, None]
+        return (x if self.u is None else x * self.u) @ self.weight.t() + bias
+
+
+def random_transforms(generator, smooth=True, shift=True):
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    result = {}
+    for site, groups in (("qkv", GROUPS), ("o_proj", 1), ("fc1", GROUPS), ("fc2", 0)):
+        width = 4 * WIDTH if site == "fc2" else WIDTH
+        s = 0.2 + 4.8 * draw(width) if smooth else None
+        z = 6 * draw(groups, width) - 3 if shift and groups else None
+        result[site] = Transform(s, z)
+    return result
+
+
+def folded_copy(model, transforms):
+    folded = copy.deepcopy(model)
+    for name in FAMILY.block_names(model):
+        block = folded.get_submodule(name)
+        linears = block_linears(model.get_submodule(name), FAMILY)
+        on_the_fly = fold_block(linears, FAMILY, transforms[name])
+        FAMILY.use_direct_multiplier(block)
+        groups = TimestepGroups(GROUPS, device="cpu")
+        # the tables run by call, noisiest first; the runtime counts groups by rising timestep
+        groups.bounds.data = torch.tensor(BOUNDS)
+        setattr(block, TIMESTEP_GROUPS, groups)
+        for layer, tensors in linears.items():
+            tensors.bias = None if tensors.bias is None else tensors.bias.flip(0)
+            parent, _, leaf = layer.rpartition(".")
+            grouped = GroupedLinear(tensors, groups.current, on_the_fly.get(layer))
+            setattr(block.get_submodule(parent), leaf, grouped)
+    return folded
+
+
+@pytest.mark.parametrize(("smooth", "shift"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("attention_bias", [True, False])
+def test_the_grouped_model_is_the_same_function(make_dit, smooth, shift, attention_bias):
+    model = make_dit(attention_bias=attention_bias).double()
+    generator = torch.Generator().manual_seed(5)
+    transforms = {
+        name: random_transforms(generator, smooth, shift) for name in FAMILY.block_names(model)
+    }
+    folded = folded_copy(model, transforms)
+    latents = torch.randn(4, 4, 8, 8, generator=generator, dtype=torch.float64)
+    timesteps = torch.tensor([3, 250, 599, 999])  # groups 0, 0, 1, 2 by rising timestep
+    labels = torch.tensor([1, 2, 3, 1000])
+    with torch.no_grad():
+        truth = model(latents, timestep=timesteps, class_labels=labels).sample
+        mixed = folded(latents, timestep=timesteps, class_labels=labels).sample
+        positional = folded(latents, timesteps, labels).sample
+        single = folded(latents[1:2], timestep=timesteps[1:2], class_labels=labels[1:2]).sample
+    assert float((mixed - truth).abs().max() / truth.abs().max()) < EXACT
+    assert torch.equal(positional, mixed)
+    torch.testing.assert_close(single, mixed[1:2], rtol=1e-12, atol=1e-12)
+    index = folded.transformer_blocks[0].timestep_groups
+    index(timesteps)
+    assert index.current.value.tolist() == [0, 0, 1, 2]
+
+
+def test_the_test_would_see_groups_that_disagree(make_dit):
+    """Producer and consumers on different groups: the shift that was taken is not the one that comes back."""
+    model = make_dit().double()
+    generator = torch.Generator().manual_seed(5)
+    transforms = {name: random_transforms(generator) for name in FAMILY.block_names(model)}
+    folded = folded_copy(model, transforms)
+    block = folded.transformer_blocks[0]
+    block.attn1.to_q.bias.data = block.attn1.to_q.bias.data.flip(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    arguments = {"timestep": torch.tensor([3, 999]), "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        truth, wrong = model(latents, **arguments).sample, folded(latents, **arguments).sample
+    assert float((wrong - truth).abs().max() / truth.abs().max()) > 1e-6
+
+
+def test_a_shift_before_gelu_is_refused(make_dit):
+    linears = block_linears(make_dit().transformer_blocks[0], FAMILY)
+    shift = torch.zeros(1, 4 * WIDTH, dtype=torch.float64)
+    with pytest.raises(ValueError, match="fc2 cannot be shifted"):
+        fold_block(linears, FAMILY, {"fc2": Transform(None, shift)})
+
+
+def test_boundaries_lie_midway_and_rise():
+    bounds = group_bounds([900.0, 700.0, 400.0, 380.0, 20.0], (0, 0, 1, 1, 2))
+    assert bounds.tolist() == [200.0, 550.0]
+    assert bounds.dtype == torch.float32
+    assert group_bounds([900.0, 700.0], (0, 0)).tolist() == []
+
+
+def test_timesteps_that_do_not_fall_are_refused():
+    with pytest.raises(StatisticsError, match="fall at every call"):
+        group_bounds([900.0, 900.0, 20.0], (0, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_any_dtype_and_one_timestep_for_all(dtype):
+    groups = TimestepGroups(3, device="cpu")
+    groups.bounds.data = torch.tensor(BOUNDS)
+    groups(torch.tensor(999, dtype=dtype).expand(4))
+    assert groups.current.value.tolist() == [2] * 4
+    groups(torch.tensor(-5, dtype=dtype))
+    table = torch.arange(6.0).reshape(3, 2)
+    assert groups.current.rows(table, 3).tolist() == [[0.0, 1.0]] * 3
+
+
+def test_boundaries_survive_casts():
+    groups = TimestepGroups(2, device="cpu")
+    groups.bounds.data = torch.tensor([500.25])
+    assert groups.bfloat16().bounds.dtype == torch.float32
+    assert groups.half().bounds.item() == 500.25

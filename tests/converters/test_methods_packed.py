@@ -1,0 +1,227 @@
+"""Every method runs in integers: converted, saved, reloaded, with its groups and low-rank branches."""
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, calibrate, convert
+from ditq_converters.fold import LinearTensors
+from ditq_converters.methods import METHODS
+from ditq_converters.quantize import quantize_linear
+from ditq_runtime.scheme import LayerFormat
+
+STEPS = 30  # three timestep groups by default
+
+
+@pytest.fixture(scope="module")
+def model(make_dit):
+    return make_dit()
+
+
+@pytest.fixture(scope="module")
+def stats(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("methods") / "stats"
+    return calibrate(model, out, steps=STEPS, samples=2, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(11)
+    return {
+        "hidden_states": torch.randn(4, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([3, 340, 651, 999]),
+        "class_labels": torch.tensor([1, 2, 3, 1000]),
+    }
+
+
+def forward(model, batch):
+    with torch.no_grad():
+        return model(**batch).sample
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_survives_the_disk_and_stays_close(
+    model, stats, batch, method, activations, tmp_path
+):
+    recipe = Recipe(method, "w4p", activations, group_size=32, lora_rank=None)
+    packed = convert(model, recipe, stats, tmp_path / "out", quiet=True)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    truth, output = forward(model, batch), forward(loaded, batch)
+    assert torch.equal(output, forward(packed, batch))
+    # 4-bit weights of a random model: its weights are Gaussian, about 22 dB, and there are a dozen layers
+    assert float((output - truth).norm() / truth.norm()) < 0.15
+    report = ditq.execution_report(loaded)
+    assert report.totals["integer_linears"] == 12
+    low_rank = METHODS[method].lora_rank
+    assert all(
+        f.lora_rank == low_rank
+        for f in loaded.config.quantization_config.scheme.formats.values()
+        if f.integer_gemm
+    )
+
+
+@pytest.fixture(scope="module")
+def grouped(model, stats, tmp_path_factory):
+    out = tmp_path_factory.mktemp("htg") / "out"
+    convert(model, Recipe("htg", "w8", "static"), stats, out, quiet=True)
+    return out
+
+
+def test_groups_are_stored_as_the_format_says(grouped):
+    tensors = load_file(grouped / "diffusion_pytorch_model.safetensors")
+    for block in ("transformer_blocks.0", "transformer_blocks.1"):
+        bounds = tensors[f"{block}.timestep_groups.bounds"]
+        assert bounds.shape == (STEPS // 10 - 1,)
+        assert bool((bounds.diff() > 0).all())
+        shapes = {
+            name: tuple(tensors[f"{block}.{name}.bias"].shape)
+            for name in (
+                "norm1.linear",
+                "attn1.to_q",
+                "attn1.to_out.0",
+                "ff.net.0.proj",
+                "ff.net.2",
+            )
+        }
+        assert shapes == {
+            "norm1.linear": (3, 6 * 64),
+            "attn1.to_q": (3, 64),
+            "attn1.to_out.0": (64,),  # one shift for all groups: V may be reused across steps
+            "ff.net.0.proj": (3, 256),
+            "ff.net.2": (256 // 4,),
+        }
+
+
+def test_a_batch_of_mixed_timesteps_equals_its_samples_alone(grouped, batch):
+    loaded = DiTTransformer2DModel.from_pretrained(grouped)
+    low, high = loaded.transformer_blocks[0].timestep_groups.bounds.tolist()
+    batch = {**batch, "timestep": torch.tensor([3, int(low + high) // 2, 500, 999])}
+    together = forward(loaded, batch)
+    groups = loaded.transformer_blocks[0].timestep_groups.current.value
+    assert len(set(groups.tolist())) == 3
+    for i in range(4):
+        alone = forward(loaded, {key: value[i : i + 1] for key, value in batch.items()})
+        # static scales: a sample's integers do not depend on its batch; fp32 parts differ by their GEMM order, and a
+        # code may then fall on the other side of a rounding boundary
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-3)
+
+
+def test_bias_tables_return_the_shift_through_the_unquantized_weight(model, stats):
+    """b_g - b_h = W (z_g - z_h): with the dequantized W the residual is the quantization error, 1 % at 8 bits."""
+    packed = convert(model, Recipe("htg", "w4p", "static", group_size=32), stats, quiet=True)
+    for name in ("attn1.to_q", "ff.net.0.proj"):
+        layer = packed.transformer_blocks[0].get_submodule(name)
+        weight = model.transformer_blocks[0].get_submodule(name).weight.double()
+        modulation = packed.transformer_blocks[0].norm1.linear
+        chunk = 0 if name == "attn1.to_q" else 3
+        # the modulation's shift rows hold u (b - z_g): their difference is u (z_h - z_g)
+        taken = modulation.bias[:, chunk * 64 : (chunk + 1) * 64].double()
+        taken = taken[0] - taken[1]
+        returned = layer.bias[1].double() - layer.bias[0].double()
+        # W diag(s) u (z_1 - z_0) = W (z_1 - z_0), whatever s is: solve for the column factor from a plain conversion
+        smoothed = weight @ torch.diag(_smooth_of(packed, model, name)) @ taken
+        torch.testing.assert_close(returned, smoothed, rtol=1e-4, atol=1e-5)
+
+
+def _smooth_of(packed, model, name):
+    """s of a site from the modulation: the multiplier's weight rows are W / s, here before quantization of 4 bits."""
+    block, source = packed.transformer_blocks[0], model.transformer_blocks[0]
+    chunk = 1 if name == "attn1.to_q" else 4
+    rows = slice(chunk * 64, (chunk + 1) * 64)
+    bias = source.norm1.linear.bias[rows].double() + 1
+    return bias / block.norm1.linear.bias[0, rows].double()
+
+
+def test_half_precision_keeps_the_tables(grouped, batch):
+    loaded = DiTTransformer2DModel.from_pretrained(grouped, torch_dtype=torch.bfloat16)
+    block = loaded.transformer_blocks[0]
+    assert block.attn1.to_q.bias.dtype == torch.float32
+    assert block.timestep_groups.bounds.dtype == torch.float32
+    half = {**batch, "hidden_states": batch["hidden_states"].bfloat16()}
+    exact = forward(DiTTransformer2DModel.from_pretrained(grouped), batch)
+    # bf16 activations between layers: 2^-9 per rounding, a few dozen of them
+    assert float((forward(loaded, half).float() - exact).norm() / exact.norm()) < 0.05
+
+
+def test_one_graph_serves_all_groups(grouped, batch):
+    loaded = DiTTransformer2DModel.from_pretrained(grouped)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(loaded, fullgraph=True, backend=counter)
+    for timestep in ([3, 3, 3, 3], [999, 999, 3, 340], [340, 3, 999, 651]):
+        now = {**batch, "timestep": torch.tensor(timestep)}
+        torch.testing.assert_close(forward(compiled, now), forward(loaded, now), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_boundaries_that_do_not_rise_are_refused(grouped, tmp_path):
+    path = grouped / "diffusion_pytorch_model.safetensors"
+    before = path.read_bytes()
+    tensors = load_file(path)
+    name = "transformer_blocks.1.timestep_groups.bounds"
+    tensors[name] = tensors[name].flip(0)
+    try:
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(
+            ditq.CheckpointError, match=r"blocks\.1\.timestep_groups\.bounds: boundaries must"
+        ):
+            DiTTransformer2DModel.from_pretrained(grouped)
+    finally:
+        path.write_bytes(before)
+
+
+def test_ditas_without_its_branch_and_search_is_smoothquant_bit_for_bit(model, stats):
+    plain = convert(model, Recipe("smoothquant", "w4p", "static", 32), stats, quiet=True)
+    recipe = Recipe("ditas", "w4p", "static", 32, lora_rank=0, search=False)
+    ditas = convert(model, recipe, stats, quiet=True)
+    assert ditas.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in ditas.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+def test_htg_without_shift_and_scale_is_linear_bit_for_bit(model, stats):
+    plain = convert(model, Recipe("linear", "w8", "static"), stats, quiet=True)
+    htg = convert(model, Recipe("htg", "w8", "static", shift=False, scale=False), stats, quiet=True)
+    for name, tensor in htg.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("weights", ["w8", "w4p"])
+def test_the_low_rank_branch_takes_up_weight_error(weights):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(96, 128, generator=generator, dtype=torch.float64)
+    source = LinearTensors(weight, torch.zeros(1, 96, dtype=torch.float64))
+    errors = []
+    for rank in (0, 8):
+        group = 32 if weights == "w4p" else None
+        layer_format = LayerFormat(weights, "token", group, lora_rank=rank)
+        stored = quantize_linear(source, layer_format, None, None)
+        layer = ditq.QuantLinear(128, 96, layer_format, device="cpu")
+        layer.load_state_dict(stored, assign=True)
+        stands_for = layer.dequantized_weight().double()
+        if rank:
+            stands_for = stands_for + stored["lora_up"].double() @ stored["lora_down"].double()
+            assert stored["lora_down"].shape == (8, 128)
+            assert stored["lora_up"].dtype == torch.bfloat16
+        errors.append(float((stands_for - weight).norm()))
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_the_branch_runs_on_the_quantized_input():
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(40, 64, generator=generator, dtype=torch.float64)
+    source = LinearTensors(weight, torch.randn(1, 40, generator=generator, dtype=torch.float64))
+    layer_format = LayerFormat("w8", "token", lora_rank=4)
+    layer = ditq.QuantLinear(64, 40, layer_format, device="cpu")
+    layer.load_state_dict(quantize_linear(source, layer_format, None, None), assign=True)
+    x = torch.randn(5, 64, generator=generator)
+    scale = x.abs().amax(1, keepdim=True) / 127
+    seen = (torch.round(x / scale) * scale).double()
+    whole = layer.dequantized_weight().double() + layer.lora_up.double() @ layer.lora_down.double()
+    expected = seen @ whole.t() + layer.bias.double()
+    # fp32 sums of 64 terms: 64 * 2^-24 relative to the sum of magnitudes, generously below 1e-4
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-4)
