@@ -70,3 +70,34 @@ def kernels(
     columns = ("shape", "candidate", "median us", "p80 us", "TOPS", "x fp32")
     print_table(f"{device_name(place)}, ditq backend: {backend}", columns, table)
     say(f"{out / 'gemm.csv'}: {len(table)} rows")
+
+
+@bench.command()
+def methods(
+    out: Annotated[Path, typer.Option(help="Folder for methods.csv and the statistics.")] = Path(
+        "runs/methods"
+    ),
+    models: Annotated[str, typer.Option(help="Demo models, comma-separated; default: all.")] = "",
+) -> None:
+    """Compare all methods on the demo models, in integers, with the ablations of their papers.
+
+    Takes tens of minutes on two cores; killed, the same command goes on where it was.
+
+    Example: ditq bench methods --out runs/methods --models demo:digits
+    """
+    from ditq_bench.method_tables import chart, tables
+    from ditq_bench.methods import MODELS, cases, read_rows, study
+    from ditq_converters.progress import progress_bar
+    from ditq_runtime.cli.output import say
+
+    chosen = tuple(name.strip() for name in models.split(",")) if models else MODELS
+    unknown = [name for name in chosen if name not in MODELS]
+    if unknown:
+        raise typer.BadParameter(f"--models: unknown {unknown}; choose from {', '.join(MODELS)}.")
+    with progress_bar("methods", len(list(cases(chosen)))) as advance:
+        for _ in study(out, chosen):
+            advance()
+    rows = read_rows(out / "methods.csv")
+    (out / "methods.md").write_text(tables(rows))
+    chart(out / "methods.png", rows)
+    say(f"{out / 'methods.md'}: tables of {len(rows)} rows; chart in {out / 'methods.png'}")

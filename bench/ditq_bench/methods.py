@@ -1,0 +1,165 @@
+"""Compare the methods on the demo models: every one, in integers, and the ablations of their papers."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ditq_converters.calibrate import calibrate, draw_labels, make_scheduler
+from ditq_converters.convert import convert
+from ditq_converters.evaluate import compare_runs, forced_sqnr, run
+from ditq_converters.models import open_model
+from ditq_converters.recipe import Recipe
+from ditq_converters.showcase.score import paired_psnr, score_samples
+from ditq_converters.stats import CalibrationStats
+from ditq_converters.trajectory import Call, SamplingPlan
+from ditq_runtime.files import atomic_file
+from ditq_runtime.folder import open_folder
+
+MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
+ABLATED = ("demo:digits-salient", "demo:digits-asymmetric")
+METHOD_NAMES = ("linear", "smoothquant", "meta", "ditas", "ptq4dit", "htg")
+FIELDS = (
+    "model", "table", "case", "weights", "activations", "sqnr_free_db", "sqnr_forced_db", "psnr_db", "accuracy",
+    "bytes", "convert_seconds", "samples", "steps", "calibration_samples",
+)  # fmt: skip
+STEPS, SAMPLES, CALIBRATION_SAMPLES, GUIDANCE, SEED = 50, 10, 32, 1.5, 0
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "htg: none": {"method": "linear"},
+    "htg: shift only": {"method": "htg", "scale": False},
+    "htg: scale only": {"method": "htg", "shift": False},
+    "htg: both": {"method": "htg"},
+    "htg: 1 group": {"method": "htg", "num_groups": 1},
+    "htg: 10 groups": {"method": "htg", "num_groups": 10},
+    "htg: 50 groups": {"method": "htg", "num_groups": 50},
+    "htg: exact_dp": {"method": "htg", "linkage": "exact_dp"},
+    "htg: EMA 0.9": {"method": "htg", "ema": 0.9},
+    "htg: EMA 0.999": {"method": "htg", "ema": 0.999},
+    "ptq4dit: CSB, middle call": {"method": "ptq4dit", "ssc": False},
+    "ptq4dit: CSB + SSC": {"method": "ptq4dit"},
+    "ditas: none": {"method": "linear"},
+    "ditas: TAS": {"method": "ditas", "search": False, "lora_rank": 0},
+    "ditas: TAS + grid": {"method": "ditas", "lora_rank": 0},
+    "ditas: TAS + grid + branch of 8": {"method": "ditas", "lora_rank": 8},
+    "ditas: TAS + grid + branch of 32": {"method": "ditas", "lora_rank": 32},
+    "meta: all calls, per channel": {"method": "linear", "group_size": 512},
+    "meta: 1 step, per channel": {"method": "meta", "group_size": 512},
+    "meta: 1 step, groups of 64": {"method": "meta", "group_size": 64},
+    "meta: 1 step, groups of 32": {"method": "meta", "group_size": 32},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion: which table it belongs to, what it is called, its recipe."""
+
+    model: str
+    table: str
+    name: str
+    recipe: Recipe
+
+
+def cases(models: tuple[str, ...]) -> Iterator[Case]:
+    """All methods x {W8A8, W4A8} x {static, token}; on the planted models the ablations at W4A8 static.
+
+    The ablations keep the modulation linears at 8 bits: at 4 they cap every method near 34 dB and hide the rest.
+    """
+    for model in models:
+        for weights in ("w8", "w4p"):
+            for activations in ("static", "token"):
+                for name in METHOD_NAMES:
+                    yield Case(model, "methods", name, Recipe(name, weights, activations))
+        for name, fields in ABLATIONS.items() if model in ABLATED else ():
+            common = {"weights": "w4p", "activations": "static", "modulation": "w8"}
+            recipe = Recipe(**{**common, **fields})
+            yield Case(model, "ablations", name, recipe)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float model, its calibration and its own run."""
+
+    pipe: Any
+    stats: CalibrationStats
+    plan: SamplingPlan
+    calls: list[Call]
+
+
+def prepare(model: str, folder: Path) -> Subject:
+    """Calibrate a model (resumable) and sample it in float."""
+    pipe = open_model(model)
+    stats = calibrate(
+        pipe, folder / model.partition(":")[2], STEPS, CALIBRATION_SAMPLES, GUIDANCE, seed=SEED
+    )
+    labels = draw_labels(list(range(10)), SAMPLES, SEED + 1)
+    plan = SamplingPlan(labels, steps=STEPS, guidance=GUIDANCE, seed=SEED + 1)
+    return Subject(pipe, stats, plan, run(pipe.transformer, make_scheduler(pipe, "ddim"), plan))
+
+
+def measure(case: Case, subject: Subject) -> dict[str, Any]:
+    """Convert, sample, compare: one row of FIELDS."""
+    with TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        packed = convert(subject.pipe, case.recipe, subject.stats, Path(folder) / "out", quiet=True)
+        seconds = time.perf_counter() - begin
+        nbytes = open_folder(Path(folder) / "out").nbytes
+    own = run(packed, make_scheduler(subject.pipe, "ddim"), subject.plan)
+    return {
+        "model": case.model,
+        "table": case.table,
+        "case": case.name,
+        "weights": case.recipe.weights,
+        "activations": case.recipe.activations,
+        "sqnr_free_db": f"{compare_runs(subject.calls, own).mean:.2f}",
+        "sqnr_forced_db": f"{forced_sqnr(subject.calls, packed, subject.plan).mean:.2f}",
+        "psnr_db": f"{paired_psnr(subject.calls[-1].after, own[-1].after):.2f}",
+        "accuracy": f"{score_samples(own[-1].after, subject.plan.labels)['accuracy']:.3f}",
+        "bytes": nbytes,
+        "convert_seconds": f"{seconds:.1f}",
+        "samples": SAMPLES,
+        "steps": STEPS,
+        "calibration_samples": CALIBRATION_SAMPLES,
+    }
+
+
+def study(out: Path, models: tuple[str, ...] = MODELS) -> Iterator[tuple[int, int]]:
+    """Measure every case that `out`/methods.csv does not hold yet; yields (done, total) after each."""
+    path = out / "methods.csv"
+    rows = read_rows(path)
+    have = {_key(row) for row in rows}
+    todo = list(cases(models))
+    subject, of = None, ""
+    for number, case in enumerate(todo, 1):
+        wanted = (case.model, case.table, case.name, case.recipe.weights, case.recipe.activations)
+        if wanted not in have:
+            if subject is None or of != case.model:
+                subject, of = prepare(case.model, out / "stats"), case.model
+            rows.append(measure(case, subject))
+            write_rows(path, rows)
+        yield number, len(todo)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run; none if there was none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, atomically."""
+    with atomic_file(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[field] for field in FIELDS[:5])
