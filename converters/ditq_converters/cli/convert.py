@@ -4,56 +4,42 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ditq_converters.cli import options as o
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
+if TYPE_CHECKING:
+    from ditq_converters.recipe import Recipe
+
 
 def convert(
     model: o.ModelArgument,
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Folder to write; it appears complete or not at all."),
-    ],
+    out: o.OutArgument,
     method: o.MethodOption = "smoothquant",
     weights: o.WeightsOption = "w8",
     activations: o.ActivationsOption = "token",
     group_size: o.GroupSizeOption = 64,
     modulation: o.ModulationOption = "",
     keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
-    lora_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="Rank of a low-rank branch; default: as the method has it."),
-    ] = None,
+    lora_rank: o.LoraRankOption = None,
     alpha: o.AlphaOption = 0.5,
-    search: Annotated[
-        bool, typer.Option("--search/--no-search", help="ditas: search alpha per layer.")
-    ] = True,
-    ssc: Annotated[
-        bool, typer.Option("--ssc/--no-ssc", help="ptq4dit: weigh calls by rank correlation.")
-    ] = True,
-    shift: Annotated[bool, typer.Option("--shift/--no-shift", help="htg: shift channels.")] = True,
-    scale: Annotated[bool, typer.Option("--scale/--no-scale", help="htg: scale channels.")] = True,
-    groups: Annotated[
-        int | None, typer.Option(min=1, help="htg: timestep groups; default: a tenth of the calls.")
-    ] = None,
-    linkage: Annotated[
-        str, typer.Option(help="htg: ward, centroid, average or exact_dp.")
-    ] = "ward",
-    ema: Annotated[float, typer.Option(help="htg: moving average of channel ranges.")] = 0.99,
-    stats: Annotated[
-        Path | None,
-        typer.Option(help="Statistics of `ditq calibrate`; default: OUT.stats, made if needed."),
-    ] = None,
+    search: o.SearchOption = True,
+    ssc: o.SscOption = True,
+    shift: o.ShiftOption = True,
+    scale: o.ScaleOption = True,
+    groups: o.GroupsOption = None,
+    linkage: o.LinkageOption = "ward",
+    ema: o.EmaOption = 0.99,
+    stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
     cfg: o.CfgOption = 1.5,
     seed: o.SeedOption = 0,
     batch: o.BatchOption = 32,
-    max_shard_size: Annotated[str, typer.Option(help="As in diffusers' save_pretrained.")] = "10GB",
+    max_shard_size: o.ShardOption = "10GB",
     device: o.DeviceOption = "",
     json: o.JsonOption = False,
 ) -> None:
@@ -64,63 +50,59 @@ def convert(
 
     Example: ditq convert demo:digits out --method smoothquant --weights w4p
     """
+    from ditq_converters.recipe import Recipe
+    from ditq_runtime.files import check_new
+
+    try:
+        layout = (method, weights, activations, group_size, modulation or None, tuple(keep))
+        choices: dict[str, Any] = {
+            "search": search,
+            "ssc": ssc,
+            "shift": shift,
+            "scale": scale,
+            "ema": ema,
+        }
+        recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from error
+    check_new(out)
+    begin = time.perf_counter()
+    plan = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
+    _convert(model, out, recipe, stats, device, max_shard_size, {"steps": steps, **plan})
+    _print(out, time.perf_counter() - begin, json)
+
+
+def _convert(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    stats: Path | None,
+    device: str,
+    max_shard_size: str,
+    calibration: dict[str, Any],
+) -> None:
+    """Open, refuse what can be refused before the long work, calibrate where needed, convert."""
     from ditq_converters.calibrate import calibrate
     from ditq_converters.convert import convert as run
     from ditq_converters.methods import METHODS
     from ditq_converters.models import open_model, transformer_of
     from ditq_converters.plan import plan_layers
-    from ditq_converters.recipe import Recipe
     from ditq_converters.stats import CalibrationStats
     from ditq_runtime.families import family_of
-    from ditq_runtime.files import check_new
 
-    try:
-        recipe = Recipe(
-            method,
-            weights,
-            activations,
-            group_size,
-            modulation or None,
-            tuple(keep),
-            lora_rank,
-            alpha,
-            search=search,
-            ssc=ssc,
-            shift=shift,
-            scale=scale,
-            num_groups=groups,
-            linkage=linkage,
-            ema=ema,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from error
-    check_new(out)
-    begin = time.perf_counter()
     pipe = open_model(model)
     transformer = transformer_of(pipe)
-    plan_layers(
-        transformer, family_of(type(transformer).__name__), recipe
-    )  # refuse before the long work
+    plan_layers(transformer, family_of(type(transformer).__name__), recipe)
     o.place(pipe, device)
     opened = None
     if stats is not None:
         opened = CalibrationStats.open(stats)
     elif recipe.needs_statistics:
+        if METHODS[recipe.method].static_call is not None:  # Meta: one forward at the highest noise
+            calibration = {**calibration, "sampler": "t_max", "steps": None}
         folder = out.with_name(f"{out.name}.stats")
-        one_step = METHODS[method].static_call is not None
-        opened = calibrate(
-            pipe,
-            folder,
-            None if one_step else steps,
-            samples,
-            cfg,
-            sampler="t_max" if one_step else "ddim",
-            seed=seed,
-            micro_batch=batch,
-            rows=64 if recipe.needs_rows else 0,
-        )
+        opened = calibrate(pipe, folder, rows=64 if recipe.needs_rows else 0, **calibration)
     run(pipe, recipe, opened, out, max_shard_size)
-    _print(out, time.perf_counter() - begin, json)
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:

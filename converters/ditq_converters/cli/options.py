@@ -70,6 +70,34 @@ DeviceOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+OutArgument = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Folder to write; it appears complete or not at all."),
+]
+LoraRankOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Rank of a low-rank branch; default: as the method has it."),
+]
+SearchOption = Annotated[
+    bool, typer.Option("--search/--no-search", help="ditas: search alpha per layer.")
+]
+SscOption = Annotated[
+    bool, typer.Option("--ssc/--no-ssc", help="ptq4dit: weigh calls by rank correlation.")
+]
+ShiftOption = Annotated[bool, typer.Option("--shift/--no-shift", help="htg: shift channels.")]
+ScaleOption = Annotated[bool, typer.Option("--scale/--no-scale", help="htg: scale channels.")]
+GroupsOption = Annotated[
+    int | None, typer.Option(min=1, help="htg: timestep groups; default: a tenth of the calls.")
+]
+LinkageOption = Annotated[str, typer.Option(help="htg: ward, centroid, average or exact_dp.")]
+EmaOption = Annotated[float, typer.Option(help="htg: moving average of channel ranges.")]
+StatsOption = Annotated[
+    Path | None,
+    typer.Option(help="Statistics of `ditq calibrate`; default: OUT.stats, made if needed."),
+]
+ShardOption = Annotated[str, typer.Option(help="As in diffusers' save_pretrained.")]
+
+
 def place(pipe: object, device: str) -> None:
     """Move a model to `device`, or to the GPU where there is one."""
     import torch
