@@ -54,7 +54,7 @@ def chart(path: Path, rows: list[Row]) -> None:
         axes.set_xticks(range(len(names)), names, rotation=30)
         axes.set(title=model, ylabel="mean free SQNR, dB")
         axes.grid(alpha=0.3, axis="y")
-    grid[0][0].legend(fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
