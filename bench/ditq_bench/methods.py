@@ -68,7 +68,7 @@ class Case:
 def cases(models: tuple[str, ...]) -> Iterator[Case]:
     """All methods x {W8A8, W4A8} x {static, token}; on the planted models the ablations at W4A8 static.
 
-    The ablations keep the modulation linears at 8 bits: at 4 they cap every method near 34 dB and hide the rest.
+    The ablations keep the modulation linears at 8 bits: at 4 they add an error of their own to all.
     """
     for model in models:
         for weights in ("w8", "w4p"):
