@@ -17,18 +17,20 @@ RANDOM = "?" * 8  # the part of a temporary name that `tempfile` makes up
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it over `path` when the block succeeds, remove it when not."""
+    """Give a temporary path; rename it over `path` when the block succeeds, remove it when not.
+
+    It lies in a hidden folder beside `path`, `.NAME.RANDOM.part`, so that whatever a writer keeps next to its file
+    (safetensors has a temporary file of its own) goes with it. A killed process leaves that folder; `remove_leftovers`
+    removes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
+    with _part_folder(path) as folder:
+        part = folder / path.name
+        part.touch()
         yield part
         part.chmod(0o644)
         _flush(part)
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -43,10 +45,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{RANDOM}.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
+    remove_leftovers(path.parent, glob.escape(path.name))
+    with _part_folder(path) as part:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
@@ -56,6 +56,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         os.rename(part, path)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of writing `name`, a glob pattern, in a folder."""
+    for leftover in folder.glob(f".{name}.{RANDOM}.part"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _part_folder(path: Path) -> Iterator[Path]:
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

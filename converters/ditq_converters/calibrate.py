@@ -34,6 +34,7 @@ from ditq_converters.stats import (
 )
 from ditq_converters.trajectory import SamplingPlan, trajectory
 from ditq_runtime.families import Family, family_of
+from ditq_runtime.files import remove_leftovers
 
 __all__ = ["SAMPLERS", "calibrate", "class_ids", "draw_labels", "make_scheduler"]
 
@@ -195,8 +196,7 @@ def _manifest(
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a new run, or check that an unfinished one is the same."""
-    for leftover in folder.glob(".*.part"):  # of a killed run
-        leftover.unlink()
+    remove_leftovers(folder)
     if not (folder / "manifest.json").exists():
         write_manifest(folder, manifest)
         return
