@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -137,7 +138,8 @@ class Runner:
 
 def _first_output(process: Any, folder: Path) -> float:
     """Wait until something is in a folder, or a process has ended; return the moment."""
-    while process.is_alive() and not contents(folder):
+    # os.walk, unlike rglob, passes over a folder that vanishes meanwhile
+    while process.is_alive() and not any(files for _, _, files in os.walk(folder)):
         time.sleep(0.002)
     return time.monotonic()
 
