@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ditq_converters.methods import METHODS, Options
+from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.methods.timestep_groups import LINKAGES
 
 WEIGHTS = ("w8", "w4p")
@@ -25,6 +26,8 @@ class Recipe:
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
+        range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
+            `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
         alpha: and the fields below: see `ditq_converters.methods.Options`.
 
     Raises:
@@ -46,6 +49,7 @@ class Recipe:
     num_groups: int | None = None
     linkage: str = "ward"
     ema: float = 0.99
+    range_method: str = "minmax"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -67,6 +71,11 @@ class Recipe:
         _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
         if self.num_groups is not None and self.num_groups < 1:
             raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
+        _one_of("range_method", self.range_method, RANGE_METHODS)
+        if self.range_method != "minmax" and self.activations != "static":
+            raise ValueError(
+                f"recipe: range_method {self.range_method} is for static activations, got {self.activations}"
+            )
         if self.rank < 0:
             raise ValueError(f"recipe: lora_rank must not be negative, got {self.rank}")
 
@@ -78,7 +87,8 @@ class Recipe:
     @property
     def needs_rows(self) -> bool:
         """Whether the calibration must have sampled rows."""
-        return METHODS[self.method].needs_rows and self.search
+        searches_alpha = METHODS[self.method].needs_rows and self.search
+        return searches_alpha or self.range_method != "minmax"
 
     @property
     def rank(self) -> int:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from ditq_converters.fold import Block, site_weight
-from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
+from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
 from ditq_converters.quantize import static_range
 from ditq_converters.recipe import Recipe
 from ditq_converters.stats import CalibrationStats, StatisticsError
@@ -49,14 +49,17 @@ def act_ranges(
     consumers = {site.name: site.consumers for site in family.sites}
     only = METHODS[recipe.method].static_call
     calls = slice(None) if only is None else slice(only, only + 1)
-    ranges: Ranges = {}
+    found: Ranges = {}
     for site in sites:
         transform = choice.sites.get(site.name, Transform())
         pair = static_range(
             site.minimum[calls], site.maximum[calls], transform, choice.group_of_call[calls]
         )
-        ranges.update(dict.fromkeys(consumers[site.name], pair))
-    return ranges
+        if recipe.range_method != "minmax":
+            rows = site.rows_after(transform, choice.group_of_call, only)
+            pair = ranges.search(recipe.range_method, rows, *pair)
+        found.update(dict.fromkeys(consumers[site.name], pair))
+    return found
 
 
 def group_bounds(timesteps: list[float], group_of_call: tuple[int, ...]) -> torch.Tensor:

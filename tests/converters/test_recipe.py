@@ -26,6 +26,7 @@ def test_defaults():
         "num_groups": None,
         "linkage": "ward",
         "ema": 0.99,
+        "range_method": "minmax",
     }
 
 
@@ -42,6 +43,8 @@ def test_defaults():
         ({"group_size": -64}, "group_size must be"),
         ({"group_size": 16}, "group_size must be"),
         ({"group_size": 48}, "group_size must be"),
+        ({"range_method": "mse"}, "range_method must be one of minmax, qdiff_mse, ptq4dit_pct"),
+        ({"range_method": "qdiff_mse"}, "range_method qdiff_mse is for static activations"),
         ({"alpha": -0.01}, "alpha must lie in"),
         ({"alpha": 1.01}, "alpha must lie in"),
         ({"alpha": math.nan}, "alpha must lie in"),

@@ -33,6 +33,7 @@ def convert(
     groups: o.GroupsOption = None,
     linkage: o.LinkageOption = "ward",
     ema: o.EmaOption = 0.99,
+    range_method: o.RangeMethodOption = "minmax",
     stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
@@ -61,6 +62,7 @@ def convert(
             "shift": shift,
             "scale": scale,
             "ema": ema,
+            "range_method": range_method,
         }
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
     except ValueError as error:

@@ -23,6 +23,10 @@ WeightsOption = Annotated[
 ActivationsOption = Annotated[
     str, typer.Option(help="token (a scale per token) or static (calibrated range).")
 ]
+RangeMethodOption = Annotated[
+    str,
+    typer.Option(help="Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."),
+]
 GroupSizeOption = Annotated[int, typer.Option(help="Input channels per w4p group.")]
 ModulationOption = Annotated[
     str, typer.Option(help="Weights of the AdaLN linears: w8 or w4p; default: as --weights.")

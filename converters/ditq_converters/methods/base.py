@@ -32,6 +32,30 @@ class SiteData:
     rows: torch.Tensor | None = None
     row_calls: tuple[int, ...] = ()
 
+    def rows_after(
+        self, transform: Transform, group_of_call: Sequence[int], only: int | None = None
+    ) -> torch.Tensor:
+        """The sampled rows as the linear will see them, (X - shift) / smooth.
+
+        Args:
+            transform: of this site.
+            group_of_call: [T] timestep group of every call; may be empty where nothing is shifted per group.
+            only: the one call to take rows of; None: all that have rows.
+
+        Returns:
+            [R, K] fp64.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        kept = [i for i, call in enumerate(self.row_calls) if only in (None, call)]
+        if self.rows is None or not kept:
+            raise ValueError(
+                f"site {self.name!r} has no sampled rows; calibrate into a new folder with --rows 64"
+            )
+        groups = [group_of_call[self.row_calls[i]] for i in kept] if group_of_call else []
+        return transform.apply(self.rows[kept], groups).flatten(0, 1)
+
     @property
     def weight_absmax(self) -> torch.Tensor:
         """[K] fp64: largest |W[n, k]| over all outputs of all linears that read the site."""
@@ -85,6 +109,22 @@ class Transform:
 
     smooth: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+
+    def apply(self, x: torch.Tensor, group_of_call: Sequence[int]) -> torch.Tensor:
+        """(X - shift) / smooth in fp64.
+
+        Args:
+            x: [C, K] or [C, n, K] float, of C calls.
+            group_of_call: [C] timestep group of these calls; not read where one shift serves all groups.
+
+        Returns:
+            fp64, the shape of x.
+        """
+        x = x.double()
+        if self.shift is not None:
+            shift = self.shift if len(self.shift) == 1 else self.shift[list(group_of_call)]
+            x = x - (shift if x.dim() == 2 else shift[:, None])
+        return x if self.smooth is None else x / self.smooth
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Candidates are judged through the int8 quantizer that runs, which widens a range
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -37,15 +37,7 @@ def after(
     Returns:
         minimum, maximum: [T, K] fp64.
     """
-    low, high = minimum.double(), maximum.double()
-    if transform.shift is not None:
-        shift = transform.shift
-        if len(shift) > 1:
-            shift = shift[list(group_of_call)]  # [T, K]
-        low, high = low - shift, high - shift
-    if transform.smooth is not None:
-        low, high = low / transform.smooth, high / transform.smooth
-    return low, high
+    return transform.apply(minimum, group_of_call), transform.apply(maximum, group_of_call)
 
 
 def minmax(minimum: torch.Tensor, maximum: torch.Tensor) -> Range:
@@ -83,6 +75,19 @@ def ptq4dit_pct(x: torch.Tensor) -> Range:
     ordered = x.double().flatten().sort().values
     pairs = ((_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in QUANTILES)
     return _best(x, pairs, 2.0)
+
+
+def search(method: str, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Range:
+    """The range that a method of `RANGE_METHODS` takes for sampled rows x whose min-max range is [low, high]."""
+    return SEARCHES[method](x, low, high)
+
+
+SEARCHES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Range]] = {
+    "minmax": lambda x, low, high: (low, high),
+    "qdiff_mse": qdiff_mse,
+    "ptq4dit_pct": lambda x, low, high: ptq4dit_pct(x),
+}
+RANGE_METHODS = tuple(SEARCHES)
 
 
 def through_quantizer(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
