@@ -62,6 +62,14 @@ def test_gemms_run_on_int8_tensor_cores(censuses, op):
     assert found[op]["loop"]["LDGSTS"] >= 4  # loads are asynchronous
 
 
+def test_expanded_weights_stay_in_registers(censuses):
+    target, found = censuses
+    products = found["gemm_w4a8"]["loop"].get("IGMMA", 0)
+    assert found["gemm_w4a8"]["register_operands"] == products
+    assert found["gemm_w8a8"]["register_operands"] == 0
+    assert (products > 0) == (target == 90)
+
+
 @pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
 def test_hot_loops_stay_lean(censuses, op):
     target, found = censuses

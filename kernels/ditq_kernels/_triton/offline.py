@@ -8,13 +8,10 @@ where TRITON_INTERPRET is set: kernels are then Python functions.
 """
 
 import argparse
-import collections
 import dataclasses
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,13 +27,13 @@ from ditq_kernels._triton import (
     prepared_w4,
     quantize_per_token,
     quantize_static,
+    transpose_v,
 )
 from ditq_kernels._triton.common import GROUP_T, INTERPRETED
+from ditq_kernels._triton.machine_code import Census, census_of
 from ditq_kernels._triton.rows import row_parts
-from ditq_kernels.backend import TRITON_OPS
 
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
+UNSERVED_TARGETS = {100: 90, 120: 89}
 POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32",
@@ -47,106 +44,144 @@ POINTERS = {
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
 MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step"} | {
     "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot",
-    "PADDED_K", "stride_qb", "stride_kb", "stride_vb",
+    "PADDED_K", "PADDED_T", "stride_qb", "stride_kb", "stride_vb",
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Census:
-    """What one compiled kernel is made of. Opcode counts are static, per warp."""
+class Problem:
+    """What a kernel is compiled for.
 
-    op: str
-    target: int
-    config: dict[str, int]
-    registers: int
-    stack: int  # bytes a thread; more than 0 means spills
-    spills: int  # local memory instructions
-    shared: int  # bytes a program, dynamic
-    mma: dict[str, int]  # tensor-core opcodes with their suffixes, whole kernel
-    loop: dict[str, int]  # opcodes of the hot loop: the longest innermost one with tensor-core instructions
-    whole: dict[str, int]  # opcodes of the whole kernel
+    Attributes:
+        num_tokens: T, picks the configuration; the number of keys for attention.
+        in_features: K, a multiple of 16; the head dimension for attention.
+        group_size: neighbouring inputs sharing a group, for gemm_w4a8.
+        zero_point: activations are asymmetric, for the GEMMs; values, for attention.
+    """
 
-    @property
-    def loop_instructions(self) -> int:
-        """Instructions of one hot-loop iteration."""
-        return sum(self.loop.values())
+    num_tokens: int = 8192
+    in_features: int = 1152
+    group_size: int = 64
+    zero_point: bool = False
+
+
+Config = tuning.TileConfig | tuning.RowConfig | tuning.AttentionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineKernel:
+    """One kernel of the table below.
+
+    Attributes:
+        problems: what it meets in DiTs, the most telling one first.
+        tuned: (op, names of tables, num_tokens, in_features) -> its launch.
+        specialize: (op, problem, launch) -> the jit function and its constants.
+        types: of arguments that differ from POINTERS.
+    """
+
+    problems: tuple[Problem, ...]
+    tuned: Callable[[str, tuple[str, ...], int, int], Config]
+    specialize: Callable[[str, Problem, Any], tuple[Any, dict[str, Any]]]
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def compile_op(
     op: str,
     target: int,
-    num_tokens: int = 8192,
-    in_features: int = 1152,
+    num_tokens: int | None = None,
+    in_features: int | None = None,
     group_size: int = 64,
     zero_point: bool = False,
-    config: tuning.TileConfig | tuning.RowConfig | tuning.AttentionConfig | None = None,
+    config: Config | None = None,
 ) -> Census:
     """Compile an op with its tuned configuration (or another) and count instructions.
 
     Args:
-        op: an op with a Triton kernel, such as "gemm_w8a8".
+        op: a name in KERNELS, such as "gemm_w8a8".
         target: compute capability without the dot, such as 90.
-        num_tokens: T, picks the configuration; the number of keys for attention.
-        in_features: K, a multiple of 16; the head dimension for attention.
-        group_size: neighbouring inputs sharing a group, for gemm_w4a8.
-        zero_point: activations are asymmetric, for the GEMMs; values, for attention.
+        num_tokens: as in Problem; default: the op's first problem.
+        in_features: as in Problem; default: the op's first problem.
+        group_size: as in Problem.
+        zero_point: as in Problem.
         config: instead of the tuned one.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set.
     """
+    usual = KERNELS[op].problems[0]
+    problem = Problem(
+        num_tokens or usual.num_tokens, in_features or usual.in_features, group_size, zero_point
+    )
+    return compile_problem(op, target, problem, config)
+
+
+def compile_problem(
+    op: str, target: int, problem: Problem, config: Config | None = None
+) -> Census:
+    """As `compile_op`, for a problem."""
     if INTERPRETED:
         raise RuntimeError("offline: unset TRITON_INTERPRET, an interpreted kernel has no machine code")
-    if config is None:
-        config = _tuned(op, target, num_tokens, in_features)
-    if op.startswith("quantize"):
-        kernel, constants = _row_kernel(op, in_features, config)
-    elif op.startswith("attention"):
-        kernel, constants = _attention_kernel(op, num_tokens, in_features, zero_point, config)
-    else:
-        kernel, constants = _tile_kernel(op, in_features, group_size, zero_point, config)
+    config = config or tuned_config(op, target, problem)
+    kernel, constants = KERNELS[op].specialize(op, problem, config)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
     if not isinstance(config, tuning.RowConfig):
         options["num_stages"] = config.num_stages
-    compiled = triton.compile(
-        _source(kernel, constants), target=GPUTarget("cuda", target, 32), options=options
-    )
-    return _census(op, target, config, compiled)
+    source = _source(kernel, constants, KERNELS[op].types)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return census_of(op, target, config, compiled)
 
 
-def _tuned(op, target, num_tokens, in_features):
-    tables = tuning.tables_of_architecture(f"sm_{target}")
-    if op.startswith("quantize"):
-        return tuning.row_config(op, tables, num_tokens, in_features)
-    if op.startswith("attention"):
-        return tuning.attention_config(op, tables, num_tokens, in_features)
-    return tuning.tile_config(op, tables, num_tokens, in_features)
+def tuned_config(op: str, target: int, problem: Problem) -> Config:
+    """The launch of an op's problem on an architecture; sm_100, not served yet, borrows that of sm_90."""
+    tables = tuning.tables_of_architecture(f"sm_{UNSERVED_TARGETS.get(target, target)}")
+    return KERNELS[op].tuned(op, tables, problem.num_tokens, problem.in_features)
 
 
-def _row_kernel(op, in_features, config):
+def tuned_problems(op: str, target: int) -> list[tuple[Problem, Config]]:
+    """Every launch that an op's problems meet on an architecture, each machine code once."""
+    found: dict[Any, tuple[Problem, Config]] = {}
+    for problem in KERNELS[op].problems:
+        config = tuned_config(op, target, problem)
+        constants = KERNELS[op].specialize(op, problem, config)[1]
+        found.setdefault((config, tuple(map(str, constants.items()))), (problem, config))
+    return list(found.values())
+
+
+def _row_kernel(op, problem, config):
     module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[op]
-    block_a, block_b = row_parts(in_features)
+    block_a, block_b = row_parts(problem.in_features)
     constants = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b}
     return getattr(module, f"_{op}_kernel"), constants | {"smooth_inv_ptr": None}
 
 
-def _tile_kernel(op, in_features, group_size, zero_point, config):
+def _epilogue_constants(problem, config):
     constants = {
         "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T,
-        "PER_TOKEN_SCALE": True, "PER_TOKEN_ZERO": zero_point,
+        "PER_TOKEN_SCALE": True, "PER_TOKEN_ZERO": problem.zero_point,
     }  # fmt: skip
-    if not zero_point:
+    if not problem.zero_point:
         constants |= {"zero_point_ptr": None, "weight_sum_ptr": None}
-    if op == "gemm_w8a8":
-        constants |= {"BLOCK_K": config.block_k, "EVEN_K": in_features % config.block_k == 0}
-        return gemm_w8a8._gemm_w8a8_kernel, constants
-    unit = prepared_w4.kernel_unit(in_features, group_size)
-    constants |= {"UNIT": unit, "EVEN_K": in_features % unit == 0, "GROUP_SIZE": group_size}
-    return gemm_w4a8._gemm_w4a8_kernel, constants | {"INLINE_ASM": True}
+    return constants
 
 
-def _attention_kernel(op, num_keys, head_dim, zero_point, config):
+def _w8a8_kernel(_, problem, config):
+    even = problem.in_features % config.block_k == 0
+    constants = {"BLOCK_K": config.block_k, "EVEN_K": even}
+    return gemm_w8a8._gemm_w8a8_kernel, constants | _epilogue_constants(problem, config)
+
+
+def _w4a8_kernel(_, problem, config):
+    unit = prepared_w4.kernel_unit(problem.in_features, problem.group_size)
+    constants = {
+        "UNIT": unit, "EVEN_K": problem.in_features % unit == 0,
+        "GROUP_SIZE": problem.group_size, "INLINE_ASM": True,
+    }  # fmt: skip
+    return gemm_w4a8._gemm_w4a8_kernel, constants | _epilogue_constants(problem, config)
+
+
+def _attention_kernel(op, problem, config):
     """Heads inside tokens, as projections write them; scales per head for V, per token for Q and K."""
+    num_keys, head_dim = problem.num_tokens, problem.in_features
     strides = {f"STRIDE_{name}H": head_dim for name in "QKV"}
     strides |= {f"STRIDE_{name}T": 16 * head_dim for name in "QKV"}
     parts = attention.VALUE_PARTS[head_dim]
@@ -157,7 +192,7 @@ def _attention_kernel(op, num_keys, head_dim, zero_point, config):
     }  # fmt: skip
     constants |= strides
     constants |= attention.shape_constants(head_dim, num_keys, config.block_q, config.block_k, parts)
-    if not zero_point:
+    if not problem.zero_point:
         constants |= {"zero_point_ptr": None}
     module = {
         "attention_qk_int8_pv_int8": attention_qk_int8_pv_int8,
@@ -167,10 +202,24 @@ def _attention_kernel(op, num_keys, head_dim, zero_point, config):
     return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
-def _source(kernel, constants):
-    names = kernel.arg_names
+def _transpose_kernel(_, problem, config):
+    head_dim = problem.in_features
+    constants = {
+        "STRIDE_VH": head_dim, "STRIDE_VT": 16 * head_dim,
+        "D": head_dim, "WIDTH": sum(attention.VALUE_PARTS[head_dim]),
+        "BLOCK_D": transpose_v.BLOCK_D, "BLOCK_T": config.rows,
+    }  # fmt: skip
+    return transpose_v._transpose_v_kernel, constants
+
+
+def _transpose_config(op, tables, num_tokens, in_features):
+    return tuning.RowConfig(transpose_v.MAX_BLOCK_T, num_warps=4)
+
+
+def _source(kernel, constants, types):
+    names, types = kernel.arg_names, POINTERS | types
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
     }
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -181,71 +230,30 @@ def _source(kernel, constants):
     return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
 
 
-def _census(op, target, config, compiled) -> Census:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        machine_code = _disassemble("-sass", cubin.name)
-        usage = _disassemble("-res-usage", cubin.name)
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if resources is None:
-        raise RuntimeError(f"offline: cuobjdump reported no resource usage for {op}: {usage[-200:]}")
-    instructions = _instructions(machine_code)
-    whole = _count(instructions)
-    mma = collections.Counter(
-        name for _, text in instructions if "MMA" in (name := _opcode(text)).split(".")[0]
-    )
-    return Census(
-        op=op, target=target, config=dataclasses.asdict(config),
-        registers=int(resources[1]), stack=int(resources[2]),
-        spills=whole["LDL"] + whole["STL"], shared=compiled.metadata.shared,
-        mma=dict(mma), loop=dict(_count(_hot_loop(instructions))), whole=dict(whole),
-    )  # fmt: skip
-
-
-def _disassemble(what: str, path: str) -> str:
-    done = subprocess.run([DISASSEMBLER, what, path], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def _instructions(machine_code: str) -> list[tuple[int, str]]:
-    """(address, text) of every instruction."""
-    found = re.finditer(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", machine_code, re.MULTILINE)
-    return [(int(match[1], 16), match[2].strip()) for match in found]
-
-
-def _hot_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Body of the longest innermost loop with tensor-core instructions; empty if there is none."""
-    loops = []
-    for address, text in instructions:
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if branch is not None and int(branch[1], 16) < address:
-            body = [item for item in instructions if int(branch[1], 16) <= item[0] <= address]
-            if any("MMA" in text for _, text in body):
-                loops.append(body)
-    innermost = [loop for loop in loops if not any(_inside(other, loop) for other in loops)]
-    return max(innermost, key=len, default=[])
-
-
-def _inside(inner: list[tuple[int, str]], outer: list[tuple[int, str]]) -> bool:
-    return len(inner) < len(outer) and outer[0] <= inner[0] and inner[-1] <= outer[-1]
-
-
-def _opcode(text: str) -> str:
-    return re.sub(r"^@!?U?P[T\d]+\s+", "", text).split()[0]
-
-
-def _count(instructions: list[tuple[int, str]]) -> collections.Counter:
-    return collections.Counter(_opcode(text).split(".")[0] for _, text in instructions)
+ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
+GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
+GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
+HEADS = tuple(
+    Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
+)
+KERNELS = {
+    "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
+    "quantize_static": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
+    "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, _w8a8_kernel),
+    "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
+    "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
+    "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
+    "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),
+}
 
 
 def main() -> None:
     """Print the census of one kernel."""
     parser = argparse.ArgumentParser(description="census of a kernel's machine code, without a GPU")
-    parser.add_argument("--op", required=True, choices=sorted(TRITON_OPS))
+    parser.add_argument("--op", required=True, choices=sorted(KERNELS))
     parser.add_argument("--target", type=int, required=True, help="compute capability, such as 90")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--in-features", type=int, default=1152)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--in-features", type=int)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--zero-point", action="store_true", help="asymmetric activations")
     parser.add_argument("--json", action="store_true")
