@@ -19,7 +19,7 @@ from ditq_converters.plan import LayerPlan, plan_layers
 from ditq_converters.progress import progress_bar
 from ditq_converters.quantize import quantize_linear
 from ditq_converters.recipe import Recipe
-from ditq_converters.sites import act_ranges, group_bounds, site_data
+from ditq_converters.sites import act_ranges, feedbacks, group_bounds, site_data
 from ditq_converters.stats import CalibrationStats
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
@@ -118,6 +118,7 @@ def convert_block(
     if transform is not None and sites:
         choice = transform(sites, recipe.options)
     act_range = act_ranges(family, sites, choice, recipe) if recipe.activations == "static" else {}
+    feedback = feedbacks(family, sites, choice, recipe)
     smooth_inv = fold_block(linears, family, choice.sites)
 
     tensors, formats = {}, {}
@@ -130,7 +131,9 @@ def convert_block(
         )
         if linear.bias is not None:
             linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
-        stored = quantize_linear(linear, final, act_range.get(name), smooth_inv.get(name))
+        stored = quantize_linear(
+            linear, final, act_range.get(name), smooth_inv.get(name), feedback.get(name)
+        )
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
         formats[f"{block}.{name}"] = final
     if choice.num_groups > 1 and needed is not None:

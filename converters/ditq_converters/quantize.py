@@ -8,6 +8,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_converters.fold import LinearTensors
+from ditq_converters.gptq import compensated_codes
 from ditq_converters.methods import Transform, ranges
 from ditq_converters.methods.alternating import alternate
 from ditq_runtime.scheme import LayerFormat
@@ -38,6 +39,7 @@ def quantize_linear(
     layer_format: LayerFormat,
     act_range: tuple[torch.Tensor, torch.Tensor] | None,
     smooth_inv: torch.Tensor | None,
+    feedback: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tensors of `LayerFormat.tensors` for a folded linear.
 
@@ -46,6 +48,7 @@ def quantize_linear(
         layer_format: what to make.
         act_range: low and high of its input, for static activations.
         smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
+        feedback: [K, K] of `gptq.error_feedback` for the folded input; None: round to nearest.
 
     Returns:
         name -> tensor, contiguous.
@@ -61,8 +64,8 @@ def quantize_linear(
             )
     lora: dict[str, torch.Tensor] = {}
     if layer_format.lora_rank:
-        weight, lora = _split_branch(linear.weight, layer_format)
-    tensors, codes = _weights(weight, layer_format)
+        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None)
+    tensors, codes = _weights(weight, layer_format, feedback)
     tensors |= lora
     if layer_format.activations == "static":
         assert act_range is not None
@@ -80,16 +83,20 @@ def quantize_linear(
 
 
 def _weights(
-    weight: torch.Tensor, layer_format: LayerFormat
+    weight: torch.Tensor, layer_format: LayerFormat, feedback: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Stored weight tensors, and the integer weights [N, K] they stand for."""
     if layer_format.weights == "fp32":
         return {"weight": weight}, weight
     if layer_format.weights == "w8":
         w8 = k.quantize_weight_w8(weight)
+        if feedback is not None:
+            w8 = w8.with_codes(compensated_codes(weight, feedback, w8))
         return {"weight": w8.qweight, "weight_scale": w8.scale}, w8.qweight
     assert layer_format.group_size is not None
     w4p = k.quantize_weight_w4p(weight, layer_format.group_size)
+    if feedback is not None:
+        w4p = w4p.with_codes(compensated_codes(weight, feedback, w4p))
     stored = {
         "weight": w4p.packed,
         "weight_scale": w4p.scale,
@@ -100,17 +107,20 @@ def _weights(
 
 
 def _split_branch(
-    weight: torch.Tensor, layer_format: LayerFormat
+    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the codes are made from [N, K] fp32, and the low-rank branch in bf16 (DiTAS Eq. 9-10).
 
     Two candidates for the codes: the iterate that the optimization kept, and the rest that the rounded branch leaves;
-    the grid moves with its input, so either may be closer.
+    the grid moves with its input, so either may be closer. Rounding that compensates takes the rest: it must know
+    what the codes should stand for.
     """
     quantized = _quantizer(layer_format)
     split = alternate(weight, quantized, layer_format.lora_rank)
     lora = {"lora_down": split.lora_down.bfloat16(), "lora_up": split.lora_up.bfloat16()}
     branch = lora["lora_up"].double() @ lora["lora_down"].double()
+    if compensated:
+        return (weight - branch).float(), lora
     targets = (split.quantize_target, weight - branch)
     best = min(targets, key=lambda target: float((quantized(target) + branch - weight).norm()))
     return best.float(), lora

@@ -12,6 +12,7 @@ from ditq_converters.methods.timestep_groups import LINKAGES
 
 WEIGHTS = ("w8", "w4p")
 ACTIVATIONS = ("token", "static")
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Recipe:
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
         range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
+        rounding: of the weights of the sites' linears: `nearest`, or `gptq`, which passes the error of a column on to
+            later ones by the sampled rows (arXiv:2210.17323).
         alpha: and the fields below: see `ditq_converters.methods.Options`.
 
     Raises:
@@ -50,6 +53,7 @@ class Recipe:
     linkage: str = "ward"
     ema: float = 0.99
     range_method: str = "minmax"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -71,6 +75,7 @@ class Recipe:
         _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
         if self.num_groups is not None and self.num_groups < 1:
             raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
+        _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("range_method", self.range_method, RANGE_METHODS)
         if self.range_method != "minmax" and self.activations != "static":
             raise ValueError(
@@ -82,13 +87,14 @@ class Recipe:
     @property
     def needs_statistics(self) -> bool:
         """Whether a calibration must have run."""
-        return self.activations == "static" or METHODS[self.method].needs_statistics
+        needs = METHODS[self.method].needs_statistics or self.needs_rows
+        return needs or self.activations == "static"
 
     @property
     def needs_rows(self) -> bool:
         """Whether the calibration must have sampled rows."""
         searches_alpha = METHODS[self.method].needs_rows and self.search
-        return searches_alpha or self.range_method != "minmax"
+        return searches_alpha or self.range_method != "minmax" or self.rounding == "gptq"
 
     @property
     def rank(self) -> int:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from ditq_converters.fold import Block, site_weight
+from ditq_converters.gptq import error_feedback
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
 from ditq_converters.quantize import static_range
 from ditq_converters.recipe import Recipe
@@ -59,6 +60,22 @@ def act_ranges(
             rows = site.rows_after(transform, choice.group_of_call, only)
             pair = ranges.search(recipe.range_method, rows, *pair)
         found.update(dict.fromkeys(consumers[site.name], pair))
+    return found
+
+
+def feedbacks(
+    family: Family, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """Consumer -> error feedback [K, K] of its transformed input, where a recipe rounds by it; readers share one."""
+    if recipe.rounding != "gptq":
+        return {}
+    consumers = {site.name: site.consumers for site in family.sites}
+    only = METHODS[recipe.method].static_call
+    found: dict[str, torch.Tensor] = {}
+    for site in sites:
+        transform = choice.sites.get(site.name, Transform())
+        feedback = error_feedback(site.rows_after(transform, choice.group_of_call, only))
+        found.update(dict.fromkeys(consumers[site.name], feedback))
     return found
 
 

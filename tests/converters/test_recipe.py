@@ -27,6 +27,7 @@ def test_defaults():
         "linkage": "ward",
         "ema": 0.99,
         "range_method": "minmax",
+        "rounding": "nearest",
     }
 
 
@@ -43,6 +44,7 @@ def test_defaults():
         ({"group_size": -64}, "group_size must be"),
         ({"group_size": 16}, "group_size must be"),
         ({"group_size": 48}, "group_size must be"),
+        ({"rounding": "up"}, "rounding must be one of nearest, gptq"),
         ({"range_method": "mse"}, "range_method must be one of minmax, qdiff_mse, ptq4dit_pct"),
         ({"range_method": "qdiff_mse"}, "range_method qdiff_mse is for static activations"),
         ({"alpha": -0.01}, "alpha must lie in"),

@@ -34,6 +34,7 @@ def convert(
     linkage: o.LinkageOption = "ward",
     ema: o.EmaOption = 0.99,
     range_method: o.RangeMethodOption = "minmax",
+    rounding: o.RoundingOption = "nearest",
     stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
@@ -63,6 +64,7 @@ def convert(
             "scale": scale,
             "ema": ema,
             "range_method": range_method,
+            "rounding": rounding,
         }
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
     except ValueError as error:

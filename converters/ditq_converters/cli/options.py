@@ -27,6 +27,9 @@ RangeMethodOption = Annotated[
     str,
     typer.Option(help="Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."),
 ]
+RoundingOption = Annotated[
+    str, typer.Option(help="nearest, or gptq: later columns make up for the error of earlier ones.")
+]
 GroupSizeOption = Annotated[int, typer.Option(help="Input channels per w4p group.")]
 ModulationOption = Annotated[
     str, typer.Option(help="Weights of the AdaLN linears: w8 or w4p; default: as --weights.")
