@@ -6,6 +6,8 @@ other backends did before they were merged upstream.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from ditq_runtime import checkpoint, skeleton
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
+from ditq_runtime.on_the_fly import Choice, PackedView, choose_formats, made_names
 from ditq_runtime.scheme import Scheme
 
 
@@ -32,22 +35,34 @@ class DitqMethod(str, Enum):
 
 
 class DitqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed transformer.
+    """The `quantization_config` of a transformer: of a packed one, or a choice for quantizing a float one as it loads.
 
     Args:
-        scheme: what the checkpoint is (`ditq_runtime.scheme.Scheme` or its dictionary).
+        scheme: what the checkpoint is (`ditq_runtime.scheme.Scheme` or its dictionary); None for a choice.
         recipe: how it was made; never read by the runtime.
         format_version: of the checkpoint.
+        weights: quantize a float checkpoint on the fly: `w8` or `w4p`. This and the fields below are those of
+            `ditq_runtime.on_the_fly.Choice`, and belong to a choice only.
+        activations: `token`.
+        group_size: inputs per `w4p` group.
+        modulation: weights of the modulation linears; None: the same as `weights`.
+        keep: glob patterns of layers that stay float.
 
     Raises:
         CheckpointError: another format version, a malformed scheme or an unknown key.
+        ValueError: neither or both of scheme and weights; a choice out of range.
     """
 
     def __init__(
         self,
-        scheme: Scheme | dict[str, Any],
+        scheme: Scheme | dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
         format_version: int = checkpoint.FORMAT_VERSION,
+        weights: str | None = None,
+        activations: str = "token",
+        group_size: int = 64,
+        modulation: str | None = None,
+        keep: tuple[str, ...] = (),
         **unknown: Any,
     ) -> None:
         """Validate and keep; diffusers calls this with the stored dictionary's entries."""
@@ -55,10 +70,29 @@ class DitqConfig(QuantizationConfigMixin):
         checkpoint.check_version(format_version)
         if unknown:
             raise CheckpointError(f"quantization_config: unknown keys {sorted(unknown)}")
+        if (scheme is None) == (weights is None):
+            raise ValueError(
+                "DitqConfig: give weights='w8' or 'w4p' to quantize a float checkpoint, or the scheme of a packed one; "
+                f"got {'neither' if scheme is None else 'both'}"
+            )
         self.quant_method = DitqMethod.DITQ
         self.format_version = format_version
-        self.scheme = scheme if isinstance(scheme, Scheme) else Scheme.from_dict(scheme)
+        self.choice = None
+        if weights is not None:
+            kept = keep if isinstance(keep, str) else tuple(keep)
+            self.choice = Choice(weights, activations, group_size, modulation, kept)
+        self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
         self.recipe = recipe or {}
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the checkpoint is; of a choice there is none before a model is loaded with it."""
+        if self._scheme is None:
+            raise AttributeError(
+                "DitqConfig: a choice has no scheme before a model is loaded with it; "
+                "read model.config.quantization_config"
+            )
+        return self._scheme
 
     @classmethod
     def from_dict(
@@ -74,11 +108,14 @@ class DitqConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, as stored."""
+        """JSON-safe, as stored; a choice lists its fields."""
+        if self._scheme is None:
+            assert self.choice is not None
+            return {"quant_method": self.quant_method.value, **asdict(self.choice)}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
-            "scheme": self.scheme.to_dict(),
+            "scheme": self._scheme.to_dict(),
             "recipe": self.recipe,
         }
 
@@ -91,12 +128,26 @@ class DitqQuantizer(DiffusersQuantizer):
     """Loads and saves packed checkpoints; the hooks are called by diffusers in the order they stand here."""
 
     use_keep_in_fp32_modules = True
-    requires_calibration = True
     is_serializable = True
     is_trainable = False
     is_compileable = True
 
     quantization_config: DitqConfig
+
+    def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
+        """Refuse a float checkpoint with a packed one's config."""
+        super().__init__(quantization_config, **kwargs)
+        self.absent: list[str] = []
+        if not self.pre_quantized and quantization_config.choice is None:
+            raise ValueError(
+                "quantization_config: holds the scheme of a packed checkpoint, but this checkpoint is float; "
+                "pass DitqConfig(weights='w8') to quantize it as it loads, or make one with `ditq convert`"
+            )
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Quantizing in several threads would hold several layers at a time."""
+        return self.pre_quantized
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> None:
         """Keep the dtype for ourselves: told of one, diffusers would cast our fp32 scales before we see them."""
@@ -106,25 +157,39 @@ class DitqQuantizer(DiffusersQuantizer):
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
         """Check the files themselves, before a weight is read."""
-        self.headers = checkpoint.read_headers(checkpoint_files)
+        if self.pre_quantized:
+            self.headers = checkpoint.read_headers(checkpoint_files)
         return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
+        if self.pre_quantized:
+            return state_dict
+        return PackedView(state_dict, self.quantization_config.scheme)
 
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **_: Any
     ) -> None:
+        if not self.pre_quantized:
+            assert self.quantization_config.choice is not None
+            choice = self.quantization_config.choice
+            recipe = {"method": "linear", "on_the_fly": True, **asdict(choice)}
+            self.quantization_config = DitqConfig(choose_formats(model, choice), recipe)
         scheme = self.quantization_config.scheme
         _cast_skeleton(model, self.compute_dtype, keep_in_fp32_modules or [])
         skeleton.install(model, scheme, self.compute_dtype)
-        self.absent = skeleton.duplicate_embedders(model, scheme)
-        checkpoint.check_tensors(self.headers, model, self.absent)
+        if self.pre_quantized:
+            self.absent = skeleton.duplicate_embedders(model, scheme)
+            checkpoint.check_tensors(self.headers, model, self.absent)
         _name_blocks(model)
-        model.config.quantization_config = self.quantization_config
+        model.register_to_config(quantization_config=self.quantization_config)
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
-        """Copies of a shared embedder are absent on purpose."""
-        return [key for key in missing_keys if not self._is_absent(key)]
+        """Copies of a shared embedder are absent on purpose, and what is quantized here was never in a file."""
+        made = set() if self.pre_quantized else set(made_names(self.quantization_config.scheme))
+        return [key for key in missing_keys if not self._is_absent(key) and key not in made]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         places = getattr(model, "hf_device_map", None)
@@ -133,7 +198,19 @@ class DitqQuantizer(DiffusersQuantizer):
             if left:
                 raise CheckpointError(f"{left[0]}: was not loaded; the checkpoint is incomplete")
             checkpoint.check_values(model)
+            if not self.pre_quantized:
+                self._share_embedder(model)
         return model
+
+    def _share_embedder(self, model: Any) -> None:
+        """Keep and store an embedder once that is equal in all blocks."""
+        scheme = self.quantization_config.scheme
+        if skeleton.has_shared_embedder(model, family_of(scheme.architecture)):
+            shared = replace(scheme, shared_embedder=True)
+            self.quantization_config = DitqConfig(shared, self.quantization_config.recipe)
+            model.register_to_config(quantization_config=self.quantization_config)
+            skeleton.share_embedder(model, family_of(scheme.architecture))
+            self.absent = skeleton.duplicate_embedders(model, shared)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False

@@ -71,6 +71,17 @@ class LayerFormat:
             raise CheckpointError("format: a low-rank branch needs quantized activations")
 
     @property
+    def name(self) -> str:
+        """A readable name: `w8_token`, `w4p64_static_smooth`, `w8_weight_only`, `fp32`."""
+        parts = [f"{self.weights}{self.group_size or ''}"]
+        if self.weights != "fp32":
+            parts.append("weight_only" if self.activations == "none" else self.activations)
+        parts += ["smooth"] * self.smooth + ["nobias"] * (not self.bias)
+        parts += [f"groups{self.groups}"] * (self.groups > 1)
+        parts += [f"lora{self.lora_rank}"] * (self.lora_rank > 0)
+        return "_".join(parts)
+
+    @property
     def integer_gemm(self) -> bool:
         """Both operands of the matrix product are integers."""
         return self.activations != "none"
@@ -141,6 +152,13 @@ class Scheme:
     shared_embedder: bool
     formats: dict[str, LayerFormat]
     layers: dict[str, str]
+
+    @classmethod
+    def of(cls, architecture: str, shared_embedder: bool, layers: dict[str, LayerFormat]) -> Scheme:
+        """A scheme from the format of every layer."""
+        formats = {layer_format.name: layer_format for layer_format in layers.values()}
+        names = {layer: layer_format.name for layer, layer_format in layers.items()}
+        return cls(architecture, shared_embedder, formats, names)
 
     def format_of(self, layer: str) -> LayerFormat:
         """The format of a module that the scheme lists."""

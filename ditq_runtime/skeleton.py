@@ -49,6 +49,17 @@ def share_embedder(model: nn.Module, family: Family) -> None:
         setattr(model.get_submodule(parent), leaf, model.get_submodule(first))
 
 
+def has_shared_embedder(model: nn.Module, family: Family) -> bool:
+    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough."""
+    prefixes = family.embedder_prefixes(model)
+    if len(prefixes) < 2:
+        return False
+    first, *others = (model.get_submodule(prefix).state_dict() for prefix in prefixes)
+    return all(
+        torch.equal(tensor, other[name]) for other in others for name, tensor in first.items()
+    )
+
+
 def _family(model: nn.Module, scheme: Scheme) -> Family:
     if type(model).__name__ != scheme.architecture:
         raise CheckpointError(

@@ -13,38 +13,9 @@ from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 
-def format_name(layer_format: LayerFormat) -> str:
-    """A readable name for a format: `w8_token`, `w4p64_static_smooth`, `w8_weight_only`, `fp32`."""
-    weights = f"{layer_format.weights}{layer_format.group_size or ''}"
-    if layer_format.weights == "fp32":
-        parts = [weights]
-    else:
-        parts = [
-            weights,
-            "weight_only" if layer_format.activations == "none" else layer_format.activations,
-        ]
-    parts += ["smooth"] * layer_format.smooth + ["nobias"] * (not layer_format.bias)
-    parts += [f"groups{layer_format.groups}"] * (layer_format.groups > 1)
-    parts += [f"lora{layer_format.lora_rank}"] * (layer_format.lora_rank > 0)
-    return "_".join(parts)
-
-
 def make_scheme(model: nn.Module, family: Family, formats: dict[str, LayerFormat]) -> Scheme:
     """The scheme that lists every packed layer: full name -> format."""
-    names = {name: format_name(layer_format) for name, layer_format in formats.items()}
-    named = {format_name(layer_format): layer_format for layer_format in formats.values()}
-    return Scheme(type(model).__name__, has_shared_embedder(model, family), named, names)
-
-
-def has_shared_embedder(model: nn.Module, family: Family) -> bool:
-    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough."""
-    prefixes = family.embedder_prefixes(model)
-    if len(prefixes) < 2:
-        return False
-    first, *others = (model.get_submodule(prefix).state_dict() for prefix in prefixes)
-    return all(
-        torch.equal(tensor, other[name]) for other in others for name, tensor in first.items()
-    )
+    return Scheme.of(type(model).__name__, skeleton.has_shared_embedder(model, family), formats)
 
 
 def pack_model(

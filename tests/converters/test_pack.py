@@ -11,11 +11,11 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.pack import format_name, has_shared_embedder
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
 from ditq_runtime.folder import open_folder, size_by_category
 from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.skeleton import has_shared_embedder
 
 FAMILY = family_of("DiTTransformer2DModel")
 BLOCK_LINEARS = {
@@ -321,4 +321,4 @@ def test_embedders_that_differ_in_one_bit_are_all_stored(make_dit, tmp_path):
     ],
 )
 def test_format_names(layer_format, name):
-    assert format_name(layer_format) == name
+    assert layer_format.name == name

@@ -40,7 +40,6 @@ def inspect(
 def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
     """The plan of every linear of a float model, with coverage in parameters."""
     from ditq_converters.models import open_model, transformer_of
-    from ditq_converters.pack import format_name
     from ditq_converters.plan import plan_layers
     from ditq_runtime.families import family_of
 
@@ -52,7 +51,7 @@ def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
             "name": plan.name,
             "site": plan.site,
             "kind": plan.kind,
-            "format": format_name(plan.format) if plan.format else "float",
+            "format": plan.format.name if plan.format else "float",
             "fold": plan.fold,
             "parameters": plan.parameters,
         }

@@ -1,0 +1,211 @@
+"""Quantize a float checkpoint while diffusers loads it: no data, no folding, one layer at a time as its weights arrive.
+
+What it makes is what `ditq convert --method linear --activations token` makes, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+import ditq_kernels as k
+from ditq_runtime.families import AdaLN, Family, family_of, get_linear
+from ditq_runtime.scheme import LayerFormat, Scheme
+
+WEIGHTS = ("w8", "w4p")
+ACTIVATIONS = ("token",)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user asks of on-the-fly quantization.
+
+    Attributes:
+        weights: `w8` or `w4p`.
+        activations: `token`; a calibrated range needs `ditq convert`.
+        group_size: inputs per `w4p` group; lowered per layer to a divisor of its inputs.
+        modulation: weights of the modulation linears (weight-only); None: the same as `weights`.
+        keep: glob patterns of layers that stay float.
+
+    Raises:
+        ValueError: a field is out of its range; the message lists the choices.
+    """
+
+    weights: str
+    activations: str = "token"
+    group_size: int = 64
+    modulation: str | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate every field."""
+        if self.activations == "static":
+            raise ValueError(
+                "DitqConfig: static activations need a calibration, and loading sees no data; "
+                "take activations='token', or make the checkpoint with `ditq convert`"
+            )
+        for field, value, choices in (
+            ("weights", self.weights, WEIGHTS),
+            ("modulation", self.modulation or self.weights, WEIGHTS),
+            ("activations", self.activations, ACTIVATIONS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"DitqConfig: {field} must be one of {', '.join(choices)}, got {value!r}"
+                )
+        if self.group_size < 32 or self.group_size % 32:
+            raise ValueError(
+                f"DitqConfig: group_size must be a positive multiple of 32, got {self.group_size}"
+            )
+        if isinstance(self.keep, str):
+            raise ValueError(
+                f"DitqConfig: keep must be a tuple of patterns, got the string {self.keep!r}"
+            )
+
+
+def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
+    """The scheme that a choice gives a float transformer (on meta is enough).
+
+    Raises:
+        ValueError: no adapter for this class, a keep pattern that matches nothing, a layer whose inputs no group
+            size divides.
+    """
+    family = family_of(type(model).__name__)
+    named: dict[str, LayerFormat] = {}
+    for block in family.block_names(model):
+        consumers = [name for site in family.sites for name in site.consumers]
+        for name in consumers:
+            layer = f"{block}.{name}"
+            named[layer] = _format(model, layer, choice.weights, choice.activations, choice)
+        for name in family.modulations:
+            layer = f"{block}.{name}"
+            weights = choice.modulation or choice.weights
+            named[layer] = _format(model, layer, weights, "none", choice)
+    for pattern in choice.keep:
+        if not any(fnmatch(layer, pattern) for layer in named):
+            raise ValueError(
+                f"DitqConfig: keep pattern {pattern!r} matches none of the {len(named)} quantized linears"
+            )
+    return Scheme.of(type(model).__name__, False, named)
+
+
+def _format(
+    model: nn.Module, layer: str, weights: str, activations: str, choice: Choice
+) -> LayerFormat:
+    linear = get_linear(model, layer)
+    bias = linear.bias is not None
+    if any(fnmatch(layer, pattern) for pattern in choice.keep):
+        return LayerFormat("fp32", "none", bias=bias)
+    if weights == "w8":
+        return LayerFormat("w8", activations, bias=bias)
+    try:
+        group_size = k.resolve_group_size(linear.in_features, choice.group_size)
+    except ValueError as error:
+        raise ValueError(
+            f"{layer}: {error}; keep it float with keep=('{layer}',) or take weights='w8'"
+        ) from error
+    return LayerFormat("w4p", activations, group_size, bias=bias)
+
+
+class PackedView(Mapping[str, torch.Tensor]):
+    """A float state dict seen as the packed one: a layer is quantized when it is read, so one is held at a time.
+
+    Args:
+        source: tensors of a float checkpoint, or of one shard of it.
+        scheme: of `choose_formats`.
+    """
+
+    def __init__(self, source: Mapping[str, torch.Tensor], scheme: Scheme) -> None:
+        """Name what will be there; quantize nothing yet."""
+        self._source, self._scheme = source, scheme
+        self._source_of: dict[str, str] = {}  # packed name -> float name
+        for name in source:
+            self._source_of |= dict.fromkeys(self._packed_names(name), name)
+        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One stored tensor.
+
+        Raises:
+            ValueError: its float tensor holds a value that is not finite.
+        """
+        source = self._source_of[name]
+        if self._last[0] != source:
+            self._last = (source, self._pack(source, self._source[source]))
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Packed names; those of one layer stand together."""
+        return iter(self._source_of)
+
+    def __len__(self) -> int:
+        """Number of stored tensors."""
+        return len(self._source_of)
+
+    def _packed_names(self, name: str) -> list[str]:
+        layer, _, field = name.rpartition(".")
+        if field != "weight" or layer not in self._scheme.layers:
+            return [name]
+        return [f"{layer}.{part}" for part in weight_fields(self._scheme.format_of(layer))]
+
+    def _pack(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        layer, _, field = name.rpartition(".")
+        if layer not in self._scheme.layers:
+            return {name: value}
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{name}: holds a value that is not finite; check the source checkpoint"
+            )
+        if field == "bias":
+            return {name: direct_bias(family_of(self._scheme.architecture), layer, value)}
+        stored = _quantize(value, self._scheme.format_of(layer))
+        return {f"{layer}.{part}": tensor for part, tensor in stored.items()}
+
+
+def made_names(scheme: Scheme) -> Iterator[str]:
+    """Names of the stored tensors that no float checkpoint has."""
+    for layer in scheme.layers:
+        for field in weight_fields(scheme.format_of(layer)):
+            if field != "weight":
+                yield f"{layer}.{field}"
+
+
+def weight_fields(layer_format: LayerFormat) -> tuple[str, ...]:
+    """The stored tensors that a layer's float weight becomes."""
+    return {
+        "fp32": ("weight",),
+        "w8": ("weight", "weight_scale"),
+        "w4p": ("weight", "weight_scale", "group_scale", "group_offset"),
+    }[layer_format.weights]
+
+
+def _quantize(weight: torch.Tensor, layer_format: LayerFormat) -> dict[str, torch.Tensor]:
+    if layer_format.weights == "fp32":
+        return {"weight": weight.float()}
+    if layer_format.weights == "w8":
+        w8 = k.quantize_weight_w8(weight)
+        return {"weight": w8.qweight, "weight_scale": w8.scale}
+    assert layer_format.group_size is not None
+    w4p = k.quantize_weight_w4p(weight, layer_format.group_size)
+    return {
+        "weight": w4p.packed,
+        "weight_scale": w4p.scale,
+        "group_scale": w4p.group_scale,
+        "group_offset": w4p.group_offset,
+    }
+
+
+def direct_bias(family: Family, layer: str, bias: torch.Tensor) -> torch.Tensor:
+    """A modulation linear emits the AdaLN multiplier 1 + scale itself: its scale rows gain a one. [N] fp32."""
+    wide = bias.double().clone()
+    for site in family.sites:
+        producer = site.producer
+        if isinstance(producer, AdaLN) and layer.endswith(f".{producer.modulation}"):
+            width = wide.shape[0] // family.modulations[producer.modulation]
+            start = producer.scale_chunk * width
+            wide[start : start + width] += 1.0
+    return wide.float()
