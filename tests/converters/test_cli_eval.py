@@ -84,7 +84,7 @@ def test_the_figures_make_sense(report):
     assert figures["images"]["lpips"] is None
     assert 0 < figures["latents"]["relative_l2"] < 1
     assert figures["frechet"][0]["value"] is None
-    assert "at least 161 samples, got 4" in figures["frechet"][0]["warning"]
+    assert "need at least 161, got 4" in figures["frechet"][0]["warning"]
     assert figures["frechet"][0]["warning"] in figures["notes"]
     assert set(figures["demo"]) == {"float", "packed"}
     assert figures["demo"]["packed"]["digit_fd"] is None
@@ -166,7 +166,7 @@ def test_people_get_a_table_and_a_link(ditq, packed, tmp_path):
     result = ditq(packed, *REFERENCE, "--out", out, "--steps", 20, "--samples", 2, "--quick")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "SQNR free, mean of ratios, dB" in result.stdout
-    assert "note: FD-latent_pool4 needs more than" in result.stdout
+    assert "note: FD-latent_pool4 is biased far upwards" in result.stdout
     assert str(out / "index.html") in result.stdout
     assert json.loads((out / "report.json").read_text())["settings"]["steps"] == 10
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from ditq_converters.evaluate import judges
+from ditq_converters.evaluate import inception, judges
 from ditq_converters.evaluate.features import (
     checked_features,
     frechet,
@@ -65,7 +65,7 @@ def test_few_samples_give_a_warning_and_no_number(samples, given):
     assert (found["value"] is not None) == given
     assert (found["warning"] is None) == given
     if not given:
-        assert f"at least 81 samples, got {samples}" in found["warning"]
+        assert f"need at least 81, got {samples}" in found["warning"]
 
 
 def test_features_of_ones_own(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_missing_packages_are_one_sentence(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)  # as if not installed
     for load, package in (
         (judges.load_lpips, "torchmetrics"),
-        (judges.load_inception, "torch-fidelity"),
+        (inception.load_inception, "torch-fidelity"),
     ):
         with pytest.raises(
             ImportError, match=rf"{package}.*not .*installed.*ditq\[eval\]"

@@ -39,7 +39,10 @@ FeaturesOption = Annotated[
 ]
 LpipsOption = Annotated[bool, typer.Option("--lpips", help="Also LPIPS (torchmetrics).")]
 FidOption = Annotated[
-    bool, typer.Option("--fid", help="Also FD on Inception features (torch-fidelity).")
+    bool,
+    typer.Option(
+        "--fid", help="Also FD, sFD, IS, precision, recall on Inception features (torch-fidelity)."
+    ),
 ]
 NpzOption = Annotated[
     Path | None, typer.Option(help="Also write the packed model's samples for ADM's evaluator.")

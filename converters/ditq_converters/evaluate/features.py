@@ -20,7 +20,9 @@ def latent_pool4(latents: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(latents.double(), 4).flatten(1)
 
 
-def frechet(name: str, reference: torch.Tensor, features: torch.Tensor) -> dict[str, Any]:
+def frechet(
+    name: str, reference: torch.Tensor, features: torch.Tensor, fewest: int | None = None
+) -> dict[str, Any]:
     """FD[name] of two sets of features; see `ditq_converters.demo.frechet` for the formula.
 
     With few samples the distance is biased far upwards (two equal 64-d Gaussians: 11 at 200 samples, 1.1 at 2000), so
@@ -30,6 +32,7 @@ def frechet(name: str, reference: torch.Tensor, features: torch.Tensor) -> dict[
         name: of the features. It is not called FID: that is one network, one data set and a stated count.
         reference: [S, D] float, of the float model's samples.
         features: [S, D] float, of the packed model's.
+        fewest: samples that a published convention is content with, instead; its numbers compare at equal S only.
 
     Returns:
         {"name", "samples", "dimension", "value": float or None, "warning": sentence or None}.
@@ -42,10 +45,11 @@ def frechet(name: str, reference: torch.Tensor, features: torch.Tensor) -> dict[
         "value": None,
         "warning": None,
     }
-    if samples <= SAMPLES_PER_DIMENSION * dimension:
+    needed = SAMPLES_PER_DIMENSION * dimension + 1 if fewest is None else fewest
+    if samples < needed:
         figures["warning"] = (
-            f"FD-{name} needs more than {SAMPLES_PER_DIMENSION} samples per dimension: {dimension} dimensions, so at "
-            f"least {SAMPLES_PER_DIMENSION * dimension + 1} samples, got {samples}"
+            f"FD-{name} is biased far upwards with few samples: {dimension} dimensions need at least {needed}, "
+            f"got {samples}"
         )
         return figures
     figures["value"] = frechet_distance(feature_statistics(reference), feature_statistics(features))

@@ -1,17 +1,16 @@
-"""Judges from other packages, imported only when asked for: LPIPS (torchmetrics), Inception features (torch-fidelity).
-
-Both look for trained weights, and fetch them when they are not in torch's cache.
-"""
+"""LPIPS of pairs of images, by torchmetrics, imported only when asked for; and images as these judges want them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
 
 import torch
 
 INSTALL = "install the extra: pip install 'ditq[eval]'"
-INCEPTION = "inception-v3-compat"
+ALEXNET_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], float]:
@@ -19,32 +18,32 @@ def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
     Raises:
         ImportError: torchmetrics or torchvision is missing.
+        FileNotFoundError: its trained weights are neither in torch's cache nor to be had.
     """
     try:
         import torchvision  # noqa: F401  torchmetrics needs its AlexNet
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Lpips
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # torchvision for another torch raises the latter
         raise ImportError(
-            f"--lpips needs torchmetrics and torchvision, which are not both installed; {INSTALL}"
+            "--lpips needs torchmetrics and torchvision, which are not both installed or do not fit this torch "
+            f"({error}); {INSTALL}"
         ) from error
-    judge = Lpips(net_type="alex")
-    return lambda reference, images: float(judge(rgb(reference), rgb(images)))
+    with cached_weights("--lpips", ALEXNET_WEIGHTS):
+        network = Lpips(net_type="alex")
+    return lambda reference, images: float(network(rgb(reference), rgb(images)))
 
 
-def load_inception() -> Callable[[torch.Tensor], torch.Tensor]:
-    """Inception pool3 features [S, 2048] of images [S, C, H, W] in [-1, 1].
-
-    Raises:
-        ImportError: torch-fidelity is missing.
-    """
+@contextmanager
+def cached_weights(option: str, name: str) -> Iterator[None]:
+    """Turn a download that fails inside the block into a FileNotFoundError that says where to put the file."""
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError(
-            f"--fid needs torch-fidelity, which is not installed; {INSTALL}"
+        yield
+    except (URLError, TimeoutError, ConnectionError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints"
+        raise FileNotFoundError(
+            f"{option} needs the trained weights {name}, which could not be fetched ({error}); "
+            f"put the file into {place}"
         ) from error
-    network: Any = FeatureExtractorInceptionV3(INCEPTION, ["2048"])
-    return lambda images: torch.cat([network(part)[0] for part in to_uint8(rgb(images)).split(32)])
 
 
 def rgb(images: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,7 @@ def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
     for distance in figures["frechet"]:
         what = f"{distance['name']} to the float model's samples, n = {distance['samples']}"
         rows.append((what, number(distance["value"], 4)))
+    rows += _inception(figures["inception"])
     for name, score in (figures["demo"] or {}).items():
         rows.append((f"{name}: accuracy", number(score["accuracy"], 3)))
         rows.append((f"{name}: digit-FD", number(score["digit_fd"])))
@@ -85,6 +86,17 @@ def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         ("float transformer in memory, MiB", number(figures["bytes"]["float_in_memory"] / 2**20))
     )
+    return rows
+
+
+def _inception(scores: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if scores is None:
+        return []
+    rows = [(f"Inception score, {k}", number(v, 3)) for k, v in scores["inception_score"].items()]
+    rows += [
+        (f"{k} towards the float model's images", number(scores[k], 3))
+        for k in ("precision", "recall")
+    ]
     return rows
 
 

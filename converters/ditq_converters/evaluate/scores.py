@@ -16,10 +16,18 @@ from ditq_converters.evaluate.features import (
     latent_pool4,
     load_features,
 )
-from ditq_converters.evaluate.judges import INCEPTION, load_inception, load_lpips
+from ditq_converters.evaluate.inception import (
+    FEWEST,
+    NAME,
+    Inception,
+    inception_scores,
+    load_inception,
+)
+from ditq_converters.evaluate.judges import load_lpips
 from ditq_converters.evaluate.paired import WINDOW, pooled_psnr_db, psnr_db, relative_l2, ssim
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SETS = ("float", "packed")
 NO_IMAGES = "neither model is a pipeline with a VAE, so images are not scored"
 
 
@@ -30,10 +38,12 @@ class Judges:
     Attributes:
         features: (name, function) of each feature extractor.
         lpips: of two sets of images; None if not asked for.
+        inception: the network behind FID and its kin; None if not asked for.
     """
 
     features: tuple[tuple[str, Features], ...] = ()
     lpips: Callable[[torch.Tensor, torch.Tensor], float] | None = None
+    inception: Inception | None = None
 
     @classmethod
     def load(cls, features: str, lpips: bool, fid: bool, pipe: Any) -> Judges:
@@ -42,15 +52,18 @@ class Judges:
         Raises:
             ValueError: a wrong `features`, or there will be no images to judge.
             ImportError: a package is missing.
+            FileNotFoundError: a judge's trained weights are.
         """
         if (features or lpips or fid) and not hasattr(pipe, "vae"):
             raise ValueError(
                 f"evaluate: features, lpips and fid judge images, but {NO_IMAGES}; give a pipeline folder"
             )
         extractors = [load_features(features)] if features else []
-        if fid:
-            extractors.append((INCEPTION, load_inception()))
-        return cls(tuple(extractors), load_lpips() if lpips else None)
+        return cls(
+            tuple(extractors),
+            load_lpips() if lpips else None,
+            load_inception() if fid else None,
+        )
 
 
 @torch.no_grad()
@@ -77,7 +90,7 @@ def judge(
     labels: tuple[int, ...],
     judges: Judges,
 ) -> dict[str, Any]:
-    """The report's entries "latents", "images", "frechet", "demo" and "notes", JSON-safe.
+    """The report's entries "latents", "images", "frechet", "inception", "demo" and "notes", JSON-safe.
 
     Args:
         pipe: whose class names tell a digits model.
@@ -86,21 +99,45 @@ def judge(
         labels: class of each sample.
         judges: what was asked for besides.
     """
-    distances = [frechet("latent_pool4", *(latent_pool4(latents[k]) for k in ("float", "packed")))]
+    reference, packed = (latent_pool4(latents[k]) for k in SETS)
+    distances = [frechet("latent_pool4", reference, packed)]
+    inception = None
     if images is not None:
-        for name, extract in judges.features:
-            both = (checked_features(name, extract, images[k]) for k in ("float", "packed"))
-            distances.append(frechet(name, *both))
+        distances += _own_features(images, judges)
+        inception, more = _inception(images, judges)
+        distances += more
     return {
         "latents": {"relative_l2": relative_l2(latents["float"], latents["packed"])},
         "images": None if images is None else _paired(images, judges),
         "frechet": distances,
+        "inception": inception,
         "demo": {k: score_digits(v, labels) for k, v in latents.items()}
         if is_digits(pipe)
         else None,
         "notes": ([] if images is not None else [NO_IMAGES])
         + [d["warning"] for d in distances if d["warning"]],
     }
+
+
+def _own_features(images: dict[str, torch.Tensor], judges: Judges) -> list[dict[str, Any]]:
+    distances = []
+    for name, extract in judges.features:
+        reference, packed = (checked_features(name, extract, images[k]) for k in SETS)
+        distances.append(frechet(name, reference, packed))
+    return distances
+
+
+def _inception(
+    images: dict[str, torch.Tensor], judges: Judges
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    if judges.inception is None:
+        return None, []
+    reference, packed = (judges.inception(images[k]) for k in SETS)
+    distances = [
+        frechet(NAME, reference.pool, packed.pool, FEWEST),
+        frechet(f"{NAME}-spatial", reference.spatial, packed.spatial, FEWEST),
+    ]
+    return inception_scores(reference, packed), distances
 
 
 def _paired(images: dict[str, torch.Tensor], judges: Judges) -> dict[str, float | None]:
