@@ -125,21 +125,20 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
 
 
 def size_by_category(folder: TransformerFolder) -> dict[str, int]:
-    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`."""
-    family = family_of(str(folder.config.get("_class_name")))
-    consumers = tuple(f".{name}." for site in family.sites for name in site.consumers)
-    modulations = tuple(f".{name}." for name in family.modulations)
+    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`. Layers that `--keep` left float are other float."""
+    family, scheme = family_of(str(folder.config.get("_class_name"))), folder.scheme
     sizes = dict.fromkeys(CATEGORIES, 0)
     for name, info in folder.headers.items():
-        field = name.rpartition(".")[2]
-        if f".{family.shared_embedder}." in name:
+        layer, _, field = name.rpartition(".")
+        layer_format = scheme.format_of(layer) if scheme and layer in scheme.layers else None
+        if family.shared_embedder and f".{family.shared_embedder}." in name:
             category = "timestep and label embedder"
-        elif any(part in name for part in modulations) and field == "weight":
-            category = "modulation weights"
-        elif any(part in name for part in consumers + modulations):
-            category = CATEGORY_OF_FIELD.get(field, "other float")
-        else:
+        elif layer_format is None or layer_format.weights == "fp32":
             category = "other float"
+        elif field == "weight" and not layer_format.integer_gemm:
+            category = "modulation weights"
+        else:
+            category = CATEGORY_OF_FIELD.get(field, "other float")
         sizes[category] += info.nbytes
     sizes["file headers"] = folder.nbytes - sum(sizes.values())
     return sizes

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.families import AdaLN, Family, family_of, get_linear
+from ditq_runtime.families import family_of, get_linear
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 WEIGHTS = ("w8", "w4p")
@@ -76,15 +76,13 @@ def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
     """
     family = family_of(type(model).__name__)
     named: dict[str, LayerFormat] = {}
-    for block in family.block_names(model):
-        consumers = [name for site in family.sites for name in site.consumers]
-        for name in consumers:
+    for block, table in family.block_tables(model).items():
+        for name in table.linears:
             layer = f"{block}.{name}"
-            named[layer] = _format(model, layer, choice.weights, choice.activations, choice)
-        for name in family.modulations:
-            layer = f"{block}.{name}"
-            weights = choice.modulation or choice.weights
-            named[layer] = _format(model, layer, weights, "none", choice)
+            weights, activations = choice.weights, choice.activations
+            if name in table.modulations:
+                weights, activations = choice.modulation or choice.weights, "none"
+            named[layer] = _format(model, layer, weights, activations, choice)
     for pattern in choice.keep:
         if not any(fnmatch(layer, pattern) for layer in named):
             raise ValueError(
@@ -111,17 +109,39 @@ def _format(
     return LayerFormat("w4p", activations, group_size, bias=bias)
 
 
+ScaleRows = dict[str, list[slice]]
+
+
+def scale_rows(model: nn.Module) -> ScaleRows:
+    """Modulation linears and tables of a float transformer -> their rows that emit an AdaLN scale."""
+    found: ScaleRows = {}
+    for block, table in family_of(type(model).__name__).block_tables(model).items():
+        for name in table.tables:
+            full = f"{block}.{name}"
+            found[full] = table.scale_rows(name, model.get_parameter(full).numel())
+        for name in table.modulations:
+            full = f"{block}.{name}"
+            found[full] = table.scale_rows(name, get_linear(model, full).out_features)
+    return found
+
+
 class PackedView(Mapping[str, torch.Tensor]):
     """A float state dict seen as the packed one: a layer is quantized when it is read, so one is held at a time.
 
     Args:
         source: tensors of a float checkpoint, or of one shard of it.
         scheme: of `choose_formats`.
+        direct: of `scale_rows`: modulations that emit the multiplier 1 + scale itself.
     """
 
-    def __init__(self, source: Mapping[str, torch.Tensor], scheme: Scheme) -> None:
+    def __init__(
+        self,
+        source: Mapping[str, torch.Tensor],
+        scheme: Scheme,
+        direct: ScaleRows | None = None,
+    ) -> None:
         """Name what will be there; quantize nothing yet."""
-        self._source, self._scheme = source, scheme
+        self._source, self._scheme, self._direct = source, scheme, direct or {}
         self._source_of: dict[str, str] = {}  # packed name -> float name
         for name in source:
             self._source_of |= dict.fromkeys(self._packed_names(name), name)
@@ -147,6 +167,8 @@ class PackedView(Mapping[str, torch.Tensor]):
         return len(self._source_of)
 
     def _packed_names(self, name: str) -> list[str]:
+        if name in self._direct:
+            return table_names(name)
         layer, _, field = name.rpartition(".")
         if field != "weight" or layer not in self._scheme.layers:
             return [name]
@@ -154,6 +176,9 @@ class PackedView(Mapping[str, torch.Tensor]):
 
     def _pack(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         layer, _, field = name.rpartition(".")
+        if name in self._direct:
+            bias = _plus_one(value.reshape(-1), self._direct[name])
+            return dict(zip(table_names(name), (torch.ones_like(bias), bias), strict=True))
         if layer not in self._scheme.layers:
             return {name: value}
         if not bool(torch.isfinite(value).all()):
@@ -161,17 +186,24 @@ class PackedView(Mapping[str, torch.Tensor]):
                 f"{name}: holds a value that is not finite; check the source checkpoint"
             )
         if field == "bias":
-            return {name: direct_bias(family_of(self._scheme.architecture), layer, value)}
+            return {name: _plus_one(value, self._direct.get(layer, []))}
         stored = _quantize(value, self._scheme.format_of(layer))
         return {f"{layer}.{part}": tensor for part, tensor in stored.items()}
 
 
-def made_names(scheme: Scheme) -> Iterator[str]:
+def made_names(scheme: Scheme, direct: ScaleRows) -> Iterator[str]:
     """Names of the stored tensors that no float checkpoint has."""
+    for name in direct.keys() - scheme.layers.keys():
+        yield from table_names(name)
     for layer in scheme.layers:
         for field in weight_fields(scheme.format_of(layer)):
             if field != "weight":
                 yield f"{layer}.{field}"
+
+
+def table_names(name: str) -> list[str]:
+    """The stored tensors that a modulation table becomes: its factors, all one, and its rows."""
+    return [f"{name}.weight", f"{name}.bias"]
 
 
 def weight_fields(layer_format: LayerFormat) -> tuple[str, ...]:
@@ -199,13 +231,9 @@ def _quantize(weight: torch.Tensor, layer_format: LayerFormat) -> dict[str, torc
     }
 
 
-def direct_bias(family: Family, layer: str, bias: torch.Tensor) -> torch.Tensor:
-    """A modulation linear emits the AdaLN multiplier 1 + scale itself: its scale rows gain a one. [N] fp32."""
+def _plus_one(bias: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+    """A bias or table [N] in fp32 whose scale rows gain a one: what is emitted is the AdaLN multiplier itself."""
     wide = bias.double().clone()
-    for site in family.sites:
-        producer = site.producer
-        if isinstance(producer, AdaLN) and layer.endswith(f".{producer.modulation}"):
-            width = wide.shape[0] // family.modulations[producer.modulation]
-            start = producer.scale_chunk * width
-            wide[start : start + width] += 1.0
+    for part in rows:
+        wide[part] += 1.0
     return wide.float()

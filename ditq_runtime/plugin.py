@@ -20,7 +20,7 @@ from torch import nn
 from ditq_runtime import checkpoint, skeleton
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
-from ditq_runtime.on_the_fly import Choice, PackedView, choose_formats, made_names
+from ditq_runtime.on_the_fly import Choice, PackedView, choose_formats, made_names, scale_rows
 from ditq_runtime.scheme import Scheme
 
 
@@ -165,7 +165,7 @@ class DitqQuantizer(DiffusersQuantizer):
         """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
         if self.pre_quantized:
             return state_dict
-        return PackedView(state_dict, self.quantization_config.scheme)
+        return PackedView(state_dict, self.quantization_config.scheme, self.direct)
 
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **_: Any
@@ -173,6 +173,7 @@ class DitqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             assert self.quantization_config.choice is not None
             choice = self.quantization_config.choice
+            self.direct = scale_rows(model)
             recipe = {"method": "linear", "on_the_fly": True, **asdict(choice)}
             self.quantization_config = DitqConfig(choose_formats(model, choice), recipe)
         scheme = self.quantization_config.scheme
@@ -188,7 +189,9 @@ class DitqQuantizer(DiffusersQuantizer):
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
         """Copies of a shared embedder are absent on purpose, and what is quantized here was never in a file."""
-        made = set() if self.pre_quantized else set(made_names(self.quantization_config.scheme))
+        made: set[str] = set()
+        if not self.pre_quantized:
+            made = set(made_names(self.quantization_config.scheme, self.direct))
         return [key for key in missing_keys if not self._is_absent(key) and key not in made]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

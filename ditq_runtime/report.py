@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditq_kernels as k
 from ditq_runtime.errors import FallbackError
-from ditq_runtime.families import family_of, get_linear
+from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.linear import QuantLinear
 
 FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
@@ -99,13 +99,14 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
 
     Args:
         model: a transformer loaded from a packed checkpoint.
-        inputs: keyword arguments of its forward; default: one image of the model's own size.
+        inputs: keyword arguments of its forward; default: one image of the model's own size, where its family
+            table has one.
 
     Returns:
         The report; `print` it, or take `.layers`, `.totals`, `.to_dict()`.
 
     Raises:
-        ValueError: the model is not a packed transformer.
+        ValueError: the model is not a packed transformer, or needs `inputs`.
         FallbackError: a layer that the scheme lists was replaced, did not run, or ran something else.
     """
     config = getattr(model.config, "quantization_config", None)
@@ -118,23 +119,29 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     _check_in_place(model, scheme.layers)
     watch = _Watch(model)
     with watch, torch.no_grad():
-        model(**(inputs or family.example_inputs(model)))
+        model(**(inputs or _example_inputs(model, family)))
     layers = []
     for name in watch.order:
         layer = get_linear(model, name)
         if isinstance(layer, QuantLinear):
             layers.append(_packed_run(name, layer, watch))
         else:
-            reason = next(
-                (why for part, why in family.kept.items() if part in name), "kept float by --keep"
-            )
-            layers.append(_float_run(name, layer, watch, reason))
+            layers.append(_float_run(name, layer, watch, family.why_kept(name)))
     idle = sorted(set(scheme.layers) - set(watch.order))
     if idle:
         raise FallbackError(
             f"{idle[0]}: listed in the scheme, but no operator ran in it during a forward"
         )
     return ExecutionReport(layers)
+
+
+def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:
+    if family.example_inputs is None:
+        raise ValueError(
+            f"execution_report: ditq does not know what a forward of {family.architecture} takes; "
+            "pass its keyword arguments as inputs"
+        )
+    return family.example_inputs(model)
 
 
 def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from ditq_runtime.errors import CheckpointError
-from ditq_runtime.families import Family, family_of
+from ditq_runtime.families import BlockTable, Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.linear import QuantLinear
+from ditq_runtime.modulation_table import ModulationTable
 from ditq_runtime.scheme import LayerFormat, Scheme
 from ditq_runtime.timestep_groups import TimestepGroups
+from ditq_runtime.timestep_note import install_note
 
 
 def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
@@ -25,13 +27,25 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         CheckpointError: the architecture differs, or a listed layer does not exist or is no linear.
     """
     family = _family(model, scheme)
-    modulations = tuple(f".{name}" for name in family.modulations)
-    for name, layer_format in ((name, scheme.format_of(name)) for name in scheme.layers):
-        _swap(model, name, layer_format, compute_dtype, wide_output=name.endswith(modulations))
-    for name in family.block_names(model):
+    tables = family.block_tables(model)
+    wide = {
+        f"{block}.{name}"
+        for block, table in tables.items()
+        if table.use_direct_multiplier is not None
+        for name in table.modulations
+    }
+    for name in scheme.layers:
+        _swap(model, name, scheme.format_of(name), compute_dtype, wide_output=name in wide)
+    grouped = []
+    for name, table in tables.items():
         block = model.get_submodule(name)
-        family.use_direct_multiplier(block)
-        _install_groups(name, block)
+        groups = _install_groups(name, block)
+        _install_tables(block, table, groups)
+        if table.use_direct_multiplier is not None:
+            table.use_direct_multiplier(block)
+        grouped += [block] if groups is not None else []
+    if grouped:
+        install_note(model, grouped)
     if scheme.shared_embedder:
         share_embedder(model, family)
 
@@ -68,7 +82,7 @@ def _family(model: nn.Module, scheme: Scheme) -> Family:
     return family_of(scheme.architecture)
 
 
-def _install_groups(name: str, block: nn.Module) -> None:
+def _install_groups(name: str, block: nn.Module) -> TimestepGroups | None:
     """Give a block with grouped layers the module that finds its current group, and its layers the place to look."""
     grouped = [m for m in block.modules() if isinstance(m, QuantLinear) and m.format.groups > 1]
     counts = {layer.format.groups for layer in grouped}
@@ -76,11 +90,23 @@ def _install_groups(name: str, block: nn.Module) -> None:
         raise CheckpointError(
             f"{name}: its layers have {sorted(counts)} timestep groups, one number is needed"
         )
-    if grouped:
-        groups = TimestepGroups(counts.pop())
-        setattr(block, TIMESTEP_GROUPS, groups)
-        for layer in grouped:
-            layer.group_index = groups.current
+    if not grouped:
+        return None
+    groups = TimestepGroups(counts.pop())
+    setattr(block, TIMESTEP_GROUPS, groups)
+    for layer in grouped:
+        layer.group_index = groups.current
+    return groups
+
+
+def _install_tables(block: nn.Module, table: BlockTable, groups: TimestepGroups | None) -> None:
+    """Put a block's own share of a shared modulation in a module that carries its fold."""
+    for name in table.tables:
+        parameter = block.get_parameter(name)
+        delattr(block, name)
+        module = ModulationTable(parameter.numel(), 1 if groups is None else groups.num_groups)
+        module.group_index = None if groups is None else groups.current
+        setattr(block, name, module)
 
 
 def _swap(

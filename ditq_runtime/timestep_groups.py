@@ -35,6 +35,7 @@ class TimestepGroups(Pinned):
     """The boundaries between a block's timestep groups.
 
     Attributes:
+        num_groups: G.
         bounds: fp32 [G - 1], ascending timestep values; group 0 holds the smallest timesteps, t <= bounds[0].
         current: told the index at every forward.
     """
@@ -42,6 +43,7 @@ class TimestepGroups(Pinned):
     def __init__(self, num_groups: int, device: torch.device | str = "meta") -> None:
         """Allocate the boundaries of `num_groups` groups, uninitialized."""
         super().__init__()
+        self.num_groups = num_groups
         bounds = torch.empty(num_groups - 1, dtype=torch.float32, device=device)
         self.bounds = nn.Parameter(bounds, requires_grad=False)
         self.current = GroupIndex()

@@ -88,6 +88,11 @@ def calibrate(
     """
     model: Any = transformer_of(pipe)
     family = family_of(type(model).__name__)
+    if "num_embeds_ada_norm" not in model.config:
+        raise ValueError(
+            f"calibrate: {family.architecture} is not conditioned on classes, and nothing else can be calibrated; "
+            "convert it without data: method linear, activations token"
+        )
     scheduler = make_scheduler(pipe, sampler)
     chosen = _choose_labels(pipe, model, labels, samples, seed)
     calls = _number_of_calls(sampler, steps, quiet)

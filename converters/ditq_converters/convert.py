@@ -17,9 +17,9 @@ from ditq_converters.pack import make_scheme, pack_model
 from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.plan import LayerPlan, plan_layers
 from ditq_converters.progress import progress_bar
-from ditq_converters.quantize import quantize_linear
+from ditq_converters.quantize import quantize_linear, store_table
 from ditq_converters.recipe import Recipe
-from ditq_converters.sites import act_ranges, feedbacks, group_bounds, site_data
+from ditq_converters.sites import act_ranges, feedbacks, group_bounds, restrict, site_data
 from ditq_converters.stats import CalibrationStats
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
@@ -110,34 +110,40 @@ def convert_block(
     plans: dict[str, LayerPlan],
 ) -> PackedBlock:
     """One block: statistics -> transforms -> fold (exact) -> quantize (lossy)."""
-    linears = block_linears(model.get_submodule(block), family)
+    table = family.block_tables(model)[block]
+    linears = block_linears(model.get_submodule(block), table)
     needed = stats if recipe.needs_statistics else None
-    sites = [] if needed is None else site_data(family, block, linears, recipe, needed)
+    sites = [] if needed is None else site_data(table, block, linears, recipe, needed)
     transform = METHODS[recipe.method].transform
     choice = BlockTransform({}, ())
     if transform is not None and sites:
-        choice = transform(sites, recipe.options)
-    act_range = act_ranges(family, sites, choice, recipe) if recipe.activations == "static" else {}
-    feedback = feedbacks(family, sites, choice, recipe)
-    smooth_inv = fold_block(linears, family, choice.sites)
+        choice = restrict(transform(sites, recipe.options), table, linears, recipe)
+    act_range = act_ranges(table, sites, choice, recipe) if recipe.activations == "static" else {}
+    feedback = feedbacks(table, sites, choice, recipe)
+    smooth_inv = fold_block(linears, table, choice.sites)
 
     tensors, formats = {}, {}
     for name, linear in linears.items():
+        if linear.bias is not None:
+            linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
+        if name in table.tables:
+            stored = store_table(linear)
+            tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
+            continue
         planned = plans[f"{block}.{name}"].format
         assert planned is not None
         groups = 1 if linear.bias is None else linear.bias.shape[0]
         final = replace(
             planned, groups=groups, bias=linear.bias is not None, smooth=name in smooth_inv
         )
-        if linear.bias is not None:
-            linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
         stored = quantize_linear(
             linear, final, act_range.get(name), smooth_inv.get(name), feedback.get(name)
         )
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
         formats[f"{block}.{name}"] = final
     if choice.num_groups > 1 and needed is not None:
-        bounds = group_bounds(needed.timesteps, choice.group_of_call)
+        timesteps = [family.timestep_scale * t for t in needed.timesteps]
+        bounds = group_bounds(timesteps, choice.group_of_call)
         tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
     return PackedBlock(tensors, formats)
 

@@ -5,6 +5,8 @@ A site's input X becomes (X - z_g) u with u = 1 / s and z_g one shift per timest
 * consumers: bias b_g = b + W z_g with the unquantized W, then columns W <- W diag(s);
 * AdaLN producer: shift rows (W, b_g) <- u (W, b - z_g); scale rows W <- u W, b <- u (b + 1), so that the linear
   emits the multiplier a = (1 + scale) / s itself (HTG Eq. 11, PTQ4DiT Eq. 19-21);
+* a table added to a modulation that all blocks share (adaLN-single): as the bias of a diagonal modulation linear,
+  whose weight is one factor per row;
 * V producer: rows (W, b) <- u (W, b - z), exact because softmax rows sum to one.
 """
 
@@ -16,12 +18,15 @@ import torch
 from torch import nn
 
 from ditq_converters.methods import Transform
-from ditq_runtime.families import AdaLN, Family, OnTheFly, Site, ValueRows, get_linear
+from ditq_runtime.families import AdaLN, BlockTable, OnTheFly, Site, ValueRows, get_linear
 
 
 @dataclass
 class LinearTensors:
-    """A linear in fp64: weight [N, K]; bias [G, N], one row per timestep group, or None."""
+    """A linear in fp64: weight [N, K]; bias [G, N], one row per timestep group, or None.
+
+    A modulation table [N] is one too: weight [N, 1], the factor of every row, and the table as its bias.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -31,6 +36,12 @@ class LinearTensors:
         """Copy a module's tensors to fp64 on the CPU."""
         bias = None if linear.bias is None else linear.bias.detach().double().cpu()[None].clone()
         return cls(linear.weight.detach().double().cpu().clone(), bias)
+
+    @classmethod
+    def of_table(cls, table: torch.Tensor) -> LinearTensors:
+        """A modulation table in fp64 on the CPU, with factors of one."""
+        rows = table.detach().double().cpu().reshape(1, -1).clone()
+        return cls(torch.ones(rows.shape[1], 1, dtype=torch.float64), rows)
 
     def add_to_bias(self, term: torch.Tensor) -> None:
         """Add [G, N] or [1, N] to the bias, which grows a row per group where the term has them."""
@@ -46,10 +57,12 @@ class LinearTensors:
 Block = dict[str, LinearTensors]
 
 
-def block_linears(block: nn.Module, family: Family) -> Block:
-    """The linears of a block that a scheme can list: consumers of its sites and its modulation linears."""
-    names = [name for site in family.sites for name in site.consumers] + list(family.modulations)
-    return {name: LinearTensors.of(get_linear(block, name)) for name in names}
+def block_linears(block: nn.Module, table: BlockTable) -> Block:
+    """What a fold may change: consumers of the block's sites, its modulation linears and its modulation tables."""
+    linears = {name: LinearTensors.of(get_linear(block, name)) for name in table.linears}
+    return linears | {
+        name: LinearTensors.of_table(block.get_parameter(name)) for name in table.tables
+    }
 
 
 def site_weight(linears: Block, site: Site) -> torch.Tensor:
@@ -58,40 +71,38 @@ def site_weight(linears: Block, site: Site) -> torch.Tensor:
 
 
 def fold_block(
-    linears: Block, family: Family, transforms: dict[str, Transform]
+    linears: Block, table: BlockTable, transforms: dict[str, Transform]
 ) -> dict[str, torch.Tensor]:
     """Fold in place; every AdaLN modulation becomes direct (emits its multiplier), with or without factors.
 
     Args:
         linears: the block's linears, fp64; changed in place.
-        family: its table.
+        table: of the block.
         transforms: site name -> what happens to it; sites that are absent are left alone.
 
     Returns:
-        Consumer name -> u = 1 / s [K] fp64 for the factors no producer absorbs.
+        Consumer name -> u = 1 / s [K] fp64 for the factors no producer absorbs, 1 where one does.
 
     Raises:
-        ValueError: a shift on a site that no producer can take it from.
+        ValueError: a shift on channels that no producer can take it from.
     """
     on_the_fly = {}
-    for site in family.sites:
+    for site in table.sites:
         transform = transforms.get(site.name, Transform())
         for name in site.consumers:
             _absorb(linears[name], transform)
-        u = torch.ones(1, dtype=torch.float64) if transform.smooth is None else 1 / transform.smooth
+        left = transform.smooth  # what no producer takes
         match site.producer:
             case AdaLN() as producer:
-                chunks = family.modulations[producer.modulation]
-                _fold_modulation(linears[producer.modulation], chunks, producer, u, transform.shift)
-            case ValueRows(value):
-                if transform.shift is not None:
-                    linears[value].add_to_bias(-transform.shift)
-                linears[value].scale_rows(slice(None), u)
-            case OnTheFly(reason):
-                if transform.shift is not None:
-                    raise ValueError(f"fold: site {site.name} cannot be shifted: {reason}")
-                if transform.smooth is not None:
-                    on_the_fly.update(dict.fromkeys(site.consumers, u))
+                chunks = table.chunks(producer.modulation)
+                _fold_modulation(linears[producer.modulation], chunks, producer, transform)
+                left = None
+            case ValueRows(values):
+                left = _fold_values([linears[name] for name in values], site, transform)
+            case OnTheFly(reason) if transform.shift is not None:
+                raise ValueError(f"fold: site {site.name} cannot be shifted: {reason}")
+        if left is not None:
+            on_the_fly.update(dict.fromkeys(site.consumers, 1 / left))
     return on_the_fly
 
 
@@ -103,17 +114,40 @@ def _absorb(linear: LinearTensors, transform: Transform) -> None:
         linear.weight *= transform.smooth
 
 
+def _fold_values(
+    values: list[LinearTensors], site: Site, transform: Transform
+) -> torch.Tensor | None:
+    """Fold into the rows of V; returns the factor [K] that is left for the channels beyond them, None for none."""
+    width = len(values[0].weight)
+    smooth, shift = transform.smooth, transform.shift
+    if shift is not None and bool((shift[:, width:] != 0).any()):
+        assert isinstance(site.producer, ValueRows)
+        raise ValueError(
+            f"fold: site {site.name} cannot be shifted beyond its {width} channels of V: {site.producer.rest}"
+        )
+    for value in values:
+        if shift is not None:
+            value.add_to_bias(-shift[:, :width])
+        if smooth is not None:
+            value.scale_rows(slice(None), 1 / smooth[:width])
+    if smooth is None or bool((smooth[width:] == 1).all()):
+        return None
+    return torch.cat([torch.ones(width, dtype=torch.float64), smooth[width:]])
+
+
 def _fold_modulation(
-    linear: LinearTensors, chunks: int, producer: AdaLN, u: torch.Tensor, shift: torch.Tensor | None
+    linear: LinearTensors, chunks: int, producer: AdaLN, transform: Transform
 ) -> None:
     num_rows = linear.weight.shape[0]
     width = num_rows // chunks
     rows = [slice(i * width, (i + 1) * width) for i in range(chunks)]
-    groups = 1 if shift is None else shift.shape[0]
+    scale, shift = rows[producer.scale_chunk], rows[producer.shift_chunk]
+    groups = 1 if transform.shift is None else transform.shift.shape[0]
     term = torch.zeros(groups, num_rows, dtype=torch.float64)
-    term[:, rows[producer.scale_chunk]] = 1.0
-    if shift is not None:
-        term[:, rows[producer.shift_chunk]] = -shift
+    term[:, scale] = 1.0
+    if transform.shift is not None:
+        term[:, shift] = -transform.shift
     linear.add_to_bias(term)
-    linear.scale_rows(rows[producer.scale_chunk], u)
-    linear.scale_rows(rows[producer.shift_chunk], u)
+    if transform.smooth is not None:
+        linear.scale_rows(scale, 1 / transform.smooth)
+        linear.scale_rows(shift, 1 / transform.smooth)

@@ -26,7 +26,7 @@ def pack_model(
     Args:
         model: the float transformer; not changed.
         scheme: what to build.
-        tensors: full name -> tensor for every tensor of every listed layer.
+        tensors: full name -> tensor for every tensor of every listed layer and folded modulation table.
         recipe: provenance, stored beside the scheme.
 
     Returns:
@@ -39,11 +39,11 @@ def pack_model(
     for name, buffer in packed.named_buffers():
         if buffer.is_floating_point():
             buffer.data = model.get_buffer(name).detach().cpu().clone()
-    listed = tuple(f"{layer}." for layer in scheme.layers)
+    replaced = {name.rpartition(".")[0] for name in tensors}
     floats = {
         n: t.detach().cpu().clone()
         for n, t in model.state_dict().items()
-        if not n.startswith(listed)
+        if n not in replaced and n.rpartition(".")[0] not in replaced
     }
     packed.load_state_dict({**floats, **tensors}, strict=True, assign=True)
     packed.requires_grad_(False).eval()

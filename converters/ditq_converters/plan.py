@@ -10,10 +10,16 @@ from torch import nn
 import ditq_kernels as k
 from ditq_converters.methods import METHODS
 from ditq_converters.recipe import Recipe
-from ditq_runtime.families import AdaLN, Family, OnTheFly, Site, ValueRows, get_linear
+from ditq_runtime.families import (
+    AdaLN,
+    BlockTable,
+    Family,
+    OnTheFly,
+    Site,
+    ValueRows,
+    get_linear,
+)
 from ditq_runtime.scheme import LayerFormat
-
-KIND = {AdaLN: "K1", ValueRows: "V", OnTheFly: "G"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,13 @@ class LayerPlan:
 
     Attributes:
         name: module name.
-        site: name of its input in the family table; `modulation` or `outside the blocks` otherwise.
-        kind: fold kind K1, V, G, or `-`.
+        site: name of its input in the family table; `modulation` or `outside the table` otherwise.
+        kind: fold kind K1 (AdaLN), K2 (AdaLN with a shared projection), V, V|G, G, X, or `-`.
         format: None if the module stays as it is.
         fold: where its smoothing factor goes, or why there is none.
         parameters: number of weights and biases.
+        in_features: K.
+        out_features: N.
     """
 
     name: str
@@ -35,6 +43,8 @@ class LayerPlan:
     format: LayerFormat | None
     fold: str
     parameters: int
+    in_features: int
+    out_features: int
 
 
 def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerPlan]:
@@ -44,23 +54,21 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
         ValueError: a `--keep` pattern matches nothing, or a layer cannot have the recipe's weights.
     """
     plans = []
-    for block in family.block_names(model):
-        for site in family.sites:
+    for block, table in family.block_tables(model).items():
+        for site in table.sites:
             smooth = transforms(recipe, block, site)
             plans += [
-                _consumer(model, f"{block}.{name}", site, recipe, smooth) for name in site.consumers
+                _consumer(model, block, name, table, site, recipe, smooth)
+                for name in site.consumers
             ]
-        plans += [_modulation(model, f"{block}.{name}", recipe) for name in family.modulations]
+        plans += [
+            _modulation(model, f"{block}.{name}", table, recipe) for name in table.modulations
+        ]
     known = {plan.name for plan in plans}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in known:
-            reason = next(
-                (why for part, why in family.kept.items() if part in name),
-                "no site in the family table",
-            )
-            plans.append(
-                LayerPlan(name, "outside the blocks", "-", None, reason, _parameters(module))
-            )
+            why = family.why_kept(name)
+            plans.append(_plan(module, name, "outside the table", "-", None, why))
     _check_keep(recipe, [plan.name for plan in plans if plan.format is not None])
     return plans
 
@@ -73,44 +81,74 @@ def transforms(recipe: Recipe, block: str, site: Site) -> bool:
     return method.transform is not None and reached and not kept
 
 
-def _consumer(model: nn.Module, name: str, site: Site, recipe: Recipe, smooth: bool) -> LayerPlan:
+def kind_of(table: BlockTable, site: Site) -> str:
+    """Fold kind of a site, as `ditq inspect` names it."""
+    match site.producer:
+        case AdaLN(modulation):
+            return "K2" if modulation in table.tables else "K1"
+        case ValueRows(_, rest):
+            return "V" if rest is None else "V|G"
+        case OnTheFly(_, kind):
+            return kind
+
+
+def _consumer(
+    model: nn.Module,
+    block: str,
+    consumer: str,
+    table: BlockTable,
+    site: Site,
+    recipe: Recipe,
+    smooth: bool,
+) -> LayerPlan:
+    name = f"{block}.{consumer}"
     linear = get_linear(model, name)
-    on_the_fly = isinstance(site.producer, OnTheFly) and smooth
     bias = linear.bias is not None
     if recipe.keeps(name):
         layer_format = LayerFormat("fp32", "none", bias=bias)
     else:
         group = _group_size(name, linear, recipe.weights, recipe.group_size)
+        on_the_fly = smooth and site.has_rest and METHODS[recipe.method].on_the_fly
         layer_format = LayerFormat(
             recipe.weights, recipe.activations, group, on_the_fly, bias, lora_rank=recipe.rank
         )
-    kind = KIND[type(site.producer)]
-    return LayerPlan(name, site.name, kind, layer_format, _where(site, smooth), _parameters(linear))
+    where = _where(site, recipe) if smooth else "no transform"
+    return _plan(linear, name, site.name, kind_of(table, site), layer_format, where)
 
 
-def _modulation(model: nn.Module, name: str, recipe: Recipe) -> LayerPlan:
+def _modulation(model: nn.Module, name: str, table: BlockTable, recipe: Recipe) -> LayerPlan:
     linear = get_linear(model, name)
     weights = "fp32" if recipe.keeps(name) else recipe.modulation_weights
     group = _group_size(name, linear, weights, recipe.group_size)
-    layer_format = LayerFormat(weights, "none", group, bias=True)
-    return LayerPlan(
-        name,
-        "modulation",
-        "-",
-        layer_format,
-        "weight-only; emits the AdaLN multiplier",
-        _parameters(linear),
-    )
+    direct = table.use_direct_multiplier is not None
+    layer_format = LayerFormat(weights, "none", group, bias=direct or linear.bias is not None)
+    what = "weight-only; " + ("emits the AdaLN multiplier" if direct else "one row per sample")
+    return _plan(linear, name, "modulation", "-", layer_format, what)
 
 
-def _where(site: Site, smooth: bool) -> str:
-    if not smooth:
-        return "no transform"
+def _plan(
+    linear: nn.Linear,
+    name: str,
+    site: str,
+    kind: str,
+    layer_format: LayerFormat | None,
+    fold: str,
+) -> LayerPlan:
+    parameters = sum(p.numel() for p in linear.parameters(recurse=False))
+    shape = linear.in_features, linear.out_features
+    return LayerPlan(name, site, kind, layer_format, fold, parameters, *shape)
+
+
+def _where(site: Site, recipe: Recipe) -> str:
     match site.producer:
         case AdaLN(modulation):
             return f"into the AdaLN rows of {modulation}"
-        case ValueRows(value):
-            return f"through V, into the rows of {value}"
+        case ValueRows(values, rest):
+            through = f"through V, into the rows of {', '.join(values)}"
+            if rest is None:
+                return through
+            left = "on the fly" if METHODS[recipe.method].on_the_fly else "none"
+            return f"{through}; the other channels {left}: {rest}"
         case OnTheFly(reason):
             return f"on the fly: {reason}"
 
@@ -124,10 +162,6 @@ def _group_size(name: str, linear: nn.Linear, weights: str, requested: int) -> i
         raise ValueError(
             f"{name}: {error}; keep it float with --keep '{name}' or use --weights w8"
         ) from error
-
-
-def _parameters(linear: nn.Module) -> int:
-    return sum(p.numel() for p in linear.parameters(recurse=False))
 
 
 def _check_keep(recipe: Recipe, names: list[str]) -> None:

@@ -82,6 +82,13 @@ def quantize_linear(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:
+    """Tensors of a folded modulation table: its factors [N] and its rows [N] or [G, N], fp32; nothing is quantized."""
+    assert table.bias is not None
+    bias = table.bias[0] if len(table.bias) == 1 else table.bias
+    return {"weight": table.weight[:, 0].float(), "bias": bias.float().contiguous()}
+
+
 def _weights(
     weight: torch.Tensor, layer_format: LayerFormat, feedback: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -20,18 +20,21 @@ class Recorder:
     def __init__(self, model: nn.Module, family: Family, rows: RowPlan) -> None:
         """Remember where to listen; nothing is hooked before `with`."""
         self._plan = rows
-        self._listen = {
-            f"{block}.{site.name}": model.get_submodule(f"{block}.{site.consumers[0]}")
-            for block in family.block_names(model)
-            for site in family.sites
-        }
+        self._listen = [
+            (f"{block}.{site.name}", model.get_submodule(f"{block}.{name}"), name)
+            for block, table in family.block_tables(model).items()
+            for site in table.sites
+            for name in site.observed
+        ]
         self._hooks: list[Any] = []
         self.begin(0)
 
     def __enter__(self) -> Recorder:
         """Install the hooks."""
-        for site, module in self._listen.items():
-            self._hooks.append(module.register_forward_pre_hook(self._observer(site)))
+        first: dict[str, str] = {}  # site -> the consumer whose rows are kept
+        for site, module, name in self._listen:
+            keeps = first.setdefault(site, name) == name
+            self._hooks.append(module.register_forward_pre_hook(self._observer(site, keeps)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -55,11 +58,11 @@ class Recorder:
         """Site -> kept rows [n, K] in the model's dtype, on the CPU; empty at calls that keep none."""
         return dict(self._rows)
 
-    def _observer(self, site: str) -> Any:
+    def _observer(self, site: str, keeps_rows: bool) -> Any:
         def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach()
             self._observe_range(site, x.reshape(-1, x.shape[-1]).float())
-            if self._plan.count and self._call in self._plan.calls:
+            if keeps_rows and self._plan.count and self._call in self._plan.calls:
                 self._keep_rows(site, x)
 
         return observe

@@ -12,17 +12,17 @@ from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
 from ditq_converters.quantize import static_range
 from ditq_converters.recipe import Recipe
 from ditq_converters.stats import CalibrationStats, StatisticsError
-from ditq_runtime.families import AdaLN, Family, OnTheFly
+from ditq_runtime.families import AdaLN, BlockTable, OnTheFly, ValueRows
 
 Ranges = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def site_data(
-    family: Family, block: str, linears: Block, recipe: Recipe, stats: CalibrationStats
+    table: BlockTable, block: str, linears: Block, recipe: Recipe, stats: CalibrationStats
 ) -> list[SiteData]:
     """The sites of a block that a recipe quantizes, with their statistics and original weights."""
     sites = []
-    for site in family.sites:
+    for site in table.sites:
         if all(recipe.keeps(f"{block}.{name}") for name in site.consumers):
             continue
         rows: torch.Tensor | None = None
@@ -43,11 +43,34 @@ def site_data(
     return sites
 
 
+def restrict(
+    choice: BlockTransform, table: BlockTable, linears: Block, recipe: Recipe
+) -> BlockTransform:
+    """Take back what a method decided for channels that its sites' producers cannot absorb.
+
+    Beyond the channels of V no shift is possible, and a factor only if the method leaves factors to the quantizer.
+    """
+    sites = dict(choice.sites)
+    for site in table.sites:
+        producer = site.producer
+        if site.name in sites and isinstance(producer, ValueRows) and producer.rest is not None:
+            width = len(linears[producer.values[0]].weight)
+            smooth, shift = sites[site.name].smooth, sites[site.name].shift
+            if shift is not None:
+                shift = shift.clone()
+                shift[:, width:] = 0
+            if smooth is not None and not METHODS[recipe.method].on_the_fly:
+                smooth = smooth.clone()
+                smooth[width:] = 1
+            sites[site.name] = Transform(smooth, shift)
+    return BlockTransform(sites, choice.group_of_call)
+
+
 def act_ranges(
-    family: Family, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
+    table: BlockTable, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
 ) -> Ranges:
     """Consumer -> static range (low, high) of its transformed input."""
-    consumers = {site.name: site.consumers for site in family.sites}
+    consumers = {site.name: site.consumers for site in table.sites}
     only = METHODS[recipe.method].static_call
     calls = slice(None) if only is None else slice(only, only + 1)
     found: Ranges = {}
@@ -64,12 +87,12 @@ def act_ranges(
 
 
 def feedbacks(
-    family: Family, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
+    table: BlockTable, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """Consumer -> error feedback [K, K] of its transformed input, where a recipe rounds by it; readers share one."""
     if recipe.rounding != "gptq":
         return {}
-    consumers = {site.name: site.consumers for site in family.sites}
+    consumers = {site.name: site.consumers for site in table.sites}
     only = METHODS[recipe.method].static_call
     found: dict[str, torch.Tensor] = {}
     for site in sites:

@@ -1,25 +1,36 @@
-"""Model families: adapter tables, one file per diffusers transformer class."""
+"""Model families: adapter tables, one file per diffusers transformer class, and one row for all others."""
 
 from ditq_runtime.families.dit import DIT
-from ditq_runtime.families.sites import AdaLN, Family, OnTheFly, Site, ValueRows, get_linear
+from ditq_runtime.families.family import BlockTable, Family
+from ditq_runtime.families.generic import generic_family, is_transformer
+from ditq_runtime.families.sites import AdaLN, OnTheFly, Producer, Site, ValueRows, get_linear
 
-FAMILIES: dict[str, Family] = {DIT.architecture: DIT}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (DIT,)}
 
 
 def family_of(architecture: str) -> Family:
-    """The adapter of a diffusers class name; ValueError names the supported ones."""
-    if architecture not in FAMILIES:
-        raise ValueError(
-            f"{architecture} has no family adapter; supported transformers: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[architecture]
+    """The adapter of a diffusers class name: its own table, or the generic row for any other transformer.
+
+    Raises:
+        ValueError: not one of diffusers' transformers; names those with a table.
+    """
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    if is_transformer(architecture):
+        return generic_family(architecture)
+    raise ValueError(
+        f"{architecture} has no family adapter; supported transformers: {', '.join(sorted(FAMILIES))}, "
+        "and without folds every other transformer of diffusers"
+    )
 
 
 __all__ = [
     "FAMILIES",
     "AdaLN",
+    "BlockTable",
     "Family",
     "OnTheFly",
+    "Producer",
     "Site",
     "ValueRows",
     "family_of",

@@ -1,14 +1,12 @@
 """The vocabulary of a family table: which producer feeds which linears, and what a fold may do there.
 
 A site is one input shared by the linears that read it. Its smoothing factor s (activations / s, weight columns * s)
-is folded into the producer where that is exact (METHODS: SmoothQuant Eq. 3; PTQ4DiT Eq. 12; HTG Eq. 8).
+is folded into the producer where that is exact (SmoothQuant Eq. 3; PTQ4DiT Eq. 12; HTG Eq. 8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -27,10 +25,11 @@ def get_linear(module: nn.Module, name: str) -> nn.Linear:
 
 @dataclass(frozen=True)
 class AdaLN:
-    """Fold kind K1: X = LN(h) * (1 + scale) + shift, both rows of a modulation linear of this block.
+    """Fold kinds K1 and K2: X = LN(h) * (1 + scale) + shift, both taken from a modulation of this block.
 
     Attributes:
-        modulation: name of the modulation linear inside the block, rows in chunks of width K.
+        modulation: name inside the block of a modulation linear (K1), or of a table that is added to a modulation
+            which all blocks share (K2); its rows come in chunks of width K.
         shift_chunk: which chunk of its rows is the shift.
         scale_chunk: which chunk of its rows is the scale.
     """
@@ -42,13 +41,15 @@ class AdaLN:
 
 @dataclass(frozen=True)
 class ValueRows:
-    """Fold kind V: X = P V with softmax rows that sum to one, so a channel of V is a channel of X.
+    """Fold kinds V and V|G: X = P V with softmax rows that sum to one, so a channel of V is a channel of X.
 
     Attributes:
-        value: name of the value projection inside the block.
+        values: value projections inside the block; several where X mixes the tokens of several streams.
+        rest: why the channels of X beyond those of V, if there are any, take no factor; None if there are none.
     """
 
-    value: str
+    values: tuple[str, ...]
+    rest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ class OnTheFly:
 
     Attributes:
         reason: why, in words for `ditq inspect`.
+        kind: `G` behind an activation function, `X` a raw stream, `-` a producer that no table describes.
     """
 
     reason: str
+    kind: str = "G"
 
 
 Producer = AdaLN | ValueRows | OnTheFly
@@ -73,45 +76,24 @@ class Site:
         name: short name, unique in the block.
         consumers: linears inside the block that read it; they share one smoothing factor.
         producer: what makes it, and so how a factor folds.
+        streams: consumers that each read other tokens of it (image, text), so that all must be observed; by default
+            they all read the same tensor and the first stands for them.
     """
 
     name: str
     consumers: tuple[str, ...]
     producer: Producer
+    streams: tuple[str, ...] = ()
 
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Consumers whose inputs together are the whole site."""
+        return self.streams or self.consumers[:1]
 
-@dataclass(frozen=True)
-class Family:
-    """Everything the converter and the runtime must know about one diffusers transformer class.
-
-    Attributes:
-        architecture: diffusers class name.
-        blocks: attribute that holds the repeated blocks.
-        sites: the sites of every block.
-        modulations: modulation linears of a block and their number of row chunks; weight-only.
-        kept: linears outside the blocks that stay float, with the reason.
-        shared_embedder: prefix, inside a block, of an embedder that may be equal in all blocks; None if none.
-        use_direct_multiplier: swaps a block's class so that AdaLN reads LN(h) * a + b from its modulation.
-        example_inputs: a smallest batch for one forward: keyword arguments.
-    """
-
-    architecture: str
-    blocks: str
-    sites: tuple[Site, ...]
-    modulations: dict[str, int]
-    kept: dict[str, str]
-    shared_embedder: str | None
-    use_direct_multiplier: Callable[[nn.Module], None]
-    example_inputs: Callable[[nn.Module], dict[str, Any]]
-
-    def block_names(self, model: nn.Module) -> list[str]:
-        """`blocks.0`, `blocks.1`, ... of a model."""
-        return [
-            f"{self.blocks}.{name}" for name, _ in model.get_submodule(self.blocks).named_children()
-        ]
-
-    def embedder_prefixes(self, model: nn.Module) -> list[str]:
-        """Prefix of the embedder in every block, the first one being the stored one when it is shared."""
-        if self.shared_embedder is None:
-            return []
-        return [f"{name}.{self.shared_embedder}" for name in self.block_names(model)]
+    @property
+    def has_rest(self) -> bool:
+        """Some of its channels have no producer that absorbs a factor."""
+        producer = self.producer
+        return isinstance(producer, OnTheFly) or (
+            isinstance(producer, ValueRows) and producer.rest is not None
+        )

@@ -8,9 +8,8 @@ from torch import nn
 
 from ditq_converters.fold import block_linears, fold_block, site_weight
 from ditq_converters.methods import Transform
-from ditq_runtime.families import family_of
+from ditq_runtime.families.dit import BLOCK, DIT
 
-FAMILY = family_of("DiTTransformer2DModel")
 SITES = ("qkv", "o_proj", "fc1", "fc2")
 SCALE_CHUNKS, SHIFT_CHUNKS, GATE_CHUNKS = (1, 4), (0, 3), (2, 5)  # diffusers' AdaLayerNormZero
 WIDTH = 64
@@ -22,7 +21,7 @@ def random_factors(model, seed=3):
     """Block -> site -> s, uniform in [0.2, 5]."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for block in FAMILY.block_names(model):
+    for block in DIT.block_names(model):
         factors[block] = {}
         for site in SITES:
             width = 4 * WIDTH if site == "fc2" else WIDTH
@@ -38,10 +37,10 @@ def smoothing(factors):
 def folded_copy(model, factors, scale_bias):
     """A stock fp64 model with the folded tensors, after `scale_bias(bias rows, u)` on its scale chunks."""
     folded = copy.deepcopy(model)
-    for name in FAMILY.block_names(model):
+    for name in DIT.block_names(model):
         block, s = folded.get_submodule(name), factors.get(name, {})
-        linears = block_linears(model.get_submodule(name), FAMILY)
-        on_the_fly = fold_block(linears, FAMILY, smoothing(s))
+        linears = block_linears(model.get_submodule(name), BLOCK)
+        on_the_fly = fold_block(linears, BLOCK, smoothing(s))
         assert set(on_the_fly) == ({"ff.net.2"} if "fc2" in s else set())
         sites = ("qkv", "fc1")
         for chunk, site in zip(SCALE_CHUNKS, sites, strict=True):
@@ -79,8 +78,8 @@ def canonical(bias, u):
 
 
 def direct(folded):
-    for name in FAMILY.block_names(folded):
-        FAMILY.use_direct_multiplier(folded.get_submodule(name))
+    for name in DIT.block_names(folded):
+        BLOCK.use_direct_multiplier(folded.get_submodule(name))
     return folded
 
 
@@ -147,8 +146,8 @@ def test_the_test_would_see_a_missing_constant(make_dit, inputs):
 def test_without_factors_only_the_one_is_added(make_dit):
     model = make_dit().double()
     block = model.transformer_blocks[1]
-    linears = block_linears(block, FAMILY)
-    assert fold_block(linears, FAMILY, {}) == {}
+    linears = block_linears(block, BLOCK)
+    assert fold_block(linears, BLOCK, {}) == {}
     for name, tensors in linears.items():
         module = block.get_submodule(name)
         torch.testing.assert_close(tensors.weight, module.weight, rtol=0, atol=0)
@@ -162,8 +161,8 @@ def test_without_factors_only_the_one_is_added(make_dit):
 def test_gates_are_untouched(make_dit):
     model = make_dit().double()
     block, factors = model.transformer_blocks[0], random_factors(model)["transformer_blocks.0"]
-    linears = block_linears(block, FAMILY)
-    fold_block(linears, FAMILY, smoothing(factors))
+    linears = block_linears(block, BLOCK)
+    fold_block(linears, BLOCK, smoothing(factors))
     before, after = block.norm1.linear, linears["norm1.linear"]
     for chunk in range(6):
         rows = slice(chunk * WIDTH, (chunk + 1) * WIDTH)
@@ -178,8 +177,8 @@ def test_attention_folds_by_hand(make_dit):
     """One element of each tensor: columns times s, rows of V and of the modulation times 1 / s."""
     model = make_dit().double()
     block, s = model.transformer_blocks[0], random_factors(model)["transformer_blocks.0"]
-    linears = block_linears(block, FAMILY)
-    on_the_fly = fold_block(linears, FAMILY, smoothing(s))
+    linears = block_linears(block, BLOCK)
+    on_the_fly = fold_block(linears, BLOCK, smoothing(s))
     attention, modulation = block.attn1, block.norm1.linear
     n, k = 5, 11
     expected = {
@@ -212,7 +211,7 @@ def test_the_model_is_not_changed(make_dit):
 def test_the_weight_of_a_site_covers_every_reader_of_the_site(make_dit):
     block = make_dit().transformer_blocks[0]
     block.attn1.to_k.weight[40, 9] = -7.0
-    largest = site_weight(block_linears(block, FAMILY), FAMILY.sites[0]).abs().amax(0)
+    largest = site_weight(block_linears(block, BLOCK), BLOCK.sites[0]).abs().amax(0)
     readers = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
     expected = torch.stack([reader.weight.double().abs().amax(0) for reader in readers]).amax(0)
     assert expected[9] == 7.0

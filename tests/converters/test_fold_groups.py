@@ -10,11 +10,10 @@ from ditq_converters.fold import LinearTensors, block_linears, fold_block
 from ditq_converters.methods import Transform
 from ditq_converters.sites import group_bounds
 from ditq_converters.stats import StatisticsError
-from ditq_runtime.families import family_of
+from ditq_runtime.families.dit import BLOCK, DIT
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.timestep_groups import TimestepGroups
 
-FAMILY = family_of("DiTTransformer2DModel")
 WIDTH, GROUPS = 64, 3
 BOUNDS = (250.0, 600.0)
 EXACT = (
@@ -53,11 +52,11 @@ def random_transforms(generator, smooth=True, shift=True):
 
 def folded_copy(model, transforms):
     folded = copy.deepcopy(model)
-    for name in FAMILY.block_names(model):
+    for name in DIT.block_names(model):
         block = folded.get_submodule(name)
-        linears = block_linears(model.get_submodule(name), FAMILY)
-        on_the_fly = fold_block(linears, FAMILY, transforms[name])
-        FAMILY.use_direct_multiplier(block)
+        linears = block_linears(model.get_submodule(name), BLOCK)
+        on_the_fly = fold_block(linears, BLOCK, transforms[name])
+        BLOCK.use_direct_multiplier(block)
         groups = TimestepGroups(GROUPS, device="cpu")
         # the tables run by call, noisiest first; the runtime counts groups by rising timestep
         groups.bounds.data = torch.tensor(BOUNDS)
@@ -76,7 +75,7 @@ def test_the_grouped_model_is_the_same_function(make_dit, smooth, shift, attenti
     model = make_dit(attention_bias=attention_bias).double()
     generator = torch.Generator().manual_seed(5)
     transforms = {
-        name: random_transforms(generator, smooth, shift) for name in FAMILY.block_names(model)
+        name: random_transforms(generator, smooth, shift) for name in DIT.block_names(model)
     }
     folded = folded_copy(model, transforms)
     latents = torch.randn(4, 4, 8, 8, generator=generator, dtype=torch.float64)
@@ -99,7 +98,7 @@ def test_the_test_would_see_groups_that_disagree(make_dit):
     """Producer and consumers on different groups: the shift that was taken is not the one that comes back."""
     model = make_dit().double()
     generator = torch.Generator().manual_seed(5)
-    transforms = {name: random_transforms(generator) for name in FAMILY.block_names(model)}
+    transforms = {name: random_transforms(generator) for name in DIT.block_names(model)}
     folded = folded_copy(model, transforms)
     block = folded.transformer_blocks[0]
     block.attn1.to_q.bias.data = block.attn1.to_q.bias.data.flip(0)
@@ -111,10 +110,10 @@ def test_the_test_would_see_groups_that_disagree(make_dit):
 
 
 def test_a_shift_before_gelu_is_refused(make_dit):
-    linears = block_linears(make_dit().transformer_blocks[0], FAMILY)
+    linears = block_linears(make_dit().transformer_blocks[0], BLOCK)
     shift = torch.zeros(1, 4 * WIDTH, dtype=torch.float64)
     with pytest.raises(ValueError, match="fc2 cannot be shifted"):
-        fold_block(linears, FAMILY, {"fc2": Transform(None, shift)})
+        fold_block(linears, BLOCK, {"fc2": Transform(None, shift)})
 
 
 def test_boundaries_lie_midway_and_rise():

@@ -6,7 +6,8 @@ from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.plan import plan_layers, transforms
-from ditq_runtime.families import FAMILIES, family_of
+from ditq_runtime.families import family_of
+from ditq_runtime.families.dit import BLOCK
 
 FAMILY = family_of("DiTTransformer2DModel")
 CONSUMERS = (
@@ -72,7 +73,7 @@ def test_kinds_and_reasons(make_dit):
     assert "attn1.to_v" in entries[f"{block}.attn1.to_out.0"].fold
     assert "GELU" in entries[f"{block}.ff.net.2"].fold
     outside = [entry for entry in entries.values() if entry.format is None]
-    assert {entry.site for entry in outside} == {"outside the blocks"}
+    assert {entry.site for entry in outside} == {"outside the table"}
     assert len(outside) == 2 * 2 + 2
     assert all("float" in entry.fold for entry in outside)
     assert {
@@ -105,7 +106,7 @@ def test_kept_layers_stay_float(make_dit):
 
 
 def test_a_site_is_smoothed_while_one_reader_is_quantized(make_dit):
-    sites = {site.name: site for site in FAMILY.sites}
+    sites = {site.name: site for site in BLOCK.sites}
     some = Recipe(keep=("*.to_q", "*.ff.net.2"))
     assert transforms(some, "transformer_blocks.0", sites["qkv"])
     assert not transforms(some, "transformer_blocks.0", sites["fc2"])
@@ -189,4 +190,3 @@ def test_an_unknown_architecture_is_refused_by_name():
         ValueError, match=r"UNet2DModel has no family adapter; .*DiTTransformer2DModel"
     ):
         family_of("UNet2DModel")
-    assert list(FAMILIES) == ["DiTTransformer2DModel"]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ditq_runtime.families import FAMILIES, AdaLN, OnTheFly, ValueRows, family_of
-from ditq_runtime.families.dit import DIT, modulate, use_direct_multiplier
+from ditq_runtime.families.adaln import modulate
+from ditq_runtime.families.dit import BLOCK, DIT, use_direct_multiplier
 from ditq_runtime.skeleton import share_embedder
 
 WIDTH = 64
@@ -18,24 +19,25 @@ def test_every_name_of_the_table_is_a_linear_of_a_real_model(build_model):
     assert DIT.block_names(model) == ["transformer_blocks.0", "transformer_blocks.1"]
     for name in DIT.block_names(model):
         block = model.get_submodule(name)
-        listed = [consumer for site in DIT.sites for consumer in site.consumers]
-        listed += DIT.modulations
+        listed = [consumer for site in BLOCK.sites for consumer in site.consumers]
+        listed += BLOCK.modulations
         linears = {
             n
             for n, m in block.named_modules()
             if isinstance(m, nn.Linear) and not n.startswith(f"{DIT.shared_embedder}.")
         }
         assert sorted(listed) == sorted(linears)  # all of them, each once
-        for modulation, chunks in DIT.modulations.items():
+        for modulation, chunks in BLOCK.modulations.items():
             assert block.get_submodule(modulation).out_features == chunks * WIDTH
-        for site in DIT.sites:
+        for site in BLOCK.sites:
             inputs = {block.get_submodule(consumer).in_features for consumer in site.consumers}
             assert len(inputs) == 1
             if isinstance(site.producer, AdaLN):
-                chunks = DIT.modulations[site.producer.modulation]
+                chunks = BLOCK.modulations[site.producer.modulation]
                 assert {site.producer.shift_chunk, site.producer.scale_chunk} < set(range(chunks))
             if isinstance(site.producer, ValueRows):
-                assert block.get_submodule(site.producer.value).out_features == inputs.pop()
+                (value,) = site.producer.values
+                assert block.get_submodule(value).out_features == inputs.pop()
             if isinstance(site.producer, OnTheFly):
                 assert site.producer.reason
     outside = [
@@ -56,7 +58,7 @@ def test_consumers_of_a_site_read_one_tensor(build_model):
             )
     model(**DIT.example_inputs(model))
     for block in DIT.block_names(model):
-        for site in DIT.sites:
+        for site in BLOCK.sites:
             first, *others = (seen[f"{block}.{consumer}"] for consumer in site.consumers)
             assert all(torch.equal(first, other) for other in others)
 
@@ -72,7 +74,7 @@ def test_example_inputs_fit_the_model(build_model):
 
 def test_unknown_architectures_are_refused_with_the_known_ones():
     assert family_of("DiTTransformer2DModel") is DIT
-    for name in ("FluxTransformer2DModel", "", "dittransformer2dmodel"):
+    for name in ("UNet2DModel", "", "dittransformer2dmodel", "annotations"):
         with pytest.raises(ValueError, match=r"no family adapter; supported .*DiTTransformer2DMod"):
             family_of(name)
     assert all(name == family.architecture for name, family in FAMILIES.items())

@@ -48,10 +48,17 @@ class LayerErrors:
 
 def comparable_layers(model: nn.Module) -> list[str]:
     """Linears whose output a fold leaves as it was: not the modulations, not V (scaled rows)."""
-    family = family_of(type(model).__name__)
-    scaled = {site.producer.value for site in family.sites if isinstance(site.producer, ValueRows)}
-    inside = [name for site in family.sites for name in site.consumers if name not in scaled]
-    return [f"{block}.{name}" for block in family.block_names(model) for name in inside]
+    names = []
+    for block, table in family_of(type(model).__name__).block_tables(model).items():
+        scaled = {
+            value
+            for site in table.sites
+            if isinstance(site.producer, ValueRows)
+            for value in site.producer.values
+        }
+        inside = [name for site in table.sites for name in site.consumers if name not in scaled]
+        names += [f"{block}.{name}" for name in inside]
+    return names
 
 
 def layer_errors(

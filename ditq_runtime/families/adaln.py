@@ -1,0 +1,80 @@
+"""AdaLN in canonical form, and the class swap that makes a stock block use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ditq_runtime.families.sites import TIMESTEP_GROUPS
+
+TIMESTEP_NOTE = "timestep_note"
+
+
+class Modulation(NamedTuple):
+    """What a block of two sublayers gets from its modulation, in diffusers' order; each [B, D].
+
+    The scales are multipliers: (1 + scale) / s.
+    """
+
+    shift_msa: torch.Tensor
+    scale_msa: torch.Tensor
+    gate_msa: torch.Tensor
+    shift_mlp: torch.Tensor
+    scale_mlp: torch.Tensor
+    gate_mlp: torch.Tensor
+
+
+def modulate(
+    hidden: torch.Tensor, norm: nn.LayerNorm, multiplier: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """AdaLN in canonical form: LN(h) * a + b (HTG Eq. 11, PTQ4DiT Eq. 19-21), in fp32 or wider.
+
+    Args:
+        hidden: [B, T, D] the residual stream, any float dtype.
+        norm: its layer norm, with or without affine parameters.
+        multiplier: [B, D] a = (1 + scale) / s, as the folded modulation gives it.
+        shift: [B, D] b = shift / s.
+
+    Returns:
+        [B, T, D] in fp32 (fp64 for fp64 input): the quantizer that follows sees no half-precision rounding.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight, bias = (p if p is None else p.to(wide) for p in (norm.weight, norm.bias))
+    normed = nn.functional.layer_norm(
+        hidden.to(wide), norm.normalized_shape, weight, bias, norm.eps
+    )
+    return normed * multiplier[:, None] + shift[:, None]
+
+
+def add_gated(hidden: torch.Tensor, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One residual step, hidden [B, T, D] + gate [B, D] * x [B, T, D], in the dtype of the residual stream."""
+    return (hidden + gate[:, None] * x).to(hidden.dtype)
+
+
+def find_group(block: nn.Module, timestep: torch.Tensor | None = None) -> None:
+    """Let a block with grouped layers find its timestep group; other blocks do nothing.
+
+    Args:
+        block: with or without timestep groups.
+        timestep: [B]; None for blocks that are not given it: the model's forward noted it (`TimestepNote`).
+    """
+    groups = getattr(block, TIMESTEP_GROUPS, None)
+    if groups is not None:
+        groups(getattr(block, TIMESTEP_NOTE).value if timestep is None else timestep)
+
+
+_SUBCLASSES: dict[tuple[type, Any], type] = {}
+
+
+def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a stock module another forward by swapping its class for a subclass of the same name.
+
+    A class swap, not a patched method: hooks of accelerate and diffusers, deep copies and compilation keep working.
+    """
+    stock = type(module)
+    if (stock, forward) not in _SUBCLASSES:
+        _SUBCLASSES[stock, forward] = type(stock.__name__, (stock,), {"forward": forward})
+    module.__class__ = _SUBCLASSES[stock, forward]

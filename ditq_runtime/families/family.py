@@ -1,0 +1,99 @@
+"""What the converter and the runtime must know about one diffusers transformer class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ditq_runtime.families.sites import AdaLN, Site
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """One kind of block.
+
+    Attributes:
+        sites: linear inputs, in the order they are met.
+        modulations: modulation linears of the block and their number of row chunks; weight-only.
+        tables: parameters that the block adds to a modulation shared by all blocks, and their number of row chunks.
+        use_direct_multiplier: swaps a block's class so that AdaLN reads LN(h) * a + b from its modulation; None: the
+            block keeps diffusers' forward, and no site of it may be an AdaLN.
+    """
+
+    sites: tuple[Site, ...]
+    modulations: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, int] = field(default_factory=dict)
+    use_direct_multiplier: Callable[[nn.Module], None] | None = None
+
+    @property
+    def linears(self) -> list[str]:
+        """Every linear that a scheme can list: consumers, then modulations."""
+        return [name for site in self.sites for name in site.consumers] + list(self.modulations)
+
+    def scale_rows(self, modulation: str, num_rows: int) -> list[slice]:
+        """Rows of a modulation linear or table that emit a scale; a direct multiplier is that plus one."""
+        width = num_rows // self.chunks(modulation)
+        chunks = {
+            site.producer.scale_chunk
+            for site in self.sites
+            if isinstance(site.producer, AdaLN) and site.producer.modulation == modulation
+        }
+        return [slice(i * width, (i + 1) * width) for i in sorted(chunks)]
+
+    def chunks(self, modulation: str) -> int:
+        """Row chunks of a modulation linear or of a table."""
+        return {**self.modulations, **self.tables}[modulation]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One diffusers transformer class.
+
+    Attributes:
+        architecture: diffusers class name.
+        block_tables: the blocks of a model, in the order they run: name -> table.
+        kept: parts of names of linears that stay float, with the reason.
+        example_inputs: a smallest batch for one forward, as keyword arguments; None: the caller must bring one.
+        shared_embedder: prefix, inside a block, of an embedder that may be equal in all blocks; None if none.
+        timestep_scale: the model's `timestep` argument is this times the scheduler's timestep.
+    """
+
+    architecture: str
+    block_tables: Callable[[nn.Module], dict[str, BlockTable]]
+    kept: dict[str, str]
+    example_inputs: Callable[[nn.Module], dict[str, Any]] | None = None
+    shared_embedder: str | None = None
+    timestep_scale: float = 1.0
+
+    def block_names(self, model: nn.Module) -> list[str]:
+        """`blocks.0`, `blocks.1`, ... of a model."""
+        return list(self.block_tables(model))
+
+    def embedder_prefixes(self, model: nn.Module) -> list[str]:
+        """Prefix of the embedder in every block, the first one being the stored one when it is shared."""
+        if self.shared_embedder is None:
+            return []
+        return [f"{name}.{self.shared_embedder}" for name in self.block_names(model)]
+
+    def why_kept(self, name: str) -> str:
+        """Why a linear that no block table lists stays float."""
+        found = (reason for part, reason in self.kept.items() if part in name)
+        return next(found, "not in the family table, kept float")
+
+
+def blocks_in(
+    **lists: Callable[[nn.Module], BlockTable],
+) -> Callable[[nn.Module], dict[str, BlockTable]]:
+    """`Family.block_tables` of a model whose blocks stand in lists: attribute -> table of one of its blocks."""
+
+    def block_tables(model: nn.Module) -> dict[str, BlockTable]:
+        return {
+            f"{attribute}.{name}": table_of(block)
+            for attribute, table_of in lists.items()
+            for name, block in model.get_submodule(attribute).named_children()
+        }
+
+    return block_tables
