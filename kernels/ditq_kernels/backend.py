@@ -53,5 +53,5 @@ def load_kernel(op_name: str) -> ModuleType:
     except ImportError as error:
         raise RuntimeError(
             f"{op_name}: CUDA tensors need Triton, which failed to import ({error}); install "
-            "triton>=3.6,<3.8, or move the tensors to the CPU for the slow reference"
+            "triton>=3.6, or move the tensors to the CPU for the slow reference"
         ) from error

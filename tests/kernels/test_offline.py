@@ -8,23 +8,19 @@ counted 386 and 334; with a W4A8 unpack in plain Triton 3024.
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-import ditq_kernels
-
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 LOOP_BUDGET = {  # at T = 8192, K = 1152, groups of 64
-    ("gemm_w8a8", 80): 128, ("gemm_w8a8", 89): 128, ("gemm_w8a8", 90): 101,
+    ("gemm_w8a8", 80): 128, ("gemm_w8a8", 89): 128, ("gemm_w8a8", 90): 106,
     ("gemm_w4a8", 80): 276, ("gemm_w4a8", 89): 270, ("gemm_w4a8", 90): 226,
 }  # fmt: skip
 QUANTIZE_BUDGET = 600  # whole kernel, 4 rows of 1152 by 4 warps: a padded row of 2048 needs 1700
 
 
 @pytest.fixture(scope="module", params=[80, 89, 90])
-def censuses(request):
+def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
@@ -32,17 +28,7 @@ def censuses(request):
         f"found = [offline.compile_op(op, {request.param}) for op in ops];"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
-    return request.param, json.loads(run("-c", program))
-
-
-def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = ditq_kernels.__path__[0].removesuffix("/ditq_kernels")
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return request.param, json.loads(python_without_interpreter("-c", program))
 
 
 def test_nothing_spills(censuses):
@@ -94,8 +80,8 @@ def test_quantizers_round_without_conversions(censuses, op):
     assert sum(whole.values()) <= QUANTIZE_BUDGET
 
 
-def test_command_prints_json():
-    out = run(
+def test_command_prints_json(python_without_interpreter):
+    out = python_without_interpreter(
         "-m", "ditq_kernels._triton.offline", "--op", "quantize_static", "--target", "90", "--json"
     )
     census = json.loads(out)

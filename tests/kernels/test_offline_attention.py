@@ -6,13 +6,8 @@ Triton 3.6.0 and scales per token; the budgets leave about 5 %.
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
-
-import ditq_kernels
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 PRODUCTS = {80: ("IMMA.16832.S8.S8", "HMMA.16816.F32.BF16"), 90: ("IGMMA", "HGMMA")}
@@ -27,7 +22,7 @@ BUDGET = {  # instructions a score, by op, head dimension, keys a tile
 
 
 @pytest.fixture(scope="module", params=[80, 89, 90])
-def censuses(request):
+def censuses(request, python_without_interpreter):
     """Census of each op and case for one target, from one process without the interpreter."""
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
@@ -36,13 +31,8 @@ def censuses(request):
         " for op, keys, d in cases];"
         "print(json.dumps([[case, dataclasses.asdict(c)] for case, c in zip(cases, found)]))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = ditq_kernels.__path__[0].removesuffix("/ditq_kernels")
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, {tuple(case): census for case, census in json.loads(done.stdout)}
+    printed = python_without_interpreter("-c", program)
+    return request.param, {tuple(case): census for case, census in json.loads(printed)}
 
 
 def test_nothing_spills(censuses):

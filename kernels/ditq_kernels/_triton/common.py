@@ -1,13 +1,14 @@
 """What the kernels share: rounding, the epilogue, tile order, launch plumbing."""
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ditq_kernels import numerics
-from ditq_kernels._triton import versions
+from ditq_kernels._triton import stages, versions
 
 INT8_MAX = tl.constexpr(numerics.INT8_MAX)
 INT8_MIN = tl.constexpr(-numerics.INT8_OFFSET)
@@ -79,4 +80,20 @@ def write_tile(
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU current for a launch; refuses GPUs and Triton releases we do not run on."""
     versions.check_device(tensor.device, triton.__version__)
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return _WithOurPasses(device) if stages.NEEDED else device
+
+
+class _WithOurPasses(stages.our_passes):
+    """A device and our compiler passes at once; classes, because a launch counts microseconds."""
+
+    def __init__(self, device: contextlib.AbstractContextManager) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.device.__exit__(*error)

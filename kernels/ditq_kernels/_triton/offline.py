@@ -32,6 +32,7 @@ from ditq_kernels._triton import (
 from ditq_kernels._triton.common import GROUP_T, INTERPRETED
 from ditq_kernels._triton.machine_code import Census, census_of
 from ditq_kernels._triton.rows import row_parts
+from ditq_kernels._triton.stages import our_passes
 
 UNSERVED_TARGETS = {100: 90, 120: 89}
 POINTERS = {
@@ -127,7 +128,8 @@ def compile_problem(
     if not isinstance(config, tuning.RowConfig):
         options["num_stages"] = config.num_stages
     source = _source(kernel, constants, KERNELS[op].types)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with our_passes():
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return census_of(op, target, config, compiled)
 
 

@@ -6,8 +6,12 @@ import re
 import torch
 
 FIRST_TRITON = (3, 6)
-# 3.8 and 3.9 spill registers in int8 GEMMs on sm_8x: 844 loop instructions where 3.6 and 3.7 emit 142
-SLOW_ON_SM_8X = ((3, 8), (3, 9))
+
+
+def release_of(triton_version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "3.6.0"; (0, 0) if it is none."""
+    found = re.match(r"(\d+)\.(\d+)", triton_version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def check_versions(capability: tuple[int, int], triton_version: str) -> None:
@@ -18,25 +22,16 @@ def check_versions(capability: tuple[int, int], triton_version: str) -> None:
         triton_version: such as "3.6.0".
 
     Raises:
-        NotImplementedError: too old a GPU or Triton, or a release that wrecks int8 on this GPU.
+        NotImplementedError: too old a GPU or Triton.
     """
-    found = re.match(r"(\d+)\.(\d+)", triton_version)
-    release = (int(found[1]), int(found[2])) if found else (0, 0)
-    architecture = f"sm_{capability[0]}{capability[1]}"
     if capability < (8, 0):
         raise NotImplementedError(
-            f"ditq_kernels: int8 kernels need an sm_80 GPU or newer, got {architecture}; "
+            f"ditq_kernels: int8 kernels need an sm_80 GPU or newer, got sm_{capability[0]}{capability[1]}; "
             "move the tensors to the CPU for the slow reference"
         )
-    if release < FIRST_TRITON:
+    if release_of(triton_version) < FIRST_TRITON:
         raise NotImplementedError(
-            f"ditq_kernels: Triton 3.6 or newer is needed, got {triton_version}; "
-            "install triton>=3.6,<3.8"
-        )
-    if capability[0] == 8 and release in SLOW_ON_SM_8X:
-        raise NotImplementedError(
-            f"ditq_kernels: Triton {triton_version} makes int8 GEMMs several times slower on "
-            f"{architecture} (register spills); install triton>=3.6,<3.8"
+            f"ditq_kernels: Triton 3.6 or newer is needed, got {triton_version}; install triton>=3.6"
         )
 
 
