@@ -29,7 +29,8 @@ from ditq_kernels.ops import (
     quantize_per_token,
     quantize_static,
 )
-from ditq_kernels.packing import expand_w4p, pack_int4, unpack_int4
+from ditq_kernels.packing import expand_w4g, expand_w4p, pack_int4, unpack_int4
+from ditq_kernels.per_group import gemm_w4a8_per_group, linear_w4_per_group
 from ditq_kernels.weights import (
     W4P,
     W8,
@@ -37,11 +38,13 @@ from ditq_kernels.weights import (
     quantize_weight_w8,
     resolve_group_size,
 )
+from ditq_kernels.weights_w4g import W4G, dequantize_w4g, fits_w4g, quantize_weight_w4g
 
 __all__ = [
     "INT8_LEVELS",
     "INT8_MAX",
     "MIN_SCALE",
+    "W4G",
     "W4P",
     "W8",
     "asymmetric_scale",
@@ -49,16 +52,22 @@ __all__ = [
     "attention_qk_int8_pv_int8",
     "backend_of",
     "dequantize",
+    "dequantize_w4g",
+    "expand_w4g",
     "expand_w4p",
+    "fits_w4g",
     "gemm_w4a8",
+    "gemm_w4a8_per_group",
     "gemm_w8a8",
     "linear_w4",
+    "linear_w4_per_group",
     "linear_w8",
     "pack_int4",
     "quantize_asymmetric",
     "quantize_per_token",
     "quantize_static",
     "quantize_symmetric",
+    "quantize_weight_w4g",
     "quantize_weight_w4p",
     "quantize_weight_w8",
     "resolve_group_size",

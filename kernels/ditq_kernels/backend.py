@@ -11,11 +11,12 @@ TRITON_OPS = frozenset(
         "quantize_static",
         "gemm_w8a8",
         "gemm_w4a8",
+        "gemm_w4a8_per_group",
         "attention_qk_int8_pv_int8",
         "attention_qk_int8_pv_bf16",
     }
 )
-TORCH_OPS = frozenset({"linear_w8", "linear_w4"})
+TORCH_OPS = frozenset({"linear_w8", "linear_w4", "linear_w4_per_group"})
 
 
 def backend_of(op_name: str, device: torch.device | str) -> str:

@@ -14,6 +14,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # int32 holds the whole sum of K products, also at the extremes of int8
 MAX_K_SYMMETRIC = (2**31 - 1) // (128 * 128)
 MAX_K_ASYMMETRIC = (2**31 - 1) // (255 * 128)
+MAX_GROUP = (2**31 - 1) // (255 * 15)  # inputs of a group of int4 weights, with any zero points
 MAX_KEYS = (2**31 - 1) // (255 * 255)  # of probability codes times values with a zero point
 
 HEAD_DIMS = (32, 64, 72, 88, 96, 128)  # of attention
@@ -103,23 +104,75 @@ def check_groups(
     like: torch.Tensor,
 ) -> None:
     """Progressive int4 weights whose parts agree; the group size is K / J."""
-    check_matrix(op, "packed", packed, (torch.uint8,), "[N, K / 2]")
-    check_matrix(op, "group_scale", group_scale, (torch.uint8,), "[N, J]")
-    check_matrix(op, "group_offset", group_offset, (torch.int8,), "[N, J]")
-    for name, tensor in (("group_scale", group_scale), ("group_offset", group_offset)):
-        if tensor.shape != (packed.shape[0], group_scale.shape[1]):
-            raise ValueError(
-                f"{op}: {name} must be [N, J] with N={packed.shape[0]} and one J for scale and "
-                f"offset, got {list(tensor.shape)}; pass the parts of one W4P"
-            )
-        check_device(op, name, tensor, like)
-    check_device(op, "packed", packed, like)
+    parts = (("group_scale", group_scale, torch.uint8), ("group_offset", group_offset, torch.int8))
+    _check_group_parts(op, packed, parts, like)
     in_features, num_groups = 2 * packed.shape[1], group_scale.shape[1]
     if in_features % num_groups or (in_features // num_groups) % GROUP_MULTIPLE:
         raise ValueError(
             f"{op}: K / J must be a whole multiple of {GROUP_MULTIPLE}, got K={in_features}, "
             f"J={num_groups}; repack with resolve_group_size"
         )
+
+
+def check_real_groups(
+    op: str,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    like: torch.Tensor,
+) -> None:
+    """Int4 weights with a real scale per group whose parts agree; the group size is K / J."""
+    parts = (
+        ("weight_scale", weight_scale, torch.float32),
+        ("weight_zero", weight_zero, torch.uint8),
+    )
+    _check_group_parts(op, packed, parts, like)
+    in_features, num_groups = 2 * packed.shape[1], weight_scale.shape[1]
+    size = in_features // num_groups
+    if in_features % num_groups or (num_groups > 1 and size % GROUP_MULTIPLE):
+        raise ValueError(
+            f"{op}: K / J must be a whole multiple of {GROUP_MULTIPLE}, or J must be 1, got K={in_features}, "
+            f"J={num_groups}; repack with resolve_group_size"
+        )
+    if size > MAX_GROUP:
+        raise ValueError(
+            f"{op}: a group must have at most {MAX_GROUP} inputs for its int32 sum not to overflow, got "
+            f"{size}; repack with smaller groups"
+        )
+
+
+def check_group_sums(
+    op: str, weight_sum: torch.Tensor, weight_scale: torch.Tensor, like: torch.Tensor
+) -> None:
+    """One int32 sum for each weight scale."""
+    check_matrix(op, "weight_sum", weight_sum, (torch.int32,), "[N, J]")
+    if weight_sum.shape != weight_scale.shape:
+        raise ValueError(
+            f"{op}: weight_sum must be [N, J] = {list(weight_scale.shape)} like weight_scale, got "
+            f"{list(weight_sum.shape)}; take W4G.weight_sum()"
+        )
+    check_device(op, "weight_sum", weight_sum, like)
+
+
+def _check_group_parts(
+    op: str,
+    packed: torch.Tensor,
+    parts: tuple[tuple[str, torch.Tensor, torch.dtype], ...],
+    like: torch.Tensor,
+) -> None:
+    """Packed codes and two tensors [N, J] that belong to them, all on one device."""
+    check_matrix(op, "packed", packed, (torch.uint8,), "[N, K / 2]")
+    for name, tensor, dtype in parts:
+        check_matrix(op, name, tensor, (dtype,), "[N, J]")
+        expected = (packed.shape[0], parts[0][1].shape[1])
+        if tensor.shape != expected:
+            names = " and ".join(part[0] for part in parts)
+            raise ValueError(
+                f"{op}: {name} must be [N, J] with N={packed.shape[0]} and one J for {names}, got "
+                f"{list(tensor.shape)}; pass the parts of one quantized weight"
+            )
+        check_device(op, name, tensor, like)
+    check_device(op, "packed", packed, like)
 
 
 def check_zero_point(

@@ -10,7 +10,8 @@ A code is offset binary, 0..15, unsigned. Bytes run along the inputs, low nibble
 
 import torch
 
-INT4_LEVELS = 15  # codes run from 0 to 15
+from ditq_kernels.numerics import INT4_LEVELS
+
 GROUP_MULTIPLE = 32  # one int8 tensor-core instruction consumes 32 inputs: groups never split it
 
 
@@ -87,6 +88,30 @@ def expand_w4p(
     return values.to(torch.int8).view(num_rows, in_features)
 
 
+def expand_w4g(packed: torch.Tensor, weight_zero: torch.Tensor) -> torch.Tensor:
+    """Integer weights behind int4 codes with a zero point per group: `code - weight_zero`.
+
+    Args:
+        packed: [N, K / 2] uint8, two codes a byte.
+        weight_zero: [N, J] uint8 in 0..15. J groups of K / J neighbouring inputs.
+
+    Returns:
+        [N, K] int8 in [-15, 15].
+
+    Raises:
+        ValueError: packed is no byte matrix, or J does not divide K.
+    """
+    codes = unpack_int4(packed)
+    num_groups = weight_zero.shape[1]
+    if num_groups == 0 or codes.shape[1] % num_groups:
+        raise ValueError(
+            f"expand_w4g: the number of groups must divide K, got K={codes.shape[1]}, "
+            f"J={num_groups}; pass the weight_zero made with these codes"
+        )
+    grouped = codes.to(torch.int8).unflatten(1, (num_groups, -1))
+    return (grouped - weight_zero.to(torch.int8)[:, :, None]).flatten(1)
+
+
 def split_for_kernel(packed: torch.Tensor, unit: int) -> torch.Tensor:
     """Reorder packed codes for tensor cores, once at load; never stored in a file.
 
@@ -98,7 +123,7 @@ def split_for_kernel(packed: torch.Tensor, unit: int) -> torch.Tensor:
 
     Args:
         packed: [N, K / 2] uint8 in file order.
-        unit: inputs per unit, 64 or 128. K is padded to a multiple of it with zero codes.
+        unit: inputs per unit, even. K is padded to a multiple of it with zero codes.
 
     Returns:
         [N, ceil(K / unit) * unit / 2] uint8.

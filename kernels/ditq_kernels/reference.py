@@ -9,6 +9,7 @@ import math
 import torch
 
 from ditq_kernels import numerics, packing
+from ditq_kernels.weights_w4g import dequantize_w4g
 
 EXACT_FP32_INPUTS = 2**24 // 2**14  # inputs whose int8 products sum exactly in fp32
 IEEE = ("none", "ieee")  # settings under which oneDNN multiplies fp32 as fp32
@@ -97,6 +98,50 @@ def linear_w4(
     """The same on the int8 weights that progressive int4 codes stand for."""
     weight = packing.expand_w4p(packed, group_scale, group_offset)
     return linear_w8(x, weight, weight_scale, bias, out_dtype)
+
+
+def gemm_w4a8_per_group(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Int8 activations [T, K] times int4 weights, int32 within a group of inputs, fp32 across groups."""
+    weight = packing.expand_w4g(packed, weight_zero)
+    group_size = q.shape[1] // weight_scale.shape[1]
+    y = torch.zeros(q.shape[0], weight.shape[0], device=q.device)
+    parts = zip(q.split(group_size, 1), weight.split(group_size, 1), strict=True)
+    for group, (q_part, weight_part) in enumerate(
+        parts
+    ):  # ascending: the order of fp32 sums is fixed
+        total = integer_matmul(q_part, weight_part)
+        if zero_point is not None and weight_sum is not None:
+            total = total - zero_point[:, None] * weight_sum[:, group]
+        y = y + total.float() * weight_scale[:, group]
+    y = y * scale[:, None]
+    if bias is not None:
+        y = y + bias
+    return y.to(out_dtype)
+
+
+def linear_w4_per_group(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Float activations [B, K] times the real weights behind int4 codes, in fp32."""
+    y = x.float() @ dequantize_w4g(packed, weight_scale, weight_zero).t()
+    if bias is not None:
+        y = y + bias
+    return y.to(out_dtype)
 
 
 def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

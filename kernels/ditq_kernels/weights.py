@@ -89,8 +89,13 @@ class W4P:
         return self.expand().sum(dim=1, dtype=torch.int32)
 
 
-def resolve_group_size(in_features: int, requested: int) -> int:
+def resolve_group_size(in_features: int, requested: int, one_group: bool = False) -> int:
     """Largest group size that fits: a multiple of 32 that divides K and is at most `requested`.
+
+    Args:
+        in_features: K.
+        requested: the largest group wanted.
+        one_group: where none fits and K is even, take all of K: a scale per output channel, as `w4g` allows.
 
     Raises:
         ValueError: there is none.
@@ -99,6 +104,8 @@ def resolve_group_size(in_features: int, requested: int) -> int:
     for size in range(start, 0, -GROUP_MULTIPLE):
         if in_features % size == 0:
             return size
+    if one_group and in_features % 2 == 0:
+        return in_features
     raise ValueError(
         f"resolve_group_size: no multiple of {GROUP_MULTIPLE} up to {requested} divides "
         f"K={in_features}; keep this layer in w8, or request at least {GROUP_MULTIPLE} and pad K"
@@ -117,7 +124,7 @@ def quantize_weight_w8(weight: torch.Tensor) -> W8:
     Raises:
         ValueError: not a finite float matrix.
     """
-    weight = _finite_matrix(weight, "quantize_weight_w8")
+    weight = finite_matrix(weight, "quantize_weight_w8")
     scale = numerics.symmetric_scale(weight.abs().amax(dim=1))
     return W8(numerics.quantize_symmetric(weight, scale[:, None]), scale)
 
@@ -135,7 +142,7 @@ def quantize_weight_w4p(weight: torch.Tensor, group_size: int) -> W4P:
     Raises:
         ValueError: not a finite float matrix, or a group size that does not fit K.
     """
-    weight = _finite_matrix(weight, "quantize_weight_w4p")
+    weight = finite_matrix(weight, "quantize_weight_w4p")
     num_rows, in_features = weight.shape
     if group_size <= 0 or group_size % GROUP_MULTIPLE or in_features % group_size:
         raise ValueError(
@@ -157,7 +164,8 @@ def quantize_weight_w4p(weight: torch.Tensor, group_size: int) -> W4P:
     )
 
 
-def _finite_matrix(weight: torch.Tensor, op: str) -> torch.Tensor:
+def finite_matrix(weight: torch.Tensor, op: str) -> torch.Tensor:
+    """A weight [N, K] in fp32; ValueError if it is no float matrix or not finite."""
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             f"{op}: expected a float weight [N, K], got {list(weight.shape)} {weight.dtype}; "
@@ -195,7 +203,7 @@ def _search_groups(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 def _codes(units: torch.Tensor, group_scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Nearest codes 0..15 whose value `code * group_scale + offset` stays in [-127, 127]."""
     lowest = ((-numerics.INT8_MAX - offset) / group_scale).ceil_().clamp_(min=0)
-    highest = ((numerics.INT8_MAX - offset) / group_scale).floor_().clamp_(max=packing.INT4_LEVELS)
+    highest = ((numerics.INT8_MAX - offset) / group_scale).floor_().clamp_(max=numerics.INT4_LEVELS)
     codes = (units - offset[:, :, None]).mul_((1.0 / group_scale)[:, :, None])
     codes.add_(ROUND_TO_INTEGER).sub_(ROUND_TO_INTEGER)  # torch.round would start threads
     return torch.clamp(codes, lowest[:, :, None], highest[:, :, None], out=codes)

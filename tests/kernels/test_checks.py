@@ -91,6 +91,62 @@ def test_gemm_w4a8_refuses(change, sentence):
         k.gemm_w4a8(**w4_arguments() | change)
 
 
+def per_group_arguments():
+    return {
+        "q": torch.zeros(4, 64, dtype=torch.int8),
+        "packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "scale": torch.ones(4),
+        "weight_scale": torch.ones(8, 2),
+        "weight_zero": torch.zeros(8, 2, dtype=torch.uint8),
+    }
+
+
+ZERO = torch.zeros(1, dtype=torch.int32)
+PER_GROUP_REFUSALS = [
+    ({"packed": torch.zeros(8, 32, dtype=torch.int8)}, "packed must be [N, K / 2] uint8"),
+    ({"q": torch.zeros(4, 128, dtype=torch.int8)}, "must share K, got K=128 and K=64"),
+    ({"weight_scale": torch.ones(8)}, "weight_scale must be [N, J] float32, got [8] float32"),
+    ({"weight_scale": torch.ones(7, 2)}, "weight_scale must be [N, J] with N=8"),
+    ({"weight_zero": torch.zeros(8, 1, dtype=torch.uint8)}, "weight_zero must be [N, J] with N=8"),
+    ({"weight_zero": torch.zeros(8, 2, dtype=torch.int8)}, "weight_zero must be [N, J] uint8"),
+    ({"weight_zero": torch.zeros(8, 2, dtype=torch.uint8, device="meta")}, "must be on cpu"),
+    (
+        {"weight_scale": torch.ones(8, 4), "weight_zero": torch.zeros(8, 4, dtype=torch.uint8)},
+        "K / J must be a whole multiple of 32, or J must be 1, got K=64, J=4; repack",
+    ),
+    ({"scale": torch.ones(3)}, "scale must be [4] or [1] float32, got [3] float32"),
+    ({"bias": torch.ones(7)}, "bias must be [8] float32, got [7] float32"),
+    ({"zero_point": ZERO}, "weight_sum is missing"),
+    ({"zero_point": ZERO, "weight_sum": torch.zeros(8).int()}, "weight_sum must be [N, J] int32"),
+    (
+        {"zero_point": ZERO, "weight_sum": torch.zeros(8, 1).int()},
+        "weight_sum must be [N, J] = [8, 2] like weight_scale, got [8, 1]; take W4G.weight_sum()",
+    ),
+    (
+        {"zero_point": torch.zeros(2).int(), "weight_sum": torch.zeros(8, 2).int()},
+        "zero_point must be [4] or [1] int32, got [2] int32",
+    ),
+    ({"out_dtype": torch.float64}, "out_dtype must be float32 | float16 | bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), PER_GROUP_REFUSALS)
+def test_gemm_w4a8_per_group_refuses(change, sentence):
+    assert k.gemm_w4a8_per_group(**per_group_arguments()).shape == (4, 8)
+    with pytest.raises(ValueError, match=f"^gemm_w4a8_per_group: .*{re.escape(sentence)}"):
+        k.gemm_w4a8_per_group(**per_group_arguments() | change)
+
+
+def test_linear_w4_per_group_refuses():
+    x, w = torch.zeros(2, 64), k.quantize_weight_w4g(torch.ones(8, 64), 32)
+    with pytest.raises(ValueError, match=r"^linear_w4_per_group: x must be \[B, K\] float32"):
+        k.linear_w4_per_group(x.double(), w.packed, w.scale, w.weight_zero)
+    with pytest.raises(ValueError, match=r"^linear_w4_per_group: .* must share K, got K=32 and"):
+        k.linear_w4_per_group(x[:, :32], w.packed, w.scale, w.weight_zero)
+    with pytest.raises(ValueError, match=r"^linear_w4_per_group: bias must be \[8\] float32"):
+        k.linear_w4_per_group(x, w.packed, w.scale, w.weight_zero, torch.ones(7))
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_k_beyond_int32_is_refused(asymmetric):
     limit = checks.MAX_K_ASYMMETRIC if asymmetric else checks.MAX_K_SYMMETRIC

@@ -15,6 +15,8 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 LOOP_BUDGET = {  # at T = 8192, K = 1152, groups of 64
     ("gemm_w8a8", 80): 128, ("gemm_w8a8", 89): 128, ("gemm_w8a8", 90): 106,
     ("gemm_w4a8", 80): 276, ("gemm_w4a8", 89): 270, ("gemm_w4a8", 90): 226,
+    ("gemm_w4a8_per_group", 80): 360, ("gemm_w4a8_per_group", 89): 360,
+    ("gemm_w4a8_per_group", 90): 392,
 }  # fmt: skip
 QUANTIZE_BUDGET = 600  # whole kernel, 4 rows of 1152 by 4 warps: a padded row of 2048 needs 1700
 
@@ -24,7 +26,7 @@ def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
-        "ops = ('quantize_per_token', 'quantize_static', 'gemm_w8a8', 'gemm_w4a8');"
+        "ops = ('quantize_per_token', 'quantize_static', 'gemm_w8a8', 'gemm_w4a8', 'gemm_w4a8_per_group');"
         f"found = [offline.compile_op(op, {request.param}) for op in ops];"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
@@ -39,11 +41,14 @@ def test_nothing_spills(censuses):
         assert census["shared"] <= SHARED_LIMIT[target]
 
 
-@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+GEMMS = ["gemm_w8a8", "gemm_w4a8", "gemm_w4a8_per_group"]
+
+
+@pytest.mark.parametrize("op", GEMMS)
 def test_gemms_run_on_int8_tensor_cores(censuses, op):
     target, found = censuses
     opcode = "IGMMA" if target == 90 else "IMMA"
-    assert found[op]["loop"][opcode] >= 4
+    assert found[op]["loop"][opcode] >= (2 if op == "gemm_w4a8_per_group" else 4)  # of 64 inputs
     assert all(name.startswith(opcode) and "S8.S8" in name for name in found[op]["mma"])
     assert found[op]["loop"]["LDGSTS"] >= 4  # loads are asynchronous
 
@@ -56,19 +61,38 @@ def test_expanded_weights_stay_in_registers(censuses):
     assert (products > 0) == (target == 90)
 
 
-@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+@pytest.mark.parametrize("op", GEMMS)
 def test_hot_loops_stay_lean(censuses, op):
     target, found = censuses
     loop = found[op]["loop"]
-    assert not {"F2I", "I2F", "I2FP", "PRMT", "LDL", "STL", "LDG"} & set(loop)
+    assert not {"F2I", "I2F", "I2FP", "PRMT", "LDL", "STL"} & set(loop)
+    assert loop.get("LDG", 0) == (
+        2 if op == "gemm_w4a8_per_group" else 0
+    )  # a group's scale and zero
     assert sum(loop.values()) <= LOOP_BUDGET[op, target], loop
 
 
-@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+@pytest.mark.parametrize("op", GEMMS)
 def test_epilogues_do_not_fuse_multiply_and_add(censuses, op):
     _, found = censuses
     assert "FFMA" not in found[op]["whole"]
     assert found[op]["whole"]["FADD"] >= 16  # the bias
+
+
+@pytest.mark.parametrize("target", [80, 89, 90])
+def test_real_groups_of_every_common_size_stay_in_registers(target, python_without_interpreter):
+    """Of 128, 64 and (in pairs) 32 inputs, symmetric activations and calibrated ones, as formats run them."""
+    program = (
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile_op;"
+        "cases = [(size, zero) for size in (32, 64, 128) for zero in (False, True)];"
+        f"found = [compile_op('gemm_w4a8_per_group', {target}, group_size=s, zero_point=z) for s, z in cases];"
+        "print(json.dumps([dataclasses.asdict(c) for c in found]))"
+    )
+    for census in json.loads(python_without_interpreter("-c", program)):
+        assert (census["stack"], census["spills"]) == (0, 0)
+        assert census["shared"] <= SHARED_LIMIT[target]
+        assert not {"I2F", "I2FP", "PRMT"} & set(census["loop"])  # the sum is read as fp32
+        assert "FFMA" not in census["whole"]
 
 
 @pytest.mark.parametrize("op", ["quantize_per_token", "quantize_static"])

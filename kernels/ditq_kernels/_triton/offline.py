@@ -23,8 +23,10 @@ from ditq_kernels._triton import (
     attention_qk_int8_pv_bf16,
     attention_qk_int8_pv_int8,
     gemm_w4a8,
+    gemm_w4a8_per_group,
     gemm_w8a8,
     prepared_w4,
+    prepared_w4g,
     quantize_per_token,
     quantize_static,
     transpose_v,
@@ -38,6 +40,7 @@ UNSERVED_TARGETS = {100: 90, 120: 89}
 POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32",
+    "weight_zero_ptr": "*i32",
     "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_sum_ptr": "*i32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
@@ -56,7 +59,7 @@ class Problem:
     Attributes:
         num_tokens: T, picks the configuration; the number of keys for attention.
         in_features: K, a multiple of 16; the head dimension for attention.
-        group_size: neighbouring inputs sharing a group, for gemm_w4a8.
+        group_size: neighbouring inputs sharing a group, for the int4 GEMMs.
         zero_point: activations are asymmetric, for the GEMMs; values, for attention.
     """
 
@@ -181,6 +184,16 @@ def _w4a8_kernel(_, problem, config):
     return gemm_w4a8._gemm_w4a8_kernel, constants | _epilogue_constants(problem, config)
 
 
+def _w4a8_per_group_kernel(_, problem, config):
+    """Symmetric tokens, or one calibrated scale and zero point: what formats run."""
+    span = prepared_w4g.kernel_span(problem.group_size)
+    constants = _epilogue_constants(problem, config)
+    constants |= {"PER_TOKEN_SCALE": not problem.zero_point, "PER_TOKEN_ZERO": False}
+    constants |= {"EVEN_K": problem.in_features % span == 0, "INLINE_ASM": True}
+    constants |= gemm_w4a8_per_group.group_constants(problem.group_size, span, config.block_k)
+    return gemm_w4a8_per_group._gemm_w4a8_per_group_kernel, constants
+
+
 def _attention_kernel(op, problem, config):
     """Heads inside tokens, as projections write them; scales per head for V, per token for Q and K."""
     num_keys, head_dim = problem.num_tokens, problem.in_features
@@ -235,6 +248,7 @@ def _source(kernel, constants, types):
 ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
 GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
 GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
+REAL_GROUPS = (*GEMMS[:4], *(Problem(8192, 1152, g, z) for g in (32, 64, 128) for z in (False, True)))
 HEADS = tuple(
     Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
 )
@@ -243,6 +257,7 @@ KERNELS = {
     "quantize_static": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
     "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, _w8a8_kernel),
     "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
+    "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
     "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),

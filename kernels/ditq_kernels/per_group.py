@@ -1,0 +1,158 @@
+"""Ops on int4 weights with a real scale per group of inputs: public functions, checks and dispatch.
+
+The integer sum of a group is scaled by itself and groups add in fp32, as published group quantizers
+define it. `gemm_w4a8` on `w4p` weights sums all of K in integers and is the faster form.
+"""
+
+import torch
+
+from ditq_kernels import checks, reference
+from ditq_kernels.backend import load_kernel
+
+
+def gemm_w4a8_per_group(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    zero_point: torch.Tensor | None = None,
+    weight_sum: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Linear layer on int8 activations and int4 weights with a real scale per group of inputs.
+
+    y = 0; for j ascending: y = y + float(I_j) * weight_scale[:, j]; then y * scale + bias, where
+    I_j = sum over group j of (q - zero_point) * (code - weight_zero) is exact in int32, and each
+    other step is one fp32 rounding in this order, without fused multiply-add.
+
+    Args:
+        q: [T, K] int8, rows contiguous. Activation codes.
+        packed: [N, K / 2] uint8, rows contiguous. Weight codes as `pack_int4` stores them.
+        scale: [T] or [1] fp32. Activation step.
+        weight_scale: [N, J] fp32. Weight step of each group; K / J a multiple of 32, or J = 1.
+        weight_zero: [N, J] uint8 in 0..15. Code of weight 0.0; 8 throughout for symmetric weights.
+        bias: [N] fp32, in units of y.
+        zero_point: [T] or [1] int32 in [-128, 127]. Code of activation 0.0; absent means 0.
+        weight_sum: [N, J] int32, sum of code - weight_zero over each group. Needed with zero_point.
+        out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
+
+    Returns:
+        [T, N] out_dtype, contiguous.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or layout, or a group too large for an int32 sum.
+    """
+    op = "gemm_w4a8_per_group"
+    checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
+    checks.check_real_groups(op, packed, weight_scale, weight_zero, like=q)
+    checks.check_inner(op, 2 * packed.shape[1], q.shape[1], "packed")
+    checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
+    _check_bias(op, bias, packed, like=q)
+    checks.check_zero_point(op, zero_point, weight_sum)
+    if zero_point is not None and weight_sum is not None:
+        checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
+        checks.check_group_sums(op, weight_sum, weight_scale, like=q)
+    checks.check_out_dtype(op, out_dtype)
+    return _gemm_w4a8_per_group(
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
+    )
+
+
+def linear_w4_per_group(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Linear layer on float activations and int4 weights per group, for modulation (AdaLN) layers.
+
+    y = x @ W.T + bias in fp32 on W = weight_scale * (code - weight_zero). A row fold by a power of two
+    commutes exactly. On CUDA this is plain torch (`backend_of` says "torch"): leave TF32 off, as torch
+    does by default.
+
+    Args:
+        x: [B, K] fp32 | fp16 | bf16, rows contiguous.
+        packed: [N, K / 2] uint8, rows contiguous.
+        weight_scale: [N, J] fp32; K / J a multiple of 32, or J = 1.
+        weight_zero: [N, J] uint8 in 0..15.
+        bias: [N] fp32, in units of y.
+        out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
+
+    Returns:
+        [B, N] out_dtype, contiguous.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or layout.
+    """
+    op = "linear_w4_per_group"
+    checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
+    checks.check_real_groups(op, packed, weight_scale, weight_zero, like=x)
+    checks.check_inner(op, 2 * packed.shape[1], x.shape[1], "packed")
+    _check_bias(op, bias, packed, like=x)
+    checks.check_out_dtype(op, out_dtype)
+    return _linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
+
+
+def _check_bias(
+    op: str, bias: torch.Tensor | None, packed: torch.Tensor, like: torch.Tensor
+) -> None:
+    if bias is not None:
+        checks.check_vector(op, "bias", bias, torch.float32, (packed.shape[0],), like=like)
+
+
+@torch.library.custom_op("ditq::gemm_w4a8_per_group", mutates_args=())
+def _gemm_w4a8_per_group(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return reference.gemm_w4a8_per_group(
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
+    )
+
+
+@_gemm_w4a8_per_group.register_kernel("cuda")
+def _(q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype):
+    return load_kernel("gemm_w4a8_per_group").launch(
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
+    )
+
+
+@_gemm_w4a8_per_group.register_fake
+def _(q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype):
+    return q.new_empty((q.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::linear_w4_per_group", mutates_args=())
+def _linear_w4_per_group(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return reference.linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
+
+
+@_linear_w4_per_group.register_kernel("cuda")
+def _(x, packed, weight_scale, weight_zero, bias, out_dtype):
+    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
+    return reference.linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
+
+
+@_linear_w4_per_group.register_fake
+def _(x, packed, weight_scale, weight_zero, bias, out_dtype):
+    return x.new_empty((x.shape[0], packed.shape[0]), dtype=out_dtype)
