@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import nn
 
@@ -63,14 +65,27 @@ def share_embedder(model: nn.Module, family: Family) -> None:
         setattr(model.get_submodule(parent), leaf, model.get_submodule(first))
 
 
-def has_shared_embedder(model: nn.Module, family: Family) -> bool:
-    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough."""
+def has_shared_embedder(
+    model: nn.Module,
+    family: Family,
+    tensors: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
+) -> bool:
+    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough.
+
+    Args:
+        model: a float transformer.
+        family: its table.
+        tensors: prefix of a module -> its tensors; default: from the model. Two modules are held at a time.
+    """
     prefixes = family.embedder_prefixes(model)
     if len(prefixes) < 2:
         return False
-    first, *others = (model.get_submodule(prefix).state_dict() for prefix in prefixes)
+    read = tensors or (lambda prefix: model.get_submodule(prefix).state_dict())
+    first = read(prefixes[0])
     return all(
-        torch.equal(tensor, other[name]) for other in others for name, tensor in first.items()
+        torch.equal(tensor, first[name])
+        for prefix in prefixes[1:]
+        for name, tensor in read(prefix).items()
     )
 
 

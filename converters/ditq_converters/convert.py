@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from ditq_converters.fold import block_linears, fold_block
 from ditq_converters.methods import METHODS, BlockTransform
-from ditq_converters.models import transformer_of
+from ditq_converters.models import open_model, transformer_of
 from ditq_converters.pack import make_scheme, pack_model
 from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.plan import LayerPlan, plan_layers
@@ -20,7 +21,10 @@ from ditq_converters.progress import progress_bar
 from ditq_converters.quantize import quantize_linear, store_table
 from ditq_converters.recipe import Recipe
 from ditq_converters.sites import act_ranges, feedbacks, group_bounds, restrict, site_data
-from ditq_converters.stats import CalibrationStats
+from ditq_converters.stats import CalibrationStats, model_hash
+from ditq_converters.streaming.finished import FinishedBlocks
+from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
+from ditq_converters.streaming.write import check_room, write_streamed
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.files import check_new
@@ -34,31 +38,45 @@ def convert(
     out: str | Path | None = None,
     max_shard_size: str = "10GB",
     quiet: bool = False,
+    *,
+    memory_budget: int | None = None,
 ) -> nn.Module:
     """Turn a float model into a packed checkpoint.
 
     Args:
-        pipe: a diffusers pipeline, or its transformer alone; not changed.
+        pipe: a diffusers pipeline, or its transformer alone, not changed; or a MODEL that `open_model` opens.
         recipe: every choice.
         stats: a calibration of this very model; needed by static activations and by methods that smooth.
         out: folder to write, a pipeline or a transformer as `pipe` is; it appears complete or not at all.
         max_shard_size: as in diffusers' `save_pretrained`.
         quiet: show no progress bar.
+        memory_budget: bytes of main memory for a MODEL: one that is larger is read and converted block by block, into
+            the same bytes. Finished blocks stay in the hidden folder `.OUT.blocks` until `out` is complete: killed,
+            the same call goes on after them.
 
     Returns:
-        The packed transformer, in memory.
+        The packed transformer, in memory; its tensors on meta if it was converted block by block.
 
     Raises:
         ValueError: an unsupported model, missing statistics, a layer that cannot have the recipe's format, a tensor
-            that is not finite.
+            that is not finite, a budget that one block does not fit into.
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
     if out is not None:
         check_new(Path(out))
+    if isinstance(pipe, str | Path):
+        pipe = open_model(str(pipe), memory_budget=memory_budget)
+    elif memory_budget is not None:
+        raise ValueError(
+            "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
+        )
     model = transformer_of(pipe)
     family = family_of(type(model).__name__)
     plans = plan_layers(model, family, recipe)
+    on_disk = streamed_of(model) is not None
+    if on_disk:
+        check_room(model, out)
     check_finite(model)
     if stats is not None:
         stats.check_model(model)
@@ -67,26 +85,67 @@ def convert(
             f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
             "run `ditq calibrate` first and pass them"
         )
-    tensors: dict[str, torch.Tensor] = {}
-    formats: dict[str, LayerFormat] = {}
     by_name = {plan.name: plan for plan in plans}
-    blocks = family.block_names(model)
-    with torch.no_grad(), progress_bar("converting", len(blocks), quiet=quiet) as advance:
-        for block in blocks:
-            packed_block = convert_block(model, family, block, recipe, stats, by_name)
-            tensors |= packed_block.tensors
-            formats |= packed_block.formats
-            advance()
-        scheme = make_scheme(model, family, formats)
-        packed = pack_model(model, scheme, tensors, provenance(recipe, stats))
+
+    @torch.no_grad()
+    def one_block(block: str) -> PackedBlock:
+        with weights_of(model, block):
+            return convert_block(model, family, block, recipe, stats, by_name)
+
+    made = provenance(recipe, stats)
+    if on_disk:
+        assert out is not None
+        return convert_on_disk(pipe, model, one_block, made, Path(out), max_shard_size, quiet)
+    packed = convert_in_memory(model, one_block, made, quiet)
     if out is not None:
         save(pipe, packed, Path(out), max_shard_size)
     return packed
 
 
+def convert_in_memory(
+    model: nn.Module, one_block: Callable[[str], PackedBlock], made: dict[str, Any], quiet: bool
+) -> nn.Module:
+    """Convert all blocks and assemble the packed transformer."""
+    tensors: dict[str, torch.Tensor] = {}
+    formats: dict[str, LayerFormat] = {}
+    family = family_of(type(model).__name__)
+    blocks = family.block_names(model)
+    with progress_bar("converting", len(blocks), quiet=quiet) as advance:
+        for block in blocks:
+            packed_block = one_block(block)
+            tensors |= packed_block.tensors
+            formats |= packed_block.formats
+            advance()
+    return pack_model(model, make_scheme(model, family, formats), tensors, made)
+
+
+def convert_on_disk(
+    pipe: Any,
+    model: nn.Module,
+    one_block: Callable[[str], PackedBlock],
+    made: dict[str, Any],
+    out: Path,
+    max_shard_size: str,
+    quiet: bool,
+) -> nn.Module:
+    """Convert the blocks that an earlier run did not, one in memory at a time, then write the folder from disk."""
+    family = family_of(type(model).__name__)
+    blocks = family.block_names(model)
+    done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(model)})
+    earlier = done.names()
+    with progress_bar("converting", len(blocks), len(earlier), quiet) as advance:
+        for block in blocks:
+            if block not in earlier:
+                packed_block = one_block(block)
+                done.save(block, packed_block.tensors, packed_block.formats)
+                advance()
+    scheme = make_scheme(model, family, done.formats(blocks))
+    return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
+
+
 def check_finite(model: nn.Module) -> None:
     """ValueError that names the first tensor of a float model with a NaN or an infinity."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_of(model):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"{name}: holds a value that is not finite; check the source checkpoint"

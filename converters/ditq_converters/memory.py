@@ -1,12 +1,13 @@
 """A memory budget: how many samples fit into one forward, estimated from a forward of one sample.
 
 peak = what the process holds after that forward
+     + the largest module's weights, of a model whose weights are read as it runs
      + SLACK, on the CPU
      + latents: a dozen fp32 tensors [S, C, H, W] (before, prediction, after, sampler history, temporaries)
      + statistics of one call, twice: as tensors and as the bytes of their file
      + samples per forward * MARGIN * the most tensor bytes that were alive at once in that forward
 
-On a GPU its memory is meant: what the process has allocated there, and the last line.
+On a GPU its memory is meant: what the process has allocated there, those weights, and the last line.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_iter
 
 from ditq_converters.recorder import Recorder
 from ditq_converters.rows import RowPlan
+from ditq_converters.streaming.model import passing_bytes
 from ditq_converters.trajectory import SamplingPlan, initial_latents, predict
 from ditq_runtime.families import Family
 
@@ -94,7 +96,7 @@ def fitting_micro_batch(
     statistics = 2 * widths * (2 * 4 + rows * parameter.element_size())
     on_gpu = parameter.device.type == "cuda"
     fixed = 0 if on_gpu else SLACK + LATENTS * 4 * latents.numel() * len(plan.labels) + statistics
-    base = held(parameter.device) + fixed
+    base = held(parameter.device) + fixed + passing_bytes(model)
     sample = int(MARGIN * live.peak)
     fits = min((budget - base) // sample, plan.micro_batch)
     if fits < 1:

@@ -10,23 +10,29 @@ import torch
 from torch import nn
 
 from ditq_converters.demo import DEMO_MODELS, open_demo
+from ditq_converters.streaming.opening import fits, open_in_pieces
 
 TRANSFORMER_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
 
 
-def open_model(model: str, torch_dtype: torch.dtype = torch.float32) -> Any:
+def open_model(
+    model: str, torch_dtype: torch.dtype = torch.float32, memory_budget: int | None = None
+) -> Any:
     """Open a float model.
 
     Args:
         model: `demo:NAME`, a folder with model_index.json (a pipeline) or config.json (a transformer), or a hub id.
         torch_dtype: of its weights.
+        memory_budget: bytes of main memory; the weights of a model that is too large for it stay on disk until they
+            are needed (`streaming`). Such a model can be calibrated and converted; a demo is always loaded.
 
     Returns:
         A diffusers pipeline; a transformer alone where the folder holds only that.
 
     Raises:
-        ValueError: nothing of that name, an unknown demo, a packed model, a Facebook `.pt` file.
+        ValueError: nothing of that name, an unknown demo, a packed model, a Facebook `.pt` file; within a memory
+            budget also weights that are no safetensors.
     """
     if model.startswith("demo:"):
         pipe = open_demo(model)
@@ -37,12 +43,14 @@ def open_model(model: str, torch_dtype: torch.dtype = torch.float32) -> Any:
             f"{model}: Facebook DiT checkpoints are not read yet; convert it to a diffusers folder first"
         )
     if path.is_dir():
-        return _open_folder(path, torch_dtype)
+        return _open_folder(path, torch_dtype, memory_budget)
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/")):
         raise ValueError(
             f"{model}: not a diffusers folder, not a hub id, and not one of {', '.join(DEMO_MODELS)}"
         )
-    return _from_pretrained("DiffusionPipeline", model, torch_dtype)
+    if memory_budget is None:
+        return _from_pretrained("DiffusionPipeline", model, torch_dtype)
+    return _open_folder(_download(model), torch_dtype, memory_budget)
 
 
 def transformer_of(pipe: Any) -> nn.Module:
@@ -50,12 +58,16 @@ def transformer_of(pipe: Any) -> nn.Module:
     return pipe if isinstance(pipe, nn.Module) else pipe.transformer
 
 
-def _open_folder(path: Path, torch_dtype: torch.dtype) -> Any:
+def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None) -> Any:
     if (path / PIPELINE_FILE).exists():
         _refuse_packed(path / "transformer" / TRANSFORMER_FILE)
+        if memory_budget is not None and not fits(path, memory_budget):
+            return open_in_pieces(path, memory_budget, torch_dtype)
         return _from_pretrained("DiffusionPipeline", str(path), torch_dtype)
     if (path / TRANSFORMER_FILE).exists():
         _refuse_packed(path / TRANSFORMER_FILE)
+        if memory_budget is not None and not fits(path, memory_budget):
+            return open_in_pieces(path, memory_budget, torch_dtype)
         return _from_pretrained("AutoModel", str(path), torch_dtype)
     raise ValueError(
         f"{path}: no {PIPELINE_FILE} and no {TRANSFORMER_FILE} in it, so it is no diffusers model"
@@ -73,3 +85,9 @@ def _from_pretrained(kind: str, source: str, torch_dtype: torch.dtype) -> Any:
     import diffusers
 
     return getattr(diffusers, kind).from_pretrained(source, dtype=torch_dtype)
+
+
+def _download(model: str) -> Path:
+    import diffusers
+
+    return Path(diffusers.DiffusionPipeline.download(model))

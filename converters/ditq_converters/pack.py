@@ -8,14 +8,21 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ditq_converters.streaming.model import tensors_of
 from ditq_runtime import plugin, skeleton
 from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 
 def make_scheme(model: nn.Module, family: Family, formats: dict[str, LayerFormat]) -> Scheme:
-    """The scheme that lists every packed layer: full name -> format."""
-    return Scheme.of(type(model).__name__, skeleton.has_shared_embedder(model, family), formats)
+    """The scheme that lists every packed layer: full name -> format; the model's weights may be on disk."""
+
+    def module(prefix: str) -> dict[str, torch.Tensor]:
+        tensors = tensors_of(model, prefix)
+        return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
+
+    shared = skeleton.has_shared_embedder(model, family, module)
+    return Scheme.of(type(model).__name__, shared, formats)
 
 
 def pack_model(
@@ -32,10 +39,7 @@ def pack_model(
     Returns:
         A transformer on the CPU that runs and that `save_pretrained` writes.
     """
-    dtype = next(model.parameters()).dtype
-    with init_empty_weights():
-        packed = type(model).from_config(model.config)
-    skeleton.install(packed, scheme, dtype)
+    packed = packed_skeleton(model, scheme, recipe)
     for name, buffer in packed.named_buffers():
         if buffer.is_floating_point():
             buffer.data = model.get_buffer(name).detach().cpu().clone()
@@ -47,5 +51,15 @@ def pack_model(
     }
     packed.load_state_dict({**floats, **tensors}, strict=True, assign=True)
     packed.requires_grad_(False).eval()
+    return packed
+
+
+def packed_skeleton(model: Any, scheme: Scheme, recipe: dict[str, Any]) -> Any:
+    """The packed transformer before it has its tensors: they are on meta. Arguments as `pack_model`."""
+    dtype = next(model.parameters()).dtype
+    config = {key: value for key, value in model.config.items() if key != "_name_or_path"}
+    with init_empty_weights():
+        packed = type(model).from_config(config)
+    skeleton.install(packed, scheme, dtype)
     plugin.adopt(packed, plugin.DitqConfig(scheme, recipe), dtype)
     return packed

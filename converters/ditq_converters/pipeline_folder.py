@@ -25,7 +25,16 @@ def write_pipeline(
     """
     with atomic_folder(out) as part:
         pipe.save_pretrained(part, max_shard_size=max_shard_size)
+        forget_paths(part)
         _keep_labels(labels_of or pipe, part / "model_index.json")
+
+
+def forget_paths(folder: Path) -> None:
+    """Remove what diffusers notes of where each component was loaded from: a path of this machine."""
+    for config in sorted(folder.rglob("*.json")):
+        content = json.loads(config.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _keep_labels(pipe: Any, index: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ditq_converters.streaming.model import tensors_of
 from ditq_runtime.files import atomic_file, write_json
 
 STATISTICS_VERSION = 1
@@ -33,9 +34,9 @@ class StatisticsError(ValueError):
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's tensors."""
+    """SHA-256 over names, dtypes, shapes and bytes of a model's tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors_of(model, in_order=True):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

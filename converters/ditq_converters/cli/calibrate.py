@@ -42,7 +42,7 @@ def calibrate(
     from ditq_converters.models import open_model, transformer_of
 
     budget = _check(sampler, samples, labels, prompts, memory_budget)
-    pipe = open_model(model)
+    pipe = open_model(model, memory_budget=budget)
     listed = read_labels(labels, pipe, transformer_of(pipe)) if labels else None
     o.place(pipe, device)
     stats = run(
@@ -70,7 +70,6 @@ def _check(
     sampler: str, samples: int | None, labels: Path | None, prompts: Path | None, memory: str
 ) -> int | None:
     """Refuse what needs no model to be refused; return the memory budget in bytes."""
-    from ditq_converters.memory import parse_bytes
     from ditq_converters.samplers import SAMPLERS
 
     if sampler not in SAMPLERS:
@@ -86,7 +85,4 @@ def _check(
         raise typer.BadParameter(
             "--labels lists one class per sample; leave --samples out, or drop --labels."
         )
-    try:
-        return parse_bytes(memory) if memory else None
-    except ValueError as error:
-        raise typer.BadParameter(f"--memory-budget: {error}.") from error
+    return o.parse_budget(memory)

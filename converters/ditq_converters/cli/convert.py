@@ -42,13 +42,16 @@ def convert(
     seed: o.SeedOption = 0,
     batch: o.BatchOption = 32,
     max_shard_size: o.ShardOption = "10GB",
+    memory_budget: o.MemoryOption = "",
     device: o.DeviceOption = "",
     json: o.JsonOption = False,
 ) -> None:
     """Convert a float Diffusion Transformer into a packed low-bit checkpoint.
 
     Calibrates first where the recipe needs it and no --stats are given; the statistics stay in OUT.stats, serve
-    later conversions, and let a killed run resume.
+    later conversions, and let a killed run resume. With a --memory-budget that MODEL does not fit into, its weights
+    stay on disk and it is converted block by block, into the same bytes; finished blocks stay in .OUT.blocks, so that
+    the same command goes on after a kill.
 
     Example: ditq convert demo:digits out --method smoothquant --weights w4p
     """
@@ -69,10 +72,12 @@ def convert(
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
+    budget = o.parse_budget(memory_budget)
     check_new(out)
     begin = time.perf_counter()
     plan = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
-    _convert(model, out, recipe, stats, device, max_shard_size, {"steps": steps, **plan})
+    calibration = {"steps": steps, **plan, "memory_budget": budget}
+    _convert(model, out, recipe, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 
 
@@ -94,7 +99,7 @@ def _convert(
     from ditq_converters.stats import CalibrationStats
     from ditq_runtime.families import family_of
 
-    pipe = open_model(model)
+    pipe = open_model(model, memory_budget=calibration["memory_budget"])
     transformer = transformer_of(pipe)
     plan_layers(transformer, family_of(type(transformer).__name__), recipe)
     o.place(pipe, device)

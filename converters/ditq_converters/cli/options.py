@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,7 +65,10 @@ PromptsOption = Annotated[
     Path | None, typer.Option(help="Prompts, for models that are conditioned on text: none yet.")
 ]
 MemoryOption = Annotated[
-    str, typer.Option(help="Such as 6GiB: lowers --batch so that the peak stays below it.")
+    str,
+    typer.Option(
+        help="Such as 6GiB: main memory to stay below. A model that does not fit is read block by block."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of classes and noise.")]
 BatchOption = Annotated[
@@ -105,8 +108,26 @@ StatsOption = Annotated[
 ShardOption = Annotated[str, typer.Option(help="As in diffusers' save_pretrained.")]
 
 
-def place(pipe: object, device: str) -> None:
-    """Move a model to `device`, or to the GPU where there is one."""
+def place(pipe: Any, device: str) -> None:
+    """Move a model to `device`, or to the GPU where there is one; of one on disk, what is loaded and what will be."""
     import torch
 
-    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[attr-defined]
+    from ditq_converters.models import transformer_of
+    from ditq_converters.streaming.model import move, streamed_of
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformer_of(pipe)
+    if streamed_of(model) is None:
+        pipe.to(chosen)
+    else:
+        move(model, torch.device(chosen))
+
+
+def parse_budget(text: str) -> int | None:
+    """--memory-budget in bytes; None where it was not given."""
+    from ditq_converters.memory import parse_bytes
+
+    try:
+        return parse_bytes(text) if text else None
+    except ValueError as error:
+        raise typer.BadParameter(f"--memory-budget: {error}.") from error

@@ -1,0 +1,238 @@
+"""A model of DiT-XL/2's size through the whole converter: seconds, peak memory and bytes of every stage.
+
+    python -m ditq_bench.full_size --out runs/xl
+
+Builds the float pipeline with random weights, calibrates it, converts it with two methods to two widths, loads each
+result with diffusers and samples from it. Every stage is a process of its own, so that its peak memory is its own.
+What is in OUT already is not made again: delete a folder there to time its stage anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import multiprocessing
+import os
+import pstats
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditq_bench import full_size_report
+from ditq_runtime.files import write_json
+
+CALIBRATION_BUDGET = 6 * 2**30
+CONVERSION_BUDGET = 2 * 2**30  # below the float model, so that it is converted block by block
+STEPS, SAMPLES, ROWS = 2, 4, 16
+SHARES = (  # of a conversion: part -> function whose cumulative time it is
+    ("check for finite values", "check_finite"),
+    ("hash", "model_hash"),
+    ("fold", "fold_block"),
+    ("quantize", "quantize_linear"),
+    ("keep blocks", "save"),
+    ("write", "write_streamed"),
+)
+VARIANTS = {
+    f"{method}-{weights}": {"method": method, "weights": weights}
+    for method in ("linear", "smoothquant")
+    for weights in ("w8", "w4p")
+} | {"smoothquant-w4p-g128": {"method": "smoothquant", "weights": "w4p", "group_size": 128}}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+        name: as in the report.
+        work: runs it and returns figures of its own; a module-level function.
+        arguments: of `work`.
+        makes: the folder it writes; a stage whose folder is there is not run.
+    """
+
+    name: str
+    work: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    makes: Path | None = None
+
+
+def stages(out: Path) -> list[Stage]:
+    """All stages, in order."""
+    model, stats = out / "float", out / "stats"
+    found = [
+        Stage("build", build_model, (model,), model),
+        Stage("calibrate", run_calibration, (model, stats), stats),
+    ]
+    for name, recipe in VARIANTS.items():
+        packed = out / name
+        found += [
+            Stage(f"convert {name}", run_conversion, (model, recipe, stats, packed), packed),
+            Stage(f"load and sample {name}", load_and_sample, (packed,)),
+        ]
+    return found
+
+
+def build_model(folder: Path) -> dict[str, Any]:
+    """Write the float pipeline."""
+    from ditq_bench.xl_model import build
+
+    build(folder)
+    return {"bytes": _bytes(folder)}
+
+
+def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
+    """Calibrate within CALIBRATION_BUDGET; a few calls are as large as many."""
+    from ditq_converters import calibrate, open_model
+
+    pipe = open_model(str(model), memory_budget=CALIBRATION_BUDGET)
+    made = calibrate(
+        pipe, stats, STEPS, SAMPLES, rows=ROWS, memory_budget=CALIBRATION_BUDGET, quiet=True
+    )
+    return {
+        "micro_batch": made.manifest["plan"]["micro_batch"],
+        "model_calls": STEPS,
+        "samples": SAMPLES,
+        "bytes": _bytes(stats),
+    }
+
+
+def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) -> dict[str, Any]:
+    """Convert within CONVERSION_BUDGET; where its time went."""
+    from ditq_converters import CalibrationStats, Recipe, convert
+    from ditq_runtime.folder import open_folder, size_by_category
+
+    opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
+    profile = cProfile.Profile()
+    profile.runcall(
+        convert, str(model), Recipe(**recipe), opened, out, quiet=True,
+        memory_budget=CONVERSION_BUDGET,
+    )  # fmt: skip
+    folder = open_folder(out)
+    return {
+        "transformer_bytes": folder.nbytes,
+        "bytes_by_category": size_by_category(folder),
+        "seconds_by_part": _parts(pstats.Stats(profile)),
+    }
+
+
+def load_and_sample(out: Path) -> dict[str, Any]:
+    """Open a packed pipeline with diffusers and take one step; its pixels mean nothing."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import ditq_runtime
+
+    begin = time.perf_counter()
+    pipe = DiffusionPipeline.from_pretrained(out)
+    loaded = time.perf_counter()
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipe([207], num_inference_steps=1, generator=generator, output_type="pt").images
+    sampled = time.perf_counter()
+    if not bool(torch.isfinite(image).all()):
+        raise RuntimeError(f"{out}: sampled values that are not finite")
+    totals = ditq_runtime.execution_report(pipe.transformer).totals
+    return {
+        "load_seconds": loaded - begin,
+        "sample_seconds": sampled - loaded,
+        "integer_linears": totals["integer_linears"],
+        "weight_only_linears": totals["weight_only_linears"],
+    }
+
+
+def run(out: Path, only: str = "") -> list[dict[str, Any]]:
+    """Run the stages whose name contains `only`; every one's record also goes to OUT/records."""
+    records = []
+    for stage in stages(out):
+        path = out / "records" / f"{stage.name.replace(' ', '_')}.json"
+        done = path.exists() and (stage.makes is None or stage.makes.exists())
+        if only in stage.name and not done:
+            record = in_process(stage)
+            write_json(path, record)
+            print(f"{stage.name}: {record['seconds']:.0f} s", file=sys.stderr)  # noqa: T201
+        if path.exists():
+            records.append(full_size_report.read(path))
+    return records
+
+
+def in_process(stage: Stage) -> dict[str, Any]:
+    """Run a stage in a fresh process: its figures, seconds, peak memory and the machine's load.
+
+    Raises:
+        RuntimeError: it failed; its traceback is on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(stage, theirs))
+    process.start()
+    theirs.close()
+    try:
+        record: dict[str, Any] = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"full_size: {stage.name} failed; see its traceback") from None
+    finally:
+        process.join()
+    return record
+
+
+def measure(stage: Stage, connection: Any) -> None:
+    """In that process: imports first, then the work, timed."""
+    import torch
+
+    import ditq_converters
+    from ditq_converters.memory import held, peak_rss
+
+    assert ditq_converters.__all__  # imported before the clock starts
+    before = held(torch.device("cpu"))
+    load, begin, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+    figures = stage.work(*stage.arguments)
+    connection.send(
+        {
+            "stage": stage.name,
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_rss": peak_rss(),
+            "rss_before": before,
+            "load_before": load,
+            "load_after": os.getloadavg()[0],
+            "threads": torch.get_num_threads(),
+            **figures,
+        }
+    )
+
+
+def _parts(stats: pstats.Stats) -> dict[str, float]:
+    cumulative: dict[str, float] = {}
+    for (path, _, function), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
+        if "ditq_converters" in path:
+            cumulative[function] = max(cumulative.get(function, 0.0), seconds)
+    return {part: cumulative.get(function, 0.0) for part, function in SHARES}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="A DiT-XL/2-sized model through the converter.")
+    parser.add_argument("--out", type=Path, default=Path("runs/xl"))
+    parser.add_argument("--only", default="", help="run only stages whose name contains this")
+    parser.add_argument("--results", type=Path, help="folder for full_size.json and .csv")
+    parser.add_argument("--remove", action="store_true", help="remove the models afterwards")
+    options = parser.parse_args(arguments)
+    records = run(options.out, options.only)
+    full_size_report.write(options.results or options.out, records)
+    if options.remove:
+        for stage in stages(options.out):
+            if stage.makes is not None:
+                shutil.rmtree(stage.makes, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

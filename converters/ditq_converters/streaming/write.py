@@ -1,0 +1,151 @@
+"""Write the packed folder of a model whose weights stay on disk, from its converted blocks.
+
+It has the very bytes that a conversion in memory saves. Neither the float nor the packed model is ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import nn
+
+from ditq_converters.memory import SLACK, held
+from ditq_converters.pack import packed_skeleton
+from ditq_converters.pipeline_folder import forget_paths
+from ditq_converters.streaming import finished
+from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
+from ditq_converters.streaming.opening import (
+    PIPELINE_FILE,
+    check_budget,
+    components,
+    stored_files,
+)
+from ditq_converters.streaming.source import WEIGHTS
+from ditq_converters.streaming.writer import write_safetensors
+from ditq_runtime.families import family_of
+from ditq_runtime.files import atomic_folder
+from ditq_runtime.scheme import Scheme
+
+WORK = 10  # bytes that a conversion of one block holds, over the bytes of its fp32 weights
+
+
+def check_room(model: nn.Module, out: object) -> None:
+    """ValueError if one block at a time does not fit the budget of a streamed model, or it has no `out` to go to."""
+    if out is None:
+        raise ValueError(
+            "convert: a model that is larger than the memory budget needs a folder `out`"
+        )
+    streamed = _streamed(model)
+    work = WORK * largest_block(model, family_of(type(model).__name__))
+    check_budget(held(torch.device("cpu")) + SLACK + work, streamed.memory_budget)
+
+
+def write_streamed(
+    pipe: Any,
+    model: nn.Module,
+    scheme: Scheme,
+    recipe: dict[str, Any],
+    done: finished.FinishedBlocks,
+    out: Path,
+    max_shard_size: str,
+) -> nn.Module:
+    """Write the packed folder from converted blocks and the source's other tensors, atomically.
+
+    Args:
+        pipe: what was opened: `model` itself, or a pipeline around it, whose other components are copied.
+        model: the streamed float transformer.
+        scheme: of the packed one.
+        recipe: its provenance.
+        done: all blocks.
+        out: the folder.
+        max_shard_size: as in diffusers' `save_pretrained`.
+
+    Returns:
+        The packed transformer, its tensors on meta.
+    """
+    packed = packed_skeleton(model, scheme, recipe)
+    read = _reader(done, _streamed(model))
+    with atomic_folder(out) as part:
+        if pipe is model:
+            _write_transformer(packed, part, read, max_shard_size)
+        else:
+            folder = _streamed(model).source.folder.parent
+            _copy_components(folder, part, type(packed).__name__)
+            _write_transformer(packed, part / "transformer", read, max_shard_size)
+        forget_paths(part)
+    finished.forget(out)
+    return packed
+
+
+def _streamed(model: nn.Module) -> Streamed:
+    streamed = streamed_of(model)
+    assert streamed is not None
+    return streamed
+
+
+def _reader(done: finished.FinishedBlocks, streamed: Streamed) -> Callable[[str], torch.Tensor]:
+    files = done.files()
+
+    def read(name: str) -> torch.Tensor:
+        if name not in files:
+            return streamed.source.read([name])[name]
+        with safe_open(files[name], "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    return read
+
+
+def _write_transformer(
+    packed: Any, folder: Path, read: Callable[[str], torch.Tensor], max_shard_size: str
+) -> None:
+    """What `packed.save_pretrained` would write."""
+    packed.save_config(folder)
+    tensors, _ = packed.hf_quantizer.get_state_dict_and_metadata(packed.state_dict(), True)
+    write_shards(folder, tensors, read, max_shard_size)
+
+
+def write_shards(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+) -> None:
+    """The weight files of a diffusers model, and their index where there are several; one tensor in memory at a time.
+
+    Args:
+        folder: of the model, beside its config.json.
+        tensors: name -> a tensor of its dtype and shape, on meta, in the order of `state_dict`.
+        read: name -> the tensor itself.
+        max_shard_size: as in diffusers' `save_pretrained`.
+    """
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=pattern, max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        write_safetensors(folder / file, shard, read, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": dict(split.metadata), "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{WEIGHTS}.index.json").write_text(text)
+
+
+def _copy_components(folder: Path, part: Path, architecture: str) -> None:
+    """Everything of a pipeline but its transformer, file by file; nothing is loaded."""
+    for name in components(folder):
+        for file in stored_files(folder / name):
+            copy = part / name / file.relative_to(folder / name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    index = json.loads((folder / PIPELINE_FILE).read_text())
+    index["transformer"] = ["diffusers", architecture]  # an old folder says Transformer2DModel
+    (part / PIPELINE_FILE).write_text(json.dumps(index, indent=2) + "\n")
