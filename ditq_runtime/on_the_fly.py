@@ -191,10 +191,15 @@ class PackedView(Mapping[str, torch.Tensor]):
         return {f"{layer}.{part}": tensor for part, tensor in stored.items()}
 
 
-def made_names(scheme: Scheme, direct: ScaleRows) -> Iterator[str]:
+def rename_tables(keys: list[str], direct: ScaleRows) -> None:
+    """Turn the names of a float checkpoint's modulation tables, in place, into those of the stored tensors."""
+    for name in set(keys) & direct.keys():
+        keys.remove(name)
+        keys += table_names(name)
+
+
+def made_names(scheme: Scheme) -> Iterator[str]:
     """Names of the stored tensors that no float checkpoint has."""
-    for name in direct.keys() - scheme.layers.keys():
-        yield from table_names(name)
     for layer in scheme.layers:
         for field in weight_fields(scheme.format_of(layer)):
             if field != "weight":

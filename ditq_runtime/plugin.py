@@ -20,7 +20,14 @@ from torch import nn
 from ditq_runtime import checkpoint, skeleton
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
-from ditq_runtime.on_the_fly import Choice, PackedView, choose_formats, made_names, scale_rows
+from ditq_runtime.on_the_fly import (
+    Choice,
+    PackedView,
+    choose_formats,
+    made_names,
+    rename_tables,
+    scale_rows,
+)
 from ditq_runtime.scheme import Scheme
 
 
@@ -159,7 +166,8 @@ class DitqQuantizer(DiffusersQuantizer):
         """Check the files themselves, before a weight is read."""
         if self.pre_quantized:
             self.headers = checkpoint.read_headers(checkpoint_files)
-        return loaded_keys
+        self.loaded_keys = list(loaded_keys)
+        return self.loaded_keys
 
     def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
@@ -174,6 +182,7 @@ class DitqQuantizer(DiffusersQuantizer):
             assert self.quantization_config.choice is not None
             choice = self.quantization_config.choice
             self.direct = scale_rows(model)
+            rename_tables(self.loaded_keys, self.direct)
             recipe = {"method": "linear", "on_the_fly": True, **asdict(choice)}
             self.quantization_config = DitqConfig(choose_formats(model, choice), recipe)
         scheme = self.quantization_config.scheme
@@ -189,9 +198,7 @@ class DitqQuantizer(DiffusersQuantizer):
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
         """Copies of a shared embedder are absent on purpose, and what is quantized here was never in a file."""
-        made: set[str] = set()
-        if not self.pre_quantized:
-            made = set(made_names(self.quantization_config.scheme, self.direct))
+        made = set() if self.pre_quantized else set(made_names(self.quantization_config.scheme))
         return [key for key in missing_keys if not self._is_absent(key) and key not in made]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

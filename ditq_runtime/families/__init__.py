@@ -2,10 +2,13 @@
 
 from ditq_runtime.families.dit import DIT
 from ditq_runtime.families.family import BlockTable, Family
+from ditq_runtime.families.flux import FLUX
 from ditq_runtime.families.generic import generic_family, is_transformer
+from ditq_runtime.families.pixart import PIXART
+from ditq_runtime.families.sd3 import SD3
 from ditq_runtime.families.sites import AdaLN, OnTheFly, Producer, Site, ValueRows, get_linear
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (DIT,)}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (DIT, PIXART, SD3, FLUX)}
 
 
 def family_of(architecture: str) -> Family:

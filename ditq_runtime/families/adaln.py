@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
@@ -54,6 +56,19 @@ def add_gated(hidden: torch.Tensor, gate: torch.Tensor, x: torch.Tensor) -> torc
     return (hidden + gate[:, None] * x).to(hidden.dtype)
 
 
+def add_mlp(
+    hidden: torch.Tensor, norm: nn.LayerNorm, mlp: nn.Module, m: Modulation
+) -> torch.Tensor:
+    """The second half of a block: hidden + gate_mlp * mlp(AdaLN(hidden)), [B, T, D]."""
+    x = modulate(hidden, norm, m.scale_mlp, m.shift_mlp)
+    return add_gated(hidden, m.gate_mlp, mlp(x))
+
+
+def modulation(norm: Any, embedding: torch.Tensor) -> Modulation:
+    """What an AdaLayerNormZero of diffusers makes of the conditioning [B, D]."""
+    return Modulation(*norm.linear(norm.silu(embedding)).chunk(6, dim=1))
+
+
 def find_group(block: nn.Module, timestep: torch.Tensor | None = None) -> None:
     """Let a block with grouped layers find its timestep group; other blocks do nothing.
 
@@ -76,5 +91,16 @@ def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """
     stock = type(module)
     if (stock, forward) not in _SUBCLASSES:
-        _SUBCLASSES[stock, forward] = type(stock.__name__, (stock,), {"forward": forward})
+        subclass = type(stock.__name__, (stock,), {"forward": forward})
+        _introduce(subclass, stock)
+        _SUBCLASSES[stock, forward] = subclass
     module.__class__ = _SUBCLASSES[stock, forward]
+
+
+def _introduce(subclass: type, stock: type) -> None:
+    """Tell diffusers' caches about the subclass: they look up a block's exact class."""
+    try:
+        metadata = TransformerBlockRegistry.get(stock)
+    except ValueError:  # no cache knows the stock class either
+        return
+    TransformerBlockRegistry.register(subclass, copy(metadata))

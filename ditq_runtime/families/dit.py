@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families.adaln import Modulation, add_gated, find_group, modulate, swap_forward
+from ditq_runtime.families.adaln import (
+    add_gated,
+    add_mlp,
+    find_group,
+    modulate,
+    modulation,
+    swap_forward,
+)
 from ditq_runtime.families.family import BlockTable, Family, blocks_in
 from ditq_runtime.families.sites import AdaLN, OnTheFly, Site, ValueRows
 
@@ -44,15 +51,13 @@ def _forward(
         )
     find_group(self, timestep)
     embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-    modulation = self.norm1.linear(self.norm1.silu(embedding))
-    m = Modulation(*modulation.chunk(6, dim=1))
+    m = modulation(self.norm1, embedding)
 
     x = modulate(hidden_states, self.norm1.norm, m.scale_msa, m.shift_msa)
     x = self.attn1(x, attention_mask=attention_mask, **(cross_attention_kwargs or {}))
     hidden_states = add_gated(hidden_states, m.gate_msa, x)
 
-    x = modulate(hidden_states, self.norm3, m.scale_mlp, m.shift_mlp)
-    return add_gated(hidden_states, m.gate_mlp, self.ff(x))
+    return add_mlp(hidden_states, self.norm3, self.ff, m)
 
 
 def use_direct_multiplier(block: nn.Module) -> None:

@@ -1,0 +1,121 @@
+"""Tiny random models of every family with a table, and batches of mixed timesteps for them."""
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+SIZE, CAPTION, TEXT = 8, 32, 6
+
+
+def _randn(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _dit():
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=SIZE,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": _randn(4, 4, SIZE, SIZE),
+        "class_labels": torch.tensor([3, 7, 1000, 5]),
+    }
+
+
+def _pixart(additional=False):
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=2, sample_size=SIZE,
+        patch_size=2, caption_channels=CAPTION, cross_attention_dim=96, use_additional_conditions=additional,
+    )  # fmt: skip
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] + [0] * 5, [1] * 5 + [0]])
+    added = {"resolution": None, "aspect_ratio": None}
+    if additional:
+        added = {"resolution": _randn(4, 2).abs() * 64, "aspect_ratio": _randn(4, 1).abs()}
+    return model, {
+        "hidden_states": _randn(4, 4, SIZE, SIZE),
+        "encoder_hidden_states": _randn(4, TEXT, CAPTION, seed=2),
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": added,
+    }
+
+
+def _sd3(**changes):
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=SIZE, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=CAPTION, caption_projection_dim=64, pooled_projection_dim=48, out_channels=4,
+        pos_embed_max_size=8, **changes,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": _randn(4, 4, SIZE, SIZE),
+        "encoder_hidden_states": _randn(4, TEXT, CAPTION, seed=2),
+        "pooled_projections": _randn(4, 48, seed=3),
+    }
+
+
+def _flux(guidance=False):
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=CAPTION, pooled_projection_dim=48, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance,
+    )  # fmt: skip
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    inputs = {
+        "hidden_states": _randn(4, 16, 16),
+        "encoder_hidden_states": _randn(4, TEXT, CAPTION, seed=2),
+        "pooled_projections": _randn(4, 48, seed=3),
+        "img_ids": grid,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+    if guidance:
+        inputs["guidance"] = torch.tensor([3.5, 1.0, 3.5, 7.0], dtype=torch.float64)
+    return model, inputs
+
+
+MODELS = {
+    "dit": _dit,
+    "pixart-alpha": lambda: _pixart(additional=True),
+    "pixart-sigma": _pixart,
+    "sd3": _sd3,
+    "sd3.5": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "flux-schnell": _flux,
+    "flux-dev": lambda: _flux(guidance=True),
+}
+TIMESTEPS = (3.0, 250.0, 599.0, 999.0)
+
+
+@pytest.fixture(scope="session")
+def make_case():
+    """Name -> (model in eval mode, far from zero initialization; a batch of 4 at mixed timesteps)."""
+
+    def make(name, dtype=torch.float32):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, inputs = MODELS[name]()
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.2)
+        # Flux is told sigma in [0, 1], the others a training timestep
+        scale = 1e-3 if name.startswith("flux") else 1.0
+        inputs["timestep"] = scale * torch.tensor(TIMESTEPS, dtype=torch.float64)
+
+        def cast(value):
+            if isinstance(value, dict):
+                return {key: cast(entry) for key, entry in value.items()}
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        model = model.eval().requires_grad_(False).to(dtype)
+        return model, {key: cast(value) for key, value in inputs.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run():
+    """One forward, as one tensor."""
+
+    def forward(model, inputs):
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    return forward
