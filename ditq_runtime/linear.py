@@ -74,38 +74,39 @@ class QuantLinear(Pinned, nn.Linear):
         if rows.stride(1) != 1:  # a transposed input, which nn.Linear accepts too
             rows = rows.contiguous()
         out_dtype = torch.float32 if self.wide_output else self.compute_dtype
-        run = self._integer if self.format.integer_gemm else self._weight_only
-        if self.format.groups == 1 and self.format.lora_rank == 0:
-            y = run(rows, self.bias, out_dtype)
-        else:  # the epilogue's order, step by step: scales, low-rank branch, bias, cast
-            y = run(rows, None, torch.float32)
-            y = self._add_bias(y).to(out_dtype)
+        y = (
+            self._integer(rows, out_dtype)
+            if self.format.integer_gemm
+            else self._float(rows, out_dtype)
+        )
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _integer(
-        self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _integer(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         smooth_inv = self.smooth_inv if self.format.smooth else None
+        options: dict[str, Any] = {"out_dtype": out_dtype}
         if self.format.activations == "token":
             q, scale = k.quantize_per_token(rows, smooth_inv)
-            zero: dict[str, Any] = {}
         else:
             scale = self.act_scale.data
             q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
-            zero = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
-        if self.format.weights == "w8":
-            y = k.gemm_w8a8(
-                q, self.weight, scale, self.weight_scale, bias, out_dtype=out_dtype, **zero
-            )
-        else:
-            group = (self.group_scale, self.group_offset)
-            y = k.gemm_w4a8(
-                q, self.weight, scale, *group, self.weight_scale, bias, out_dtype=out_dtype, **zero
-            )
+            options |= {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if self.format.groups > 1:
+            options["bias_index"] = self._group()
         if self.format.lora_rank:
-            x = k.dequantize(q, scale[:, None], zero.get("zero_point"))
-            y = y + (x @ self.lora_down.float().t()) @ self.lora_up.float().t()
-        return y
+            zero_point = options.get("zero_point")
+            options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
+            options["lora_up"] = self.lora_up
+        if self.format.weights == "w8":
+            return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
+        group = (self.group_scale, self.group_offset)
+        return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
+
+    def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        if self.format.groups == 1:
+            return self._weight_only(rows, self.bias, out_dtype)
+        assert self.group_index is not None
+        y = self._weight_only(rows, None, torch.float32)  # then the bias, then the cast
+        return (y + self.group_index.rows(self.bias, len(y))).to(out_dtype)
 
     def _weight_only(
         self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -117,11 +118,10 @@ class QuantLinear(Pinned, nn.Linear):
         group = (self.group_scale, self.group_offset)
         return k.linear_w4(rows, self.weight, *group, self.weight_scale, bias, out_dtype=out_dtype)
 
-    def _add_bias(self, y: torch.Tensor) -> torch.Tensor:
-        if self.format.groups > 1:
-            assert self.group_index is not None
-            return y + self.group_index.rows(self.bias, y.shape[0])
-        return y if self.bias is None else y + self.bias
+    def _group(self) -> torch.Tensor:
+        """The timestep group of each sample, [B]."""
+        assert self.group_index is not None
+        return self.group_index.value
 
     def dequantized_weight(self) -> torch.Tensor:
         """The weight the codes stand for: fp32 [N, K], in the folded units of the scheme."""

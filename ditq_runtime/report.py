@@ -87,10 +87,6 @@ class ExecutionReport:
         return "\n".join([header, *rows, last])
 
 
-LOW_RANK_BRANCH = [
-    "aten.mm",
-    "aten.mm",
-]  # down, up: a few float operations beside the integer product
 WEIGHT_ONLY = "weight-only: integer weights, float activations"
 
 
@@ -203,8 +199,6 @@ class _Watch(TorchDispatchMode):
 
 def _packed_run(name: str, layer: QuantLinear, watch: _Watch) -> LayerRun:
     expected, ran = [f"ditq.{op}" for op in layer.format.ops], watch.ran[name]
-    if layer.format.lora_rank:
-        expected += LOW_RANK_BRANCH
     if layer.format.weights == "fp32":
         return _float_run(name, layer, watch, "folded but kept float by --keep")
     calls = len(ran) // max(len(expected), 1)

@@ -95,7 +95,8 @@ class LayerFormat:
         if not self.integer_gemm:
             return (f"linear_{bits}",)
         quantizer = "quantize_per_token" if self.activations == "token" else "quantize_static"
-        return (quantizer, f"gemm_{bits}a8")
+        low_rank = ("lora_down",) if self.lora_rank else ()
+        return (quantizer, *low_rank, f"gemm_{bits}a8")
 
     def tensors(
         self, in_features: int, out_features: int

@@ -11,7 +11,15 @@ import typer
 from ditq_runtime.cli.output import print_json, print_table, say
 
 PACKAGES = ("ditq", "torch", "triton", "diffusers", "accelerate", "safetensors", "numpy")
-OPS = ("quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4")
+OPS = (
+    "quantize_per_token",
+    "quantize_static",
+    "gemm_w8a8",
+    "gemm_w4a8",
+    "lora_down",
+    "linear_w8",
+    "linear_w4",
+)
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:

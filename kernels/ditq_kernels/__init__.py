@@ -26,6 +26,7 @@ from ditq_kernels.ops import (
     gemm_w8a8,
     linear_w4,
     linear_w8,
+    lora_down,
     quantize_per_token,
     quantize_static,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "linear_w4",
     "linear_w4_per_group",
     "linear_w8",
+    "lora_down",
     "pack_int4",
     "quantize_asymmetric",
     "quantize_per_token",

@@ -12,6 +12,7 @@ TRITON_OPS = frozenset(
         "gemm_w8a8",
         "gemm_w4a8",
         "gemm_w4a8_per_group",
+        "lora_down",
         "attention_qk_int8_pv_int8",
         "attention_qk_int8_pv_bf16",
     }

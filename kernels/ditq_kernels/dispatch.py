@@ -58,22 +58,27 @@ def gemm_w8a8(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.gemm_w8a8`."""
     return reference.gemm_w8a8(
-        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype
-    )
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
+        lora_up,
+    )  # fmt: skip
 
 
 @gemm_w8a8.register_kernel("cuda")
-def _(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype):
-    return load_kernel("gemm_w8a8").launch(
-        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype
-    )
+def _(q, weight, *epilogue):
+    return load_kernel("gemm_w8a8").launch(q, weight, *epilogue)
 
 
 @gemm_w8a8.register_fake
-def _(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype):
+def _(
+    q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index=None,
+    lora_x=None, lora_up=None,
+):  # fmt: skip
     return q.new_empty((q.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
@@ -89,31 +94,49 @@ def gemm_w4a8(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.gemm_w4a8`."""
     return reference.gemm_w4a8(
         q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-        out_dtype,
+        out_dtype, bias_index, lora_x, lora_up,
     )  # fmt: skip
 
 
 @gemm_w4a8.register_kernel("cuda")
-def _(
-    q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-    out_dtype,
-):  # fmt: skip
-    return load_kernel("gemm_w4a8").launch(
-        q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-        out_dtype,
-    )  # fmt: skip
+def _(q, packed, *epilogue):
+    return load_kernel("gemm_w4a8").launch(q, packed, *epilogue)
 
 
 @gemm_w4a8.register_fake
 def _(
     q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-    out_dtype,
+    out_dtype, bias_index=None, lora_x=None, lora_up=None,
 ):  # fmt: skip
     return q.new_empty((q.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("ditq::lora_down", mutates_args=())
+def lora_down(
+    q: torch.Tensor,
+    down: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `ops.lora_down`."""
+    return reference.lora_down(q, down, scale, zero_point)
+
+
+@lora_down.register_kernel("cuda")
+def _(q, down, scale, zero_point):
+    return load_kernel("lora_down").launch(q, down, scale, zero_point)
+
+
+@lora_down.register_fake
+def _(q, down, scale, zero_point):
+    return q.new_empty((q.shape[0], down.shape[0]), dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("ditq::linear_w8", mutates_args=())

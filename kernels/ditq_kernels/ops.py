@@ -8,6 +8,7 @@ CUDA graphs after a warm-up call.
 import torch
 
 from ditq_kernels import checks, dispatch
+from ditq_kernels.checks_gemm import check_channels, check_epilogue
 
 
 def quantize_per_token(
@@ -70,21 +71,29 @@ def gemm_w8a8(
     *,
     zero_point: torch.Tensor | None = None,
     weight_sum: torch.Tensor | None = None,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Linear layer on int8 activations and int8 weights, summed in int32, dequantized.
 
-    y = (q @ weight.T - zero_point * weight_sum) * (scale * weight_scale) + bias: the bracket is
-    exact, then each step is one fp32 rounding in this order, without fused multiply-add.
+    y = (q @ weight.T - zero_point * weight_sum) * (scale * weight_scale) + lora_x @ lora_up.T + bias:
+    the bracket is exact, then each step is one fp32 rounding in this order, without fused multiply-add.
+    Only the low-rank product (LoRA, arXiv:2106.09685) may be summed in another order: bf16 factors, fp32 sum.
 
     Args:
         q: [T, K] int8, rows contiguous. Activation codes.
         weight: [N, K] int8, rows contiguous. Weight codes.
         scale: [T] or [1] fp32. Activation step.
         weight_scale: [N] fp32. Weight step.
-        bias: [N] fp32, in units of y.
+        bias: [N] fp32, in units of y; [G, N] with bias_index.
         zero_point: [T] or [1] int32 in [-128, 127]. Code of activation 0.0; absent means 0.
         weight_sum: [N] int32, sum of each weight row. Needed with zero_point.
+        bias_index: [B] int64 in 0..G-1, read on the device and not checked. The bias of each sample, where
+            sample b is rows b * T / B and on. B divides T; B = T gives each row its own.
+        lora_x: [T, R] bf16. What the first factor made of the activations, see `lora_down`.
+        lora_up: [N, R] bf16. The second factor.
         out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
 
     Returns:
@@ -98,11 +107,15 @@ def gemm_w8a8(
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
     checks.check_inner(op, weight.shape[1], q.shape[1], "weight")
     checks.check_device(op, "weight", weight, q)
-    _check_epilogue(op, q, weight.shape[0], scale, weight_scale, bias, zero_point, weight_sum)
+    check_epilogue(
+        op, q, weight.shape[0], scale, weight_scale, bias, zero_point, weight_sum, bias_index,
+        lora_x, lora_up,
+    )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
     return dispatch.gemm_w8a8(
-        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype
-    )
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
+        lora_up,
+    )  # fmt: skip
 
 
 def gemm_w4a8(
@@ -116,6 +129,9 @@ def gemm_w4a8(
     *,
     zero_point: torch.Tensor | None = None,
     weight_sum: torch.Tensor | None = None,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Linear layer on int8 activations and progressive int4 weights.
@@ -129,9 +145,12 @@ def gemm_w4a8(
         group_scale: [N, J] uint8 in 1..17, K / J a multiple of 32. See `quantize_weight_w4p`.
         group_offset: [N, J] int8. Expanded weights must stay inside int8, as our packer ensures.
         weight_scale: [N] fp32. Weight step.
-        bias: [N] fp32, in units of y.
+        bias: [N] fp32, in units of y; [G, N] with bias_index.
         zero_point: [T] or [1] int32 in [-128, 127]. Code of activation 0.0; absent means 0.
         weight_sum: [N] int32, sum of each expanded weight row. Needed with zero_point.
+        bias_index: as in `gemm_w8a8`.
+        lora_x: as in `gemm_w8a8`.
+        lora_up: as in `gemm_w8a8`.
         out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
 
     Returns:
@@ -144,12 +163,51 @@ def gemm_w4a8(
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=q)
     checks.check_inner(op, 2 * packed.shape[1], q.shape[1], "packed")
-    _check_epilogue(op, q, packed.shape[0], scale, weight_scale, bias, zero_point, weight_sum)
+    check_epilogue(
+        op, q, packed.shape[0], scale, weight_scale, bias, zero_point, weight_sum, bias_index,
+        lora_x, lora_up,
+    )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
     return dispatch.gemm_w4a8(
         q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-        out_dtype,
+        out_dtype, bias_index, lora_x, lora_up,
     )  # fmt: skip
+
+
+def lora_down(
+    q: torch.Tensor,
+    down: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """First factor of a low-rank branch (LoRA, arXiv:2106.09685; DiTAS, arXiv:2409.07756, Eq. 9) on int8 activations.
+
+    y = (sum over K of (q - zero_point) * down) * scale, in fp32, then bf16. The integers are exact in bf16; the sum
+    may be taken in any order.
+
+    Args:
+        q: [T, K] int8, rows contiguous. Activation codes.
+        down: [R, K] bf16, rows contiguous.
+        scale: [T] or [1] fp32. Activation step.
+        zero_point: [T] or [1] int32 in [-128, 127]. Code of activation 0.0; absent means 0.
+
+    Returns:
+        [T, R] bf16, contiguous: `lora_x` of the GEMMs.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or layout.
+    """
+    op = "lora_down"
+    checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
+    checks.check_matrix(op, "down", down, (torch.bfloat16,), "[R, K]")
+    checks.check_inner(op, down.shape[1], q.shape[1], "down")
+    checks.check_device(op, "down", down, q)
+    lengths = (q.shape[0], 1)
+    checks.check_vector(op, "scale", scale, torch.float32, lengths, like=q)
+    if zero_point is not None:
+        checks.check_vector(op, "zero_point", zero_point, torch.int32, lengths, like=q)
+    return dispatch.lora_down(q, down, scale, zero_point)
 
 
 def linear_w8(
@@ -184,7 +242,7 @@ def linear_w8(
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
     checks.check_inner(op, weight.shape[1], x.shape[1], "weight")
     checks.check_device(op, "weight", weight, x)
-    _check_channels(op, x, weight.shape[0], weight_scale, bias)
+    check_channels(op, x, weight.shape[0], weight_scale, bias)
     checks.check_out_dtype(op, out_dtype)
     return dispatch.linear_w8(x, weight, weight_scale, bias, out_dtype)
 
@@ -222,7 +280,7 @@ def linear_w4(
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=x)
     checks.check_inner(op, 2 * packed.shape[1], x.shape[1], "packed")
-    _check_channels(op, x, packed.shape[0], weight_scale, bias)
+    check_channels(op, x, packed.shape[0], weight_scale, bias)
     checks.check_out_dtype(op, out_dtype)
     return dispatch.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
 
@@ -232,35 +290,3 @@ def _check_activations(op: str, x: torch.Tensor, smooth_inv: torch.Tensor | None
     checks.check_accumulator(op, x.shape[1], asymmetric=False)  # codes no GEMM could take
     if smooth_inv is not None:
         checks.check_vector(op, "smooth_inv", smooth_inv, torch.float32, (x.shape[1],), like=x)
-
-
-def _check_channels(
-    op: str,
-    x: torch.Tensor,
-    out_features: int,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    checks.check_vector(op, "weight_scale", weight_scale, torch.float32, (out_features,), like=x)
-    if bias is not None:
-        checks.check_vector(op, "bias", bias, torch.float32, (out_features,), like=x)
-
-
-def _check_epilogue(
-    op: str,
-    q: torch.Tensor,
-    out_features: int,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-) -> None:
-    num_tokens, in_features = q.shape
-    checks.check_accumulator(op, in_features, asymmetric=zero_point is not None)
-    checks.check_vector(op, "scale", scale, torch.float32, (num_tokens, 1), like=q)
-    _check_channels(op, q, out_features, weight_scale, bias)
-    checks.check_zero_point(op, zero_point, weight_sum)
-    if zero_point is not None and weight_sum is not None:
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (num_tokens, 1), like=q)
-        checks.check_vector(op, "weight_sum", weight_sum, torch.int32, (out_features,), like=q)

@@ -5,6 +5,7 @@ Arguments are trusted: `ops.py` checked them.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -43,6 +44,9 @@ def gemm_w8a8(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Int8 activations [T, K] times int8 weights [N, K], dequantized to [T, N]."""
     total = integer_matmul(q, weight)
@@ -50,9 +54,16 @@ def gemm_w8a8(
         total = total - zero_point[:, None] * weight_sum  # sum of (q - zero_point) * weight
     real_step = scale[:, None] * weight_scale  # scales meet first: static equals per token, bitwise
     y = total.float() * real_step
+    if lora_x is not None and lora_up is not None:
+        y = y + lora_x.float() @ lora_up.float().t()
     if bias is not None:
-        y = y + bias
+        y = y + (bias if bias_index is None else by_sample(bias[bias_index], len(y)))
     return y.to(out_dtype)
+
+
+def by_sample(values: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """One row for each token from one for each sample: [B, N] to [T, N]."""
+    return values.repeat_interleave(num_tokens // len(values), dim=0)
 
 
 def gemm_w4a8(
@@ -61,15 +72,20 @@ def gemm_w4a8(
     scale: torch.Tensor,
     group_scale: torch.Tensor,
     group_offset: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    *epilogue: Any,
+    **stages: Any,
 ) -> torch.Tensor:
     """The same on the int8 weights that progressive int4 codes stand for."""
     weight = packing.expand_w4p(packed, group_scale, group_offset)
-    return gemm_w8a8(q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype)
+    return gemm_w8a8(q, weight, scale, *epilogue, **stages)
+
+
+def lora_down(
+    q: torch.Tensor, down: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+) -> torch.Tensor:
+    """Int8 activations [T, K] times the first factor [R, K], dequantized to bf16 [T, R]."""
+    centred = q.float() if zero_point is None else q.float() - zero_point[:, None]
+    return ((centred @ down.float().t()) * scale[:, None]).bfloat16()
 
 
 def linear_w8(

@@ -24,6 +24,7 @@ def arguments(op, num_tokens=5):
         "gemm_w8a8": (
             q, w.expand(), scale, w.scale, bias, zero_point, w.weight_sum(), torch.bfloat16,
         ),
+        "lora_down": (q, x.bfloat16()[:3], scale, zero_point),
         "gemm_w4a8": (q, w.packed, scale, *int4, None, None, None, torch.float32),
         "linear_w8": (x, w.expand(), w.scale, bias, torch.float16),
         "linear_w4": (x, w.packed, *int4, None, torch.float32),
@@ -35,7 +36,7 @@ def arguments(op, num_tokens=5):
 
 
 ROW_OPS = [
-    "quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "linear_w8", "linear_w4",
+    "quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "lora_down", "linear_w8", "linear_w4",
 ]  # fmt: skip
 ATTENTION = ["attention_qk_int8_pv_int8", "attention_qk_int8_pv_bf16"]
 OPS = ROW_OPS + ATTENTION
@@ -44,6 +45,15 @@ OPS = ROW_OPS + ATTENTION
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     torch.library.opcheck(getattr(dispatch, op), arguments(op))
+
+
+@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+def test_opcheck_of_every_stage(op):
+    arguments_ = list(arguments(op, 6))
+    bias = torch.randn(3, 24)
+    arguments_[4 if op == "gemm_w8a8" else 6] = bias
+    stages = (torch.tensor([2, 0]), torch.randn(6, 5).bfloat16(), torch.randn(24, 5).bfloat16())
+    torch.library.opcheck(getattr(dispatch, op), (*arguments_, *stages))
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -68,6 +78,8 @@ def test_public_ops_trace_without_graph_breaks(op):
     *rest, last = rest
     keywords = {"out_dtype": last} if isinstance(last, torch.dtype) else {}
     positional = rest if keywords else [*rest, last]
+    if op == "lora_down":
+        *positional, keywords["zero_point"] = positional
     if op.startswith("attention"):
         *positional, softmax_scale, key_mask = positional
         keywords |= {"softmax_scale": softmax_scale, "key_mask": key_mask}

@@ -31,6 +31,7 @@ EXPORTED = [
     "linear_w4",
     "linear_w4_per_group",
     "linear_w8",
+    "lora_down",
     "pack_int4",
     "quantize_asymmetric",
     "quantize_per_token",
@@ -69,6 +70,7 @@ def test_importing_loads_neither_triton_nor_cuda():
         ("quantize_per_token", "triton"),
         ("gemm_w4a8", "triton"),
         ("gemm_w4a8_per_group", "triton"),
+        ("lora_down", "triton"),
         ("attention_qk_int8_pv_int8", "triton"),
         ("attention_qk_int8_pv_bf16", "triton"),
         ("linear_w8", "torch"),
@@ -89,7 +91,7 @@ def test_backend_of_refuses_unknown_ops():
 
 
 def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
-    ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear"))}
+    ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear", "lora"))}
     ops |= {"quantize_per_token", "quantize_static"}
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)

@@ -1,4 +1,4 @@
-"""What the kernels share: rounding, the epilogue, tile order, launch plumbing."""
+"""What the kernels share: rounding, tile order, launch plumbing."""
 
 import contextlib
 from typing import Any
@@ -41,40 +41,6 @@ def tile_of_program(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T:
     group_t = tl.minimum(tiles_t - first_t, GROUP_T)
     inside = program % programs_per_group
     return first_t + inside % group_t, inside // group_t
-
-
-@triton.jit
-def write_tile(
-    total, t, n, T, N,  # int32 sums [T, N] or, transposed, [N, T]; indices; sizes
-    out_ptr, scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,
-    stride_ot,
-    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
-    T_AXIS: tl.constexpr,  # 0 if rows of total are tokens, 1 if they are outputs
-):  # fmt: skip
-    """Dequantize in the order of the reference, each step one rounding, and store."""
-    N_AXIS: tl.constexpr = 1 - T_AXIS  # expand_dims inserts the axis of the other index
-    in_t, in_n = t < T, n < N
-    if zero_point_ptr is not None:
-        if PER_TOKEN_ZERO:
-            zero_point = tl.load(zero_point_ptr + t, mask=in_t, other=0)
-            zero_point = tl.expand_dims(zero_point, N_AXIS)
-        else:
-            zero_point = tl.load(zero_point_ptr)
-        weight_sum = tl.load(weight_sum_ptr + n, mask=in_n, other=0)
-        total -= zero_point * tl.expand_dims(weight_sum, T_AXIS)
-    weight_scale = tl.load(weight_scale_ptr + n, mask=in_n, other=0.0)
-    if PER_TOKEN_SCALE:
-        scale = tl.load(scale_ptr + t, mask=in_t, other=0.0)
-        real_step = tl.expand_dims(scale, N_AXIS) * tl.expand_dims(weight_scale, T_AXIS)
-    else:
-        real_step = tl.expand_dims(tl.load(scale_ptr) * weight_scale, T_AXIS)
-    y = total.to(tl.float32) * real_step
-    if bias_ptr is not None:
-        y += tl.expand_dims(tl.load(bias_ptr + n, mask=in_n, other=0.0), T_AXIS)
-    rows = tl.expand_dims(t.to(tl.int64) * stride_ot, N_AXIS)  # int64: T * N may pass 2**31
-    inside = tl.expand_dims(in_t, N_AXIS) & tl.expand_dims(in_n, T_AXIS)
-    at = out_ptr + rows + tl.expand_dims(n, T_AXIS)
-    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -16,8 +16,8 @@ from ditq_kernels._triton.common import (
     INTERPRETED,
     on_device_of,
     tile_of_program,
-    write_tile,
 )
+from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
 from ditq_kernels._triton.prepared_w4 import prepared_w4
 
 
@@ -60,9 +60,8 @@ def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
 @triton.jit
 def _gemm_w4a8_kernel(
     q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
-    scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,  # vectors or None
+    epilogue,  # an Epilogue
     T, N, K, stride_qt, stride_sn, stride_ot,
-    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of UNIT
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
@@ -104,11 +103,7 @@ def _gemm_w4a8_kernel(
         total = tl.dot(high, q_high, total, out_dtype=tl.int32)
         split_at += HALF
         q_at += UNIT
-    write_tile(
-        total, t, n, T, N,
-        out_ptr, scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,
-        stride_ot, PER_TOKEN_SCALE, PER_TOKEN_ZERO, T_AXIS=1,
-    )  # fmt: skip
+    write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
 
 
 def launch(
@@ -122,30 +117,44 @@ def launch(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `ops.gemm_w4a8`."""
-    (num_tokens, in_features), out_features = q.shape, packed.shape[0]
-    out = torch.empty((num_tokens, out_features), dtype=out_dtype, device=q.device)
+    out = torch.empty((q.shape[0], packed.shape[0]), dtype=out_dtype, device=q.device)
     if out.numel() == 0:
         return out
-    if config is None:
-        tables = tuning.tables_of(q.device)
-        config = tuning.tile_config("gemm_w4a8", tables, num_tokens, in_features)
+    epilogue, config = gemm_launch(
+        "gemm_w4a8", q, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
+        config,
+    )  # fmt: skip
+    run(q, packed, group_scale, group_offset, out, epilogue, config)
+    return out
+
+
+def run(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+    config: tuning.TileConfig,
+) -> None:
+    """Fill `out` with what the epilogue makes of q times the expanded weights."""
+    (num_tokens, in_features), out_features = q.shape, packed.shape[0]
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
         weights = prepared_w4(packed, group_scale, group_offset)
         _gemm_w4a8_kernel[(tiles,)](
-            q, weights.split, weights.groups, out,
-            scale, weight_scale, bias, zero_point, weight_sum,
+            q, weights.split, weights.groups, out, epilogue,
             num_tokens, out_features, in_features,
             q.stride(0), weights.split.stride(0), out.stride(0),
-            PER_TOKEN_SCALE=scale.numel() > 1,
-            PER_TOKEN_ZERO=zero_point is not None and zero_point.numel() > 1,
             EVEN_K=in_features % weights.unit == 0,
             GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,
             INLINE_ASM=not INTERPRETED,
             BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out

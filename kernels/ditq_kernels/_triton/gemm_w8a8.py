@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
-from ditq_kernels._triton.common import GROUP_T, on_device_of, tile_of_program, write_tile
+from ditq_kernels._triton.common import GROUP_T, on_device_of, tile_of_program
+from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
 
 
 @triton.jit
 def _gemm_w8a8_kernel(
     q_ptr, weight_ptr, out_ptr,  # [T, K] int8, [N, K] int8, [T, N] float
-    scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,  # vectors or None
+    epilogue,  # an Epilogue
     T, N, K, stride_qt, stride_wn, stride_ot,
-    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
 ):  # fmt: skip
@@ -40,11 +40,7 @@ def _gemm_w8a8_kernel(
         total = tl.dot(q, weight, total, out_dtype=tl.int32)
         q_at += BLOCK_K
         weight_at += BLOCK_K
-    write_tile(
-        total, t, n, T, N,
-        out_ptr, scale_ptr, weight_scale_ptr, bias_ptr, zero_point_ptr, weight_sum_ptr,
-        stride_ot, PER_TOKEN_SCALE, PER_TOKEN_ZERO, T_AXIS=0,
-    )  # fmt: skip
+    write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0)
 
 
 def launch(
@@ -56,26 +52,39 @@ def launch(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `ops.gemm_w8a8`."""
-    (num_tokens, in_features), out_features = q.shape, weight.shape[0]
-    out = torch.empty((num_tokens, out_features), dtype=out_dtype, device=q.device)
+    out = torch.empty((q.shape[0], weight.shape[0]), dtype=out_dtype, device=q.device)
     if out.numel() == 0:
         return out
-    if config is None:
-        tables = tuning.tables_of(q.device)
-        config = tuning.tile_config("gemm_w8a8", tables, num_tokens, in_features)
+    epilogue, config = gemm_launch(
+        "gemm_w8a8", q, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
+        config,
+    )  # fmt: skip
+    run(q, weight, out, epilogue, config)
+    return out
+
+
+def run(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+    config: tuning.TileConfig,
+) -> None:
+    """Fill `out` with what the epilogue makes of q @ weight.T."""
+    (num_tokens, in_features), out_features = q.shape, weight.shape[0]
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
         _gemm_w8a8_kernel[(tiles,)](
-            q, weight, out, scale, weight_scale, bias, zero_point, weight_sum,
+            q, weight, out, epilogue,
             num_tokens, out_features, in_features, q.stride(0), weight.stride(0), out.stride(0),
-            PER_TOKEN_SCALE=scale.numel() > 1,
-            PER_TOKEN_ZERO=zero_point is not None and zero_point.numel() > 1,
             EVEN_K=in_features % config.block_k == 0,
             BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             GROUP_T=GROUP_T,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out

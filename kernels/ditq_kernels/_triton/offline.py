@@ -25,6 +25,8 @@ from ditq_kernels._triton import (
     gemm_w4a8,
     gemm_w4a8_per_group,
     gemm_w8a8,
+    lora_down,
+    offline_epilogue,
     prepared_w4,
     prepared_w4g,
     quantize_per_token,
@@ -39,15 +41,15 @@ from ditq_kernels._triton.stages import our_passes
 UNSERVED_TARGETS = {100: 90, 120: 89}
 POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
-    "out_ptr": "*bf16", "scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32",
-    "weight_zero_ptr": "*i32",
-    "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32", "weight_sum_ptr": "*i32",
+    "out_ptr": "*bf16", "scale_ptr": "*fp32", "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32",
+    "down_ptr": "*bf16", "weight_scale_ptr": "*fp32", "weight_zero_ptr": "*i32",
+    "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
 }  # fmt: skip
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
 MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step"} | {
-    "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot",
+    "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot", "stride_dr", "R",
     "PADDED_K", "PADDED_T", "stride_qb", "stride_kb", "stride_vb",
 }  # fmt: skip
 
@@ -159,36 +161,42 @@ def _row_kernel(op, problem, config):
     return getattr(module, f"_{op}_kernel"), constants | {"smooth_inv_ptr": None}
 
 
-def _epilogue_constants(problem, config):
-    constants = {
-        "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T,
-        "PER_TOKEN_SCALE": True, "PER_TOKEN_ZERO": problem.zero_point,
-    }  # fmt: skip
-    if not problem.zero_point:
-        constants |= {"zero_point_ptr": None, "weight_sum_ptr": None}
-    return constants
+def _gemm_constants(op, problem, config):
+    epilogue = offline_epilogue.epilogue_of(op, problem.zero_point)
+    tiles = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
+    return tiles | {"epilogue": epilogue}
 
 
-def _w8a8_kernel(_, problem, config):
+def _w8a8_kernel(op, problem, config):
     even = problem.in_features % config.block_k == 0
     constants = {"BLOCK_K": config.block_k, "EVEN_K": even}
-    return gemm_w8a8._gemm_w8a8_kernel, constants | _epilogue_constants(problem, config)
+    return gemm_w8a8._gemm_w8a8_kernel, constants | _gemm_constants(op, problem, config)
 
 
-def _w4a8_kernel(_, problem, config):
+def _w4a8_kernel(op, problem, config):
     unit = prepared_w4.kernel_unit(problem.in_features, problem.group_size)
     constants = {
         "UNIT": unit, "EVEN_K": problem.in_features % unit == 0,
         "GROUP_SIZE": problem.group_size, "INLINE_ASM": True,
     }  # fmt: skip
-    return gemm_w4a8._gemm_w4a8_kernel, constants | _epilogue_constants(problem, config)
+    return gemm_w4a8._gemm_w4a8_kernel, constants | _gemm_constants(op, problem, config)
+
+
+def _lora_down_kernel(_, problem, config):
+    constants = {
+        "BLOCK_T": config.block_t, "BLOCK_R": min(32, config.block_n), "BLOCK_K": config.block_k,
+        "PER_TOKEN_SCALE": True, "PER_TOKEN_ZERO": problem.zero_point, "BF16_DOT": True,
+    }  # fmt: skip
+    return lora_down._lora_down_kernel, constants | ({} if problem.zero_point else {"zero_point_ptr": None})
 
 
 def _w4a8_per_group_kernel(_, problem, config):
     """Symmetric tokens, or one calibrated scale and zero point: what formats run."""
     span = prepared_w4g.kernel_span(problem.group_size)
-    constants = _epilogue_constants(problem, config)
+    constants = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
     constants |= {"PER_TOKEN_SCALE": not problem.zero_point, "PER_TOKEN_ZERO": False}
+    if not problem.zero_point:
+        constants |= {"zero_point_ptr": None, "weight_sum_ptr": None}
     constants |= {"EVEN_K": problem.in_features % span == 0, "INLINE_ASM": True}
     constants |= gemm_w4a8_per_group.group_constants(problem.group_size, span, config.block_k)
     return gemm_w4a8_per_group._gemm_w4a8_per_group_kernel, constants
@@ -232,17 +240,20 @@ def _transpose_config(op, tables, num_tokens, in_features):
 
 
 def _source(kernel, constants, types):
-    names, types = kernel.arg_names, POINTERS | types
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    """What to compile; a constant may be a tuple of types, see `offline_epilogue`."""
+    arguments = {
+        name: types.get(name, POINTERS.get(name, "i32")) + (":16" if name in MULTIPLES_OF_16 else "")
+        for name in kernel.arg_names
+    } | constants
+    found = {
+        name: offline_epilogue.signature_of(arguments[name], (i,))
+        for i, name in enumerate(kernel.arg_names)
     }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name in MULTIPLES_OF_16 and name not in constants
-    }
-    values = {(names.index(name),): value for name, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    return ASTSource(
+        fn=kernel, signature={name: part[0] for name, part in found.items()},
+        constexprs={path: value for part in found.values() for path, value in part[1].items()},
+        attrs={path: value for part in found.values() for path, value in part[2].items()},
+    )  # fmt: skip
 
 
 ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
@@ -258,9 +269,14 @@ KERNELS = {
     "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, _w8a8_kernel),
     "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
     "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
+    "lora_down": OfflineKernel((GEMMS[0], GEMMS[1]), tuning.tile_config, _lora_down_kernel),
     "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),
+} | {
+    f"{gemm}+{stages}": OfflineKernel(GEMMS[:3], offline_epilogue.tiles_of, kernel)
+    for gemm, kernel in (("gemm_w8a8", _w8a8_kernel), ("gemm_w4a8", _w4a8_kernel))
+    for stages in offline_epilogue.STAGES
 }
 
 

@@ -1,0 +1,58 @@
+"""Epilogues to compile without tensors: the same named tuples, with a type where a launch has a value.
+
+A leaf is a Triton type such as "*fp32" or "i32:16" (a multiple of 16), a constexpr, or None. A GEMM with more than
+scales and one bias is called after its stages, such as "gemm_w8a8+low_rank".
+"""
+
+from typing import Any
+
+from triton import language as tl
+
+from ditq_kernels import tuning
+from ditq_kernels._triton.epilogue import MAX_BLOCK_R, Bias, Epilogue, LowRank, Scales
+
+ALIGNED = [["tt.divisibility", 16]]
+RANK = 32
+NO, YES = tl.constexpr(False), tl.constexpr(True)
+LOW_RANK = LowRank(
+    "*bf16", "*bf16", "i32:16", "i32:16", tl.constexpr(RANK), tl.constexpr(min(MAX_BLOCK_R, RANK)), YES
+)  # fmt: skip
+GROUPED, GATHERED = (Bias("*fp32", "*i64", "i32:16", one_sample) for one_sample in (YES, NO))
+STAGES = {  # stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
+    "grouped": ({"bias": GROUPED}, False),  # a tile has rows of one sample
+    "gathered": ({"bias": GATHERED}, True),
+    "low_rank": ({"bias": GATHERED, "low_rank": LOW_RANK}, True),
+}
+
+
+def epilogue_of(op: str, zero_point: bool) -> Epilogue:
+    """The epilogue of an offline GEMM; scales are per token without stages and one with them."""
+    _, _, stages = op.partition("+")
+    zero = "*i32" if zero_point else None
+    per_token = NO if stages else YES
+    scales = Scales("*fp32", "*fp32", zero, zero, per_token, per_token)
+    parts = STAGES[stages][0] if stages else {"bias": Bias("*fp32")}
+    return Epilogue(scales, **parts)
+
+
+def tiles_of(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.TileConfig:
+    """The launch of an offline GEMM with stages."""
+    gemm, _, stages = op.partition("+")
+    name = f"{gemm}_epilogue" if STAGES[stages][1] else gemm
+    return tuning.tile_config(name, tables, num_tokens, in_features)
+
+
+def signature_of(value: Any, path: tuple[int, ...]) -> tuple[Any, dict, dict]:
+    """Triton's signature, constants and attributes of an argument, by path."""
+    if isinstance(value, tuple):
+        parts = [signature_of(part, (*path, i)) for i, part in enumerate(value)]
+        kinds, constants, attributes = zip(*parts, strict=True)
+        return type(value)(*kinds), _merged(constants), _merged(attributes)
+    if isinstance(value, str):
+        kind, _, multiple = value.partition(":")
+        return kind, {}, {path: ALIGNED} if kind.startswith("*") or multiple else {}
+    return "constexpr", {path: value}, {}
+
+
+def _merged(parts: tuple[dict, ...]) -> dict:
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,0 +1,43 @@
+"""Machine code of the epilogue's stages in both GEMMs, compiled without a GPU."""
+
+import json
+
+import pytest
+
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+GEMMS, STAGES = ("gemm_w8a8", "gemm_w4a8"), ("grouped", "low_rank")
+OPS = [f"{gemm}+{stages}" for gemm in GEMMS for stages in STAGES] + ["lora_down"]
+
+
+@pytest.fixture(scope="module", params=[80, 89, 90])
+def censuses(request, python_without_interpreter):
+    """Census of each op for one target, from one process without the interpreter."""
+    program = (
+        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        f"found = [offline.compile_op(op, {request.param}, zero_point=True) for op in {OPS}];"
+        "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
+    )
+    return request.param, json.loads(python_without_interpreter("-c", program))
+
+
+def test_nothing_spills(censuses):
+    target, found = censuses
+    for case, census in found.items():
+        assert (census["stack"], census["spills"]) == (0, 0), case
+        assert census["registers"] <= 255
+        assert census["shared"] <= SHARED_LIMIT[target]
+
+
+def test_sums_stay_on_int8_and_low_ranks_on_bf16_tensor_cores(censuses):
+    _, found = censuses
+    for op, census in found.items():
+        kinds = {"S8" if "S8.S8" in name else "BF16" for name in census["mma"]}
+        expected = {"BF16"} if op == "lora_down" else {"S8"}
+        assert kinds == expected | ({"BF16"} if "low_rank" in op else set()), op
+
+
+def test_nothing_is_fused_and_no_loop_converts_by_the_slow_unit(censuses):
+    _, found = censuses
+    for case, census in found.items():
+        assert "FFMA" not in census["whole"], case
+        assert not {"F2I", "I2F", "I2FP"} & set(census["loop"]), case
