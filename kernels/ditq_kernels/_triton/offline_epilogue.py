@@ -18,7 +18,8 @@ LOW_RANK = LowRank(
     "*bf16", "*bf16", "i32:16", "i32:16", tl.constexpr(RANK), tl.constexpr(min(MAX_BLOCK_R, RANK)), YES
 )  # fmt: skip
 GROUPED, GATHERED = (Bias("*fp32", "*i64", "i32:16", one_sample) for one_sample in (YES, NO))
-STAGES = {  # stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
+# stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
+STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "grouped": ({"bias": GROUPED}, False),  # a tile has rows of one sample
     "gathered": ({"bias": GATHERED}, True),
     "low_rank": ({"bias": GATHERED, "low_rank": LOW_RANK}, True),
