@@ -9,12 +9,15 @@ Importing touches no GPU and no network, and loads none of our Triton kernels.
 
 from ditq_runtime.checkpoint import FORMAT_VERSION
 from ditq_runtime.errors import CheckpointError, FallbackError
+from ditq_runtime.guards import watch_wrapping
 from ditq_runtime.linear import QuantLinear
+from ditq_runtime.lora import load_lora, unload_lora
 from ditq_runtime.plugin import DitqConfig, DitqQuantizer, register
 from ditq_runtime.report import ExecutionReport, LayerRun, execution_report
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 register()
+watch_wrapping()
 
 __all__ = [
     "FORMAT_VERSION",
@@ -28,5 +31,7 @@ __all__ = [
     "QuantLinear",
     "Scheme",
     "execution_report",
+    "load_lora",
     "register",
+    "unload_lora",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from ditq_runtime.checkpoint import check_version, read_headers
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
+from ditq_runtime.folds import FOLDS
 from ditq_runtime.safetensors_header import TensorInfo
 from ditq_runtime.scheme import Scheme
 
@@ -34,6 +35,7 @@ CATEGORIES = (
     "channel and activation scales",
     "biases",
     "low-rank branches",
+    "folds",
     "timestep and label embedder",
     "other float",
     "file headers",
@@ -133,6 +135,8 @@ def size_by_category(folder: TransformerFolder) -> dict[str, int]:
         layer_format = scheme.format_of(layer) if scheme and layer in scheme.layers else None
         if family.shared_embedder and f".{family.shared_embedder}." in name:
             category = "timestep and label embedder"
+        elif f".{FOLDS}." in name:
+            category = "folds"
         elif layer_format is None or layer_format.weights == "fp32":
             category = "other float"
         elif field == "weight" and not layer_format.integer_gemm:

@@ -25,12 +25,14 @@ class QuantLinear(Pinned, nn.Linear):
         compute_dtype: dtype of the output; follows `.to(dtype)` of the model.
         wide_output: the output is fp32 whatever the compute dtype. True for modulation linears, because an AdaLN
             multiplier (1 + scale) / s in half precision costs as much as the quantization.
+        folded: a producer absorbed a factor of its input, or its own rows were scaled for a consumer.
         group_index: where the block leaves its timestep group, for a layer with one bias per group.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     wide_output: bool
+    folded: bool
     group_index: GroupIndex | None
     weight_scale: nn.Parameter
     group_scale: nn.Parameter
@@ -56,6 +58,7 @@ class QuantLinear(Pinned, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
         self.group_index = None
+        self.folded = False
         self.register_parameter("bias", None)
         for name, (dtype, shape) in layer_format.tensors(in_features, out_features).items():
             tensor = torch.empty(shape, dtype=dtype, device=device)

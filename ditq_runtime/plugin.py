@@ -20,6 +20,8 @@ from torch import nn
 from ditq_runtime import checkpoint, skeleton
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
+from ditq_runtime.guards import refuse_methods
+from ditq_runtime.lora import ADAPTERS
 from ditq_runtime.on_the_fly import (
     Choice,
     PackedView,
@@ -192,6 +194,7 @@ class DitqQuantizer(DiffusersQuantizer):
             self.absent = skeleton.duplicate_embedders(model, scheme)
             checkpoint.check_tensors(self.headers, model, self.absent)
         _name_blocks(model)
+        refuse_methods(model)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def update_missing_keys(
@@ -237,7 +240,8 @@ class DitqQuantizer(DiffusersQuantizer):
         return {key: value for key, value in state_dict.items() if not self._is_absent(key)}, {}
 
     def _is_absent(self, key: str) -> bool:
-        return key.startswith(tuple(f"{prefix}." for prefix in self.absent))
+        adapter = f".{ADAPTERS}." in key
+        return adapter or key.startswith(tuple(f"{prefix}." for prefix in self.absent))
 
 
 def adopt(model: Any, config: DitqConfig, compute_dtype: torch.dtype) -> None:
@@ -250,6 +254,7 @@ def adopt(model: Any, config: DitqConfig, compute_dtype: torch.dtype) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     _name_blocks(model)
+    refuse_methods(model)
 
 
 def _cast_skeleton(model: nn.Module, dtype: torch.dtype, keep_fp32: list[str]) -> None:

@@ -17,6 +17,7 @@ import ditq_kernels as k
 from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.linear import QuantLinear
+from ditq_runtime.lora import ADAPTER_OPS, ADAPTERS
 
 FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
 
@@ -199,6 +200,7 @@ class _Watch(TorchDispatchMode):
 
 def _packed_run(name: str, layer: QuantLinear, watch: _Watch) -> LayerRun:
     expected, ran = [f"ditq.{op}" for op in layer.format.ops], watch.ran[name]
+    expected += ADAPTER_OPS * len(getattr(layer, ADAPTERS, ()))
     if layer.format.weights == "fp32":
         return _float_run(name, layer, watch, "folded but kept float by --keep")
     calls = len(ran) // max(len(expected), 1)

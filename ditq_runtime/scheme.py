@@ -6,6 +6,7 @@ docs/format.md is the prose twin of this file.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -147,23 +148,36 @@ class Scheme:
         shared_embedder: the timestep and label embedder is stored once, in the first block.
         formats: name -> LayerFormat.
         layers: module name -> name of its format.
+        folds: `BLOCK.SITE` -> number of shifts of a site whose factor went into its producer; 0: a factor alone.
     """
 
     architecture: str
     shared_embedder: bool
     formats: dict[str, LayerFormat]
     layers: dict[str, str]
+    folds: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, architecture: str, shared_embedder: bool, layers: dict[str, LayerFormat]) -> Scheme:
+    def of(
+        cls,
+        architecture: str,
+        shared_embedder: bool,
+        layers: dict[str, LayerFormat],
+        folds: dict[str, int] | None = None,
+    ) -> Scheme:
         """A scheme from the format of every layer."""
         formats = {layer_format.name: layer_format for layer_format in layers.values()}
         names = {layer: layer_format.name for layer, layer_format in layers.items()}
-        return cls(architecture, shared_embedder, formats, names)
+        return cls(architecture, shared_embedder, formats, names, folds or {})
 
     def format_of(self, layer: str) -> LayerFormat:
         """The format of a module that the scheme lists."""
         return self.formats[self.layers[layer]]
+
+    def folds_of(self, block: str) -> dict[str, int]:
+        """The folds of a block: site name -> number of shifts."""
+        found = (name.rpartition(".") for name in self.folds)
+        return {site: self.folds[f"{owner}.{site}"] for owner, _, site in found if owner == block}
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
@@ -178,10 +192,13 @@ class Scheme:
             ("shared_embedder", bool),
             ("formats", dict),
             ("layers", dict),
+            ("folds", dict),
         ):
             _check_type(f"scheme: {key}", stored[key], kind)
         for layer, name in stored["layers"].items():
             _check_type(f"scheme: the format of {layer}", name, str)
+        for site, count in stored["folds"].items():
+            _check_type(f"scheme: the number of shifts of {site}", count, int)
         formats = {}
         for name, entry in stored["formats"].items():
             _check_keys(entry, LayerFormat, f"scheme.formats.{name}")
@@ -196,6 +213,7 @@ class Scheme:
             shared_embedder=stored["shared_embedder"],
             formats=formats,
             layers=dict(stored["layers"]),
+            folds=dict(stored["folds"]),
         )
 
 

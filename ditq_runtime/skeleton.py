@@ -10,6 +10,7 @@ from torch import nn
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import BlockTable, Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.folds import install_folds
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.modulation_table import ModulationTable
 from ditq_runtime.scheme import LayerFormat, Scheme
@@ -43,6 +44,7 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         block = model.get_submodule(name)
         groups = _install_groups(name, block)
         _install_tables(block, table, groups)
+        install_folds(block, table, scheme.folds_of(name))
         if table.use_direct_multiplier is not None:
             table.use_direct_multiplier(block)
         grouped += [block] if groups is not None else []

@@ -20,7 +20,9 @@ EXPORTED = {
         "QuantLinear",
         "Scheme",
         "execution_report",
+        "load_lora",
         "register",
+        "unload_lora",
     ],
     ditq_converters: [
         "CalibrationStats",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.fold import block_linears, fold_block
+from ditq_converters.fold import block_linears, fold_block, stored_folds
 from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.models import open_model, transformer_of
 from ditq_converters.pack import make_scheme, pack_model
@@ -28,6 +28,7 @@ from ditq_converters.streaming.write import check_room, write_streamed
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.files import check_new
+from ditq_runtime.folds import FOLDS, folds_in
 from ditq_runtime.scheme import LayerFormat
 
 
@@ -116,7 +117,8 @@ def convert_in_memory(
             tensors |= packed_block.tensors
             formats |= packed_block.formats
             advance()
-    return pack_model(model, make_scheme(model, family, formats), tensors, made)
+    folds = folds_in({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return pack_model(model, make_scheme(model, family, formats, folds), tensors, made)
 
 
 def convert_on_disk(
@@ -139,7 +141,7 @@ def convert_on_disk(
                 packed_block = one_block(block)
                 done.save(block, packed_block.tensors, packed_block.formats)
                 advance()
-    scheme = make_scheme(model, family, done.formats(blocks))
+    scheme = make_scheme(model, family, done.formats(blocks), folds_in(done.shapes()))
     return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
 
 
@@ -204,6 +206,8 @@ def convert_block(
         timesteps = [family.timestep_scale * t for t in needed.timesteps]
         bounds = group_bounds(timesteps, choice.group_of_call)
         tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
+    for site, stored in stored_folds(linears, table, choice.sites).items():
+        tensors |= {f"{block}.{FOLDS}.{site}.{field}": tensor for field, tensor in stored.items()}
     return PackedBlock(tensors, formats)
 
 

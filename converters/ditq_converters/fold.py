@@ -106,6 +106,28 @@ def fold_block(
     return on_the_fly
 
 
+def stored_folds(
+    linears: Block, table: BlockTable, transforms: dict[str, Transform]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `shift` [S, K]; fp32.
+
+    Shifts run by rising timestep, as the bias tables do.
+    """
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for site in table.sites:
+        transform = transforms.get(site.name, Transform())
+        shift, smooth = transform.shift, transform.smooth
+        if isinstance(site.producer, OnTheFly) or (shift is None and smooth is None):
+            continue
+        stored = {} if shift is None else {"shift": shift.flip(0).float()}
+        scale = torch.ones_like(stored["shift"][0]) if smooth is None else smooth.float().clone()
+        if isinstance(site.producer, ValueRows):  # the quantizer applies what lies beyond V
+            scale[len(linears[site.producer.values[0]].weight) :] = 1
+        stored["scale"] = scale
+        kept[site.name] = stored
+    return kept
+
+
 def _absorb(linear: LinearTensors, transform: Transform) -> None:
     """The consumer's side: what the shift took away comes back through the bias; columns undo the factor."""
     if transform.shift is not None:

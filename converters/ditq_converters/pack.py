@@ -14,15 +14,17 @@ from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 
-def make_scheme(model: nn.Module, family: Family, formats: dict[str, LayerFormat]) -> Scheme:
-    """The scheme that lists every packed layer: full name -> format; the model's weights may be on disk."""
+def make_scheme(
+    model: nn.Module, family: Family, formats: dict[str, LayerFormat], folds: dict[str, int]
+) -> Scheme:
+    """The scheme of full layer name -> format and `BLOCK.SITE` -> shifts; the model's weights may be on disk."""
 
     def module(prefix: str) -> dict[str, torch.Tensor]:
         tensors = tensors_of(model, prefix)
         return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
 
     shared = skeleton.has_shared_embedder(model, family, module)
-    return Scheme.of(type(model).__name__, shared, formats)
+    return Scheme.of(type(model).__name__, shared, formats, folds)
 
 
 def pack_model(

@@ -44,6 +44,7 @@ def test_the_stored_form_is_what_the_format_document_says():
             "kept": _format(weights="fp32", activations="none"),
         },
         "layers": LAYERS,
+        "folds": {},
     }
 
 
@@ -74,7 +75,10 @@ def test_formats_that_no_op_runs_are_refused(fields, sentence):
     [
         (None, "scheme: expected an object, got NoneType"),
         ([], "scheme: expected an object, got list"),
-        ({}, r"scheme: missing keys \['architecture', 'formats', 'layers', 'shared_embedder'\]"),
+        (
+            {},
+            r"scheme: missing keys \['architecture', 'folds', 'formats', 'layers', 'shared_embedder'\]",
+        ),
         (_stored(extra=1), r"scheme: missing keys \[\], unknown keys \['extra'\]"),
         (_stored(formats=[]), "scheme: formats must be of type dict"),
         (_stored(layers=[]), "scheme: layers must be of type dict"),

@@ -65,6 +65,11 @@ class FinishedBlocks:
             formats.update({name: LayerFormat(**fields) for name, fields in listed.items()})
         return formats
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full tensor name -> shape."""
+        headers = [read_header(path) for path in self.folder.glob("*.safetensors")]
+        return {name: info.shape for header in headers for name, info in header.items()}
+
     def files(self) -> dict[str, Path]:
         """Full tensor name -> the file that holds it."""
         return {

@@ -1,0 +1,137 @@
+"""Read a low-rank adapter: PEFT's and diffusers' layouts, from safetensors or a state dict. Never pickle.
+
+Hu et al., arXiv:2106.09685: y = W x + (alpha / r) B A x.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+PREFIXES = ("base_model.model.", "transformer.")
+METADATA = "lora_adapter_metadata"
+# the layer, then which tensor; an adapter's name may stand between lora_A and weight
+KEY = re.compile(
+    r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.[^.]+)?\.(?P<field>weight|bias)"
+)
+ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank update of one linear: strength * (up @ down @ x + bias).
+
+    Attributes:
+        down: [r, K] fp64, LoRA's A.
+        up: [N, r] fp64, LoRA's B.
+        bias: [N] fp64, the bias of B; None as a rule.
+        strength: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+    strength: float
+
+
+def read_adapters(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, Adapter]:
+    """The adapters of a transformer, by the name of their linear.
+
+    Args:
+        source: a `.safetensors` file, a folder written by PEFT or diffusers, or a state dict.
+
+    Raises:
+        ValueError: no such file, a pickle, a tensor that is no part of a LoRA, an incomplete or misshapen pair.
+    """
+    state, config = _read(source)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state.items():
+        name = _strip(key)
+        match, alpha = KEY.fullmatch(name), ALPHA.fullmatch(name)
+        if match is None and alpha is None:
+            raise ValueError(
+                f"load_lora: {key} is no part of a plain LoRA of the transformer (expected LAYER.lora_A.weight and "
+                "LAYER.lora_B.weight); DoRA, LoHa, LoKr and other trainers' layouts are not read: convert them first, "
+                "for example with the pipeline class's lora_state_dict"
+            )
+        if alpha is not None:
+            parts.setdefault(alpha["layer"], {})["alpha"] = tensor
+        elif match is not None:
+            kind = "down" if match["kind"] in ("lora_A", "lora_down") else "up"
+            field = kind if match["field"] == "weight" else f"{kind}_bias"
+            parts.setdefault(match["layer"], {})[field] = tensor
+    if not parts:
+        raise ValueError("load_lora: there is no tensor in it")
+    return {layer: _adapter(layer, found, config) for layer, found in parts.items()}
+
+
+def _adapter(layer: str, found: dict[str, torch.Tensor], config: dict[str, Any]) -> Adapter:
+    missing = [field for field in ("down", "up") if field not in found]
+    if missing or "down_bias" in found:
+        raise ValueError(
+            f"load_lora: {layer} needs one lora_A.weight and one lora_B.weight, got {', '.join(sorted(found))}"
+        )
+    down, up = found["down"].double(), found["up"].double()
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        raise ValueError(
+            f"load_lora: {layer} needs lora_A [r, K] and lora_B [N, r], got {list(down.shape)} and {list(up.shape)}"
+        )
+    bias = found["up_bias"].double() if "up_bias" in found else None
+    for tensor in (down, up, bias):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"load_lora: {layer} holds a value that is not finite")
+    rank = down.shape[0]
+    alpha = float(found["alpha"]) if "alpha" in found else _alpha(layer, rank, config)
+    return Adapter(down, up, bias, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _alpha(layer: str, rank: int, config: dict[str, Any]) -> float:
+    """As PEFT finds it: a pattern that matches the end of the layer's name, else the common value, else r."""
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(config.get("lora_alpha") or rank)
+
+
+def _read(
+    source: str | Path | Mapping[str, torch.Tensor],
+) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return source, {}
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+        if not found:
+            raise ValueError(f"load_lora: {path} holds neither {' nor '.join(FILES)}")
+        path = found[0]
+    if path.suffix != ".safetensors" or not path.exists():
+        raise ValueError(
+            f"load_lora: {path} is not a safetensors file; give one, a folder that holds one, or a state dict "
+            "(a hub id must be downloaded first, a pickle is not read)"
+        )
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        stored = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    beside = path.parent / "adapter_config.json"
+    if beside.exists():
+        stored |= json.loads(beside.read_text())
+    config = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    if config.get("use_dora"):
+        raise ValueError(
+            f"load_lora: {path} is a DoRA, which rescales the float weights; only plain LoRA is read"
+        )
+    return state, config
+
+
+def _strip(key: str) -> str:
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
