@@ -90,14 +90,54 @@ def methods(
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import say
 
-    chosen = tuple(name.strip() for name in models.split(",")) if models else MODELS
-    unknown = [name for name in chosen if name not in MODELS]
-    if unknown:
-        raise typer.BadParameter(f"--models: unknown {unknown}; choose from {', '.join(MODELS)}.")
-    with progress_bar("methods", len(list(cases(chosen)))) as advance:
-        for _ in study(out, chosen):
+    chosen = _chosen("--models", models, MODELS)
+    studied = list(cases(chosen))
+    with progress_bar("methods", len(studied)) as advance:
+        for _ in study(out, studied):
             advance()
     rows = read_rows(out / "methods.csv")
     (out / "methods.md").write_text(tables(rows))
     chart(out / "methods.png", rows)
     say(f"{out / 'methods.md'}: tables of {len(rows)} rows; chart in {out / 'methods.png'}")
+
+
+@bench.command()
+def profiles(
+    out: Annotated[Path, typer.Option(help="Folder for profiles.csv and the statistics.")] = Path(
+        "runs/profiles"
+    ),
+    models: Annotated[str, typer.Option(help="Demo models, comma-separated; default: all.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="meta, ditas, ptq4dit, htg, comma-separated; default: all.")
+    ] = "",
+) -> None:
+    """Score the quantizers of the papers and of their code, simulated in float. Nothing here runs in integers.
+
+    Takes minutes per row; killed, the same command goes on where it was.
+
+    Example: ditq bench profiles --models demo:digits --methods ditas --out runs/profiles
+    """
+    from ditq_bench.method_tables import profile_table
+    from ditq_bench.methods import MODELS, profile_cases, read_rows, study
+    from ditq_converters.methods.profiles import PROFILES
+    from ditq_converters.progress import progress_bar
+    from ditq_runtime.cli.output import say
+
+    chosen = _chosen("--models", models, MODELS)
+    known = tuple(dict.fromkeys(method for method, _ in PROFILES))
+    studied = list(profile_cases(chosen, _chosen("--methods", methods, known)))
+    with progress_bar("profiles", len(studied)) as advance:
+        for _ in study(out, studied, "profiles.csv"):
+            advance()
+    rows = read_rows(out / "profiles.csv")
+    (out / "profiles.md").write_text(profile_table(rows))
+    say(f"{out / 'profiles.md'}: {len(rows)} rows, all simulated in float")
+
+
+def _chosen(option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Comma-separated names, all of them known; none given: all."""
+    names = tuple(name.strip() for name in given.split(",")) if given else known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
+    return names

@@ -29,6 +29,19 @@ def tables(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def profile_table(rows: list[Row]) -> str:
+    """Free and forced SQNR of the simulated profiles: Markdown."""
+    lines = [
+        "| simulated in float | model | weights | SQNR free / forced, dB | PSNR, accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = f"{float(row['sqnr_free_db']):.1f} / {float(row['sqnr_forced_db']):.1f}"
+        bits = NAMES[row["weights"]]
+        lines.append(f"| {row['case']} | {row['model']} | {bits} | {figures} | {_rest(row)} |")
+    return "\n".join(lines) + "\n"
+
+
 def chart(path: Path, rows: list[Row]) -> None:
     """Free SQNR of every method, one panel per model, one bar per setting."""
     models = list(dict.fromkeys(row["model"] for row in rows))

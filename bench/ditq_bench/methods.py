@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,8 @@ from typing import Any
 from ditq_converters.calibrate import calibrate, draw_labels, make_scheduler
 from ditq_converters.convert import convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
+from ditq_converters.fakequant import simulate
+from ditq_converters.methods.profiles import PROFILES
 from ditq_converters.models import open_model
 from ditq_converters.recipe import Recipe
 from ditq_converters.showcase.score import paired_psnr, score_samples
@@ -81,6 +83,16 @@ def cases(models: tuple[str, ...]) -> Iterator[Case]:
             yield Case(model, "ablations", name, recipe)
 
 
+def profile_cases(models: tuple[str, ...], methods: tuple[str, ...]) -> Iterator[Case]:
+    """The published quantizers of these methods, simulated in float, at 8 and 4 bits."""
+    for model in models:
+        for weights in ("w8", "w4p"):
+            for method, profile in PROFILES:
+                if method in methods:
+                    name = f"{method} {profile}, simulated"
+                    yield Case(model, "profiles", name, Recipe(method, weights, profile=profile))
+
+
 @dataclass(frozen=True)
 class Subject:
     """A float model, its calibration and its own run."""
@@ -103,12 +115,18 @@ def prepare(model: str, folder: Path) -> Subject:
 
 
 def measure(case: Case, subject: Subject) -> dict[str, Any]:
-    """Convert, sample, compare: one row of FIELDS."""
-    with TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        packed = convert(subject.pipe, case.recipe, subject.stats, Path(folder) / "out", quiet=True)
+    """Convert (or simulate, where the profile is no integer one), sample, compare: one row of FIELDS."""
+    begin = time.perf_counter()
+    nbytes: int | str = ""  # a simulation has no size of its own
+    if case.recipe.profile != "int":
+        packed = simulate(subject.pipe, case.recipe, subject.stats)
         seconds = time.perf_counter() - begin
-        nbytes = open_folder(Path(folder) / "out").nbytes
+    else:
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            packed = convert(subject.pipe, case.recipe, subject.stats, out, quiet=True)
+            seconds = time.perf_counter() - begin
+            nbytes = open_folder(out).nbytes
     own = run(packed, make_scheduler(subject.pipe, "ddim"), subject.plan)
     return {
         "model": case.model,
@@ -128,12 +146,14 @@ def measure(case: Case, subject: Subject) -> dict[str, Any]:
     }
 
 
-def study(out: Path, models: tuple[str, ...] = MODELS) -> Iterator[tuple[int, int]]:
-    """Measure every case that `out`/methods.csv does not hold yet; yields (done, total) after each."""
-    path = out / "methods.csv"
+def study(
+    out: Path, studied: Iterable[Case], table: str = "methods.csv"
+) -> Iterator[tuple[int, int]]:
+    """Measure every case that `out`/`table` does not hold yet; yields (done, total) after each."""
+    path = out / table
     rows = read_rows(path)
     have = {_key(row) for row in rows}
-    todo = list(cases(models))
+    todo = list(studied)
     subject, of = None, ""
     for number, case in enumerate(todo, 1):
         wanted = (case.model, case.table, case.name, case.recipe.weights, case.recipe.activations)

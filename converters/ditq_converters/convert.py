@@ -64,6 +64,7 @@ def convert(
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
+    recipe.check_integer()
     if out is not None:
         check_new(Path(out))
     if isinstance(pipe, str | Path):

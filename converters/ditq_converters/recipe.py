@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ditq_converters.methods import METHODS, Options
+from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
+from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.methods.timestep_groups import LINKAGES
 
@@ -31,6 +33,8 @@ class Recipe:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
         rounding: of the weights of the sites' linears: `nearest`, or `gptq`, which passes the error of a column on to
             later ones by the sampled rows (arXiv:2210.17323).
+        profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
+            released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
         alpha: and the fields below: see `ditq_converters.methods.Options`.
 
     Raises:
@@ -54,6 +58,7 @@ class Recipe:
     ema: float = 0.99
     range_method: str = "minmax"
     rounding: str = "nearest"
+    profile: str = "int"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -75,6 +80,9 @@ class Recipe:
         _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
         if self.num_groups is not None and self.num_groups < 1:
             raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
+        _one_of("profile", self.profile, PROFILE_NAMES)
+        if self.profile != "int":
+            profile_of(self.method, self.profile)
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("range_method", self.range_method, RANGE_METHODS)
         if self.range_method != "minmax" and self.activations != "static":
@@ -93,6 +101,8 @@ class Recipe:
     @property
     def needs_rows(self) -> bool:
         """Whether the calibration must have sampled rows."""
+        if self.profile != "int":
+            return True
         searches_alpha = METHODS[self.method].needs_rows and self.search
         return searches_alpha or self.range_method != "minmax" or self.rounding == "gptq"
 
@@ -110,6 +120,14 @@ class Recipe:
     def modulation_weights(self) -> str:
         """Weights of the modulation linears."""
         return self.modulation or self.weights
+
+    def check_integer(self) -> None:
+        """ValueError for a profile that only rounds in float, which no packed checkpoint can hold."""
+        if self.profile != "int":
+            raise ValueError(
+                f"convert: profile {self.profile} rounds in float and no packed checkpoint can hold it; score it with "
+                f"`ditq bench profiles --methods {self.method}`, or convert with profile int"
+            )
 
     def keeps(self, layer: str) -> bool:
         """Whether a module stays float."""

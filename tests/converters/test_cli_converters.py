@@ -67,6 +67,7 @@ def test_calibrate_refuses_another_plan_in_the_same_folder(stats, ditq):
         ("convert", "demo:digits", "x", "--group-size", "33"),
         ("convert", "demo:digits", "x", "--alpha", "2"),
         ("convert", "demo:digits", "x", "--rounding", "up"),
+        ("convert", "demo:digits", "x", "--method", "ditas", "--profile", "paper"),
         ("convert", "demo:digits", "x", "--range-method", "qdiff_mse"),  # per token
         ("convert", "demo:digits", "x", "--modulation", "w3"),
         ("inspect",),

@@ -28,6 +28,7 @@ def test_defaults():
         "ema": 0.99,
         "range_method": "minmax",
         "rounding": "nearest",
+        "profile": "int",
     }
 
 
@@ -44,6 +45,9 @@ def test_defaults():
         ({"group_size": -64}, "group_size must be"),
         ({"group_size": 16}, "group_size must be"),
         ({"group_size": 48}, "group_size must be"),
+        ({"profile": "float"}, "profile must be one of int, paper, code, got 'float'"),
+        ({"profile": "paper"}, "smoothquant has no 'paper' profile to simulate; there are: meta"),
+        ({"method": "htg", "profile": "code"}, "htg has no 'code' profile"),
         ({"rounding": "up"}, "rounding must be one of nearest, gptq"),
         ({"range_method": "mse"}, "range_method must be one of minmax, qdiff_mse, ptq4dit_pct"),
         ({"range_method": "qdiff_mse"}, "range_method qdiff_mse is for static activations"),

@@ -35,6 +35,7 @@ def convert(
     ema: o.EmaOption = 0.99,
     range_method: o.RangeMethodOption = "minmax",
     rounding: o.RoundingOption = "nearest",
+    profile: o.ProfileOption = "int",
     stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
@@ -68,8 +69,10 @@ def convert(
             "ema": ema,
             "range_method": range_method,
             "rounding": rounding,
+            "profile": profile,
         }
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
+        recipe.check_integer()
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
     budget = o.parse_budget(memory_budget)

@@ -27,6 +27,10 @@ RangeMethodOption = Annotated[
     str,
     typer.Option(help="Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."),
 ]
+ProfileOption = Annotated[
+    str,
+    typer.Option(help="int; paper and code round in float: only `ditq bench profiles` takes them."),
+]
 RoundingOption = Annotated[
     str, typer.Option(help="nearest, or gptq: later columns make up for the error of earlier ones.")
 ]

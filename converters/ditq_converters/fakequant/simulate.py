@@ -1,0 +1,162 @@
+"""Simulate a published method: a float copy of the model whose linears round as the paper's, or its code's, do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_converters.fakequant.granularity import fake_quantize_weight
+from ditq_converters.fakequant.linear import SimulatedLinear
+from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
+from ditq_converters.fakequant.weights import SimulatedWeight
+from ditq_converters.fold import LinearTensors, block_linears
+from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
+from ditq_converters.methods.profiles import Profile, profile_of
+from ditq_converters.models import transformer_of
+from ditq_converters.recipe import Recipe
+from ditq_converters.sites import group_bounds, site_data
+from ditq_converters.stats import CalibrationStats
+from ditq_runtime.families import BlockTable, family_of, get_linear
+from ditq_runtime.timestep_groups import GroupIndex
+
+BITS = {"w8": 8, "w4p": 4, "w4g": 4}
+Groups = list[tuple[torch.Tensor, GroupIndex]]  # per block: boundaries, and where its group is left
+
+
+def simulate(
+    pipe: Any, recipe: Recipe, stats: CalibrationStats, granularity: str | None = None
+) -> nn.Module:
+    """A float model that behaves like the method under a published profile. It saves nothing and speeds up nothing.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer alone; not changed.
+        recipe: `method`, `profile`, the bits of `weights`, `keep`, `lora_rank` and the method's options are read; the
+            profile decides the rest.
+        stats: a calibration of this very model, with sampled rows.
+        granularity: who shares a weight range, in place of the profile's.
+
+    Returns:
+        A transformer on the CPU, for evaluation.
+
+    Raises:
+        ValueError: the method has no such profile, or a granularity that does not fit.
+        StatisticsError: the statistics are of another model, or hold no rows.
+    """
+    profile = profile_of(recipe.method, recipe.profile)
+    granularity = granularity or profile.granularity_at(BITS[recipe.weights])
+    model = transformer_of(pipe)
+    stats.check_model(model)
+    tables = family_of(type(model).__name__).block_tables(model)
+    simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    groups: Groups = []
+    for block, table in tables.items():
+        layers, found = _block(model, table, block, recipe, profile, granularity, stats)
+        groups.append(found)
+        for name, layer in layers.items():
+            simulated.get_submodule(block).set_submodule(name, layer)
+        if profile.modulation:
+            _round_modulations(simulated, table, block, recipe, profile)
+    simulated.register_forward_pre_hook(_group_finder(groups), with_kwargs=True)
+    return simulated
+
+
+def _block(
+    model: nn.Module,
+    table: BlockTable,
+    block: str,
+    recipe: Recipe,
+    profile: Profile,
+    granularity: str,
+    stats: CalibrationStats,
+) -> tuple[dict[str, SimulatedLinear], tuple[torch.Tensor, GroupIndex]]:
+    """Name -> simulated linear, and the block's timestep groups."""
+    linears = block_linears(model.get_submodule(block), table)
+    sites = site_data(table, block, linears, recipe, stats)
+    consumers = {site.name: site.consumers for site in table.sites}
+    weights = {
+        name: SimulatedWeight(
+            linears[name].weight, profile, granularity, BITS[recipe.weights], recipe.rank
+        )
+        for site in sites
+        for name in consumers[site.name]
+    }
+    readers = {site.name: [weights[name] for name in consumers[site.name]] for site in sites}
+    choice = block_transform(recipe.method, profile, sites, recipe.options, readers)
+    layers, index = {}, GroupIndex()
+    for site in sites:
+        transform = choice.sites.get(site.name, Transform())
+        limits = _static_range(site, transform, choice, profile, recipe)
+        for name in consumers[site.name]:
+            if not recipe.keeps(f"{block}.{name}"):
+                layers[name] = _layer(
+                    linears[name], weights[name], transform, profile.act_rule, limits, index
+                )
+    return layers, (_bounds(stats, choice), index)
+
+
+def _layer(
+    linear: LinearTensors,
+    weight: SimulatedWeight,
+    transform: Transform,
+    act_rule: str,
+    limits: tuple[torch.Tensor, torch.Tensor] | None,
+    index: GroupIndex,
+) -> SimulatedLinear:
+    smooth, shift, bias = transform.smooth, transform.shift, linear.bias
+    if shift is not None:
+        term = shift @ linear.weight.T  # of the unquantized weight
+        bias = (term if bias is None else bias + term).flip(0)  # tables run by rising timestep
+        shift = shift.flip(0)
+    factor = torch.ones(1, dtype=torch.float64) if smooth is None else smooth
+    return SimulatedLinear(
+        weight.final(factor), bias, smooth, shift, act_rule, ACT_BITS, limits, index
+    )
+
+
+def _static_range(
+    site: SiteData, transform: Transform, choice: BlockTransform, profile: Profile, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The range of a site's transformed input; None where every call has its own."""
+    if profile.activations != "static_tensor":
+        return None
+    only = METHODS[recipe.method].static_call
+    calls = slice(None) if only is None else slice(only, only + 1)
+    groups = choice.group_of_call
+    pair = ranges.minmax(
+        *ranges.after(site.minimum[calls], site.maximum[calls], transform, groups[calls])
+    )
+    return ranges.search(profile.range_method, site.rows_after(transform, groups, only), *pair)
+
+
+def _round_modulations(
+    simulated: nn.Module, table: BlockTable, block: str, recipe: Recipe, profile: Profile
+) -> None:
+    """Round the weights of a block's AdaLN linears in place, one range a row."""
+    for name in table.modulations:
+        if not recipe.keeps(f"{block}.{name}"):
+            weight = get_linear(simulated, f"{block}.{name}").weight
+            bits = BITS[recipe.weights]
+            rounded = fake_quantize_weight(
+                weight.double(), "per_out_channel", bits, profile.weight_rule
+            )
+            weight.copy_(rounded)
+
+
+def _bounds(stats: CalibrationStats, choice: BlockTransform) -> torch.Tensor:
+    if choice.num_groups == 1:
+        return torch.empty(0)
+    return group_bounds(stats.timesteps, choice.group_of_call)
+
+
+def _group_finder(groups: Groups) -> Any:
+    """A forward pre-hook of the transformer that tells every block the group of each sample."""
+
+    def find(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"].reshape(-1).float().contiguous()
+        for bounds, index in groups:
+            index.value = torch.bucketize(timestep, bounds)
+
+    return find
