@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check census format bench clean
 
 demo: $(READY)
 	$(BIN)/ditq demo --out runs/demo
@@ -17,6 +17,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Machine code of every kernel on four architectures against its budget; needs no GPU.
+census: $(READY)
+	$(BIN)/ditq bench census --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -19,5 +19,6 @@ setup(
     package_data={
         "ditq_kernels": ["tuned/*.json"],
         "ditq_converters": ["demo/assets/*"],
+        "ditq_bench": ["census/*.json"],
     },
 )

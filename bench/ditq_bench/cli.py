@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ditq_bench.census.command import census
+from ditq_bench.kernels_command import kernels
+
 bench = typer.Typer(help="Measure kernels on this machine.", no_args_is_help=True)
 
 
@@ -15,61 +18,8 @@ def _group() -> None:
     """Measure kernels on this machine."""
 
 
-@bench.command()
-def kernels(
-    shapes: Annotated[
-        str, typer.Option(help="Named shapes, comma-separated.")
-    ] = "digits,dit-xl-256",
-    out: Annotated[Path, typer.Option(help="Folder for gemm.csv.")] = Path("runs/bench"),
-    device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds per shape.")] = 20.0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Latency of the quantized linears against torch fp32, bf16 and _int_mm, in one run.
-
-    Every quantized row is checked against fp64 first; a wrong answer gets no time. On a CPU the integer ops run on
-    the exact reference backend, which is slow and says so.
-
-    Example: ditq bench kernels --shapes dit-xl-256 --out runs/bench
-    """
-    import torch
-
-    import ditq_kernels as k
-    from ditq_bench.gemm import bench_gemm
-    from ditq_bench.results import device_name, write_csv
-    from ditq_bench.shapes import SHAPES
-    from ditq_runtime.cli.output import print_json, print_table, say
-
-    names = [name.strip() for name in shapes.split(",")]
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
-        raise typer.BadParameter(f"--shapes: unknown {unknown}; choose from {', '.join(SHAPES)}.")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backend = k.backend_of("gemm_w8a8", place)
-    rows = [
-        (shape, row)
-        for name in names
-        for shape in SHAPES[name]
-        for row in bench_gemm(shape, place, budget)
-    ]
-    write_csv(out / "gemm.csv", rows, place, backend)
-    table = [
-        (s.name, r.candidate, 1e6 * r.timing.median, 1e6 * r.timing.p80, r.tops, r.speedup)
-        for s, r in rows
-    ]
-    if json:
-        keys = ("shape", "candidate", "median_us", "p80_us", "tops", "speedup_over_fp32")
-        print_json(
-            {
-                "device": device_name(place),
-                "backend": backend,
-                "rows": [dict(zip(keys, r, strict=True)) for r in table],
-            }
-        )
-        return
-    columns = ("shape", "candidate", "median us", "p80 us", "TOPS", "x fp32")
-    print_table(f"{device_name(place)}, ditq backend: {backend}", columns, table)
-    say(f"{out / 'gemm.csv'}: {len(table)} rows")
+bench.command()(census)
+bench.command()(kernels)
 
 
 @bench.command()

@@ -4,99 +4,219 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import ditq_kernels as k
+from ditq_bench.ceilings import Ceilings
+from ditq_bench.measure import Candidate, Row, measure, relative_error
 from ditq_bench.shapes import GemmShape
-from ditq_bench.timing import Timing, time_in_turn
 
 BASELINE = "torch fp32 linear"
 GROUP_SIZE = 64
+# relative Frobenius errors: three fp32 roundings in an epilogue; K of them in an fp32 sum; bf16 keeps 8 bits,
+# so operands and result round by 2**-9 each, and a sum of such products by no more than their size
+EPILOGUE_ERROR, SUM_ERROR, BF16_ERROR = 1e-6, 1e-4, 3 * 2**-8
+ROUNDED_RESULT = {torch.float32: 0.0, torch.bfloat16: 2**-8}
 
 
 @dataclass(frozen=True)
-class GemmRow:
-    """One candidate at one shape.
+class Operands:
+    """One linear in every form that a candidate takes. x [T, K] and out are bf16 on CUDA, fp32 on a CPU."""
 
-    Attributes:
-        candidate: what ran.
-        timing: seconds per call.
-        tops: 1e12 operations per second at the median.
-        speedup: median of BASELINE / own median, same run.
-        error: relative Frobenius error against fp64 on the operands it was given; None for the baselines.
-    """
+    shape: GemmShape
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    w8: Any
+    w4: Any
+    q: torch.Tensor
+    scale: torch.Tensor
 
-    candidate: str
-    timing: Timing
-    tops: float
-    speedup: float
-    error: float | None
+    @property
+    def truth(self) -> torch.Tensor:
+        """fp64 [T, N] of the float operands."""
+        return self.x.double() @ self.weight.double().t() + self.bias.double()
+
+    def quantized_truth(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp64 [T, N] of the quantized activations and a dequantized weight."""
+        real = self.q.double() * self.scale.double()[:, None]
+        return real @ weight.double().t() + self.bias.double()
 
 
-def bench_gemm(shape: GemmShape, device: torch.device, budget: float = 20.0) -> list[GemmRow]:
+def bench_gemm(
+    shape: GemmShape,
+    device: torch.device,
+    budget: float = 20.0,
+    ceilings: Ceilings | None = None,
+    against: tuple[str, ...] = ("int_mm", "int_mm+dequant"),
+) -> list[Row]:
     """Time W8A8 and W4A8 linears and their baselines at a shape.
+
+    Args:
+        shape: the linear.
+        device: where.
+        budget: seconds for timing all candidates.
+        ceilings: of this device; rows then say how near the roof they are.
+        against: names in BASELINES, beside fp32 and bf16.
 
     Raises:
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
     """
-    x, weight, bias = _inputs(shape, device)
-    w8 = k.quantize_weight_w8(weight)
-    w4 = k.quantize_weight_w4p(weight, GROUP_SIZE)
+    operands = _operands(shape, device)
+    candidates = [*_floats(operands)]
+    candidates += [BASELINES[name](operands) for name in against]
+    candidates += _ours(operands)
+    return measure(candidates, shape.operations, device, budget, ceilings)
+
+
+def _operands(shape: GemmShape, device: torch.device) -> Operands:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape.tokens, shape.inputs, generator=generator).to(device)
+    weight = torch.randn(shape.outputs, shape.inputs, generator=generator) / shape.inputs**0.5
+    weight, bias = weight.to(device), torch.randn(shape.outputs, generator=generator).to(device)
+    if device.type == "cuda":
+        x = x.bfloat16()
     q, scale = k.quantize_per_token(x)
+    w8, w4 = k.quantize_weight_w8(weight), k.quantize_weight_w4p(weight, GROUP_SIZE)
+    return Operands(shape, x, weight, bias, w8, w4, q, scale)
 
-    def w8a8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return k.gemm_w8a8(q, w8.qweight, scale, w8.scale, bias)
 
-    def w4a8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return k.gemm_w4a8(q, w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale, bias)
+def _floats(o: Operands) -> list[Candidate]:
+    linear = torch.nn.functional.linear
+    x = o.x.float()
+    half = (o.x.bfloat16(), o.weight.bfloat16(), o.bias.bfloat16())
 
-    errors = {
-        "ditq W8A8": _check("W8A8", w8a8(q, scale), q, scale, w8.dequantize(), bias),
-        "ditq W4A8": _check("W4A8", w4a8(q, scale), q, scale, w4.dequantize(), bias),
-    }
-    half_x, half_weight, half_bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
-    transposed = w8.qweight.t()
-    candidates: dict[str, Callable[[], object]] = {
-        BASELINE: lambda: torch.nn.functional.linear(x, weight, bias),
-        "torch bf16 linear": lambda: torch.nn.functional.linear(half_x, half_weight, half_bias),
-        "torch._int_mm": lambda: torch._int_mm(q, transposed),
-        "ditq quantize per token": lambda: k.quantize_per_token(x),
-        "ditq W8A8": lambda: w8a8(*k.quantize_per_token(x)),
-        "ditq W8A8, GEMM alone": lambda: w8a8(q, scale),
-        "ditq W4A8": lambda: w4a8(*k.quantize_per_token(x)),
-    }
-    timings = time_in_turn(candidates, device, budget=budget)
-    base = timings[BASELINE].median
+    def check(y: Any) -> float:
+        return relative_error(y, o.truth)
+
     return [
-        GemmRow(name, t, shape.operations / t.median / 1e12, base / t.median, errors.get(name))
-        for name, t in timings.items()
+        Candidate(
+            BASELINE, lambda: linear(x, o.weight, o.bias), check, SUM_ERROR, "fp32", _bytes(o, 4)
+        ),
+        Candidate(
+            "torch bf16 linear", lambda: linear(*half), check, BF16_ERROR, "bf16", _bytes(o, 2)
+        ),
     ]
 
 
-def _inputs(
-    shape: GemmShape, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.tokens, shape.inputs, generator=generator)
-    weight = torch.randn(shape.outputs, shape.inputs, generator=generator) / shape.inputs**0.5
-    bias = torch.randn(shape.outputs, generator=generator)
-    return x.to(device), weight.to(device), bias.to(device)
+def _compiled(o: Operands) -> Candidate:
+    half = (o.x.bfloat16(), o.weight.bfloat16(), o.bias.bfloat16())
+    linear = torch.compile(torch.nn.functional.linear, dynamic=False)
+    return Candidate(
+        "torch.compile bf16 linear", lambda: linear(*half),
+        lambda y: relative_error(y, o.truth), BF16_ERROR, "bf16", _bytes(o, 2),
+    )  # fmt: skip
 
 
-def _check(
-    name: str,
-    y: torch.Tensor,
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-) -> float:
-    """Relative error against fp64; the epilogue's three fp32 roundings cost at most about 3 * 2^-24."""
-    truth = (q.double() * scale.double()[:, None]) @ weight.double().t() + bias.double()
-    error = float((y.double() - truth).norm() / truth.norm())
-    if not error < 1e-6:
-        raise RuntimeError(
-            f"bench: {name} is wrong (relative error {error:.1e}); no time is reported"
+def _int_mm(o: Operands) -> Candidate:
+    transposed = o.w8.qweight.t()
+
+    def check(y: Any) -> float:
+        return relative_error(y, o.q.double() @ transposed.double())
+
+    s = o.shape
+    moved = s.tokens * s.inputs + s.outputs * s.inputs + 4 * s.tokens * s.outputs
+    return Candidate(
+        "torch._int_mm", lambda: torch._int_mm(o.q, transposed), check, 0.0, "int8", moved
+    )
+
+
+def _int_mm_dequantized(o: Operands) -> Candidate:
+    transposed = o.w8.qweight.t()
+
+    def run() -> torch.Tensor:
+        total = torch._int_mm(o.q, transposed)
+        return (total * o.scale[:, None] * o.w8.scale + o.bias).to(o.x.dtype)
+
+    return _integer("torch._int_mm + dequantize", o, run, o.w8.dequantize())
+
+
+def _torchao(o: Operands) -> Candidate:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = torch.nn.Linear(
+        o.shape.inputs, o.shape.outputs, device=o.x.device, dtype=torch.bfloat16
+    )
+    layer.weight.data.copy_(o.weight)
+    layer.bias.data.copy_(o.bias)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    compiled = torch.compile(layer, dynamic=False)
+    x = o.x.bfloat16()
+    # int8 steps of both operands, each uniform within half a step of about 1/30 standard deviations
+    return Candidate(
+        "torchao int8 dynamic", lambda: compiled(x),
+        lambda y: relative_error(y.detach(), o.truth), 0.03, "int8", _bytes(o, 2),
+    )  # fmt: skip
+
+
+BASELINES: dict[str, Callable[[Operands], Candidate]] = {
+    "compiled": _compiled,
+    "int_mm": _int_mm,
+    "int_mm+dequant": _int_mm_dequantized,
+    "torchao": _torchao,
+}
+
+
+def _ours(o: Operands) -> list[Candidate]:
+    out_dtype = o.x.dtype
+
+    def w8a8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return k.gemm_w8a8(q, o.w8.qweight, scale, o.w8.scale, o.bias, out_dtype=out_dtype)
+
+    def w4a8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        w4 = o.w4
+        return k.gemm_w4a8(
+            q,
+            w4.packed,
+            scale,
+            w4.group_scale,
+            w4.group_offset,
+            w4.scale,
+            o.bias,
+            out_dtype=out_dtype,
         )
-    return error
+
+    quantize = Candidate(
+        "ditq quantize per token", lambda: k.quantize_per_token(o.x), lambda pair: _rounding(o, *pair),
+        0.5 + 1e-5, "", o.x.numel() * (o.x.element_size() + 1),
+    )  # fmt: skip
+    w8, w4 = o.w8.dequantize(), o.w4.dequantize()
+    return [
+        quantize,
+        _integer("ditq W8A8", o, lambda: w8a8(*k.quantize_per_token(o.x)), w8, quantize.num_bytes),
+        _integer("ditq W8A8, GEMM alone", o, lambda: w8a8(o.q, o.scale), w8),
+        _integer(
+            "ditq W4A8", o, lambda: w4a8(*k.quantize_per_token(o.x)), w4, quantize.num_bytes, bits=4
+        ),
+        _integer("ditq W4A8, GEMM alone", o, lambda: w4a8(o.q, o.scale), w4, bits=4),
+    ]
+
+
+def _integer(
+    name: str,
+    o: Operands,
+    run: Callable[[], torch.Tensor],
+    weight: torch.Tensor,
+    extra_bytes: int = 0,
+    bits: int = 8,
+) -> Candidate:
+    s, tolerance = o.shape, EPILOGUE_ERROR + ROUNDED_RESULT[o.x.dtype]
+    moved = s.tokens * s.inputs + s.outputs * s.inputs * bits // 8
+    moved += s.tokens * s.outputs * o.x.element_size() + extra_bytes
+
+    def check(y: Any) -> float:
+        return relative_error(y, o.quantized_truth(weight))
+
+    return Candidate(name, run, check, tolerance, "int8", moved)
+
+
+def _rounding(o: Operands, q: torch.Tensor, scale: torch.Tensor) -> float:
+    """Largest distance from a code to its value, in steps."""
+    return float((o.x.double() / scale.double()[:, None] - q).abs().max())
+
+
+def _bytes(o: Operands, size: int) -> int:
+    s = o.shape
+    return size * (s.tokens * s.inputs + s.outputs * s.inputs + s.tokens * s.outputs)

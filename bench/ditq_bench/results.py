@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ditq_bench.gemm import GemmRow
-from ditq_bench.shapes import GemmShape
+from ditq_bench.measure import Row
+from ditq_bench.shapes import AttentionShape, GemmShape
 from ditq_runtime.files import atomic_file
 
+Shape = GemmShape | AttentionShape
+
 FIELDS = (
-    "device", "torch", "triton", "commit", "shape", "tokens", "inputs", "outputs", "candidate", "backend",
-    "p20_us", "median_us", "p80_us", "rounds", "tops", "speedup_over_fp32", "relative_error",
+    "device", "torch", "triton", "commit", "shape", "operations", "candidate", "backend",
+    "p20_us", "median_us", "p80_us", "rounds", "tops", "bytes", "roof", "speedup_over_fp32", "speedup_over_bf16",
+    "relative_error",
 )  # fmt: skip
 
 
@@ -27,22 +30,33 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
+def row_fields(shape: Shape, row: Row, origin: tuple[str, ...], backend: str) -> dict[str, str]:
+    """One row by name in FIELDS. roof: the time at the ceilings measured in the same run / the median."""
+    t = row.timing
+    times = (f"{1e6 * seconds:.1f}" for seconds in (t.p20, t.median, t.p80))
+    values = (
+        *origin, shape.name, shape.operations, row.candidate,
+        backend if row.candidate.startswith("ditq") else "torch",
+        *times, t.rounds, f"{row.tops:.4f}", row.num_bytes, "" if row.roof is None else f"{row.roof:.3f}",
+        f"{row.speedup:.3f}", f"{row.speedup_bf16:.3f}", f"{row.error:.2e}",
+    )  # fmt: skip
+    return dict(zip(FIELDS, map(str, values), strict=True))
+
+
+def origin_of(device: torch.device) -> tuple[str, ...]:
+    """Device, torch, triton and commit, as every row says them."""
+    return (device_name(device), torch.__version__, _triton(), commit())
+
+
 def write_csv(
-    path: Path, rows: list[tuple[GemmShape, GemmRow]], device: torch.device, backend: str
+    path: Path, rows: list[tuple[Shape, Row]], device: torch.device, backend: str
 ) -> None:
     """Write all rows atomically."""
-    common = (device_name(device), torch.__version__, _triton(), commit())
+    origin = origin_of(device)
     with atomic_file(path) as part, part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for shape, row in rows:
-            t = row.timing
-            times = (f"{1e6 * seconds:.1f}" for seconds in (t.p20, t.median, t.p80))
-            error = "" if row.error is None else f"{row.error:.2e}"
-            ran = backend if row.candidate.startswith("ditq") else "torch"
-            sizes = (shape.name, shape.tokens, shape.inputs, shape.outputs)
-            figures = (t.rounds, f"{row.tops:.4f}", f"{row.speedup:.3f}", error)
-            writer.writerow((*common, *sizes, row.candidate, ran, *times, *figures))
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(row_fields(shape, row, origin, backend) for shape, row in rows)
 
 
 def commit() -> str:

@@ -70,7 +70,7 @@ def test_the_command_writes_rows_with_their_origin(app, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["backend"] == "reference"
-    with (tmp_path / "gemm.csv").open() as file:
+    with (tmp_path / "kernels.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(FIELDS)
     assert {row["candidate"] for row in rows} == {row["candidate"] for row in report["rows"]}

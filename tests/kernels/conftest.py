@@ -1,13 +1,9 @@
 """Where kernels run in these tests: on the GPU if there is one, else interpreted on the CPU."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-
-import ditq_kernels
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"  # tests/conftest.py decides
 
@@ -30,24 +26,6 @@ def pytest_collection_modifyitems(items):
 def device():
     """Device of kernel launches."""
     return torch.device("cuda" if ON_GPU else "cpu")
-
-
-@pytest.fixture(scope="session")
-def python_without_interpreter():
-    """Run Python where Triton compiles, as on a user's machine; returns what it printed."""
-
-    def run(*arguments, **variables):
-        environment = os.environ | variables
-        environment.pop("TRITON_INTERPRET", None)
-        room = ditq_kernels.__path__[0].removesuffix("/ditq_kernels")
-        environment["PYTHONPATH"] = os.pathsep.join([room, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ class Census:
     loop: dict[str, int]  # opcodes of the hot loop: the longest innermost one with tensor-core instructions
     whole: dict[str, int]  # opcodes of the whole kernel
     loop_opcodes: dict[str, int]  # as loop, with suffixes: sizes of products and of loads
+    whole_opcodes: dict[str, int]  # as whole, with suffixes
     register_operands: int  # Hopper products of the hot loop whose first operand comes from registers
 
     @property
@@ -64,6 +65,7 @@ def census_of(op, target, config, compiled) -> Census:
         spills=whole["LDL"] + whole["STL"], shared=compiled.metadata.shared,
         mma=dict(mma), loop=dict(_count(loop)), whole=dict(whole),
         loop_opcodes=dict(collections.Counter(_opcode(text) for _, text in loop)),
+        whole_opcodes=dict(collections.Counter(opcodes)),
         register_operands=sum(REGISTER_OPERAND.search(text) is not None for _, text in loop),
     )  # fmt: skip
 

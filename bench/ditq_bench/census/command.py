@@ -1,0 +1,93 @@
+"""`ditq bench census`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+COLUMNS = (
+    "kernel", "target", "tokens", "launch", "registers", "spills", "instructions", "products",
+    "others_per_product", "issue_share", "limiter", "programs_per_sm",
+)  # fmt: skip
+
+
+def census(
+    kernel: Annotated[str, typer.Option(help="Kernels, comma-separated; default: all.")] = "",
+    target: Annotated[
+        str, typer.Option(help="Compute capabilities, comma-separated: 80, 86, 89, 90, 100.")
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="One launch per kernel and target; exit 1 on a fault.")
+    ] = False,
+    update_budget: Annotated[
+        bool, typer.Option("--update-budget", help="With --check: raise budgets to what is seen.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count the machine code of every kernel and tuned launch, compiled here without a GPU.
+
+    Limiter, issue share and programs per SM are those of a static model, not measurements. An issue share is
+    issue clocks per tensor-core clock.
+
+    Example: ditq bench census --kernel gemm_w8a8 --target 80,90
+    """
+    from ditq_bench.census import gate, rows
+    from ditq_converters.progress import progress_bar
+    from ditq_runtime.cli.output import print_json, print_table, say
+
+    kernels = _chosen("--kernel", kernel, rows.kernel_names())
+    targets = tuple(map(int, _chosen("--target", target, _names(rows.TARGETS + rows.UNSERVED))))
+    if check and not target:
+        targets = rows.TARGETS
+    found = rows.cases(kernels, targets, usual_only=check)
+    taken = []
+    with progress_bar("census", len(found)) as advance:
+        for row in rows.census_rows(found):
+            taken.append(row)
+            advance()
+    if out is not None:
+        rows.write_csv(out, taken)
+    if update_budget:
+        if not check:
+            raise typer.BadParameter("--update-budget: budgets are for --check; give both.")
+        gate.update_budget(taken, _triton_version())
+    budget = gate.load_budget()["instructions"]
+    wrong = [fault for row in taken for fault in gate.faults(row, budget)] if check else []
+    if json:
+        report: dict[str, Any] = {"triton": _triton_version()}
+        report |= {"rows": [row.fields() for row in taken], "faults": wrong}
+        print_json(report)
+    else:
+        table = [[_cell(row.fields()[name]) for name in COLUMNS] for row in taken]
+        print_table(f"Triton {_triton_version()}, compiled, not run", COLUMNS, table)
+        for fault in wrong:
+            say(fault)
+        if check:
+            say(f"{len(taken)} kernels checked, {len(wrong)} faults")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _chosen(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",")) if text else known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
+    return names
+
+
+def _names(targets: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(map(str, targets))
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _triton_version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")

@@ -1,0 +1,104 @@
+"""What must hold for machine code, and how many instructions a hot loop may have: `budget.json`.
+
+A budget is the largest count seen with the Triton releases it names; it only grows by a deliberate
+`ditq bench census --check --update-budget`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ditq_bench.census.rows import CensusRow
+from ditq_runtime.files import atomic_file
+
+BUDGET = Path(__file__).with_name("budget.json")
+INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA"}
+CONVERSIONS = (
+    "F2I",
+    "PRMT",
+)  # of floats to integers; of bytes, as in an operand with the wrong layout
+
+Budget = dict[str, dict[str, dict[str, int]]]  # kernel -> target -> case -> instructions
+Rule = Callable[[CensusRow], str | None]
+
+
+def load_budget(path: Path = BUDGET) -> dict[str, Any]:
+    """{"triton": releases seen, "instructions": Budget}; empty if there is no file."""
+    if not path.exists():
+        return {"triton": [], "instructions": {}}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def update_budget(rows: Sequence[CensusRow], triton: str, path: Path = BUDGET) -> None:
+    """Raise budgets to what rows need; drop cases of the same kernel and target that no row has. Atomic."""
+    old = load_budget(path)
+    releases = sorted({*old["triton"], triton})
+    budget: Budget = old["instructions"]
+    fresh: Budget = {}
+    for row in rows:
+        kernel, target = row.census["op"], str(row.census["target"])
+        seen = budget.get(kernel, {}).get(target, {}).get(row.case, 0)
+        cases = fresh.setdefault(kernel, {}).setdefault(target, {})
+        cases[row.case] = max(seen, row.instructions)
+    for kernel, targets in fresh.items():
+        budget.setdefault(kernel, {}).update(targets)
+    with atomic_file(path) as part:
+        text = json.dumps({"triton": releases, "instructions": budget}, indent=1, sort_keys=True)
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def faults(row: CensusRow, budget: Budget) -> list[str]:
+    """What is wrong with a row, a sentence each; empty if nothing is."""
+    name = f"{row.census['op']} on sm_{row.census['target']} ({row.case})"
+    found = [rule(row) for prefix, rule in RULES if row.census["op"].startswith(prefix)]
+    found.append(_over_budget(row, budget))
+    return [f"{name}: {fault}" for fault in found if fault is not None]
+
+
+def _spills(row: CensusRow) -> str | None:
+    if row.census["spills"] or row.census["stack"]:
+        return f"spills: {row.census['spills']} local memory instructions, {row.census['stack']} bytes a thread"
+    return None
+
+
+def _integer_products(row: CensusRow) -> str | None:
+    wanted = INTEGER_PRODUCT[row.census["target"]]
+    if not any(name.startswith(wanted) and "S8.S8" in name for name in row.census["mma"]):
+        return f"no {wanted} on int8, but {row.census['mma'] or 'no tensor cores at all'}"
+    return None
+
+
+def _conversions(row: CensusRow) -> str | None:
+    found = [name for name in CONVERSIONS if name in row.census["loop"]]
+    return f"{' and '.join(found)} in the hot loop" if found else None
+
+
+def _register_operand(row: CensusRow) -> str | None:
+    products = row.census["loop"].get("IGMMA", 0)
+    if row.census["target"] == 90 and row.census["register_operands"] != products:
+        return f"weights do not come from registers: {row.census['register_operands']} of {products} products"
+    return None
+
+
+def _over_budget(row: CensusRow, budget: Budget) -> str | None:
+    allowed = budget.get(row.census["op"], {}).get(str(row.census["target"]), {}).get(row.case)
+    if allowed is None:
+        return (
+            "no budget; see it in the table, then run `ditq bench census --check --update-budget`"
+        )
+    if row.instructions > allowed:
+        return f"{row.instructions} instructions, budget {allowed}"
+    return None
+
+
+# which kernels a rule is for, by the beginning of their names
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("", _spills),
+    ("gemm_", _integer_products),
+    ("attention_qk_int8", _integer_products),
+    ("gemm_w8a8", _conversions),
+    ("gemm_w4", _register_operand),
+)

@@ -1,0 +1,130 @@
+"""The census of every kernel, architecture and tuned launch, one row each."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ditq_bench.census.issue_model import Prediction, predict
+from ditq_runtime.files import atomic_file
+
+TARGETS = (80, 86, 89, 90)  # the GPUs we run on
+UNSERVED = (100,)  # compiled to see what the compiler makes of it
+MIX = 6  # opcodes shown
+FIELDS = (
+    "kernel", "target", "tokens", "inputs", "launch", "registers", "stack", "spills", "shared",
+    "mma", "scope", "instructions", "products", "others_per_product", "issue_share", "limiter",
+    "programs_per_sm", "kept_out_by", "mix",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CensusRow:
+    """One kernel compiled for one target.
+
+    Attributes:
+        problem: see `ditq_kernels._triton.offline.Problem`.
+        census: see `ditq_kernels._triton.machine_code.Census`.
+        prediction: of the issue model.
+    """
+
+    problem: dict[str, Any]
+    census: dict[str, Any]
+    prediction: Prediction
+
+    @property
+    def case(self) -> str:
+        """What the row is budgeted under: problem and launch."""
+        problem = f"{self.problem['num_tokens']} x {self.problem['in_features']}"
+        return f"{problem}: {self.launch}"
+
+    @property
+    def launch(self) -> str:
+        """Such as "128x256x64, 8 warps, 3 stages"."""
+        config = dict(self.census["config"])
+        warps, stages = config.pop("num_warps"), config.pop("num_stages", None)
+        tile = "x".join(str(size) for size in config.values())
+        return f"{tile}, {warps} warps" + (f", {stages} stages" if stages else "")
+
+    @property
+    def opcodes(self) -> dict[str, int]:
+        """Of the hot loop; of the whole kernel if no loop has tensor-core instructions."""
+        return self.census["loop"] or self.census["whole"]
+
+    @property
+    def instructions(self) -> int:
+        """Warp instructions of one hot-loop iteration, or of the whole kernel."""
+        return sum(self.opcodes.values())
+
+    @property
+    def products(self) -> int:
+        """Tensor-core instructions among them."""
+        return sum(count for name, count in self.opcodes.items() if "MMA" in name)
+
+    def fields(self) -> dict[str, Any]:
+        """What is printed, by name in FIELDS."""
+        census, products = self.census, self.products
+        share = self.prediction.issue_share
+        mix = sorted(self.opcodes.items(), key=lambda item: -item[1])[:MIX]
+        values = (
+            census["op"], census["target"], self.problem["num_tokens"], self.problem["in_features"],
+            self.launch, census["registers"], census["stack"], census["spills"], census["shared"],
+            " ".join(f"{name} {count}" for name, count in census["mma"].items()) or "none",
+            "loop" if census["loop"] else "kernel", self.instructions, products,
+            round(self.instructions / products - 1, 2) if products else None,
+            None if share is None else round(share, 2),
+            self.prediction.limiter if share is not None or not products else "unknown",
+            self.prediction.programs, self.prediction.bound,
+            " ".join(f"{name} {count}" for name, count in mix),
+        )  # fmt: skip
+        return dict(zip(FIELDS, values, strict=True))
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel that compiles offline."""
+    from ditq_kernels._triton import offline
+
+    return tuple(offline.KERNELS)
+
+
+def cases(
+    kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool
+) -> list[tuple[str, int, Any, Any]]:
+    """(kernel, target, problem, launch): every tuned launch, or only that of each kernel's usual problem."""
+    from ditq_kernels._triton import offline
+
+    return [
+        (kernel, target, problem, config)
+        for kernel in kernels
+        for target in targets
+        for problem, config in offline.tuned_problems(kernel, target)[: 1 if usual_only else None]
+    ]
+
+
+def census_row(kernel: str, target: int, problem: Any, config: Any) -> CensusRow:
+    """Compile one case and count.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set.
+    """
+    from ditq_kernels._triton import offline
+
+    census = dataclasses.asdict(offline.compile_problem(kernel, target, problem, config))
+    return CensusRow(dataclasses.asdict(problem), census, predict(census))
+
+
+def census_rows(found: list[tuple[str, int, Any, Any]]) -> Iterator[CensusRow]:
+    """Compile case after case, one to two seconds each."""
+    for case in found:
+        yield census_row(*case)
+
+
+def write_csv(path: Path, rows: list[CensusRow]) -> None:
+    """Write all rows atomically."""
+    with atomic_file(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(row.fields() for row in rows)

@@ -1,0 +1,112 @@
+"""`ditq bench kernels`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def kernels(
+    shapes: Annotated[
+        str, typer.Option(help="Named shapes, comma-separated.")
+    ] = "digits,dit-xl-256",
+    batch: Annotated[str, typer.Option(help="Multiples of a shape's images.")] = "1",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao."
+        ),
+    ] = "int_mm,int_mm+dequant",
+    attention: Annotated[bool, typer.Option(help="Also time attention.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for kernels.csv and the plots.")] = Path(
+        "runs/bench"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
+    budget: Annotated[float, typer.Option(help="Seconds per shape.")] = 20.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Latency of the quantized linears and attentions against torch's, and their share of a measured roofline.
+
+    Every row is checked against fp64 first; a wrong answer gets no time. On a CPU the integer ops run on
+    the exact reference backend, which is slow and says so.
+
+    Example: ditq bench kernels --shapes dit-xl-256 --batch 1,16 --out runs/bench
+    """
+    import torch
+
+    import ditq_kernels as k
+    from ditq_bench.attention import bench_attention
+    from ditq_bench.ceilings import measure_ceilings
+    from ditq_bench.gemm import BASELINES, bench_gemm
+    from ditq_bench.measure import Row
+    from ditq_bench.plots import plot_roofline, plot_speedup
+    from ditq_bench.results import Shape, device_name, origin_of, row_fields, write_csv
+    from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
+    from ditq_runtime.cli.output import print_json, print_table, say
+
+    names = _chosen("--shapes", shapes, SHAPES)
+    others = tuple(_chosen("--against", against, BASELINES)) if against else ()
+    if "torchao" in others:
+        _check_torchao()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backend = k.backend_of("gemm_w8a8", place)
+    ceilings = measure_ceilings(place)
+    rows: list[tuple[Shape, Row]] = []
+    for images in _batches(batch):
+        for name in names:
+            for gemm in (shape.batched(images) for shape in SHAPES[name]):
+                measured = bench_gemm(gemm, place, budget, ceilings, others)
+                rows += [(gemm, row) for row in measured]
+            for heads in ATTENTION_SHAPES.get(name, ()) if attention else ():
+                shape = heads.batched(images)
+                rows += [(shape, row) for row in bench_attention(shape, place, budget, ceilings)]
+    write_csv(out / "kernels.csv", rows, place, backend)
+    plot_speedup(out / "speedup.png", rows, device_name(place))
+    plot_roofline(out / "roofline.png", rows, ceilings, device_name(place))
+    if json:
+        origin = origin_of(place)
+        print_json(
+            {
+                "device": device_name(place),
+                "backend": backend,
+                "ceilings": {"bytes_per_second": ceilings.bandwidth} | ceilings.rates,
+                "rows": [row_fields(shape, row, origin, backend) for shape, row in rows],
+            }
+        )
+        return
+    columns = ("shape", "candidate", "median us", "p20 us", "p80 us", "TOPS", "roof", "x bf16")
+    table = [
+        (
+            s.name, r.candidate, *(1e6 * t for t in (r.timing.median, r.timing.p20, r.timing.p80)), r.tops,
+            f"{100 * (r.roof or 0):.0f} %", r.speedup_bf16,
+        )
+        for s, r in rows
+    ]  # fmt: skip
+    print_table(f"{device_name(place)}, ditq backend: {backend}", columns, table)
+    measured_at = ", ".join(f"{kind} {rate / 1e12:.2f}" for kind, rate in ceilings.rates.items())
+    say(f"ceilings of this run: copy {ceilings.bandwidth / 1e9:.1f} GB/s; TOPS: {measured_at}")
+    say(f"{out / 'kernels.csv'}: {len(rows)} rows; speedup.png and roofline.png beside it")
+
+
+def _chosen(option: str, text: str, known) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
+    return names
+
+
+def _batches(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise typer.BadParameter(f"--batch: whole numbers, comma-separated, got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def _check_torchao() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("torchao") is None:
+        raise typer.BadParameter("--against torchao: it is not installed; leave it out.")

@@ -1,0 +1,144 @@
+"""The census gate holds for the kernels as they are, and each of its conditions can fail."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ditq_bench.census import gate
+from ditq_bench.census.issue_model import predict
+from ditq_bench.census.rows import FIELDS, CensusRow
+from ditq_bench.cli import bench
+
+COMMAND = "from ditq_bench.cli import bench; bench()"
+
+
+def row(op="gemm_w8a8", target=80, **changes):
+    """A sound row: products and additions, as a disassembled kernel gives them."""
+    product = "IGMMA.64x128x32.S8.S8" if target == 90 else "IMMA.16832.S8.S8.SAT"
+    loop = {product: 8, "IADD3": 10}
+    census = {
+        "op": op, "target": target, "registers": 100, "stack": 0, "spills": 0, "shared": 1024,
+        "config": {"block_t": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3},
+        "mma": {product: 8}, "loop": {name.split(".")[0]: n for name, n in loop.items()},
+        "whole": {}, "loop_opcodes": loop, "whole_opcodes": loop,
+        "register_operands": 8 if target == 90 and "w4" in op else 0,
+    }  # fmt: skip
+    census |= changes
+    return CensusRow({"num_tokens": 8192, "in_features": 1152}, census, predict(census))
+
+
+def budget_of(found, slack=0):
+    census = found.census
+    cases = {found.case: found.instructions + slack}
+    return {census["op"]: {str(census["target"]): cases}}
+
+
+@pytest.mark.parametrize("target", [80, 86, 89, 90])
+@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8", "attention_qk_int8_pv_bf16"])
+def test_a_sound_row_passes(op, target):
+    found = row(op, target)
+    assert gate.faults(found, budget_of(found)) == []
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "changes", "fault"),
+    [
+        ("gemm_w8a8", 80, {"spills": 3}, "spills: 3 local memory"),
+        ("quantize_static", 89, {"stack": 32}, "32 bytes a thread"),
+        ("gemm_w8a8", 80, {"mma": {}}, "no IMMA on int8, but no tensor cores"),
+        ("gemm_w4a8", 89, {"mma": {"HMMA.16816.F32.BF16": 8}}, "no IMMA on int8, but {'HMMA"),
+        ("gemm_w8a8", 90, {"mma": {"IMMA.16832.S8.S8.SAT": 8}}, "no IGMMA on int8"),
+        ("gemm_w8a8", 80, {"loop": {"IMMA": 8, "F2I": 1}}, "F2I in the hot loop"),
+        ("gemm_w8a8", 89, {"loop": {"IMMA": 8, "PRMT": 1}}, "PRMT in the hot loop"),
+        ("gemm_w4a8", 90, {"register_operands": 7}, "registers: 7 of 8 products"),
+        ("attention_qk_int8_pv_int8", 90, {"mma": {}}, "no IGMMA"),
+    ],
+)
+def test_each_condition_can_fail(op, target, changes, fault):
+    found = row(op, target, **changes)
+    wrong = gate.faults(found, budget_of(found))
+    assert len(wrong) == 1
+    assert fault in wrong[0]
+    assert f"{op} on sm_{target} (8192 x 1152: 128x128x64, 4 warps, 3 stages)" in wrong[0]
+
+
+def test_a_longer_loop_is_over_budget():
+    found = row()
+    (wrong,) = gate.faults(found, budget_of(found, slack=-1))
+    assert wrong.endswith("18 instructions, budget 17")
+    assert gate.faults(found, budget_of(found, slack=1)) == []
+
+
+def test_an_unbudgeted_launch_is_a_fault():
+    (wrong,) = gate.faults(row(), {})
+    assert "no budget" in wrong
+
+
+def test_budgets_grow_and_forget_old_launches(tmp_path):
+    path = tmp_path / "budget.json"
+    found = row()
+    gate.update_budget([found], "3.6.0", path)
+    shorter = copy.deepcopy(found)
+    shorter.census["loop"]["IADD3"] = 1
+    gate.update_budget([shorter, row(target=90)], "3.9.0", path)
+    stored = gate.load_budget(path)
+    assert stored["triton"] == ["3.6.0", "3.9.0"]
+    assert stored["instructions"]["gemm_w8a8"]["80"] == {found.case: 18}
+    assert set(stored["instructions"]["gemm_w8a8"]) == {"80", "90"}
+    moved = copy.deepcopy(found)
+    moved.census["config"]["num_stages"] = 4
+    gate.update_budget([moved], "3.9.0", path)
+    assert list(gate.load_budget(path)["instructions"]["gemm_w8a8"]["80"]) == [moved.case]
+
+
+def test_what_is_printed_of_a_row():
+    fields = row().fields()
+    assert tuple(fields) == FIELDS
+    assert fields["launch"] == "128x128x64, 4 warps, 3 stages"
+    assert (fields["instructions"], fields["products"], fields["others_per_product"]) == (
+        18,
+        8,
+        1.25,
+    )
+    assert dataclasses.replace(row(), problem=row().problem).fields() == fields
+
+
+def test_the_gate_is_green_for_the_gemms(python_without_interpreter, tmp_path):
+    """The fast part; `make census` runs all kernels on all architectures."""
+    table = tmp_path / "census.csv"
+    arguments = ("--kernel", "gemm_w8a8,gemm_w4a8", "--target", "80,89,90", "--out", str(table))
+    printed = python_without_interpreter("-c", COMMAND, "census", "--check", "--json", *arguments)
+    report = json.loads(printed)
+    assert report["faults"] == []
+    assert len(report["rows"]) == 6
+    assert all(0.1 < found["issue_share"] < 0.6 for found in report["rows"])
+    assert len(table.read_text().splitlines()) == 7
+
+
+PLAIN_UNPACK = """
+import dataclasses
+from ditq_kernels._triton import offline
+entry = offline.KERNELS["gemm_w4a8"]
+def plain(*arguments):
+    kernel, constants = entry.specialize(*arguments)
+    return kernel, constants | {"INLINE_ASM": False}
+offline.KERNELS["gemm_w4a8"] = dataclasses.replace(entry, specialize=plain)
+"""
+
+
+def test_a_real_slow_kernel_fails_the_command(python_without_interpreter):
+    """Weights expanded in plain Triton instead of four at a time."""
+    arguments = ("census", "--check", "--kernel", "gemm_w4a8", "--target", "80")
+    printed = python_without_interpreter("-c", PLAIN_UNPACK + COMMAND, *arguments, expected=1)
+    assert "instructions, budget" in printed
+    assert "1 kernels checked, 1 faults" in printed
+
+
+@pytest.mark.parametrize("option", [("--kernel", "gemm_w2"), ("--target", "75")])
+def test_unknown_kernels_and_targets_are_misuse(option):
+    result = CliRunner().invoke(bench, ["census", *option])
+    assert result.exit_code == 2
+    assert "choose from" in result.output
