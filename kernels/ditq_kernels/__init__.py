@@ -11,6 +11,7 @@ Importing loads neither Triton nor CUDA.
 
 from ditq_kernels.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels.backend import backend_of
+from ditq_kernels.gemm_fused import gemm_gelu_quantize, gemm_residual
 from ditq_kernels.numerics import (
     INT8_LEVELS,
     INT8_MAX,
@@ -57,6 +58,8 @@ __all__ = [
     "expand_w4g",
     "expand_w4p",
     "fits_w4g",
+    "gemm_gelu_quantize",
+    "gemm_residual",
     "gemm_w4a8",
     "gemm_w4a8_per_group",
     "gemm_w8a8",

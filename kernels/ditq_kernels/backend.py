@@ -12,6 +12,8 @@ TRITON_OPS = frozenset(
         "gemm_w8a8",
         "gemm_w4a8",
         "gemm_w4a8_per_group",
+        "gemm_residual",
+        "gemm_gelu_quantize",
         "lora_down",
         "attention_qk_int8_pv_int8",
         "attention_qk_int8_pv_bf16",

@@ -25,6 +25,8 @@ EXPORTED = [
     "expand_w4g",
     "expand_w4p",
     "fits_w4g",
+    "gemm_gelu_quantize",
+    "gemm_residual",
     "gemm_w4a8",
     "gemm_w4a8_per_group",
     "gemm_w8a8",

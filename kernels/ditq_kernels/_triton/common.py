@@ -1,6 +1,7 @@
-"""What the kernels share: rounding, tile order, launch plumbing."""
+"""What the kernels share: rounding, GELU, tile order, launch plumbing."""
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ INT8_MAX = tl.constexpr(numerics.INT8_MAX)
 INT8_MIN = tl.constexpr(-numerics.INT8_OFFSET)
 MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: at this size fp32 has no fraction
+# exp(-2 u) is exp2 of these times x and x**3, where u = sqrt(2 / pi) * (x + 0.044715 * x**3)
+GELU_LINEAR = tl.constexpr(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))
+GELU_CUBIC = tl.constexpr(-2 * math.sqrt(2 / math.pi) * math.log2(math.e) * 0.044715)
 GROUP_T = 8  # token tiles walked before the next output tile, so that neighbours share L2
 
 INTERPRETED = triton.knobs.runtime.interpret  # no inline assembly there
@@ -29,6 +33,27 @@ def rounded_steps(x, inv_scale, low, high):
     """
     y = tl.minimum(tl.maximum(x * inv_scale, low), high)
     return (y + ROUND_TO_INTEGER).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def static_codes(x, scale_ptr, zero_point_ptr):
+    """Int32 codes of x with one asymmetric scale."""
+    # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
+    inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
+    zero_point = tl.load(zero_point_ptr)
+    low = (-zero_point + INT8_MIN).to(tl.float32)
+    high = (-zero_point + INT8_MAX).to(tl.float32)
+    return rounded_steps(x, inv_scale, low, high) + zero_point
+
+
+@triton.jit
+def gelu_tanh(x):
+    """GELU in its tanh form, x * sigmoid(2 u), within 2**-21 * |x|: one exp2 and one fast division.
+
+    exp2 runs to infinity or zero at both ends, and with it the result to -0 or x.
+    """
+    exponent = x * (GELU_LINEAR + GELU_CUBIC * (x * x))
+    return x / (1.0 + tl.exp2(exponent))
 
 
 @triton.jit

@@ -3,6 +3,7 @@
     y = total * (scale * weight_scale)      the zero point is taken out before, in integers
     y = y + lora_x @ lora_up.T              bf16 products, summed in fp32
     y = y + bias[group of the row]
+    y = residual + gate[sample of the row] * y, or q = quantize(gelu(y) * smooth_inv)
 
 A stage is a named tuple of pointers and sizes and the function that applies it; a kernel gets one `Epilogue` and
 compiles the stages whose first pointer is not None (Triton 3.6 cannot compare a tuple that holds None with None).
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
-from ditq_kernels._triton.common import INTERPRETED
+from ditq_kernels._triton.common import INTERPRETED, gelu_tanh, static_codes
 
 MAX_BLOCK_R = 64  # rank of one low-rank product; larger ranks take several
 
@@ -53,12 +54,33 @@ class Bias(NamedTuple):
     one_sample: Any = None  # constexpr bool: no tile holds rows of two samples
 
 
+class Residual(NamedTuple):
+    """A residual stream to add to, and a gate for each sample."""
+
+    base: Any = None  # [T, N] float
+    gate: Any = None  # [samples, N] fp32
+    stride_bt: Any = None
+    stride_gs: Any = None
+    rows_per_sample: Any = None
+    one_sample: Any = None  # as in Bias
+
+
+class GeluCodes(NamedTuple):
+    """GELU and the static quantizer of the next layer."""
+
+    scale: Any = None  # [1] fp32
+    zero_point: Any = None  # [1] int32
+    smooth_inv: Any = None  # [N] fp32, or None
+
+
 class Epilogue(NamedTuple):
     """What happens to the sums, in this order."""
 
     scales: Scales
     low_rank: LowRank = LowRank()
     bias: Bias = Bias()
+    residual: Residual = Residual()
+    gelu: GeluCodes = GeluCodes()
 
 
 @triton.jit
@@ -131,6 +153,33 @@ def plus_bias(y, bias, first_t, t, n, T, N, T_AXIS: tl.constexpr):
 
 
 @triton.jit
+def plus_residual(y, residual, first_t, t, n, T, N, T_AXIS: tl.constexpr):
+    """Gate, then add the residual."""
+    N_AXIS: tl.constexpr = 1 - T_AXIS
+    if residual.one_sample:
+        row = (first_t // residual.rows_per_sample).to(tl.int64)
+    else:
+        row = (t // residual.rows_per_sample).to(tl.int64)
+    gate = load_table_rows(
+        residual.gate, row, residual.stride_gs, t, n, T, N, residual.one_sample, T_AXIS
+    )
+    inside = tl.expand_dims(t < T, N_AXIS) & tl.expand_dims(n < N, T_AXIS)
+    at = tl.expand_dims(t.to(tl.int64) * residual.stride_bt, N_AXIS) + tl.expand_dims(n, T_AXIS)
+    base = tl.load(residual.base + at, mask=inside, other=0.0).to(tl.float32)
+    return base + gate * y
+
+
+@triton.jit
+def gelu_codes(y, gelu, n, N, T_AXIS: tl.constexpr):
+    """Codes of smoothed GELU, int32."""
+    y = gelu_tanh(y)
+    if gelu.smooth_inv is not None:
+        smooth_inv = tl.load(gelu.smooth_inv + n, mask=n < N, other=0.0)
+        y *= tl.expand_dims(smooth_inv, T_AXIS)
+    return static_codes(y, gelu.scale, gelu.zero_point)
+
+
+@triton.jit
 def write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS: tl.constexpr):
     """Apply every stage to a tile of int32 sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in out [T, N]."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
@@ -142,6 +191,10 @@ def write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS
         y = plus_low_rank(y, epilogue.low_rank, t, n, T, N, T_AXIS)
     if epilogue.bias.table is not None:
         y = plus_bias(y, epilogue.bias, first_t, t, n, T, N, T_AXIS)
+    if epilogue.residual.base is not None:
+        y = plus_residual(y, epilogue.residual, first_t, t, n, T, N, T_AXIS)
+    if epilogue.gelu.scale is not None:
+        y = gelu_codes(y, epilogue.gelu, n, N, T_AXIS)
     rows = tl.expand_dims(t.to(tl.int64) * stride_ot, N_AXIS)  # int64: T * N may pass 2**31
     inside = tl.expand_dims(t < T, N_AXIS) & tl.expand_dims(n < N, T_AXIS)
     at = out_ptr + rows + tl.expand_dims(n, T_AXIS)
@@ -159,9 +212,14 @@ def gemm_launch(
     bias_index: torch.Tensor | None,
     lora_x: torch.Tensor | None,
     lora_up: torch.Tensor | None,
+    *,
     config: tuning.TileConfig | None,
+    narrow: bool = False,
 ) -> tuple[Epilogue, tuning.TileConfig]:
-    """The stages before the output and the tiles to compute them in; arguments as in `ops.gemm_w8a8`."""
+    """The stages before the output and the tiles to compute them in; arguments as in `ops.gemm_w8a8`.
+
+    `narrow` asks for the tiles of the op's `_epilogue` table, because more stages follow.
+    """
     scales = Scales(
         scale, weight_scale, zero_point, weight_sum,
         tl.constexpr(scale.numel() > 1),
@@ -169,7 +227,7 @@ def gemm_launch(
     )  # fmt: skip
     rows_per_sample = None if bias_index is None else q.shape[0] // bias_index.numel()
     if config is None:
-        config = _tiles(op, q, rows_per_sample, lora_x is not None)
+        config = _tiles(op, q, rows_per_sample, narrow or lora_x is not None)
     one_sample = rows_per_sample is not None and rows_per_sample % config.block_t == 0
     stage = Bias()
     if bias is not None:
@@ -178,12 +236,12 @@ def gemm_launch(
 
 
 def _tiles(
-    op: str, q: torch.Tensor, rows_per_sample: int | None, low_rank: bool
+    op: str, q: torch.Tensor, rows_per_sample: int | None, narrow: bool
 ) -> tuning.TileConfig:
     """Wide tiles where the epilogue needs few registers, else those of the op's `_epilogue` table."""
     tables = tuning.tables_of(q.device)
     wide = tuning.tile_config(op, tables, *q.shape)
-    if low_rank or (rows_per_sample is not None and rows_per_sample % wide.block_t):
+    if narrow or (rows_per_sample is not None and rows_per_sample % wide.block_t):
         return tuning.tile_config(f"{op}_epilogue", tables, *q.shape)
     return wide
 

@@ -128,7 +128,7 @@ def launch(
         return out
     epilogue, config = gemm_launch(
         "gemm_w4a8", q, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
-        config,
+        config=config,
     )  # fmt: skip
     run(q, packed, group_scale, group_offset, out, epilogue, config)
     return out

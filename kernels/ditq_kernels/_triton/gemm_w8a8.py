@@ -63,7 +63,7 @@ def launch(
         return out
     epilogue, config = gemm_launch(
         "gemm_w8a8", q, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
-        config,
+        config=config,
     )  # fmt: skip
     run(q, weight, out, epilogue, config)
     return out

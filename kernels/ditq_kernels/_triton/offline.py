@@ -274,7 +274,9 @@ KERNELS = {
     "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),
 } | {
-    f"{gemm}+{stages}": OfflineKernel(GEMMS[:3], offline_epilogue.tiles_of, kernel)
+    f"{gemm}+{stages}": OfflineKernel(
+        GEMMS[:3], offline_epilogue.tiles_of, kernel, offline_epilogue.OUTPUTS.get(stages, {})
+    )
     for gemm, kernel in (("gemm_w8a8", _w8a8_kernel), ("gemm_w4a8", _w4a8_kernel))
     for stages in offline_epilogue.STAGES
 }

@@ -9,7 +9,15 @@ from typing import Any
 from triton import language as tl
 
 from ditq_kernels import tuning
-from ditq_kernels._triton.epilogue import MAX_BLOCK_R, Bias, Epilogue, LowRank, Scales
+from ditq_kernels._triton.epilogue import (
+    MAX_BLOCK_R,
+    Bias,
+    Epilogue,
+    GeluCodes,
+    LowRank,
+    Residual,
+    Scales,
+)
 
 ALIGNED = [["tt.divisibility", 16]]
 RANK = 32
@@ -18,12 +26,16 @@ LOW_RANK = LowRank(
     "*bf16", "*bf16", "i32:16", "i32:16", tl.constexpr(RANK), tl.constexpr(min(MAX_BLOCK_R, RANK)), YES
 )  # fmt: skip
 GROUPED, GATHERED = (Bias("*fp32", "*i64", "i32:16", one_sample) for one_sample in (YES, NO))
+RESIDUAL = Residual("*bf16", "*fp32", "i32:16", "i32:16", "i32:16", YES)
 # stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
 STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "grouped": ({"bias": GROUPED}, False),  # a tile has rows of one sample
     "gathered": ({"bias": GATHERED}, True),
     "low_rank": ({"bias": GATHERED, "low_rank": LOW_RANK}, True),
+    "residual": ({"bias": GROUPED, "residual": RESIDUAL}, True),
+    "gelu_quantize": ({"bias": GROUPED, "gelu": GeluCodes("*fp32", "*i32", "*fp32")}, True),
 }
+OUTPUTS = {"gelu_quantize": {"out_ptr": "*i8"}}  # types that are not those of other GEMMs
 
 
 def epilogue_of(op: str, zero_point: bool) -> Epilogue:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
-from ditq_kernels._triton.common import INT8_MAX, INT8_MIN, on_device_of, rounded_steps
+from ditq_kernels._triton.common import on_device_of, static_codes
 from ditq_kernels._triton.rows import load_row_part, row_parts, store_row_part
 
 
@@ -16,17 +16,12 @@ def _quantize_static_kernel(
     ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,  # a row is two parts
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
-    inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
-    zero_point = tl.load(zero_point_ptr)
-    low = (-zero_point + INT8_MIN).to(tl.float32)
-    high = (-zero_point + INT8_MAX).to(tl.float32)
     x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A)  # [ROWS, BLOCK_A]
-    q_a = rounded_steps(x_a, inv_scale, low, high) + zero_point
+    q_a = static_codes(x_a, scale_ptr, zero_point_ptr)
     store_row_part(q_ptr, q_a, t, T, K, stride_qt, 0, BLOCK_A)
     if BLOCK_B > 0:
         x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B)
-        q_b = rounded_steps(x_b, inv_scale, low, high) + zero_point
+        q_b = static_codes(x_b, scale_ptr, zero_point_ptr)
         store_row_part(q_ptr, q_b, t, T, K, stride_qt, BLOCK_A, BLOCK_B)
 
 

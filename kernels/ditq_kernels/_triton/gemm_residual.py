@@ -1,0 +1,36 @@
+"""A GEMM that gates its result and adds it to the residual stream: one read and one write of the stream."""
+
+from typing import Any
+
+import torch
+from triton import language as tl
+
+from ditq_kernels import tuning
+from ditq_kernels._triton import gemm_any
+from ditq_kernels._triton.epilogue import Residual
+
+
+def launch(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    *dequantize: Any,
+    config: tuning.TileConfig | None = None,
+) -> torch.Tensor:
+    """Run the kernel; arguments as in `gemm_fused.gemm_residual`, `dequantize` from scale to lora_up."""
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    epilogue, config = gemm_any.launch_stages(q, group_scale, dequantize, config)
+    rows_per_sample = q.shape[0] // gate.shape[0]
+    stage = Residual(
+        residual, gate, residual.stride(0), gate.stride(0), rows_per_sample,
+        tl.constexpr(rows_per_sample % config.block_t == 0),
+    )  # fmt: skip
+    gemm_any.run(
+        q, weight, group_scale, group_offset, out, epilogue._replace(residual=stage), config
+    )
+    return out
