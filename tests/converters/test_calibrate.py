@@ -89,6 +89,7 @@ def test_ranges_equal_an_independent_recording_exactly(stats, recorded):
             assert torch.equal(high[index], flat.amax(0)), (site, reader)
 
 
+@pytest.mark.parity("P21")
 def test_both_halves_are_covered(stats, recorded):
     """P21: the statistics of [cond; null] are the elementwise extremes of the halves', and each half matters."""
     cond_decides = null_decides = 0
@@ -103,6 +104,7 @@ def test_both_halves_are_covered(stats, recorded):
     assert min(cond_decides, null_decides) > 0
 
 
+@pytest.mark.parity("P14")
 def test_tensor_ranges_follow_from_channel_ranges(stats, recorded):
     """P14."""
     for index, call in enumerate(recorded):
@@ -112,6 +114,7 @@ def test_tensor_ranges_follow_from_channel_ranges(stats, recorded):
             assert float(high[index].max()) == float(rows.max())
 
 
+@pytest.mark.parity("P22")
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_change_only_rounding(pipe, stats, recorded, tmp_path, micro_batch):
     """P22. Sums of up to 256 terms reorder: 256 * 6e-8 = 1.5e-5 relative in the worst case a GEMM, through the
@@ -269,6 +272,7 @@ def test_a_finished_calibration_is_not_run_again(make_pipeline, stats):
     assert again.manifest == stats.manifest
 
 
+@pytest.mark.parity("P22")
 @pytest.mark.parametrize("steps", [2, 6])
 def test_memory_does_not_grow_with_the_number_of_calls(make_dit, tmp_path, monkeypatch, steps):
     """P22: when a call's ranges and rows are stored, those of the calls before are gone."""

@@ -32,6 +32,7 @@ def killed(killable, make_pipeline, tmp_path_factory):
     return str(folder / "model"), shards(out), (out / "manifest.json").read_bytes(), events
 
 
+@pytest.mark.parity("P22")
 def test_a_killed_run_resumes_to_the_same_bytes(killable, killed, tmp_path):
     """P22: killed at six moments of its writes, in six folders, then run again."""
     _, whole, manifest, events = killed
@@ -50,6 +51,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(killable, killed, tmp_path):
     assert unfinished >= 3  # the kills met runs that had done some calls and not all
 
 
+@pytest.mark.parity("P22")
 def test_a_multistep_sampler_resumes_to_the_same_bytes(killable, killed, tmp_path):
     """Its history is in the resume point: without it the next step would be of first order."""
     whole = tmp_path / "whole"

@@ -24,6 +24,7 @@ def calls_of(model, plan=PLAN):
     return run(model, DDIMScheduler(clip_sample=False), plan)
 
 
+@pytest.mark.parity("P23")
 @pytest.mark.parametrize("decibels", [0.0, 10.0, 37.5, 60.0])
 def test_noise_of_known_power(decibels):
     """White noise of 10^(-dB / 10) of the power; 2 x 50,000 values estimate it to 4.34 * sqrt(2 / 1e5) = 0.02 dB

@@ -31,12 +31,14 @@ def test_latents_are_averaged_to_four_by_four_cells():
     assert float(features[1, 47]) == latents[1, 2, 6:, 6:].mean()
 
 
+@pytest.mark.parity("P23")
 def test_the_distance_to_itself_is_zero():
     x = gaussian(200, 8, 0)
     # roots of 8 eigenvalues, each exact to 1e-15 of about 1
     assert frechet("x", x, x)["value"] == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.parity("P23")
 def test_diagonal_gaussians_follow_the_closed_form():
     """Whitened samples have the covariance asked for exactly: |dm|^2 + sum (sqrt v1 - sqrt v2)^2 = 9 + 1 + 4."""
     x = gaussian(100, 3, 1)
@@ -50,6 +52,7 @@ def test_diagonal_gaussians_follow_the_closed_form():
     assert (found["samples"], found["dimension"], found["warning"]) == (100, 3, None)
 
 
+@pytest.mark.parity("P23")
 def test_the_distance_equals_scipys_matrix_root():
     a, b = gaussian(300, 5, 2) @ gaussian(5, 5, 3), gaussian(300, 5, 4) @ gaussian(5, 5, 5) + 0.5
     covariances = [np.cov(f.numpy(), rowvar=False) for f in (a, b)]

@@ -103,11 +103,13 @@ def model(request, make_dit):
     return model
 
 
+@pytest.mark.parity("P1")
 def test_the_folded_model_is_the_same_function_in_stock_modules(model, inputs):
     folded = folded_copy(model, random_factors(model), compat)
     assert relative_error(model, folded, inputs(model)) < EXACT
 
 
+@pytest.mark.parity("P1")
 def test_the_folded_model_is_the_same_function_with_a_direct_multiplier(model, inputs):
     folded = direct(folded_copy(model, random_factors(model), canonical))
     assert relative_error(model, folded, inputs(model)) < EXACT
@@ -198,6 +200,28 @@ def test_attention_folds_by_hand(make_dit):
         linears["attn1.to_v"].bias[0, n], attention.to_v.bias[n] / s["o_proj"][n]
     )
     torch.testing.assert_close(on_the_fly["ff.net.2"], 1 / s["fc2"], rtol=0, atol=0)
+
+
+@pytest.mark.parity("P3")
+def test_folding_through_v_equals_folding_the_product(make_dit):
+    """Softmax rows sum to one: P ((V - z) u) = (P V - z) u, so the attention output may be shifted and scaled in V."""
+    model = make_dit().double()
+    attention, generator = model.transformer_blocks[0].attn1, torch.Generator().manual_seed(3)
+    x = torch.randn(2, 16, WIDTH, generator=generator, dtype=torch.float64)
+    z = torch.randn(1, WIDTH, generator=generator, dtype=torch.float64)
+    s = torch.rand(WIDTH, generator=generator, dtype=torch.float64) + 0.1
+    linears = block_linears(model.transformer_blocks[0], BLOCK)
+    fold_block(linears, BLOCK, {"o_proj": Transform(s, z)})
+    folded = linears["attn1.to_v"]
+    probabilities = torch.softmax(x @ x.transpose(1, 2), dim=2)
+    with torch.no_grad():
+        product = (probabilities @ attention.to_v(x) - z) / s
+    through_v = probabilities @ (x @ folded.weight.T + folded.bias)
+    assert float((through_v - product).abs().max() / product.abs().max()) < EXACT
+    with torch.no_grad():
+        truth = attention.to_out[0](probabilities @ attention.to_v(x))
+    out = linears["attn1.to_out.0"]
+    assert float((through_v @ out.weight.T + out.bias - truth).abs().max()) < 1e-11
 
 
 def test_the_model_is_not_changed(make_dit):

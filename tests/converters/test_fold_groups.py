@@ -69,6 +69,7 @@ def folded_copy(model, transforms):
     return folded
 
 
+@pytest.mark.parity("P1", "P19")
 @pytest.mark.parametrize(("smooth", "shift"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("attention_bias", [True, False])
 def test_the_grouped_model_is_the_same_function(make_dit, smooth, shift, attention_bias):
@@ -116,6 +117,7 @@ def test_a_shift_before_gelu_is_refused(make_dit):
         fold_block(linears, BLOCK, {"fc2": Transform(None, shift)})
 
 
+@pytest.mark.parity("P19")
 def test_boundaries_lie_midway_and_rise():
     bounds = group_bounds([900.0, 700.0, 400.0, 380.0, 20.0], (0, 0, 1, 1, 2))
     assert bounds.tolist() == [200.0, 550.0]
@@ -137,6 +139,19 @@ def test_any_dtype_and_one_timestep_for_all(dtype):
     groups(torch.tensor(-5, dtype=dtype))
     table = torch.arange(6.0).reshape(3, 2)
     assert groups.current.rows(table, 3).tolist() == [[0.0, 1.0]] * 3
+
+
+@pytest.mark.parity("P19")
+def test_groups_switch_at_the_boundary_and_other_step_counts_map_by_timestep():
+    groups = TimestepGroups(3, device="cpu")
+    groups.bounds.data = group_bounds([900.0, 700.0, 400.0, 380.0, 20.0], (0, 0, 1, 1, 2))
+    just_above = torch.nextafter(torch.tensor(550.0), torch.tensor(600.0)).item()
+    groups(torch.tensor([550.0, just_above, 200.0, 200.1]))
+    assert groups.current.value.tolist() == [1, 2, 0, 1]
+    groups(
+        torch.tensor([999, 833, 666, 500, 333, 166, 0])
+    )  # seven steps, where five were calibrated
+    assert groups.current.value.tolist() == [2, 2, 2, 1, 1, 0, 0]
 
 
 def test_boundaries_survive_casts():

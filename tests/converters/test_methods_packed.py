@@ -96,6 +96,7 @@ def test_groups_are_stored_as_the_format_says(grouped):
         }
 
 
+@pytest.mark.parity("P19")
 def test_a_batch_of_mixed_timesteps_equals_its_samples_alone(grouped, batch):
     loaded = DiTTransformer2DModel.from_pretrained(grouped)
     low, high = loaded.transformer_blocks[0].timestep_groups.bounds.tolist()
@@ -110,6 +111,7 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples_alone(grouped, batch):
         torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-3)
 
 
+@pytest.mark.parity("P19")
 def test_bias_tables_return_the_shift_through_the_unquantized_weight(model, stats):
     """b_g - b_h = W (z_g - z_h): with the dequantized W the residual is the quantization error, 1 % at 8 bits."""
     packed = convert(model, Recipe("htg", "w4p", "static", group_size=32), stats, quiet=True)
@@ -174,6 +176,7 @@ def test_boundaries_that_do_not_rise_are_refused(grouped, tmp_path):
         path.write_bytes(before)
 
 
+@pytest.mark.parity("P8")
 def test_ditas_without_its_branch_and_search_is_smoothquant_bit_for_bit(model, stats):
     plain = convert(model, Recipe("smoothquant", "w4p", "static", 32), stats, quiet=True)
     recipe = Recipe("ditas", "w4p", "static", 32, lora_rank=0, search=False)

@@ -103,6 +103,7 @@ def fake_quantized(weight, recipe):
     return k.quantize_weight_w4p(weight.float(), 64).dequantize()
 
 
+@pytest.mark.parity("P24")
 def test_what_is_read_back_is_the_fake_quantized_folded_weight(packed, calibrated):
     recipe, _, loaded, _ = packed
     pipe, stats = calibrated
@@ -186,6 +187,7 @@ def simulation(loaded):
     return fake
 
 
+@pytest.mark.parity("P25")
 def test_every_layer_runs_as_its_simulation(packed, inputs):
     """P25, layer by layer, on the inputs the integer model meets: fp32 sums of 256 terms stay below 1e-5."""
     _, _, loaded, _ = packed
@@ -205,6 +207,7 @@ def test_every_layer_runs_as_its_simulation(packed, inputs):
         layer._forward_hooks.clear()
 
 
+@pytest.mark.parity("P25")
 def test_the_whole_model_runs_as_its_simulation(packed, inputs):
     """P25, end to end, to 1e-5. Roundings of 1e-7 may push a value over a rounding boundary, which moves its code by
     a whole step: a code may differ only within 1e-3 of a boundary, and then the integer model's is taken."""
@@ -232,6 +235,7 @@ def header(path):
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 
 
+@pytest.mark.parity("P24")
 def test_sizes_add_up_to_the_bytes_on_disk(packed):
     recipe, _, _, out = packed
     (file,) = out.glob("*.safetensors")

@@ -29,6 +29,7 @@ def calls_of(pipe, sampler, **plan):
     return list(trajectory(pipe.transformer, make_scheduler(pipe, sampler), plan))
 
 
+@pytest.mark.parity("P20")
 @pytest.mark.parametrize(
     ("scheduler", "highest"),
     [

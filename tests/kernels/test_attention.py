@@ -39,6 +39,7 @@ def dequantized_values(p):
     return (p["v"].double() - zero_point) * spread(p["v_scale"])
 
 
+@pytest.mark.parity("P3")
 def test_by_hand():
     """One query, three keys: 255 * exp2(0, -1, -3) = 255, 127.5 -> 128 (even), 31.875 -> 32."""
     q = torch.zeros(1, 1, 1, 32, dtype=torch.int8)
@@ -59,6 +60,7 @@ def test_by_hand():
     torch.testing.assert_close(o[0, 0, 0, 0].item(), -3.5, rtol=2.0**-22, atol=0)
 
 
+@pytest.mark.parity("P3")
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("keys", [256, 1024])
 def test_error_against_fp64_of_the_dequantized_inputs(head_dim, keys, attention_problem, generator):

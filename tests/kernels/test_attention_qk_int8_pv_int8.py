@@ -113,6 +113,7 @@ def test_an_image_without_keys_gives_zeros(keys, scales, device, attention_probl
         assert o[0].count_nonzero() == o[0].numel()
 
 
+@pytest.mark.parity("P3")
 @pytest.mark.parametrize("keys", [40, 300])
 @pytest.mark.usefixtures("poisoned")
 def test_code_sums_are_exact(keys, device, attention_problem, generator):

@@ -56,6 +56,7 @@ def test_op_equals_w8a8_on_expanded_weights(group_size, generator):
     assert torch.equal(y, on_expanded(arguments, expanded, torch.float32))
 
 
+@pytest.mark.parity("P7")
 # wide and narrow packing units, groups inside, equal to and across units, K padded to a unit
 @pytest.mark.parametrize(
     ("num_tokens", "out_features", "in_features", "group_size"),

@@ -99,6 +99,7 @@ def test_groups_add_in_ascending_order():
         assert kernel.launch(*arguments, None, None, None, torch.float32).item() == expected
 
 
+@pytest.mark.parity("P5")
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_op_equals_int64_sums(shape, extreme, generator):
@@ -106,6 +107,7 @@ def test_op_equals_int64_sums(shape, extreme, generator):
     assert np.array_equal(run(arguments).numpy(), by_numpy(arguments))
 
 
+@pytest.mark.parity("P5")
 @pytest.mark.parametrize("offset", [-8, 0, 120])
 def test_codes_may_be_stored_with_any_offset(offset, generator):
     """The sum over (q - z) (v - w) is that of (q - z) ((v + o) - (w + o)): signed nibbles, or bytes."""
@@ -123,6 +125,7 @@ def test_codes_may_be_stored_with_any_offset(offset, generator):
         assert torch.equal(run(arguments).long(), total)
 
 
+@pytest.mark.parity("P5")
 def test_the_largest_group_does_not_overflow():
     """All extremes at once: 255 * 15 * K at the last K before int32 ends, rounded up to a multiple of 32."""
     in_features = 561_408
@@ -139,6 +142,7 @@ def test_the_largest_group_does_not_overflow():
         k.gemm_w4a8_per_group(*wide, one[0], one, zero)
 
 
+@pytest.mark.parity("P7")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("poisoned")
 def test_kernel_equals_reference(shape, device, generator):

@@ -44,6 +44,7 @@ def to(device, arguments):
     return [None if value is None else value.to(device) for value in arguments]
 
 
+@pytest.mark.parity("P5")
 @pytest.mark.parametrize(
     ("num_tokens", "out_features", "in_features"), [(1, 1, 1), (7, 5, 33), (16, 24, 1152)]
 )
@@ -58,6 +59,7 @@ def test_zero_points_equal_direct_sums(num_tokens, out_features, in_features, ge
     np.testing.assert_array_equal(y.numpy(), expected)
 
 
+@pytest.mark.parity("P5")
 @pytest.mark.parametrize(
     ("q_value", "w_value", "zero"), [(-128, -128, 127), (127, -128, -128), (127, 127, -128)]
 )
@@ -75,6 +77,7 @@ def test_extremes_at_the_largest_k(q_value, w_value, zero):
     assert y.tolist() == [[float(np.float32(exact))] * 2]
 
 
+@pytest.mark.parity("P5")
 def test_the_largest_symmetric_k_does_not_wrap():
     in_features = checks.MAX_K_SYMMETRIC
     lowest = torch.full((1, in_features), -128, dtype=torch.int8)
@@ -92,6 +95,7 @@ def test_kernel_at_the_largest_symmetric_k(device):
     assert y.tolist() == [[float(np.float32(128 * 128 * in_features))] * 3] * 3
 
 
+@pytest.mark.parity("P7")
 @pytest.mark.parametrize("out_dtype", DTYPES)
 def test_epilogue_order(out_dtype, generator):
     """numpy fp32, one rounding a step: scales, then the sum, then the bias, then the cast."""
@@ -130,6 +134,7 @@ def test_quantized_layer_approximates_the_float_layer(generator):
     assert (y - x @ weight.t()).norm() / (x @ weight.t()).norm() < 0.02
 
 
+@pytest.mark.parity("P7")
 # one, odd, off-tile in each of T, N and K
 @pytest.mark.parametrize(
     ("num_tokens", "out_features", "in_features"),
@@ -145,6 +150,7 @@ def test_kernel_equals_reference(
     assert torch.equal(y.cpu(), reference.gemm_w8a8(*arguments, out_dtype))
 
 
+@pytest.mark.parity("P7")
 @pytest.mark.parametrize("per_token_scale", [False, True])
 @pytest.mark.parametrize("zero_point", ["none", "one", "per_token"])
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -48,6 +48,7 @@ def test_asymmetric_equals_numpy(shift, generator):
         np.testing.assert_array_equal(q[row].numpy(), codes)
 
 
+@pytest.mark.parity("P4")
 def test_ties_round_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     q = k.quantize_symmetric(x, torch.tensor(1.0))
@@ -68,12 +69,14 @@ def test_codes_multiply_by_the_reciprocal():
     assert k.quantize_asymmetric(x, scale, zero_point).tolist() == [30, 9]
 
 
+@pytest.mark.parity("P4")
 def test_the_largest_element_gets_code_127(generator):
     x = torch.randn(2000, 16, generator=generator) * 10 ** (torch.rand(2000, 1) * 12 - 6)
     q = k.quantize_symmetric(x, k.symmetric_scale(x.abs().amax(dim=1))[:, None])
     assert (q.abs().amax(dim=1) == 127).all()
 
 
+@pytest.mark.parity("P4")
 def test_all_zero_rows_have_the_smallest_scale_and_code_zero():
     zeros = torch.zeros(3)
     assert k.symmetric_scale(zeros).tolist() == [2.0**-40] * 3
@@ -82,6 +85,7 @@ def test_all_zero_rows_have_the_smallest_scale_and_code_zero():
     assert k.quantize_asymmetric(zeros, scale, zero_point).tolist() == zero_point.tolist()
 
 
+@pytest.mark.parity("P4")
 @pytest.mark.parametrize(
     ("low", "high", "zero"), [(1.0, 2.0, -128), (-2.0, -1.0, 127), (-1.0, 254.0, -127)]
 )

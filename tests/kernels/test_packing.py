@@ -12,6 +12,7 @@ def test_golden_bytes():
     assert k.pack_int4(codes).tolist() == [[0x21, 0x0F], [0x80, 0x97]]
 
 
+@pytest.mark.parity("P6")
 def test_every_byte_survives_a_round_trip():
     packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
     assert torch.equal(k.pack_int4(k.unpack_int4(packed)), packed)
@@ -20,6 +21,7 @@ def test_every_byte_survives_a_round_trip():
     assert torch.equal(high, packed // 16)
 
 
+@pytest.mark.parity("P6")
 def test_flipping_top_bits_gives_twos_complement():
     packed = torch.arange(256, dtype=torch.uint8).view(1, 256)
     signed = (packed ^ 0x88).view(torch.int8)
@@ -31,6 +33,7 @@ def test_flipping_top_bits_gives_twos_complement():
     )  # reading the high nibble is 16 x the code
 
 
+@pytest.mark.parity("P6")
 @pytest.mark.parametrize(
     "codes",
     [torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), torch.zeros(2, 4)],

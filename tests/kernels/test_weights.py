@@ -111,6 +111,7 @@ def test_non_finite_weights_are_refused(quantize, bad):
         quantize(weight)
 
 
+@pytest.mark.parity("P6")
 def test_shapes_and_groups_are_refused_by_sentence():
     with pytest.raises(ValueError, match=r"quantize_weight_w8: expected a float weight \[N, K\]"):
         k.quantize_weight_w8(torch.ones(2, 3, 4))
@@ -118,6 +119,7 @@ def test_shapes_and_groups_are_refused_by_sentence():
         k.quantize_weight_w4p(torch.ones(2, 96), 64)
 
 
+@pytest.mark.parity("P6")
 @pytest.mark.parametrize(
     ("in_features", "requested", "expected"),
     [(1152, 128, 128), (1152, 64, 64), (96, 64, 32), (96, 128, 96), (4608, 100, 96), (32, 500, 32)],
@@ -126,6 +128,7 @@ def test_resolve_group_size(in_features, requested, expected):
     assert k.resolve_group_size(in_features, requested) == expected
 
 
+@pytest.mark.parity("P6")
 @pytest.mark.parametrize(("in_features", "requested"), [(1000, 128), (1152, 31), (48, 64)])
 def test_resolve_group_size_refuses(in_features, requested):
     with pytest.raises(ValueError, match=f"divides K={in_features}"):

@@ -84,6 +84,7 @@ def _decibels(signal, got):
     return float(10 * torch.log10(signal.square().sum() / (got.double() - signal).square().sum()))
 
 
+@pytest.mark.parity("P2")
 @pytest.mark.parametrize("smooth", [1.0, 10.0, 100.0])
 def test_a_direct_multiplier_is_precise_at_any_smoothing_factor(smooth):
     # The runtime's multiplier is fp32. Even one rounded to bf16, error uniform in a step of 2**-7 of its
@@ -107,6 +108,22 @@ def test_a_direct_multiplier_is_precise_at_any_smoothing_factor(smooth):
     stock = (1 + (multiplier - 1).bfloat16())[:, None] * normed + shift.bfloat16()[:, None]
     if smooth == 100:
         assert _decibels(expected, stock) < 30  # what the direct form avoids
+
+
+@pytest.mark.parity("P2")
+@pytest.mark.parametrize("smooth", [1.0, 10.0, 100.0])
+def test_a_folded_factor_costs_no_precision_beside_one_applied_on_the_fly(smooth):
+    """LN(h) a + b with a = (1 + scale) / s from bf16 hidden states, against (LN(h) (1 + scale) + shift) u in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 500, WIDTH, generator=generator).bfloat16()
+    s = smooth * (0.5 + torch.rand(WIDTH, generator=generator, dtype=torch.float64))
+    scale = 1 + 0.4 * torch.randn(2, WIDTH, generator=generator, dtype=torch.float64)
+    shift = 0.3 * torch.randn(2, WIDTH, generator=generator, dtype=torch.float64)
+    norm = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
+    exact = modulate(hidden.double(), norm, scale / s, shift / s)
+    folded = modulate(hidden, norm, (scale / s).float(), (shift / s).float())
+    on_the_fly = modulate(hidden, norm, scale.float(), shift.float()) * (1 / s).float()
+    assert _decibels(exact, folded) > _decibels(exact, on_the_fly) - 1
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -46,7 +46,7 @@ def groups_of(granularity, rows, inputs, size):
     return [([n], block) for n in every for block in blocks]
 
 
-@pytest.mark.parity("P12")
+@pytest.mark.parity("P12", "P20")
 @pytest.mark.parametrize(
     "granularity", [name for name in GRANULARITIES if name != "per_in_channel_folded"]
 )

@@ -90,6 +90,7 @@ def relative(got, truth):
     return float((got - truth).abs().max() / truth.abs().max())
 
 
+@pytest.mark.parity("P1")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shift", [True, False])
 def test_a_folded_model_is_the_same_function(make_case, run, name, shift):

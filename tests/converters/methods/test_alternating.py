@@ -66,6 +66,7 @@ def test_low_rank_of_zero_is_zero():
     assert torch.equal(up @ down, torch.zeros(4, 6, dtype=torch.float64))
 
 
+@pytest.mark.parity("P10")
 @pytest.mark.parametrize("quantize", [coarse(1), coarse(7), w8, w4p])
 @pytest.mark.parametrize("rank", [1, 8])
 def test_best_is_at_most_the_first_and_that_at_most_rounding(quantize, rank):
@@ -77,6 +78,7 @@ def test_best_is_at_most_the_first_and_that_at_most_rounding(quantize, rank):
         assert min(result.errors) <= result.errors[0] < nearest
 
 
+@pytest.mark.parity("P10")
 @pytest.mark.parametrize("quantize", [coarse(1), coarse(7), w8, w4p])
 def test_the_kept_iterate_is_the_best_and_can_be_made_again(quantize):
     target = matrix(48, 64)
@@ -87,6 +89,7 @@ def test_the_kept_iterate_is_the_best_and_can_be_made_again(quantize):
     assert result.lora_up.shape == (48, 8)
 
 
+@pytest.mark.parity("P10")
 @pytest.mark.parametrize("quantize", [coarse(1), w8, w4p])
 def test_the_low_rank_step_never_raises_the_error(quantize):
     """Every error against the tail of singular values, and against the branch of the step before."""
@@ -110,6 +113,7 @@ def test_a_moving_grid_can_raise_the_error_and_the_best_is_kept():
     assert rises > 0  # otherwise this file tests no keeping
 
 
+@pytest.mark.parity("P10")
 @pytest.mark.parametrize("rank", [2, 8])
 def test_with_a_frozen_grid_the_error_never_rises(rank):
     target = matrix(48, 64)
@@ -135,6 +139,7 @@ def test_a_frozen_grid_keeps_its_scales():
     torch.testing.assert_close(found, torch.tensor([[3.0, -127.0], [0.04, 0.0]]))
 
 
+@pytest.mark.parity("P10")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("extra", [0, 7])
 def test_a_full_rank_takes_up_the_whole_error(shape, extra):

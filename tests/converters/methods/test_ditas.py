@@ -66,6 +66,7 @@ def recomputed(site, alpha, options):
     return (error**2).sum(), np.linalg.norm(terms) * (weight.shape[1] + 3) * 2**-24
 
 
+@pytest.mark.parity("P9")
 @pytest.mark.parametrize("options", SETTINGS, ids=["w8-token", "w8-static", "w4p-token"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_selected_loss_is_the_least_of_21_recomputed_ones(options, seed):
@@ -82,6 +83,7 @@ def test_the_selected_loss_is_the_least_of_21_recomputed_ones(options, seed):
     assert losses[chosen] <= losses[10]  # alpha = 1/2
 
 
+@pytest.mark.parity("P9")
 @pytest.mark.parametrize("options", SETTINGS, ids=["w8-token", "w8-static", "w4p-token"])
 def test_the_order_of_rows_does_not_matter(options):
     site = as_site(seed=5)
@@ -101,6 +103,7 @@ def test_the_grid():
     assert list(ALPHAS) == [*exact, 1.0]
 
 
+@pytest.mark.parity("P9")
 def test_of_equal_losses_the_smaller_alpha_wins():
     site = as_site()
     silent = SiteData("qkv", site.minimum, site.maximum, site.weight, rows=0 * site.rows)
@@ -119,6 +122,7 @@ def test_the_static_range_comes_from_all_calls():
     assert wide[0] > 10 * grid_losses(site, Options(activations="static"))[0]
 
 
+@pytest.mark.parity("P8")
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
 def test_without_search_it_is_smoothquant(alpha):
     sites, options = [as_site(seed) for seed in range(2)], Options(search=False, alpha=alpha)

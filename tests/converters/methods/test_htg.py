@@ -38,6 +38,7 @@ def test_by_hand():
     assert block.sites["fc1"].smooth.tolist() == [3.5]
 
 
+@pytest.mark.parity("P8")
 def test_without_shift_and_average_one_call_is_smoothquant():
     site = as_site(inputs(calls=1))
     found = HTG.transform([site], Options(shift=False, ema=0.0))
@@ -47,6 +48,7 @@ def test_without_shift_and_average_one_call_is_smoothquant():
     assert torch.equal(found.sites["qkv"].smooth, expected.sites["qkv"].smooth)
 
 
+@pytest.mark.parity("P18")
 def test_a_group_for_every_call_shifts_every_call_by_its_centre():
     x = inputs(calls=7)
     site = as_site(x)
@@ -59,6 +61,7 @@ def test_a_group_for_every_call_shifts_every_call_by_its_centre():
     torch.testing.assert_close(shifted_absmax(site, shift), half_range, rtol=0, atol=4e-15)
 
 
+@pytest.mark.parity("P18")
 def test_the_range_after_a_shared_shift_is_that_of_the_shifted_input():
     x = inputs()
     site, groups = as_site(x), [0] * 8 + [1] * 12
@@ -78,6 +81,7 @@ def test_group_means_are_means():
     np.testing.assert_allclose(means[1], (z[3] + z[4]).numpy() / 2, rtol=1e-14)
 
 
+@pytest.mark.parity("P18")
 @pytest.mark.parametrize("coefficient", [0.0, 0.5, 0.99, 1.0])
 def test_the_moving_average_equals_its_closed_form(coefficient):
     """m = c^(T-1) A_0 + sum over i >= 1 of (1 - c) c^(T-1-i) A_i: positive terms, so relative rounding adds up."""
@@ -88,6 +92,7 @@ def test_the_moving_average_equals_its_closed_form(coefficient):
     np.testing.assert_allclose(found.numpy(), weights @ a, rtol=4 * 100 * 2**-53)
 
 
+@pytest.mark.parity("P18")
 def test_no_root_of_a_negative_number():
     """After a group's shift a channel may lie wholly below zero: its signed maximum would be negative."""
     x = torch.tensor([[[-9.0], [-8.0]], [[5.0], [6.0]]])

@@ -45,6 +45,7 @@ def test_ranks_by_hand():
     assert average_ranks(values).tolist() == [[4.0, 1.0, 4.0, 2.0, 4.0], [3.0] * 5]
 
 
+@pytest.mark.parity("P16")
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_and_spearman_equal_scipy(seed):
     x, w = with_ties(seed)
@@ -58,12 +59,14 @@ def test_ranks_and_spearman_equal_scipy(seed):
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=50 * 2**-53)
 
 
+@pytest.mark.parity("P16")
 def test_spearman_of_a_constant_is_zero():
     x = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])
     assert spearman(x, torch.tensor([1.0, 2.0, 5.0])).tolist() == [0.0, 1.0]
     assert spearman(x, torch.ones(3)).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parity("P16")
 def test_only_the_order_of_the_weights_counts():
     x, w = (torch.from_numpy(part) for part in with_ties(7))
     rho = spearman(x, w)
@@ -72,6 +75,7 @@ def test_only_the_order_of_the_weights_counts():
     assert not torch.equal(spearman(x, -w), rho)
 
 
+@pytest.mark.parity("P16")
 def test_complementary_calls_weigh_more():
     x = torch.from_numpy(np.random.default_rng(3).lognormal(size=(30, 20)))
     w = torch.from_numpy(np.random.default_rng(4).lognormal(size=20))
@@ -83,6 +87,7 @@ def test_complementary_calls_weigh_more():
     np.testing.assert_allclose(eta.numpy(), by_numpy, rtol=1e-14)
 
 
+@pytest.mark.parity("P16")
 def test_calls_of_equal_rank_order_weigh_the_same():
     x = torch.tensor([[1.0, 2.0, 3.0], [10.0, 11.0, 99.0], [0.0, 0.1, 0.2], [5.0, 6.0, 7.0]])
     assert call_weights(x, torch.tensor([3.0, 1.0, 2.0])).tolist() == [0.25] * 4
@@ -96,6 +101,7 @@ def test_aggregate_by_hand():
     np.testing.assert_allclose(aggregate(site, ssc=True).numpy(), expected, rtol=1e-15)
 
 
+@pytest.mark.parity("P8")
 def test_one_call_is_smoothquant_at_that_call():
     site = random_site(calls=1)
     found = PTQ4DIT.transform([site], Options())
@@ -104,6 +110,7 @@ def test_one_call_is_smoothquant_at_that_call():
     assert found.sites["qkv"].shift is None
 
 
+@pytest.mark.parity("P8")
 @pytest.mark.parametrize(("calls", "middle"), [(1, 0), (2, 1), (7, 3), (50, 25)])
 def test_without_ssc_it_is_smoothquant_at_the_middle_call(calls, middle):
     site = random_site(calls)
@@ -128,6 +135,7 @@ def test_only_calibration_calls_count():
     assert torch.equal(aggregate(site, ssc=True), aggregate(used, ssc=True))
 
 
+@pytest.mark.parity("P15")
 def test_balancing_makes_salience_equal():
     """CSB: B^X = 1 / s and B^W = s undo each other, and a / s = w s."""
     site = random_site(calls=9, width=300)
@@ -139,6 +147,7 @@ def test_balancing_makes_salience_equal():
     torch.testing.assert_close(smooth, balanced / site.weight_absmax, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parity("P15")
 @pytest.mark.parametrize("seed", range(20))
 def test_of_a_single_call_the_overall_salience_does_not_grow(seed):
     site = random_site(calls=1, seed=seed)

@@ -29,6 +29,7 @@ def scalars(low, high):
     return torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
 
 
+@pytest.mark.parity("P14")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("halves", [(True, True), (True, False), (False, True), (False, False)])
 def test_ranges_from_channel_statistics_equal_direct_ones(shared, halves):

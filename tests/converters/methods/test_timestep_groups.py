@@ -81,6 +81,7 @@ def test_ties_merge_the_earliest_pair(linkage):
     assert greedy(torch.zeros(4, 2), 2, linkage) == (0, 0, 0, 1)
 
 
+@pytest.mark.parity("P17")
 @pytest.mark.parametrize("linkage", LINKAGES)
 @pytest.mark.parametrize("seed", range(10))
 def test_greedy_equals_a_naive_one(linkage, seed):
@@ -91,6 +92,7 @@ def test_greedy_equals_a_naive_one(linkage, seed):
         )
 
 
+@pytest.mark.parity("P17")
 @pytest.mark.parametrize("seed", range(10))
 def test_ward_equals_scikit_learn_on_a_chain(seed):
     z = drift(calls=40, width=7, seed=seed)
@@ -101,6 +103,7 @@ def test_ward_equals_scikit_learn_on_a_chain(seed):
     assert greedy(torch.from_numpy(z), 4, "ward") == tuple(expected)
 
 
+@pytest.mark.parity("P17")
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize(("calls", "num_groups"), [(5, 2), (9, 4), (12, 3), (12, 6), (12, 11)])
 def test_dynamic_programming_equals_brute_force(squared, calls, num_groups):
@@ -119,6 +122,7 @@ def test_the_two_powers_of_the_objective_differ():
     assert exact_dp(z, 2, squared=True) == (0, 0, 0, 0, 1)
 
 
+@pytest.mark.parity("P17")
 @pytest.mark.parametrize("seed", range(10))
 def test_dynamic_programming_is_never_worse_than_greedy(seed):
     z = drift(30, 5, seed)
@@ -138,6 +142,7 @@ def test_greedy_need_not_be_optimal():
     assert exact_dp(z, 2, squared=True) == (0, 0, 1, 1)
 
 
+@pytest.mark.parity("P17")
 @pytest.mark.parametrize("partition", [*LINKAGES, "exact_dp"])
 def test_every_call_is_in_one_of_contiguous_groups(partition):
     z = torch.from_numpy(drift(17, 4, seed=3))
