@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ditq_runtime.errors import CheckpointError
+from ditq_runtime.timestep_freq import SHIFT_OF
 
 WEIGHTS = ("w8", "w4p", "fp32")
 ACTIVATIONS = ("token", "static", "none")
@@ -149,6 +150,7 @@ class Scheme:
         formats: name -> LayerFormat.
         layers: module name -> name of its format.
         folds: `BLOCK.SITE` -> number of shifts of a site whose factor went into its producer; 0: a factor alone.
+        timestep_freq: frequencies of a DiT's timestep embedding, `diffusers` or `dit` (`ditq_runtime.timestep_freq`).
     """
 
     architecture: str
@@ -156,6 +158,7 @@ class Scheme:
     formats: dict[str, LayerFormat]
     layers: dict[str, str]
     folds: dict[str, int] = dataclasses.field(default_factory=dict)
+    timestep_freq: str = "diffusers"
 
     @classmethod
     def of(
@@ -193,6 +196,7 @@ class Scheme:
             ("formats", dict),
             ("layers", dict),
             ("folds", dict),
+            ("timestep_freq", str),
         ):
             _check_type(f"scheme: {key}", stored[key], kind)
         for layer, name in stored["layers"].items():
@@ -203,6 +207,10 @@ class Scheme:
         for name, entry in stored["formats"].items():
             _check_keys(entry, LayerFormat, f"scheme.formats.{name}")
             formats[name] = LayerFormat(**entry)
+        if stored["timestep_freq"] not in SHIFT_OF:
+            raise CheckpointError(
+                f"scheme: timestep_freq must be one of {', '.join(SHIFT_OF)}, got {stored['timestep_freq']!r}"
+            )
         unknown = sorted(set(stored["layers"].values()) - set(formats))
         if unknown:
             raise CheckpointError(f"scheme: layers name formats that are not defined: {unknown}")
@@ -214,6 +222,7 @@ class Scheme:
             formats=formats,
             layers=dict(stored["layers"]),
             folds=dict(stored["folds"]),
+            timestep_freq=stored["timestep_freq"],
         )
 
 

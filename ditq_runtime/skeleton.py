@@ -14,6 +14,7 @@ from ditq_runtime.folds import install_folds
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.modulation_table import ModulationTable
 from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.timestep_freq import set_timestep_freq
 from ditq_runtime.timestep_groups import TimestepGroups
 from ditq_runtime.timestep_note import install_note
 
@@ -52,6 +53,7 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         install_note(model, grouped)
     if scheme.shared_embedder:
         share_embedder(model, family)
+    set_timestep_freq(model, scheme.timestep_freq)
 
 
 def duplicate_embedders(model: nn.Module, scheme: Scheme) -> list[str]:

@@ -1,4 +1,4 @@
-"""Open MODEL: a built-in demo, a diffusers folder, a transformer folder, or a hub id."""
+"""Open MODEL: a built-in demo, a diffusers folder, a transformer folder, a hub id, or a `.pt` of DiT's own code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ditq_converters.demo import DEMO_MODELS, open_demo
+from ditq_converters.facebook_dit import open_facebook_dit
 from ditq_converters.streaming.opening import fits, open_in_pieces
 
 TRANSFORMER_FILE = "config.json"
@@ -22,7 +23,8 @@ def open_model(
     """Open a float model.
 
     Args:
-        model: `demo:NAME`, a folder with model_index.json (a pipeline) or config.json (a transformer), or a hub id.
+        model: `demo:NAME`, a folder with model_index.json (a pipeline) or config.json (a transformer), a hub id,
+            or a `.pt` file of DiT's own code.
         torch_dtype: of its weights.
         memory_budget: bytes of main memory; the weights of a model that is too large for it stay on disk until they
             are needed (`streaming`). Such a model can be calibrated and converted; a demo is always loaded.
@@ -31,17 +33,15 @@ def open_model(
         A diffusers pipeline; a transformer alone where the folder holds only that.
 
     Raises:
-        ValueError: nothing of that name, an unknown demo, a packed model, a Facebook `.pt` file; within a memory
-            budget also weights that are no safetensors.
+        ValueError: nothing of that name, an unknown demo, a packed model, a `.pt` file of something else; within a
+            memory budget also weights that are no safetensors.
     """
     if model.startswith("demo:"):
         pipe = open_demo(model)
         return pipe if torch_dtype == torch.float32 else pipe.to(torch_dtype)
     path = Path(model)
     if path.suffix in (".pt", ".pth", ".ckpt"):
-        raise ValueError(
-            f"{model}: Facebook DiT checkpoints are not read yet; convert it to a diffusers folder first"
-        )
+        return open_facebook_dit(path, torch_dtype)
     if path.is_dir():
         return _open_folder(path, torch_dtype, memory_budget)
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ditq_converters.streaming.model import tensors_of
 from ditq_runtime import plugin, skeleton
 from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.timestep_freq import get_timestep_freq
 
 
 def make_scheme(
@@ -24,7 +26,8 @@ def make_scheme(
         return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
 
     shared = skeleton.has_shared_embedder(model, family, module)
-    return Scheme.of(type(model).__name__, shared, formats, folds)
+    scheme = Scheme.of(type(model).__name__, shared, formats, folds)
+    return replace(scheme, timestep_freq=get_timestep_freq(model))
 
 
 def pack_model(

@@ -53,7 +53,7 @@ def test_a_dtype(pipeline_folder):
         ("./nowhere", "not a diffusers folder, not a hub id"),
         ("/nowhere/at/all", "not a diffusers folder"),
         ("a/b/c", "not a hub id"),
-        ("DiT-XL-2-256x256.pt", "Facebook DiT checkpoints are not read yet"),
+        ("DiT-XL-2-256x256.pt", "there is no such file"),
     ],
 )
 def test_refusals(model, sentence):

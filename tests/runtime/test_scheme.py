@@ -45,6 +45,7 @@ def test_the_stored_form_is_what_the_format_document_says():
         },
         "layers": LAYERS,
         "folds": {},
+        "timestep_freq": "diffusers",
     }
 
 
@@ -77,7 +78,7 @@ def test_formats_that_no_op_runs_are_refused(fields, sentence):
         ([], "scheme: expected an object, got list"),
         (
             {},
-            r"scheme: missing keys \['architecture', 'folds', 'formats', 'layers', 'shared_embedder'\]",
+            r"scheme: missing keys \['architecture', 'folds', 'formats', 'layers', 'shared_embedder', 'time",
         ),
         (_stored(extra=1), r"scheme: missing keys \[\], unknown keys \['extra'\]"),
         (_stored(formats=[]), "scheme: formats must be of type dict"),
