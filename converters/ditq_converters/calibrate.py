@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import diffusers
 import torch
 from torch import nn
 
+from ditq_converters.captions import Captions, read_captions
+from ditq_converters.hosts import Host, host_of
 from ditq_converters.labels import check_labels, class_ids, draw_labels
 from ditq_converters.memory import fitting_micro_batch
 from ditq_converters.models import transformer_of
@@ -47,7 +49,7 @@ def calibrate(
     steps: int | None = None,
     samples: int = 32,
     guidance: float = 1.5,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     seed: int = 0,
     micro_batch: int = 32,
     quiet: bool = False,
@@ -55,6 +57,7 @@ def calibrate(
     rows: int = 64,
     cfg_channels: int | None = None,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     memory_budget: int | None = None,
 ) -> CalibrationStats:
     """Data-free calibration: run the float model from Gaussian noise and store the ranges it meets.
@@ -65,9 +68,9 @@ def calibrate(
         pipe: a diffusers pipeline, or its transformer alone.
         out: folder for the statistics.
         steps: model calls per sample, T; default: 50. Sampler `t_max` always makes one.
-        samples: images to sample, S; their classes are drawn without replacement where there are enough.
+        samples: images to sample, S; their classes or prompts are drawn without replacement where there are enough.
         guidance: classifier-free guidance weight; statistics cover both halves.
-        sampler: one of SAMPLERS.
+        sampler: one of SAMPLERS; default: ddim, or flow for a flow-matching model.
         seed: of classes, noise and the choice of rows.
         micro_batch: samples per forward; bounds memory.
         quiet: show no progress bar.
@@ -75,6 +78,8 @@ def calibrate(
             is 4 bytes (fp32) times rows times calls times all channels: 2.9 GB for DiT-XL at 64 rows and 50 calls.
         cfg_channels: leading channels that are guided; None: all, as diffusers' pipeline does; 3: as DiT's own code.
         labels: class ids, one per sample, instead of drawing `samples` of them.
+        prompts: for a text-conditioned model: prompts, a text file with one per line, or a `.safetensors` file of their
+            embeddings (see `captions`).
         memory_budget: bytes; lowers `micro_batch` so that the peak stays below (see `memory`). A resumed run keeps the
             micro-batch it began with.
 
@@ -83,22 +88,26 @@ def calibrate(
 
     Raises:
         ValueError: an unknown sampler, class or channel count, an unsupported transformer, a count below one, a
-            budget that one sample does not fit into.
+            budget that one sample does not fit into, prompts that are missing or do not fit.
         StatisticsError: `out` holds statistics of another model or plan, or the model gave non-finite values.
     """
     model: Any = transformer_of(pipe)
     family = family_of(type(model).__name__)
-    if "num_embeds_ada_norm" not in model.config:
-        raise ValueError(
-            f"calibrate: {family.architecture} is not conditioned on classes, and nothing else can be calibrated; "
-            "convert it without data: method linear, activations token"
-        )
-    scheduler = make_scheduler(pipe, sampler)
-    chosen = _choose_labels(pipe, model, labels, samples, seed)
+    host = host_of(model)
+    sampler = sampler or host.sampler
+    scheduler = make_scheduler(pipe, sampler, model)
     calls = _number_of_calls(sampler, steps, quiet)
-    null_label = model.config.num_embeds_ada_norm
-    plan = SamplingPlan(chosen, null_label, calls, guidance, seed, micro_batch, cfg_channels)
     _check_channels(model, cfg_channels)
+    captions = _captions(pipe, model, host, prompts)
+    chosen, null = _choose(pipe, model, labels, captions, samples, seed)
+    plan = SamplingPlan(
+        chosen, null, calls, guidance, seed, micro_batch, cfg_channels, captions, host.distilled
+    )
+    if plan.guided and captions is not None and not captions.has_null:
+        raise ValueError(
+            "calibrate: guidance above 1 needs the negative_ embeddings of the empty prompt; add them, or "
+            "calibrate with guidance 1"
+        )
     kept = RowPlan(rows, evenly_spaced(calls) if rows else (), len(chosen), plan.guided, seed)
     folder = Path(out)
     if memory_budget is not None:
@@ -163,15 +172,44 @@ def _number_of_calls(sampler: str, steps: int | None, quiet: bool) -> int:
     return 1
 
 
-def _choose_labels(
-    pipe: Any, model: Any, labels: Sequence[int] | None, samples: int, seed: int
-) -> tuple[int, ...]:
+def _captions(
+    pipe: Any, model: Any, host: Host, prompts: Sequence[str] | str | Path | None
+) -> Captions | None:
+    """The prompts of a text-conditioned model; None for a class-conditional one."""
+    widths, name = host.captions(model), type(model).__name__
+    if not widths:
+        if prompts is not None:
+            raise ValueError(
+                f"calibrate: {name} is conditioned on classes; pass labels, not prompts"
+            )
+        return None
+    if prompts is None:
+        raise ValueError(
+            f"calibrate: {name} is conditioned on text; pass prompts, or a .safetensors file of their embeddings"
+        )
+    return read_captions(prompts, pipe, name, widths)
+
+
+def _choose(
+    pipe: Any,
+    model: Any,
+    labels: Sequence[int] | None,
+    captions: Captions | None,
+    samples: int,
+    seed: int,
+) -> tuple[tuple[int, ...], int]:
+    """One class or prompt per sample, and the id of none."""
+    if captions is not None:
+        if labels is not None:
+            raise ValueError("calibrate: labels are classes, and this model is told prompts")
+        return draw_labels(list(range(captions.count)), samples, seed), captions.count
     ids = class_ids(pipe, model)
-    return draw_labels(ids, samples, seed) if labels is None else check_labels(tuple(labels), ids)
+    drawn = draw_labels(ids, samples, seed) if labels is None else check_labels(tuple(labels), ids)
+    return drawn, model.config.num_embeds_ada_norm
 
 
 def _check_channels(model: Any, cfg_channels: int | None) -> None:
-    channels = model.config.in_channels
+    channels = host_of(model).latent_shape(model)[0]
     if cfg_channels is not None and cfg_channels > channels:
         raise ValueError(
             f"calibrate: cfg_channels must be at most {channels}, the model's latent channels, got {cfg_channels}"
@@ -186,7 +224,7 @@ def _manifest(
         "sampler": sampler,
         "calls": plan.steps,
         "timesteps": [float(t) for t in scheduler.timesteps],
-        "plan": {**asdict(plan), "labels": list(plan.labels)},
+        "plan": plan.to_dict(),
         "rows": {"count": rows.count, "calls": list(rows.calls)},
         "architecture": type(model).__name__,
         "model_hash": model_hash(model),

@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
+from ditq_converters.hosts import host_of
 from ditq_converters.trajectory import noise_generator
 
 CLASSES = 1000
 
 
 def class_ids(pipe: Any, model: Any) -> list[int]:
-    """Class ids that mean something: those the pipeline has names for, else all that the embedding has."""
+    """Class ids that mean something: those the pipeline has names for, else all that the embedding has.
+
+    Raises:
+        ValueError: the model is conditioned on something else.
+    """
+    if host_of(model).captions(model):
+        raise ValueError(f"{type(model).__name__} is conditioned on text and has no classes")
     named = sorted(set(getattr(pipe, "labels", {}).values()))
     return named or list(range(min(CLASSES, model.config.num_embeds_ada_norm)))
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 import diffusers
 import torch
+
+from ditq_converters.hosts import host_of
 
 SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "flow", "t_max")
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -130,12 +133,13 @@ class HighestNoise:
         return Step(sample)
 
 
-def make_scheduler(pipe: Any, sampler: str) -> Any:
+def make_scheduler(pipe: Any, sampler: str, model: Any = None) -> Any:
     """A fresh scheduler with the pipeline's noise schedule; DiT's own schedule where there is no pipeline.
 
     Args:
         pipe: a pipeline, or a transformer alone.
         sampler: one of SAMPLERS.
+        model: the transformer, where a schedule may depend on its number of tokens.
 
     Raises:
         ValueError: an unknown sampler, or one that does not fit what the model was trained to predict.
@@ -145,15 +149,15 @@ def make_scheduler(pipe: Any, sampler: str) -> Any:
             f"calibrate: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}"
         )
     own = getattr(pipe, "scheduler", None)
-    kind = type(own).__name__
+    flow = _is_flow(own, sampler, model)
     clips = {"clip_sample": False} if sampler in ("ddim", "ddpm") else {}
     config = clips if own is None else own.config
     if sampler == "t_max":
-        return HighestNoise(config, kind == FLOW)
-    if own is not None and (kind == FLOW) != (sampler == "flow"):
-        fitting = "flow or t_max" if kind == FLOW else "ddim, ddpm, dpmsolver++ or t_max"
+        return HighestNoise(config, flow)
+    if flow != (sampler == "flow"):
+        fitting = "flow or t_max" if flow else "ddim, ddpm, dpmsolver++ or t_max"
         raise ValueError(
-            f"calibrate: sampler {sampler} does not fit a model whose scheduler is {kind}; use {fitting}"
+            f"calibrate: sampler {sampler} does not fit a model whose scheduler is {_name(own)}; use {fitting}"
         )
     if sampler == "ddpm":
         return AncestralSampler(config)
@@ -165,12 +169,40 @@ def make_scheduler(pipe: Any, sampler: str) -> Any:
         return diffusers.DPMSolverMultistepScheduler.from_config(
             config, algorithm_type="dpmsolver++", variance_type=None
         )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-    if scheduler.config.use_dynamic_shifting:
+    fixed = _fixed_shift(config, model)
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, **fixed)
+
+
+def _name(own: Any) -> str:
+    return type(own).__name__ if own is not None else "not there, and is that of its class"
+
+
+def _is_flow(own: Any, sampler: str, model: Any) -> bool:
+    """Whether the model was trained by flow matching: its scheduler says so; without one its class, or the user."""
+    if own is not None:
+        return type(own).__name__ == FLOW
+    return sampler == "flow" or (model is not None and host_of(model).sampler == "flow")
+
+
+def _fixed_shift(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The shift that a dynamic one comes to at the calibrated image size, exp(mu), mu linear in the image tokens.
+
+    With that shift, sigma' = shift sigma / (1 + (shift - 1) sigma) is the exponential time shift itself
+    (arXiv:2403.03206, Eq. 23).
+    """
+    if not config.get("use_dynamic_shifting", False):
+        return {}
+    if model is None or config.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(
-            "calibrate: sampler flow does not support use_dynamic_shifting; use t_max, or fix `shift` in the scheduler"
+            "calibrate: sampler flow supports use_dynamic_shifting only with the exponential shift of a known model; "
+            "use t_max, or fix `shift` in the scheduler"
         )
-    return scheduler
+    _, height, width = host_of(model).latent_shape(model)
+    tokens = height * width / 4  # patches of 2 x 2
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+    mu = config["base_shift"] + slope * (tokens - low)
+    return {"use_dynamic_shifting": False, "shift": math.exp(mu)}
 
 
 def history(scheduler: Any) -> dict[str, torch.Tensor]:

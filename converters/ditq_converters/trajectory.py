@@ -1,4 +1,4 @@
-"""Sample a class-conditional transformer in lock step: all samples take call i before any takes call i + 1.
+"""Sample a conditioned transformer in lock step: all samples take call i before any takes call i + 1.
 
 Calibration and evaluation share this loop. Noise is counter-based, so a result depends on (seed, sample, call) alone,
 not on batch split, device or the point a run was resumed at.
@@ -7,12 +7,14 @@ not on batch split, device or the point a run was resumed at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from ditq_converters.captions import Captions
+from ditq_converters.hosts import Batch, host_of
 from ditq_converters.samplers import restore, set_timesteps
 
 MASK64 = (1 << 64) - 1
@@ -23,14 +25,16 @@ class SamplingPlan:
     """What to sample.
 
     Attributes:
-        labels: one class id per sample.
-        null_label: class id that means "no class".
+        labels: one class id per sample, or one row of `captions`.
+        null_label: class id that means "no class", or the row of the empty prompt.
         steps: model calls per sample.
         guidance: classifier-free guidance weight; at 1 or below no null half is run.
         seed: of the initial noise.
         micro_batch: samples per forward (each counts twice under guidance).
         cfg_channels: leading channels of the noise that are guided, the others keep the conditional prediction; None
             guides all, as diffusers' pipeline does, 3 is DiT's reference code.
+        captions: prompts of a text-conditioned model.
+        distilled: the model is told the guidance weight, so no null half is run.
 
     Raises:
         ValueError: a count below one.
@@ -43,6 +47,8 @@ class SamplingPlan:
     seed: int = 0
     micro_batch: int = 32
     cfg_channels: int | None = None
+    captions: Captions | None = None
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         """Validate the counts."""
@@ -56,7 +62,14 @@ class SamplingPlan:
     @property
     def guided(self) -> bool:
         """Whether a null half runs beside the conditional half."""
-        return self.guidance > 1
+        return self.guidance > 1 and not self.distilled
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; captions by their digest, and only where there are any."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
+        if self.captions is not None:
+            plain |= {"captions": self.captions.digest, "distilled": self.distilled}
+        return {**plain, "labels": list(self.labels)}
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,10 @@ def noise_generator(seed: int, sample: int, call: int) -> torch.Generator:
 
 def initial_latents(plan: SamplingPlan, model: Any) -> torch.Tensor:
     """[S, C, H, W] fp32 Gaussian noise."""
-    size, channels = model.config.sample_size, model.config.in_channels
+    shape = host_of(model).latent_shape(model)
     return torch.stack(
         [
-            torch.randn(channels, size, size, generator=noise_generator(plan.seed, sample, 0))
+            torch.randn(shape, generator=noise_generator(plan.seed, sample, 0))
             for sample in range(len(plan.labels))
         ]
     )
@@ -111,7 +124,7 @@ def predict(
     """The guided noise prediction for all samples, in micro-batches.
 
     Args:
-        model: DiT forward signature.
+        model: of a class that `hosts` knows.
         latents: [S, C, H, W] fp32.
         timestep: scalar of the scheduler.
         plan: labels, guidance and micro-batch.
@@ -149,12 +162,13 @@ def _forward(
     """One batch, [cond; null] under guidance; fp32 on the CPU."""
     parameter = next(model.parameters())
     chunk = latents.to(parameter.device, parameter.dtype)
-    classes = torch.tensor(labels, device=parameter.device)
+    ids = torch.tensor(labels)
     if plan.guided:
         chunk = torch.cat([chunk, chunk])
-        classes = torch.cat([classes, torch.full_like(classes, plan.null_label)])
+        ids = torch.cat([ids, torch.full_like(ids, plan.null_label)])
     times = torch.as_tensor(timestep, device=parameter.device).expand(len(chunk))
-    return model(chunk, timestep=times, class_labels=classes).sample.float().cpu()
+    batch = Batch(chunk, times, ids, plan.captions, plan.guidance)
+    return host_of(model).call(model, batch).float().cpu()
 
 
 def _guide(out: torch.Tensor, channels: int, plan: SamplingPlan) -> torch.Tensor:

@@ -48,7 +48,10 @@ def test_t_max_needs_no_steps_and_says_so_if_given(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--prompts", "captions.txt"), "no adapter for one yet; list class labels with --labels"),
+        (
+            ("--prompts", "a.txt", "--labels", "b.txt"),
+            "--prompts for those that are told text; give one",
+        ),
         (("--labels", "x", "--samples", "3"), "one class per sample; leave --samples out"),
         (("--memory-budget", "plenty"), "a number and a unit, such as 6GiB"),
         (("--rows", "-1"), "--rows"),
@@ -60,6 +63,13 @@ def test_misuse_exits_with_2_and_touches_nothing(run, tmp_path, arguments, sente
     result = run("--out", tmp_path / "stats", *arguments)
     assert result.exit_code == 2, result.output
     assert sentence in " ".join(result.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_for_a_class_conditional_model_are_refused(run, tmp_path):
+    result = run("--out", tmp_path / "stats", "--prompts", "captions.txt")
+    assert result.exit_code == 1
+    assert "is conditioned on classes; pass labels, not prompts" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,8 +85,8 @@ def test_free_sqnr_compares_call_by_call():
     assert curve.ratio_of_sums == pytest.approx([20.0, 40.0], abs=1e-4)
 
 
-class Scaled(torch.nn.Module):
-    """A transformer whose output is multiplied by a factor."""
+class DiTTransformer2DModel(torch.nn.Module):
+    """A transformer whose output is multiplied by a factor; the name says how it is called."""
 
     def __init__(self, model, factor):
         super().__init__()
@@ -102,7 +102,7 @@ class Scaled(torch.nn.Module):
 def test_forced_sqnr_feeds_the_float_models_latents(make_dit):
     model = make_dit()
     calls, told = calls_of(model), []
-    scaled = Scaled(model, 0.9)
+    scaled = DiTTransformer2DModel(model, 0.9)
     curve = forced_sqnr(calls, scaled, PLAN, lambda: told.append(1))
     # the noise is a tenth of the signal: 20 dB; fp32 rounding 1e-7 of it
     assert curve.mean_of_ratios == pytest.approx([20.0] * 3, abs=1e-4)

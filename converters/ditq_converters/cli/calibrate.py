@@ -19,7 +19,7 @@ def calibrate(
     steps: o.CallsOption = None,
     samples: o.ImagesOption = None,
     cfg: o.CfgOption = 1.5,
-    sampler: o.SamplerOption = "ddim",
+    sampler: o.SamplerOption = "",
     seed: o.SeedOption = 0,
     batch: o.BatchOption = 32,
     rows: o.RowsOption = 64,
@@ -46,8 +46,8 @@ def calibrate(
     listed = read_labels(labels, pipe, transformer_of(pipe)) if labels else None
     o.place(pipe, device)
     stats = run(
-        pipe, out, steps, samples or 32, cfg, sampler, seed, batch,
-        rows=rows, cfg_channels=cfg_channels, labels=listed, memory_budget=budget,
+        pipe, out, steps, samples or 32, cfg, sampler or None, seed, batch,
+        rows=rows, cfg_channels=cfg_channels, labels=listed, prompts=prompts, memory_budget=budget,
     )  # fmt: skip
     size, peak = sum(file.stat().st_size for file in out.iterdir()), peak_rss()
     micro_batch = stats.manifest["plan"]["micro_batch"]
@@ -72,14 +72,13 @@ def _check(
     """Refuse what needs no model to be refused; return the memory budget in bytes."""
     from ditq_converters.samplers import SAMPLERS
 
-    if sampler not in SAMPLERS:
+    if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
-    if prompts is not None:
+    if labels is not None and prompts is not None:
         raise typer.BadParameter(
-            "--prompts is for models that are conditioned on text, and ditq has no adapter for one yet; "
-            "list class labels with --labels."
+            "--labels is for models that are told classes, --prompts for those that are told text; give one."
         )
     if labels is not None and samples is not None:
         raise typer.BadParameter(

@@ -40,6 +40,7 @@ def convert(
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
     cfg: o.CfgOption = 1.5,
+    prompts: o.PromptsOption = None,
     seed: o.SeedOption = 0,
     batch: o.BatchOption = 32,
     max_shard_size: o.ShardOption = "10GB",
@@ -79,7 +80,7 @@ def convert(
     check_new(out)
     begin = time.perf_counter()
     plan = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
-    calibration = {"steps": steps, **plan, "memory_budget": budget}
+    calibration = {"steps": steps, **plan, "prompts": prompts, "memory_budget": budget}
     _convert(model, out, recipe, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 

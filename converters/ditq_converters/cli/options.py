@@ -43,7 +43,12 @@ AlphaOption = Annotated[float, typer.Option(help="Migration strength of smoothin
 StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per calibration sample.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 CfgOption = Annotated[float, typer.Option(help="Guidance weight; statistics cover both halves.")]
-SamplerOption = Annotated[str, typer.Option(help="ddim, ddpm, dpmsolver++, flow or t_max.")]
+SamplerOption = Annotated[
+    str,
+    typer.Option(
+        help="ddim, ddpm, dpmsolver++, flow or t_max; default: flow for flow-matching models, else ddim."
+    ),
+]
 CallsOption = Annotated[
     int | None,
     typer.Option(min=1, help="Model calls per sample; default: 50, and 1 for t_max."),
@@ -66,7 +71,10 @@ LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file with one class id or name per line, one per sample.")
 ]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help="Prompts, for models that are conditioned on text: none yet.")
+    Path | None,
+    typer.Option(
+        help="For models that are told text: a text file with one prompt per line, or .safetensors of embeddings."
+    ),
 ]
 MemoryOption = Annotated[
     str,
