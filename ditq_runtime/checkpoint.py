@@ -22,6 +22,7 @@ from ditq_runtime.safetensors_header import TensorInfo, read_header
 from ditq_runtime.timestep_groups import TimestepGroups
 
 FORMAT_VERSION = 1
+LAST_CODE = 15
 POSITIVE = ("weight_scale", "act_scale", "smooth_inv")
 
 
@@ -123,7 +124,10 @@ def _check_layer(name: str, layer: QuantLinear) -> None:
     if layer.format.activations == "static":
         if not -128 <= int(layer.act_zero) <= 127:
             raise CheckpointError(f"{name}.act_zero: {int(layer.act_zero)} is outside [-128, 127]")
-        if codes is not None and not torch.equal(codes.sum(1, dtype=torch.int32), layer.weight_sum):
+        sums = layer.weight_sum.data  # [N], or [N, J] of groups
+        if codes is not None and not torch.equal(
+            codes.reshape(*sums.shape, -1).sum(-1).int(), sums
+        ):
             raise CheckpointError(
                 f"{name}.weight_sum: not the row sums of {name}.weight; one of them is damaged"
             )
@@ -134,6 +138,12 @@ def _int8_weight(name: str, layer: QuantLinear) -> torch.Tensor | None:
     if layer.format.weights == "fp32":
         return None
     codes: torch.Tensor = layer.weight
+    if layer.format.weights == "w4g":
+        if bool((layer.weight_zero > LAST_CODE).any()):
+            raise CheckpointError(
+                f"{name}.weight_zero: a zero point is outside 0..{LAST_CODE}; the checkpoint is damaged"
+            )
+        return k.expand_w4g(layer.weight, layer.weight_zero)
     if layer.format.weights == "w4p":
         if bool((layer.group_scale == 0).any()):
             raise CheckpointError(

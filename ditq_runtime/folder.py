@@ -19,6 +19,7 @@ CATEGORY_OF_FIELD = {
     "weight": "block weights",
     "group_scale": "group scales and offsets",
     "group_offset": "group scales and offsets",
+    "weight_zero": "group scales and offsets",
     "bias": "biases",
     "weight_scale": "channel and activation scales",
     "weight_sum": "channel and activation scales",
@@ -141,6 +142,8 @@ def size_by_category(folder: TransformerFolder) -> dict[str, int]:
             category = "other float"
         elif field == "weight" and not layer_format.integer_gemm:
             category = "modulation weights"
+        elif field in ("weight_scale", "weight_sum") and len(info.shape) == 2:  # one a group
+            category = "group scales and offsets"
         else:
             category = CATEGORY_OF_FIELD.get(field, "other float")
         sizes[category] += info.nbytes

@@ -35,6 +35,7 @@ class QuantLinear(Pinned, nn.Linear):
     folded: bool
     group_index: GroupIndex | None
     weight_scale: nn.Parameter
+    weight_zero: nn.Parameter
     group_scale: nn.Parameter
     group_offset: nn.Parameter
     weight_sum: nn.Parameter
@@ -93,6 +94,8 @@ class QuantLinear(Pinned, nn.Linear):
             scale = self.act_scale.data
             q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
             options |= {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if self.format.weights == "w4g":
+            return self._per_group(q, scale, options)
         if self.format.groups > 1:
             options["bias_index"] = self._group()
         if self.format.lora_rank:
@@ -103,6 +106,27 @@ class QuantLinear(Pinned, nn.Linear):
             return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
         group = (self.group_scale, self.group_offset)
         return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
+
+    def _per_group(
+        self, q: torch.Tensor, scale: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """The `w4g` GEMM adds one bias; a low-rank branch and biases per timestep group follow it, step by step."""
+        weight = (self.weight, scale, self.weight_scale, self.weight_zero)
+        if self.format.groups == 1 and not self.format.lora_rank:
+            return k.gemm_w4a8_per_group(q, *weight, self.bias, **options)
+        zero_point = options.get("zero_point")
+        branch = None
+        if self.format.lora_rank:
+            lora_x = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
+            branch = lora_x.float() @ self.lora_up.float().t()
+        y = k.gemm_w4a8_per_group(q, *weight, **{**options, "out_dtype": torch.float32})
+        y = y if branch is None else y + branch
+        if self.format.groups > 1:
+            assert self.group_index is not None
+            y = y + self.group_index.rows(self.bias, len(y))
+        elif self.bias is not None:
+            y = y + self.bias
+        return y.to(options["out_dtype"])
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:
@@ -118,6 +142,9 @@ class QuantLinear(Pinned, nn.Linear):
             return nn.functional.linear(rows.float(), self.weight, bias).to(out_dtype)
         if self.format.weights == "w8":
             return k.linear_w8(rows, self.weight, self.weight_scale, bias, out_dtype=out_dtype)
+        if self.format.weights == "w4g":
+            group = (self.weight_scale, self.weight_zero)
+            return k.linear_w4_per_group(rows, self.weight, *group, bias, out_dtype=out_dtype)
         group = (self.group_scale, self.group_offset)
         return k.linear_w4(rows, self.weight, *group, self.weight_scale, bias, out_dtype=out_dtype)
 
@@ -131,6 +158,8 @@ class QuantLinear(Pinned, nn.Linear):
         if self.format.weights == "fp32":
             return self.weight.detach()
         codes = self.weight.data
+        if self.format.weights == "w4g":
+            return k.dequantize_w4g(codes, self.weight_scale.data, self.weight_zero.data)
         if self.format.weights == "w4p":
             codes = k.expand_w4p(self.weight, self.group_scale, self.group_offset)
         return codes.float() * self.weight_scale[:, None]

@@ -29,7 +29,7 @@ class LayerRun:
     Attributes:
         name: module name.
         op: the operators that ran, joined by ` + `.
-        weights: `w8`, `w4p` or the float dtype.
+        weights: `w8`, `w4p`, `w4g` or the float dtype.
         activations: `int8 token`, `int8 static` or the float dtype.
         nbytes: bytes of its stored tensors.
         flops: 2 * rows * K * N of the observed forward.

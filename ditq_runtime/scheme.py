@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+import ditq_kernels as kernels
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.timestep_freq import SHIFT_OF
 
-WEIGHTS = ("w8", "w4p", "fp32")
+WEIGHTS = ("w8", "w4p", "w4g", "fp32")
+GROUPED = ("w4p", "w4g")  # weights whose codes share scales along the inputs
+GEMMS = {"w8": "gemm_w8a8", "w4p": "gemm_w4a8", "w4g": "gemm_w4a8_per_group"}
+LINEARS = {"w8": "linear_w8", "w4p": "linear_w4", "w4g": "linear_w4_per_group"}
 ACTIVATIONS = ("token", "static", "none")
 
 
@@ -24,10 +28,11 @@ class LayerFormat:
     """How one linear is stored and run.
 
     Attributes:
-        weights: `w8` int8 per output channel, `w4p` 4-bit two-level groups, `fp32` unquantized.
+        weights: `w8` int8 per output channel, `w4p` 4-bit two-level groups, `w4g` 4-bit with a real scale per
+            group, `fp32` unquantized.
         activations: `token` int8 with one scale per token, computed when it runs; `static` int8 with one
             calibrated scale and zero point; `none` float (a weight-only layer, as modulation linears are).
-        group_size: input channels that share a `w4p` group; None for the other weights.
+        group_size: input channels that share a group of `w4p` or `w4g`; None for the other weights.
         smooth: the layer divides its input by a stored factor before quantizing (no producer could absorb it).
         bias: the layer has a bias.
         groups: timestep groups of the bias; 1: one bias for all timesteps.
@@ -52,9 +57,9 @@ class LayerFormat:
             )
         for field in ("smooth", "bias"):
             _check_type(f"format: {field}", getattr(self, field), bool)
-        if (self.weights == "w4p") != (self.group_size is not None):
+        if (self.weights in GROUPED) != (self.group_size is not None):
             raise CheckpointError(
-                f"format: group_size belongs to w4p and only there, got weights={self.weights!r}, "
+                f"format: group_size belongs to w4p and w4g and only there, got weights={self.weights!r}, "
                 f"group_size={self.group_size!r}"
             )
         if self.weights == "fp32" and self.activations != "none":
@@ -93,12 +98,11 @@ class LayerFormat:
         """The `ditq::` ops one forward of the layer runs, in order."""
         if self.weights == "fp32":
             return ()
-        bits = "w8" if self.weights == "w8" else "w4"
         if not self.integer_gemm:
-            return (f"linear_{bits}",)
+            return (LINEARS[self.weights],)
         quantizer = "quantize_per_token" if self.activations == "token" else "quantize_static"
         low_rank = ("lora_down",) if self.lora_rank else ()
-        return (quantizer, *low_rank, f"gemm_{bits}a8")
+        return (quantizer, *low_rank, GEMMS[self.weights])
 
     def tensors(
         self, in_features: int, out_features: int
@@ -111,6 +115,10 @@ class LayerFormat:
         elif self.weights == "w8":
             stored["weight"] = (torch.int8, (n, k))
             stored["weight_scale"] = (torch.float32, (n,))
+        elif self.weights == "w4g":
+            stored["weight"] = (torch.uint8, (n, k // 2))
+            stored["weight_scale"] = (torch.float32, (n, self._groups(k)))
+            stored["weight_zero"] = (torch.uint8, (n, self._groups(k)))
         else:
             groups = self._groups(k)
             stored["weight"] = (torch.uint8, (n, k // 2))
@@ -118,7 +126,8 @@ class LayerFormat:
             stored["group_scale"] = (torch.uint8, (n, groups))
             stored["group_offset"] = (torch.int8, (n, groups))
         if self.activations == "static":
-            stored["weight_sum"] = (torch.int32, (n,))
+            sums = (n, self._groups(k)) if self.weights == "w4g" else (n,)
+            stored["weight_sum"] = (torch.int32, sums)
             stored["act_scale"] = (torch.float32, (1,))
             stored["act_zero"] = (torch.int32, (1,))
         if self.smooth:
@@ -132,6 +141,8 @@ class LayerFormat:
 
     def _groups(self, in_features: int) -> int:
         size = self.group_size
+        if self.weights == "w4g" and type(size) is int and kernels.fits_w4g(in_features, size):
+            return in_features // size
         if type(size) is not int or size < 32 or size % 32 or in_features % size:
             raise CheckpointError(
                 f"format: group_size must be a multiple of 32 that divides the {in_features} inputs, "

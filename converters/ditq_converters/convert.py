@@ -199,8 +199,9 @@ def convert_block(
             planned, groups=groups, bias=linear.bias is not None, smooth=name in smooth_inv
         )
         stored = quantize_linear(
-            linear, final, act_range.get(name), smooth_inv.get(name), feedback.get(name)
-        )
+            linear, final, act_range.get(name), smooth_inv.get(name), feedback.get(name),
+            recipe.symmetric_weights,
+        )  # fmt: skip
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
         formats[f"{block}.{name}"] = final
     if choice.num_groups > 1 and needed is not None:

@@ -19,7 +19,7 @@ from ditq_runtime.families import (
     ValueRows,
     get_linear,
 )
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.scheme import GROUPED, LayerFormat
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def _where(site: Site, recipe: Recipe) -> str:
 
 
 def _group_size(name: str, linear: nn.Linear, weights: str, requested: int) -> int | None:
-    if weights != "w4p":
+    if weights not in GROUPED:
         return None
     try:
-        return k.resolve_group_size(linear.in_features, requested)
+        return k.resolve_group_size(linear.in_features, requested, one_group=weights == "w4g")
     except ValueError as error:
         raise ValueError(
             f"{name}: {error}; keep it float with --keep '{name}' or use --weights w8"

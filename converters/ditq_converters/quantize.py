@@ -40,6 +40,7 @@ def quantize_linear(
     act_range: tuple[torch.Tensor, torch.Tensor] | None,
     smooth_inv: torch.Tensor | None,
     feedback: torch.Tensor | None = None,
+    symmetric: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Tensors of `LayerFormat.tensors` for a folded linear.
 
@@ -49,6 +50,7 @@ def quantize_linear(
         act_range: low and high of its input, for static activations.
         smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
         feedback: [K, K] of `gptq.error_feedback` for the folded input; None: round to nearest.
+        symmetric: `w4g` weights without zero points.
 
     Returns:
         name -> tensor, contiguous.
@@ -64,15 +66,22 @@ def quantize_linear(
             )
     lora: dict[str, torch.Tensor] = {}
     if layer_format.lora_rank:
-        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None)
-    tensors, codes = _weights(weight, layer_format, feedback)
+        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None, symmetric)
+    if layer_format.weights == "fp32":
+        tensors = {"weight": weight}
+    else:
+        quantized = _quantized(weight, layer_format, symmetric)
+        if feedback is not None:
+            quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
+        stored = STORED[layer_format.weights]
+        tensors = {name: getattr(quantized, part) for name, part in stored.items()}
     tensors |= lora
     if layer_format.activations == "static":
         assert act_range is not None
         tensors["act_scale"], tensors["act_zero"] = (
             t.reshape(1) for t in k.asymmetric_scale(*act_range)
         )
-        tensors["weight_sum"] = codes.sum(dim=1, dtype=torch.int32)
+        tensors["weight_sum"] = quantized.weight_sum()
     if layer_format.smooth:
         assert smooth_inv is not None
         tensors["smooth_inv"] = smooth_inv.float()
@@ -89,32 +98,32 @@ def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:
     return {"weight": table.weight[:, 0].float(), "bias": bias.float().contiguous()}
 
 
-def _weights(
-    weight: torch.Tensor, layer_format: LayerFormat, feedback: torch.Tensor | None = None
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Stored weight tensors, and the integer weights [N, K] they stand for."""
-    if layer_format.weights == "fp32":
-        return {"weight": weight}, weight
+STORED = {  # tensor -> attribute of the quantized weight
+    "w8": {"weight": "qweight", "weight_scale": "scale"},
+    "w4p": {
+        "weight": "packed",
+        "weight_scale": "scale",
+        "group_scale": "group_scale",
+        "group_offset": "group_offset",
+    },
+    "w4g": {"weight": "packed", "weight_scale": "scale", "weight_zero": "weight_zero"},
+}
+
+
+def _quantized(
+    weight: torch.Tensor, layer_format: LayerFormat, symmetric: bool
+) -> k.W8 | k.W4P | k.W4G:
+    """The weight [N, K] fp32 in the integers of a format, rounded to nearest."""
     if layer_format.weights == "w8":
-        w8 = k.quantize_weight_w8(weight)
-        if feedback is not None:
-            w8 = w8.with_codes(compensated_codes(weight, feedback, w8))
-        return {"weight": w8.qweight, "weight_scale": w8.scale}, w8.qweight
+        return k.quantize_weight_w8(weight)
     assert layer_format.group_size is not None
-    w4p = k.quantize_weight_w4p(weight, layer_format.group_size)
-    if feedback is not None:
-        w4p = w4p.with_codes(compensated_codes(weight, feedback, w4p))
-    stored = {
-        "weight": w4p.packed,
-        "weight_scale": w4p.scale,
-        "group_scale": w4p.group_scale,
-        "group_offset": w4p.group_offset,
-    }
-    return stored, w4p.expand()
+    if layer_format.weights == "w4g":
+        return k.quantize_weight_w4g(weight, layer_format.group_size, symmetric)
+    return k.quantize_weight_w4p(weight, layer_format.group_size)
 
 
 def _split_branch(
-    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool
+    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool, symmetric: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the codes are made from [N, K] fp32, and the low-rank branch in bf16 (DiTAS Eq. 9-10).
 
@@ -122,7 +131,7 @@ def _split_branch(
     the grid moves with its input, so either may be closer. Rounding that compensates takes the rest: it must know
     what the codes should stand for.
     """
-    quantized = _quantizer(layer_format)
+    quantized = _quantizer(layer_format, symmetric)
     split = alternate(weight, quantized, layer_format.lora_rank)
     lora = {"lora_down": split.lora_down.bfloat16(), "lora_up": split.lora_up.bfloat16()}
     branch = lora["lora_up"].double() @ lora["lora_down"].double()
@@ -133,11 +142,14 @@ def _split_branch(
     return best.float(), lora
 
 
-def _quantizer(layer_format: LayerFormat) -> Callable[[torch.Tensor], torch.Tensor]:
+def _quantizer(
+    layer_format: LayerFormat, symmetric: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Weight -> the weight its codes stand for, [N, K] fp64."""
 
     def quantized(weight: torch.Tensor) -> torch.Tensor:
-        tensors, codes = _weights(weight.float(), layer_format)
-        return codes.double() * tensors["weight_scale"].double()[:, None]
+        parts = _quantized(weight.float(), layer_format, symmetric)
+        grouped = parts.expand().double().reshape(*parts.scale.shape, -1)  # [N, K] or [N, J, K / J]
+        return (grouped * parts.scale.double()[..., None]).reshape(weight.shape)
 
     return quantized

@@ -12,7 +12,7 @@ from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.methods.timestep_groups import LINKAGES
 
-WEIGHTS = ("w8", "w4p")
+WEIGHTS = ("w8", "w4p", "w4g")
 ACTIVATIONS = ("token", "static")
 ROUNDINGS = ("nearest", "gptq")
 
@@ -23,9 +23,10 @@ class Recipe:
 
     Attributes:
         method: a name in `ditq_converters.methods.METHODS`.
-        weights: `w8` (int8 per output channel) or `w4p` (4 bits, two-level groups).
+        weights: `w8` (int8 per output channel), `w4p` (4 bits, two-level groups) or `w4g` (4 bits,
+            a real scale and zero point per group, as the papers have it; slower, the reference for accuracy).
         activations: `token` (a scale per token, computed when it runs) or `static` (calibrated range).
-        group_size: input channels per `w4p` group; lowered per layer to a divisor of its inputs.
+        group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
@@ -35,6 +36,7 @@ class Recipe:
             later ones by the sampled rows (arXiv:2210.17323).
         profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
             released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
+        symmetric: `w4g` weights without zero points; None: as the method has it (Meta: symmetric).
         alpha: and the fields below: see `ditq_converters.methods.Options`.
 
     Raises:
@@ -59,6 +61,7 @@ class Recipe:
     range_method: str = "minmax"
     rounding: str = "nearest"
     profile: str = "int"
+    symmetric: bool | None = None
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -83,6 +86,10 @@ class Recipe:
         _one_of("profile", self.profile, PROFILE_NAMES)
         if self.profile != "int":
             profile_of(self.method, self.profile)
+        if self.symmetric is not None and "w4g" not in (self.weights, self.modulation_weights):
+            raise ValueError(
+                f"recipe: symmetric is a choice of w4g weights, got weights {self.weights!r}"
+            )
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("range_method", self.range_method, RANGE_METHODS)
         if self.range_method != "minmax" and self.activations != "static":
@@ -110,6 +117,11 @@ class Recipe:
     def rank(self) -> int:
         """Rank of the low-rank branch."""
         return METHODS[self.method].lora_rank if self.lora_rank is None else self.lora_rank
+
+    @property
+    def symmetric_weights(self) -> bool:
+        """Whether `w4g` weights have no zero points."""
+        return METHODS[self.method].symmetric if self.symmetric is None else self.symmetric
 
     @property
     def options(self) -> Options:
@@ -140,6 +152,7 @@ class Recipe:
             "keep": list(self.keep),
             "modulation": self.modulation_weights,
             "lora_rank": self.rank,
+            "symmetric": self.symmetric_weights,
         }
 
 

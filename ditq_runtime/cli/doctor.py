@@ -16,9 +16,11 @@ OPS = (
     "quantize_static",
     "gemm_w8a8",
     "gemm_w4a8",
+    "gemm_w4a8_per_group",
     "lora_down",
     "linear_w8",
     "linear_w4",
+    "linear_w4_per_group",
 )
 
 

@@ -5,7 +5,7 @@ Quantizing Diffusion Transformers, Alg. 1, symmetric groups of 128), without a s
 scale the integer sum of every group by itself and add in fp32; `w4p` sums all of K in integers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,17 @@ class W4G:
     packed: torch.Tensor  # [N, K / 2] uint8, two codes a byte
     scale: torch.Tensor  # [N, J] fp32
     weight_zero: torch.Tensor  # [N, J] uint8 in 0..15
+
+    def nearest(self, values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Other weights on these scales: codes 0..15 of values [N] in a column, and what they stand for."""
+        group = column * self.scale.shape[1] // (2 * self.packed.shape[1])
+        scale, zero = self.scale[:, group], self.weight_zero[:, group]
+        codes = numerics.quantize_int4(values, scale, zero)
+        return codes, numerics.dequantize(codes, scale, zero.to(torch.int32))
+
+    def with_codes(self, codes: torch.Tensor) -> "W4G":
+        """The same scales with codes [N, K] of `nearest`."""
+        return replace(self, packed=packing.pack_int4(codes))
 
     def expand(self) -> torch.Tensor:
         """The integer weights, [N, K] int8 in [-15, 15]."""

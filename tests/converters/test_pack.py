@@ -39,6 +39,9 @@ RECIPES = [
     for method in ("linear", "smoothquant")
     for weights in ("w8", "w4p")
     for activations in ("token", "static")
+] + [
+    Recipe("smoothquant", "w4g", "token", modulation="w8"),
+    Recipe("meta", "w4g", "static", group_size=32),
 ]
 
 
@@ -100,6 +103,9 @@ def fake_quantized(weight, recipe):
     """The converter's own view of the weight it made: quantize, dequantize."""
     if recipe.weights == "w8":
         return k.quantize_weight_w8(weight.float()).dequantize()
+    if recipe.weights == "w4g":
+        symmetric = recipe.method == "meta"
+        return k.quantize_weight_w4g(weight.float(), recipe.group_size, symmetric).dequantize()
     return k.quantize_weight_w4p(weight.float(), 64).dequantize()
 
 

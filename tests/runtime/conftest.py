@@ -19,6 +19,7 @@ RECIPES = {
     "w8_token": ("shared", Recipe("linear", "w8", "token")),
     "w4p_static": ("shared", Recipe("smoothquant", "w4p", "static", group_size=32)),
     "w4p_token": ("own", Recipe("smoothquant", "w4p", "token", group_size=32, modulation="w8")),
+    "w4g_static": ("shared", Recipe("smoothquant", "w4g", "static", group_size=32)),
     "kept": ("shared", Recipe("smoothquant", "w8", "token", keep=("*.attn1.to_q",))),
 }
 

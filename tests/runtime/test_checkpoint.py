@@ -74,7 +74,7 @@ def _damages(name, entry):
         yield str(value), {name: [dtype, shape, spoiled]}, (name,)
 
 
-@pytest.mark.parametrize("name", ["w8_static", "w4p_static"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "w4g_static"])
 def test_with_any_one_tensor_damaged_it_is_refused_by_name(copy, take_apart, name):
     weights = take_apart(copy(name) / WEIGHTS_FILE)
     assert len(weights.entries) > 80
@@ -129,6 +129,10 @@ def _put(data, index, code, value):
         ("w4p_token", f"{Q}.group_offset", "b", 127, "outside [-127, 127]"),
         ("w4p_token", f"{Q}.group_offset", "b", -128, "outside [-127, 127]"),
         ("w4p_static", f"{MODULATION}.group_scale", "B", 255, "outside [-127, 127]"),
+        ("w4g_static", f"{Q}.weight_scale", "f", 0.0, "every scale must be positive"),
+        ("w4g_static", f"{Q}.weight_zero", "B", 16, "outside 0..15"),
+        ("w4g_static", f"{MODULATION}.weight_zero", "B", 255, "outside 0..15"),
+        ("w4g_static", f"{Q}.weight_sum", "i", 12345, "not the row sums"),
     ],
 )
 def test_values_that_no_converter_writes_are_refused(
@@ -146,7 +150,7 @@ def test_values_that_no_converter_writes_are_refused(
     assert tensor.rpartition(".")[0] in message
 
 
-@pytest.mark.parametrize("name", ["w8_static", "w4p_static"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "w4g_static"])
 def test_one_changed_code_of_a_static_layer_is_seen_in_its_weight_sum(copy, take_apart, name):
     weights = take_apart(copy(name) / WEIGHTS_FILE)
     dtype, shape, data = weights.entries[f"{Q}.weight"]
@@ -235,6 +239,26 @@ def _group_size(size):
 )
 def test_a_config_that_does_not_fit_is_refused(copy, change, sentence):
     folder = copy("w4p_static")
+    _edit_config(folder, change)
+    assert sentence in _why_refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        (128, "multiple of 32 that divides the 64 inputs, got 128"),
+        (48, "multiple of 32 that divides the 64 inputs, got 48"),
+        (None, "group_size belongs to w4p and w4g and only there"),
+        (64, "weight_scale: shape"),
+    ],
+)
+def test_real_groups_that_do_not_fit_are_refused(copy, size, sentence):
+    folder = copy("w4g_static")
+
+    def change(q):
+        for entry in q["scheme"]["formats"].values():
+            entry["group_size"] = size
+
     _edit_config(folder, change)
     assert sentence in _why_refused(folder)
 

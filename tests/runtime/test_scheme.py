@@ -52,14 +52,17 @@ def test_the_stored_form_is_what_the_format_document_says():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"weights": "w5"}, r"weights must be one of .*'w8', 'w4p', 'fp32'.*got 'w5'"),
+        ({"weights": "w5"}, r"weights must be one of .*'w8', 'w4p', 'w4g', 'fp32'.*got 'w5'"),
         ({"weights": ["w8"]}, r"weights must be one of .*got \['w8'\]"),
         ({"activations": "int8"}, r"activations must be one of .*'token'.*got 'int8'"),
         (
             {"weights": "w4p"},
-            r"group_size belongs to w4p and only there, got weights='w4p', .*None",
+            r"group_size belongs to w4p and w4g and only there, got weights='w4p', .*None",
         ),
-        ({"group_size": 32}, r"group_size belongs to w4p and only there, got weights='w8'.*=32"),
+        (
+            {"group_size": 32},
+            r"group_size belongs to w4p and w4g and only there, got weights='w8'.*=32",
+        ),
         ({"weights": "fp32"}, "fp32 weights cannot have quantized activations"),
         ({"activations": "none", "smooth": True}, "smooth needs quantized activations"),
     ],
@@ -127,6 +130,9 @@ def test_group_sizes_that_do_not_fit_are_refused(size):
         (LayerFormat("w4p", "static", 32), ("quantize_static", "gemm_w4a8")),
         (LayerFormat("w8", "none"), ("linear_w8",)),
         (LayerFormat("w4p", "none", 32), ("linear_w4",)),
+        (LayerFormat("w4g", "token", 32), ("quantize_per_token", "gemm_w4a8_per_group")),
+        (LayerFormat("w4g", "static", 32), ("quantize_static", "gemm_w4a8_per_group")),
+        (LayerFormat("w4g", "none", 32), ("linear_w4_per_group",)),
         (LayerFormat("fp32", "none"), ()),
     ],
 )
@@ -148,6 +154,26 @@ def test_stored_tensors_of_the_fullest_format():
         "smooth_inv": (torch.float32, (128,)),
         "bias": (torch.float32, (6,)),
     }
+
+
+def test_stored_tensors_of_real_groups():
+    assert LayerFormat("w4g", "static", group_size=64, bias=False).tensors(128, 6) == {
+        "weight": (torch.uint8, (6, 64)),
+        "weight_scale": (torch.float32, (6, 2)),
+        "weight_zero": (torch.uint8, (6, 2)),
+        "weight_sum": (torch.int32, (6, 2)),
+        "act_scale": (torch.float32, (1,)),
+        "act_zero": (torch.int32, (1,)),
+    }
+    one = LayerFormat("w4g", "token", group_size=48, bias=False).tensors(48, 6)  # all inputs
+    assert one["weight_scale"] == (torch.float32, (6, 1))
+    assert LayerFormat("w4g", "token", group_size=48).name == "w4g48_token"
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(128, 48), (128, 0), (128, True), (96, 64), (33, 33)])
+def test_real_groups_that_do_not_fit_are_refused(inputs, size):
+    with pytest.raises(CheckpointError, match=rf"that divides the {inputs} inputs, got {size}"):
+        LayerFormat("w4g", "token", group_size=size).tensors(inputs, 8)
 
 
 def test_stored_tensors_of_the_barest_formats():

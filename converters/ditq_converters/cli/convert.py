@@ -36,6 +36,7 @@ def convert(
     range_method: o.RangeMethodOption = "minmax",
     rounding: o.RoundingOption = "nearest",
     profile: o.ProfileOption = "int",
+    symmetric: o.SymmetricOption = None,
     stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
@@ -71,6 +72,7 @@ def convert(
             "range_method": range_method,
             "rounding": rounding,
             "profile": profile,
+            "symmetric": symmetric,
         }
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
         recipe.check_integer()

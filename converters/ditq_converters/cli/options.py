@@ -18,7 +18,10 @@ MethodOption = Annotated[
     str, typer.Option(help="linear, smoothquant, meta, ditas, ptq4dit or htg.")
 ]
 WeightsOption = Annotated[
-    str, typer.Option(help="w8 (int8 per channel) or w4p (4 bits, two-level groups).")
+    str,
+    typer.Option(
+        help="w8 (int8 per channel), w4p (4 bits, two-level groups) or w4g (4 bits, real scales)."
+    ),
 ]
 ActivationsOption = Annotated[
     str, typer.Option(help="token (a scale per token) or static (calibrated range).")
@@ -34,9 +37,15 @@ ProfileOption = Annotated[
 RoundingOption = Annotated[
     str, typer.Option(help="nearest, or gptq: later columns make up for the error of earlier ones.")
 ]
-GroupSizeOption = Annotated[int, typer.Option(help="Input channels per w4p group.")]
+GroupSizeOption = Annotated[int, typer.Option(help="Input channels per group of w4p or w4g.")]
 ModulationOption = Annotated[
-    str, typer.Option(help="Weights of the AdaLN linears: w8 or w4p; default: as --weights.")
+    str, typer.Option(help="Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights.")
+]
+SymmetricOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric", help="w4g without zero points; default: as the method has it."
+    ),
 ]
 KeepOption = Annotated[list[str], typer.Option(help="Glob of linears that stay float; repeatable.")]
 AlphaOption = Annotated[float, typer.Option(help="Migration strength of smoothing, 0 to 1.")]

@@ -73,8 +73,9 @@ class Options:
 
     Attributes:
         alpha: migration strength of smoothing, s = a^alpha / w^(1 - alpha) (SmoothQuant Eq. 4).
-        weights: `w8` or `w4p`: the weight quantizer a search must imitate.
-        group_size: input channels per `w4p` group.
+        weights: `w8`, `w4p` or `w4g`: the weight quantizer a search must imitate.
+        group_size: input channels per group of `w4p` or `w4g`.
+        symmetric: `w4g` without zero points.
         activations: `token` or `static`: the activation quantizer a search must imitate.
         search: DiTAS: search alpha on its 21-point grid; otherwise take `alpha`.
         ssc: PTQ4DiT: weigh calls by Spearman's rho; otherwise take the middle call.
@@ -88,6 +89,7 @@ class Options:
     alpha: float = 0.5
     weights: str = "w8"
     group_size: int = 64
+    symmetric: bool | None = None
     activations: str = "token"
     search: bool = True
     ssc: bool = True
@@ -157,6 +159,7 @@ class Method:
         needs_rows: whether `transform` reads sampled rows.
         lora_rank: rank of the low-rank branch it comes with.
         on_the_fly: it also smooths sites that no producer can absorb a factor of.
+        symmetric: its `w4g` weights have no zero points, unless a recipe says otherwise.
         static_call: the one call whose range static activations take (Meta: 0); None: all calls.
     """
 
@@ -168,3 +171,4 @@ class Method:
     lora_rank: int = 0
     on_the_fly: bool = True
     static_call: int | None = None
+    symmetric: bool = False

@@ -73,7 +73,10 @@ def _through_weight_quantizer(weight: torch.Tensor, options: Options) -> torch.T
     if options.weights == "w4p":
         group_size = k.resolve_group_size(weight.shape[1], options.group_size)
         return k.quantize_weight_w4p(weight, group_size).dequantize()
-    raise ValueError(f"ditas: weights must be w8 or w4p, got {options.weights!r}")
+    if options.weights == "w4g":
+        group_size = k.resolve_group_size(weight.shape[1], options.group_size, one_group=True)
+        return k.quantize_weight_w4g(weight, group_size, bool(options.symmetric)).dequantize()
+    raise ValueError(f"ditas: weights must be w8, w4p or w4g, got {options.weights!r}")
 
 
 def _through_activation_quantizer(
