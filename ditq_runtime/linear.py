@@ -114,19 +114,20 @@ class QuantLinear(Pinned, nn.Linear):
         weight = (self.weight, scale, self.weight_scale, self.weight_zero)
         if self.format.groups == 1 and not self.format.lora_rank:
             return k.gemm_w4a8_per_group(q, *weight, self.bias, **options)
-        zero_point = options.get("zero_point")
-        branch = None
+        options, out_dtype = {**options, "out_dtype": torch.float32}, options["out_dtype"]
+        lora_x = None
         if self.format.lora_rank:
+            zero_point = options.get("zero_point")
             lora_x = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
-            branch = lora_x.float() @ self.lora_up.float().t()
-        y = k.gemm_w4a8_per_group(q, *weight, **{**options, "out_dtype": torch.float32})
-        y = y if branch is None else y + branch
+        y = k.gemm_w4a8_per_group(q, *weight, **options)
+        if lora_x is not None:
+            y = y + lora_x.float() @ self.lora_up.float().t()
         if self.format.groups > 1:
             assert self.group_index is not None
             y = y + self.group_index.rows(self.bias, len(y))
         elif self.bias is not None:
             y = y + self.bias
-        return y.to(options["out_dtype"])
+        return y.to(out_dtype)
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:

@@ -40,8 +40,8 @@ RECIPES = [
     for weights in ("w8", "w4p")
     for activations in ("token", "static")
 ] + [
-    Recipe("smoothquant", "w4g", "token", modulation="w8"),
-    Recipe("meta", "w4g", "static", group_size=32),
+    Recipe("smoothquant", "w4g", "token"),
+    Recipe("linear", "w4g", "static", group_size=32, symmetric=True),
 ]
 
 
@@ -104,8 +104,8 @@ def fake_quantized(weight, recipe):
     if recipe.weights == "w8":
         return k.quantize_weight_w8(weight.float()).dequantize()
     if recipe.weights == "w4g":
-        symmetric = recipe.method == "meta"
-        return k.quantize_weight_w4g(weight.float(), recipe.group_size, symmetric).dequantize()
+        w4g = k.quantize_weight_w4g(weight.float(), recipe.group_size, bool(recipe.symmetric))
+        return w4g.dequantize()
     return k.quantize_weight_w4p(weight.float(), 64).dequantize()
 
 
@@ -249,10 +249,14 @@ def test_sizes_add_up_to_the_bytes_on_disk(packed):
     assert sum(sizes.values()) == file.stat().st_size
     linears = 2 * WIDTH * (3 * WIDTH + WIDTH + 4 * WIDTH + 4 * WIDTH)  # 2 blocks
     modulations = 2 * WIDTH * 6 * WIDTH
-    per_weight = 1 if recipe.weights == "w8" else 0.5
-    assert sizes["block weights"] == linears * per_weight
-    assert sizes["modulation weights"] == modulations * per_weight
-    groups = 0 if recipe.weights == "w8" else 2 * (linears + modulations) // 64
+    bytes_of = {"w8": 1, "w4p": 0.5, "w4g": 0.5}
+    assert sizes["block weights"] == linears * bytes_of[recipe.weights]
+    assert sizes["modulation weights"] == modulations * bytes_of[recipe.modulation_weights]
+    per_group = {"w8": 0, "w4p": 2, "w4g": 5}  # scale and offset; fp32 scale and zero point
+    groups = linears * per_group[recipe.weights] // recipe.group_size
+    groups += modulations * per_group[recipe.modulation_weights] // recipe.group_size
+    if (recipe.weights, recipe.activations) == ("w4g", "static"):
+        groups += 4 * linears // recipe.group_size  # an int32 sum
     assert sizes["group scales and offsets"] == groups
     assert sizes["biases"] == 2 * 4 * (3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH + 6 * WIDTH)
     entries = {n: e["data_offsets"] for n, e in header(file).items() if n != "__metadata__"}

@@ -137,6 +137,14 @@ def test_group_sizes_fall_back_to_a_divisor(make_dit, requested, narrow, wide):
     assert entries["transformer_blocks.0.norm1.linear"].format.group_size == narrow
 
 
+def test_where_no_group_divides_real_groups_take_a_scale_per_channel(make_dit):
+    """48 inputs: one group of all, and the format says so; 192 inputs still have groups."""
+    entries = plan(make_dit(num_attention_heads=3), weights="w4g", group_size=128)
+    assert entries["transformer_blocks.0.attn1.to_q"].format.name == "w4g48_token"
+    assert entries["transformer_blocks.0.norm1.linear"].format.name == "w4g48_weight_only"
+    assert entries["transformer_blocks.0.ff.net.2"].format.group_size == 96
+
+
 def test_inputs_that_no_group_divides_are_refused_with_the_remedy(make_dit):
     model = make_dit(num_attention_heads=3)  # 48 inputs
     with pytest.raises(

@@ -99,6 +99,15 @@ def test_modulation_follows_the_weights_unless_told():
     assert Recipe(weights="w4p", modulation="w8").modulation_weights == "w8"
 
 
+def test_real_groups_are_symmetric_as_the_method_has_them_unless_told():
+    assert Recipe("meta", "w4g").symmetric_weights
+    assert not Recipe("ditas", "w4g").symmetric_weights
+    assert not Recipe("meta", "w4g", symmetric=False).symmetric_weights
+    assert Recipe("linear", "w4g", symmetric=True).to_dict()["symmetric"] is True
+    with pytest.raises(ValueError, match="symmetric is a choice of w4g weights, got weights 'w4p'"):
+        Recipe(weights="w4p", symmetric=True)
+
+
 def test_keep_patterns_match_whole_names():
     recipe = Recipe(keep=("*.attn1.to_q", "blocks.0.*"))
     assert recipe.keeps("blocks.7.attn1.to_q")

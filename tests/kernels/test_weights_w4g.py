@@ -109,6 +109,21 @@ def test_groups_beat_one_scale_per_row_where_outliers_are_scattered(generator):
     assert error(128) < 0.8 * error(512)
 
 
+def test_other_weights_on_fixed_scales(generator):
+    """Columns of the weight itself give its codes; others the nearest of 16 values."""
+    weight = awkward(20, 96, generator)
+    w = k.quantize_weight_w4g(weight, 32)
+    columns = [w.nearest(weight[:, column], column) for column in range(96)]
+    codes = torch.stack([code for code, _ in columns], dim=1)
+    assert torch.equal(w.with_codes(codes).packed, w.packed)
+    assert torch.equal(torch.stack([real for _, real in columns], dim=1), w.dequantize())
+    values = torch.randn(20, generator=generator) * 3
+    levels = (torch.arange(16) - w.weight_zero[:, 1, None].int()) * w.scale[:, 1, None]
+    nearest = (levels - values[:, None]).abs().amin(dim=1)
+    real = w.nearest(values, 40)[1]
+    torch.testing.assert_close((real - values).abs(), nearest, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("inputs", "size"), [(96, 64), (96, 0), (96, -32), (96, 48), (33, 33)])
 def test_groups_that_do_not_fit_are_refused_by_sentence(inputs, size):
     with pytest.raises(
