@@ -29,6 +29,7 @@ def test_defaults():
         "range_method": "minmax",
         "rounding": "nearest",
         "profile": "int",
+        "symmetric": False,
     }
 
 
@@ -36,11 +37,11 @@ def test_defaults():
     ("fields", "sentence"),
     [
         ({"method": "awq"}, "method must be one of linear, smoothquant.*got 'awq'"),
-        ({"weights": "w4"}, "weights must be one of w8, w4p, got 'w4'"),
+        ({"weights": "w4"}, "weights must be one of w8, w4p, w4g, got 'w4'"),
         ({"weights": "fp32"}, "weights must be one of"),
         ({"activations": "tensor"}, "activations must be one of token, static, got 'tensor'"),
         ({"activations": "none"}, "activations must be one of"),
-        ({"modulation": "fp32"}, "modulation must be one of w8, w4p, got 'fp32'"),
+        ({"modulation": "fp32"}, "modulation must be one of w8, w4p, w4g, got 'fp32'"),
         ({"group_size": 0}, "group_size must be a positive multiple of 32, got 0"),
         ({"group_size": -64}, "group_size must be"),
         ({"group_size": 16}, "group_size must be"),
