@@ -33,6 +33,7 @@ from ditq_kernels.ops import (
 )
 from ditq_kernels.packing import expand_w4g, expand_w4p, pack_int4, unpack_int4
 from ditq_kernels.per_group import gemm_w4a8_per_group, linear_w4_per_group
+from ditq_kernels.row_fused import adaln_quantize, gelu_quantize
 from ditq_kernels.weights import (
     W4P,
     W8,
@@ -49,6 +50,7 @@ __all__ = [
     "W4G",
     "W4P",
     "W8",
+    "adaln_quantize",
     "asymmetric_scale",
     "attention_qk_int8_pv_bf16",
     "attention_qk_int8_pv_int8",
@@ -58,6 +60,7 @@ __all__ = [
     "expand_w4g",
     "expand_w4p",
     "fits_w4g",
+    "gelu_quantize",
     "gemm_gelu_quantize",
     "gemm_residual",
     "gemm_w4a8",

@@ -9,6 +9,8 @@ TRITON_OPS = frozenset(
     {
         "quantize_per_token",
         "quantize_static",
+        "adaln_quantize",
+        "gelu_quantize",
         "gemm_w8a8",
         "gemm_w4a8",
         "gemm_w4a8_per_group",

@@ -62,3 +62,47 @@ def gemm_gelu_quantize(
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form, fp32."""
     return torch.nn.functional.gelu(x.float(), approximate="tanh")
+
+
+def gelu_quantize(
+    x: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 codes [T, K] of GELU, and one scale a row unless one is given."""
+    return _codes(gelu(x), smooth_inv, scale, zero_point)
+
+
+def adaln_quantize(
+    x: torch.Tensor,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    values_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Int8 codes [T, K] of the modulated norm, scales as above, and its values if asked."""
+    if group_shift is not None and group_index is not None:
+        shift = shift - group_shift[group_index]
+    normed = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=eps)
+    y = normed * reference.by_sample(multiplier, len(x)) + reference.by_sample(shift, len(x))
+    codes, scales = _codes(y, smooth_inv, scale, zero_point)
+    if values_dtype is None:
+        return codes, scales, y.new_empty((0, x.shape[1]))
+    return codes, scales, y.to(values_dtype)
+
+
+def _codes(
+    x: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if scale is None or zero_point is None:
+        return reference.quantize_per_token(x, smooth_inv)
+    return reference.quantize_static(x, scale, zero_point, smooth_inv), x.new_empty(0)

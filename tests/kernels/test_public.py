@@ -16,6 +16,7 @@ EXPORTED = [
     "W4G",
     "W4P",
     "W8",
+    "adaln_quantize",
     "asymmetric_scale",
     "attention_qk_int8_pv_bf16",
     "attention_qk_int8_pv_int8",
@@ -25,6 +26,7 @@ EXPORTED = [
     "expand_w4g",
     "expand_w4p",
     "fits_w4g",
+    "gelu_quantize",
     "gemm_gelu_quantize",
     "gemm_residual",
     "gemm_w4a8",
@@ -86,15 +88,13 @@ def test_backend_of(op, on_cuda):
 
 
 def test_backend_of_refuses_unknown_ops():
-    with pytest.raises(
-        ValueError, match=r"op_name must be one of attention_qk_int8_pv_bf16, .* got 'gemm'"
-    ):
+    with pytest.raises(ValueError, match=r"op_name must be one of adaln_quantize, .* got 'gemm'"):
         k.backend_of("gemm", torch.device("cpu"))
 
 
 def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
     ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear", "lora"))}
-    ops |= {"quantize_per_token", "quantize_static"}
+    ops |= {"quantize_per_token", "quantize_static", "adaln_quantize", "gelu_quantize"}
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)
 

@@ -13,9 +13,10 @@ ARCHITECTURES = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90"]
 @pytest.mark.parametrize("in_features", [64, 1152, 4608, 100_000])
 def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
     tables = tuning.tables_of_architecture(architecture)
-    fused = {"gemm_residual", "gemm_gelu_quantize"}  # run the tiles of the next two
+    # run the tiles of the next two, and of the quantizers
+    fused = {"gemm_residual", "gemm_gelu_quantize", "gelu_quantize"}
     for op in backend.TRITON_OPS - fused | {"gemm_w8a8_epilogue", "gemm_w4a8_epilogue"}:
-        choose = tuning.row_config if op.startswith("quantize") else tuning.tile_config
+        choose = tuning.row_config if "quantize" in op else tuning.tile_config
         if op.startswith("attention"):
             choose = tuning.attention_config
         config = choose(op, tables, num_tokens, in_features)

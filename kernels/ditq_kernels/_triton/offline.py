@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from ditq_kernels import tuning
 from ditq_kernels._triton import (
+    adaln_quantize,
     attention,
     attention_qk_int8_pv_bf16,
     attention_qk_int8_pv_int8,
@@ -42,14 +43,16 @@ UNSERVED_TARGETS = {100: 90, 120: 89}
 POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32",
+    "multiplier_ptr": "*fp32", "shift_ptr": "*fp32", "in_scale_ptr": "*fp32", "eps": "fp32",
     "down_ptr": "*bf16", "weight_scale_ptr": "*fp32", "weight_zero_ptr": "*i32",
     "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
 }  # fmt: skip
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
-MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step"} | {
+MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step", "eps"} | {
     "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot", "stride_dr", "R",
+    "stride_mb", "stride_sb", "rows_per_sample",
     "PADDED_K", "PADDED_T", "stride_qb", "stride_kb", "stride_vb",
 }  # fmt: skip
 
@@ -158,7 +161,26 @@ def _row_kernel(op, problem, config):
     module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[op]
     block_a, block_b = row_parts(problem.in_features)
     constants = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b}
-    return getattr(module, f"_{op}_kernel"), constants | {"smooth_inv_ptr": None}
+    return getattr(module, f"_{op}_kernel"), constants | {"smooth_inv_ptr": None, "GELU": False}
+
+
+def _gelu_kernel(op, problem, config):
+    kernel, constants = _row_kernel(op.removeprefix("gelu_"), problem, config)
+    return kernel, constants | {"GELU": True}
+
+
+def _adaln_kernel(op, problem, config):
+    block_a, block_b = row_parts(problem.in_features)
+    constants = {
+        "ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b, "ONE_SAMPLE": True,
+        "smooth_inv_ptr": None, "group_shift_ptr": None, "group_index_ptr": None, "values_ptr": None,
+    }  # fmt: skip
+    unused = ("in_scale_ptr", "zero_point_ptr") if op.endswith("per_token") else ("scale_ptr",)
+    return adaln_quantize._adaln_quantize_kernel, constants | dict.fromkeys(unused)
+
+
+def _same_rows_as(tuned_op):
+    return lambda _, tables, *shape: tuning.row_config(tuned_op, tables, *shape)
 
 
 def _gemm_constants(op, problem, config):
@@ -266,6 +288,12 @@ HEADS = tuple(
 KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
     "quantize_static": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
+    "gelu_quantize_per_token": OfflineKernel(
+        ROWS, _same_rows_as("quantize_per_token"), _gelu_kernel
+    ),
+    "gelu_quantize_static": OfflineKernel(ROWS, _same_rows_as("quantize_static"), _gelu_kernel),
+    "adaln_quantize_per_token": OfflineKernel(ROWS[:3], _same_rows_as("adaln_quantize"), _adaln_kernel),
+    "adaln_quantize_static": OfflineKernel(ROWS[:3], _same_rows_as("adaln_quantize"), _adaln_kernel),
     "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, _w8a8_kernel),
     "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
     "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
@@ -275,7 +303,7 @@ KERNELS = {
     "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),
 } | {
     f"{gemm}+{stages}": OfflineKernel(
-        GEMMS[:3], offline_epilogue.tiles_of, kernel, offline_epilogue.OUTPUTS.get(stages, {})
+        GEMMS[:2], offline_epilogue.tiles_of, kernel, offline_epilogue.OUTPUTS.get(stages, {})
     )
     for gemm, kernel in (("gemm_w8a8", _w8a8_kernel), ("gemm_w4a8", _w4a8_kernel))
     for stages in offline_epilogue.STAGES

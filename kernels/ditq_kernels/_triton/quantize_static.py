@@ -14,13 +14,14 @@ def _quantize_static_kernel(
     x_ptr, scale_ptr, zero_point_ptr, smooth_inv_ptr, q_ptr,  # float, [1], [1], [K], [T, K] int8
     T, K, stride_xt, stride_qt,
     ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,  # a row is two parts
+    GELU: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A)  # [ROWS, BLOCK_A]
+    x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A, GELU)
     q_a = static_codes(x_a, scale_ptr, zero_point_ptr)
     store_row_part(q_ptr, q_a, t, T, K, stride_qt, 0, BLOCK_A)
     if BLOCK_B > 0:
-        x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B)
+        x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B, GELU)
         q_b = static_codes(x_b, scale_ptr, zero_point_ptr)
         store_row_part(q_ptr, q_b, t, T, K, stride_qt, BLOCK_A, BLOCK_B)
 
@@ -30,9 +31,10 @@ def launch(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     smooth_inv: torch.Tensor | None,
+    gelu: bool = False,
     config: tuning.RowConfig | None = None,
 ) -> torch.Tensor:
-    """Run the kernel; arguments as in `ops.quantize_static`."""
+    """Run the kernel; arguments as in `ops.quantize_static`; `gelu` goes before the smoothing."""
     num_tokens, in_features = x.shape
     q = torch.empty((num_tokens, in_features), dtype=torch.int8, device=x.device)
     if num_tokens == 0:
@@ -45,7 +47,7 @@ def launch(
         _quantize_static_kernel[(triton.cdiv(num_tokens, config.rows),)](
             x, scale, zero_point, smooth_inv, q,
             num_tokens, in_features, x.stride(0), q.stride(0),
-            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b,
+            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b, GELU=gelu,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return q

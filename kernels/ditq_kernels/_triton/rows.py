@@ -7,6 +7,8 @@ almost half of the instructions, 1024 + 128 wastes none.
 import triton
 import triton.language as tl
 
+from ditq_kernels._triton.common import INT8_MAX, MIN_SCALE, gelu_tanh
+
 
 def row_parts(in_features: int) -> tuple[int, int]:
     """Widths of the two parts; the second is 0 if the first holds the row."""
@@ -17,13 +19,16 @@ def row_parts(in_features: int) -> tuple[int, int]:
 
 @triton.jit
 def load_row_part(
-    x_ptr, smooth_inv_ptr, t, T, K, stride_xt, START: tl.constexpr, BLOCK: tl.constexpr
-):
-    """fp32 [rows of t, BLOCK] from input START on, smoothed; zero outside of [T, K]."""
+    x_ptr, smooth_inv_ptr, t, T, K, stride_xt,
+    START: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr = False,
+):  # fmt: skip
+    """fp32 [rows of t, BLOCK] from input START on, through GELU if asked, smoothed; zero outside of [T, K]."""
     k = START + tl.arange(0, BLOCK)
     inside = (t < T)[:, None] & (k < K)[None, :]
     rows = t.to(tl.int64) * stride_xt  # int64: T * K may pass 2**31
     x = tl.load(x_ptr + rows[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        x = gelu_tanh(x)
     if smooth_inv_ptr is not None:
         x *= tl.load(smooth_inv_ptr + k, mask=k < K, other=0.0)[None, :]
     return x
@@ -38,3 +43,11 @@ def store_row_part(
     inside = (t < T)[:, None] & (k < K)[None, :]
     rows = t.to(tl.int64) * stride_qt
     tl.store(q_ptr + rows[:, None] + k[None, :], q.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def symmetric_scale(absmax, ROWS: tl.constexpr):
+    """Scale of each row and its reciprocal, as `numerics.symmetric_scale`: [ROWS], [ROWS, 1]."""
+    # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
+    scale = tl.maximum(tl.div_rn(absmax, tl.full((ROWS,), INT8_MAX, tl.float32)), MIN_SCALE)
+    return scale, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)[:, None]

@@ -1,0 +1,86 @@
+"""GELU and a quantizer of rows: codes and scales against fp64, the reference against the unfused ops."""
+
+import numpy as np
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels._triton import gelu_quantize as kernel
+
+# exp2 and x * x run to infinity by design; only the interpreter says so
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+STATIC = (torch.tensor([0.02]), torch.tensor([-100], dtype=torch.int32))
+
+
+def exact_gelu(x):
+    x = x.double().numpy()
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def assert_right(q, scale, x, smooth_inv, zero_point):
+    """Codes nearest to fp64 quotients by a scale that is itself within its roundings."""
+    smooth = np.ones(x.shape[1]) if smooth_inv is None else smooth_inv.double().numpy()
+    values = exact_gelu(x) * smooth
+    # GELU errs by 2**-21 |x|; fp32 roundings by 2**-24 each
+    error = 2.0**-21 * np.abs(x.double().numpy()) * smooth + 2.0**-24 * np.abs(values)
+    zero = 0 if zero_point is None else zero_point.item()
+    if zero_point is None:
+        largest = np.abs(values).max(1)
+        step = np.maximum(largest / 127, 2.0**-40)
+        # a maximum errs by no more than the largest error of its row
+        assert (np.abs(scale.double().numpy() - step) <= error.max(1) / 127 + 2.0**-24 * step).all()
+    step = scale.double().numpy().reshape(-1, 1)
+    exact = np.clip(values / step + zero, -128, 127)
+    allowance = error / step + 3 * 2.0**-24 * np.abs(values / step)
+    assert (np.abs(q.numpy() - exact) <= 0.5 + allowance).all()
+
+
+@pytest.mark.parametrize(("num_tokens", "in_features"), [(1, 64), (5, 1152), (33, 100), (9, 1)])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_and_reference(num_tokens, in_features, static, dtype, device, generator):
+    x = (torch.randn(num_tokens, in_features, generator=generator) * 4).to(dtype)
+    smooth_inv = torch.rand(in_features, generator=generator) + 0.5
+    given = STATIC if static else (None, None)
+    for smooth in (None, smooth_inv):
+        moved = [None if v is None else v.to(device) for v in (x, smooth, *given)]
+        q, scale = (part.cpu() for part in kernel.launch(*moved))
+        assert_right(q, STATIC[0] if static else scale, x, smooth, given[1])
+        names = {"scale": given[0], "zero_point": given[1]}
+        assert_right(*k.gelu_quantize(x, smooth, **names), x, smooth, given[1])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_reference_is_the_unfused_ops_bit_for_bit(static, generator):
+    x = torch.randn(5, 96, generator=generator)
+    smooth_inv = torch.rand(96, generator=generator) + 0.5
+    y = torch.nn.functional.gelu(x, approximate="tanh")
+    if static:
+        q, scale = k.gelu_quantize(x, smooth_inv, scale=STATIC[0], zero_point=STATIC[1])
+        assert scale is STATIC[0]
+        assert torch.equal(q, k.quantize_static(y, *STATIC, smooth_inv))
+    else:
+        assert all(
+            map(torch.equal, k.gelu_quantize(x, smooth_inv), k.quantize_per_token(y, smooth_inv))
+        )
+
+
+def test_what_does_not_fit_is_refused():
+    x = torch.zeros(2, 32)
+    with pytest.raises(ValueError, match=r"^gelu_quantize: .*zero_point is missing; pass both"):
+        k.gelu_quantize(x, scale=torch.ones(1))
+    with pytest.raises(ValueError, match=r"^gelu_quantize: smooth_inv must be \[32\] float32"):
+        k.gelu_quantize(x, torch.ones(31))
+    with pytest.raises(ValueError, match=r"^gelu_quantize: x must be \[T, K\]"):
+        k.gelu_quantize(x[None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+def test_op_on_gpu(static, generator):
+    x = torch.randn(512, 4608, generator=generator) * 4
+    given = STATIC if static else (None, None)
+    q, scale = kernel.launch(*(None if v is None else v.cuda() for v in (x, None, *given)))
+    assert_right(q.cpu(), STATIC[0] if static else scale.cpu(), x, None, given[1])
