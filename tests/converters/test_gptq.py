@@ -12,7 +12,7 @@ from ditq_converters.quantize import quantize_linear
 from ditq_runtime import QuantLinear
 from ditq_runtime.scheme import LayerFormat
 
-FORMATS = [LayerFormat("w8", "token"), LayerFormat("w4p", "token", 32)]
+FORMATS = [LayerFormat("w8", "token"), *(LayerFormat(w, "token", 32) for w in ("w4p", "w4g"))]
 
 
 class Integers:
@@ -94,10 +94,10 @@ def test_inputs_without_correlation_give_the_nearest_codes(layer_format):
 
 @pytest.mark.parametrize("rank", [0, 6])
 @pytest.mark.parametrize("rows", [40, 400])  # fewer and more than inputs
-@pytest.mark.parametrize("weights", ["w8", "w4p"])
+@pytest.mark.parametrize("weights", ["w8", "w4p", "w4g"])
 def test_the_output_error_on_the_rows_is_smaller_with_equal_scales(weights, rows, rank):
     x, weight = correlated(rows, 160), weight_of(48, 160)
-    group = 32 if weights == "w4p" else None
+    group = None if weights == "w8" else 32
     layer_format = LayerFormat(weights, "static", group, lora_rank=rank)
     source = LinearTensors(weight, torch.zeros(1, 48, dtype=torch.float64))
     limits = (torch.tensor(-1.0), torch.tensor(1.0))
@@ -123,6 +123,7 @@ def test_the_output_error_on_the_rows_is_smaller_with_equal_scales(weights, rows
 
 @pytest.mark.parametrize("quantized", [
     lambda w: k.quantize_weight_w8(w), lambda w: k.quantize_weight_w4p(w, 32),
+    lambda w: k.quantize_weight_w4g(w, 32), lambda w: k.quantize_weight_w4g(w, 32, True),
 ])  # fmt: skip
 def test_a_grid_rounds_its_own_weight_to_its_own_codes(quantized):
     weight = weight_of(20, 96).float()
