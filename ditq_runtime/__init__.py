@@ -8,11 +8,13 @@ Importing touches no GPU and no network, and loads none of our Triton kernels.
 """
 
 from ditq_runtime.checkpoint import FORMAT_VERSION
+from ditq_runtime.configure import configure
 from ditq_runtime.errors import CheckpointError, FallbackError
 from ditq_runtime.guards import watch_wrapping
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.lora import load_lora, unload_lora
 from ditq_runtime.plugin import DitqConfig, DitqQuantizer, register
+from ditq_runtime.prepare import Prepared, prepare
 from ditq_runtime.report import ExecutionReport, LayerRun, execution_report
 from ditq_runtime.scheme import LayerFormat, Scheme
 
@@ -28,10 +30,13 @@ __all__ = [
     "FallbackError",
     "LayerFormat",
     "LayerRun",
+    "Prepared",
     "QuantLinear",
     "Scheme",
+    "configure",
     "execution_report",
     "load_lora",
+    "prepare",
     "register",
     "unload_lora",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 
 TIMESTEP_NOTE = "timestep_note"
+HOISTED = "hoisted_modulation"  # name of the holder in a block that `ditq_runtime.prepare` reached
 
 
 class Modulation(NamedTuple):
@@ -62,6 +63,12 @@ def add_mlp(
     """The second half of a block: hidden + gate_mlp * mlp(AdaLN(hidden)), [B, T, D]."""
     x = modulate(hidden, norm, m.scale_mlp, m.shift_mlp)
     return add_gated(hidden, m.gate_mlp, mlp(x))
+
+
+class HoistedModulation:
+    """Where a block finds the modulation [B, N] that was computed before the sampling loop; None: compute it."""
+
+    value: torch.Tensor | None = None
 
 
 def modulation(norm: Any, embedding: torch.Tensor) -> Modulation:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ditq_runtime.families.adaln import (
+    HOISTED,
+    Modulation,
     add_gated,
     add_mlp,
     find_group,
@@ -50,8 +52,12 @@ def _forward(
             "DiT blocks have no cross-attention: encoder_hidden_states and its mask must be None"
         )
     find_group(self, timestep)
-    embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-    m = modulation(self.norm1, embedding)
+    hoisted = getattr(self, HOISTED, None)
+    if hoisted is not None and hoisted.value is not None:
+        m = Modulation(*hoisted.value.chunk(6, dim=1))
+    else:
+        embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        m = modulation(self.norm1, embedding)
 
     x = modulate(hidden_states, self.norm1.norm, m.scale_msa, m.shift_msa)
     x = self.attn1(x, attention_mask=attention_mask, **(cross_attention_kwargs or {}))

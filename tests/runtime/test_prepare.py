@@ -1,0 +1,162 @@
+"""configure and prepare: switches that exist, modulation computed once per run, the same images."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, calibrate, convert
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(pipes, packed_folder, tmp_path_factory):
+    """Packed folders, one of them with timestep groups."""
+    root = tmp_path_factory.mktemp("grouped")
+    stats = calibrate(pipes["own"], root / "stats", steps=STEPS, samples=2, quiet=True)
+    recipe = Recipe("htg", "w8", "token", num_groups=3)
+    packed = convert(pipes["own"], recipe, stats, root / "packed", quiet=True)
+    formats = packed.config.quantization_config.scheme.formats.values()
+    assert max(layer_format.groups for layer_format in formats) == 3
+    return {"plain": packed_folder("w8_token"), "grouped": root / "packed"}
+
+
+def _open(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _sample(pipe, labels=(3, 7), guidance=1.5, steps=STEPS):
+    generator = torch.Generator().manual_seed(0)
+    result = pipe(list(labels), guidance, generator, num_inference_steps=steps, output_type="np")
+    return torch.from_numpy(result.images)
+
+
+def _near(got, expected):
+    # rows summed in another batch differ by 1e-7, which moves a few int8 codes by one
+    assert (got - expected).norm() / expected.norm() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped"])
+def test_hoisted_modulation_gives_the_same_images(folders, kind):
+    pipe = _open(folders[kind])
+    expected = _sample(pipe), _sample(pipe, (5,), guidance=1.0, steps=2)
+    prepared = ditq.prepare(pipe)
+    _near(_sample(pipe), expected[0])
+    assert (prepared.hoist.tables, prepared.hoist.hits) == (1, STEPS)
+    _near(_sample(pipe, (5,), guidance=1.0, steps=2), expected[1])
+    assert (prepared.hoist.tables, prepared.hoist.hits) == (2, STEPS + 2)
+    prepared.undo()
+    assert torch.equal(_sample(pipe), expected[0])
+
+
+def test_modulation_linears_run_once_per_run_not_per_step(folders):
+    pipe, rows = _open(folders["plain"]), []
+    ditq.prepare(pipe)
+    linear = pipe.transformer.transformer_blocks[1].norm1.linear
+    linear.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    _sample(pipe)
+    assert rows == [STEPS * 4]  # two samples, guided
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped"])
+def test_forwards_of_ones_own_compute_their_own_modulation(folders, forward, kind):
+    pipe = _open(folders[kind])
+    expected = forward(pipe.transformer)
+    prepared = ditq.prepare(pipe)
+    _sample(pipe)
+    hits = prepared.hoist.hits
+    assert torch.equal(forward(pipe.transformer), expected)
+    # announced one timestep, called with others
+    pipe.scheduler.scale_model_input(torch.zeros(1), pipe.scheduler.timesteps[1])
+    assert torch.equal(forward(pipe.transformer), expected)
+    pipe.scheduler.scale_model_input(torch.zeros(1), torch.tensor(123456))
+    assert torch.equal(forward(pipe.transformer), expected)
+    assert prepared.hoist.hits == hits
+
+
+def test_changed_labels_are_noticed(folders):
+    """Also when the same tensor is changed in place between two steps."""
+    pipe = _open(folders["plain"])
+    labels = torch.tensor([3, 7])
+
+    def run(pipe):
+        outputs = []
+        pipe.scheduler.set_timesteps(2)
+        latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        for t in pipe.scheduler.timesteps:
+            x = pipe.scheduler.scale_model_input(latents, t)
+            with torch.no_grad():
+                outputs.append(
+                    pipe.transformer(x, timestep=t.expand(2), class_labels=labels).sample
+                )
+            labels[0] = 9
+        labels[0] = 3
+        return torch.stack(outputs)
+
+    expected = run(pipe)
+    prepared = ditq.prepare(pipe)
+    _near(run(pipe), expected)
+    assert prepared.hoist.tables == 2
+
+
+def test_a_failing_forward_leaves_nothing_behind(folders, forward):
+    pipe = _open(folders["plain"])
+    expected = forward(pipe.transformer)
+    ditq.prepare(pipe)
+    pipe.scheduler.set_timesteps(2)
+    t = pipe.scheduler.timesteps[0]
+    pipe.scheduler.scale_model_input(torch.zeros(1), t)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        pipe.transformer(
+            torch.zeros(2, 7, 8, 8), timestep=t.expand(2), class_labels=torch.tensor([1, 2])
+        )
+    assert torch.equal(forward(pipe.transformer), expected)
+
+
+def test_what_cannot_be_prepared_is_refused(folders, pipes):
+    pipe = _open(folders["plain"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"needs a CUDA GPU, and the transformer is on cpu"):
+            ditq.prepare(pipe, cuda_graph=True)
+    with pytest.raises(ValueError, match="give a pipeline, not a model"):
+        ditq.prepare(pipe.transformer)
+    with pytest.raises(ValueError, match="has no integer linears"):
+        ditq.prepare(pipes["own"])
+    prepared = ditq.prepare(pipe)
+    with pytest.raises(ValueError, match="is prepared already"):
+        ditq.prepare(pipe)
+    prepared.undo()
+    prepared.undo()
+    ditq.prepare(pipe)
+
+
+def test_switches(folders, pipes):
+    model = _open(folders["plain"]).transformer
+    assert ditq.configure(model) == "reference"
+    assert ditq.configure(model, linear="reference") == "reference"
+    for options, sentence in (
+        ({"linear": "triton"}, "cannot run on cpu, where the integer linears run on 'reference'"),
+        ({"linear": "cuda"}, "must be one of auto, reference, triton, got 'cuda'"),
+        ({"attention": "sage"}, "attention must be 'auto', got 'sage'"),
+        ({"fuse": True}, "fuse=True is not available"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ditq.configure(model, **options)
+    with pytest.raises(ValueError, match="has no integer linears"):
+        ditq.configure(pipes["own"].transformer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["plain", "grouped"])
+def test_a_cuda_graph_gives_the_same_images(folders, kind):
+    pipe = _open(folders[kind]).to("cuda")
+    expected = _sample(pipe)
+    prepared = ditq.prepare(pipe, cuda_graph=True)
+    for _ in range(2):  # captures, then replays
+        _near(_sample(pipe), expected)
+    prepared.undo()
+    assert torch.equal(_sample(pipe), expected)
