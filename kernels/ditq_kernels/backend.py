@@ -16,12 +16,14 @@ TRITON_OPS = frozenset(
         "gemm_w4a8_per_group",
         "gemm_residual",
         "gemm_gelu_quantize",
+        "linear_w8",
+        "linear_w4",
         "lora_down",
         "attention_qk_int8_pv_int8",
         "attention_qk_int8_pv_bf16",
     }
 )
-TORCH_OPS = frozenset({"linear_w8", "linear_w4", "linear_w4_per_group"})
+TORCH_OPS = frozenset({"linear_w4_per_group"})
 
 
 def backend_of(op_name: str, device: torch.device | str) -> str:

@@ -153,8 +153,7 @@ def linear_w8(
 
 @linear_w8.register_kernel("cuda")
 def _(x, weight, weight_scale, bias, out_dtype):
-    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
-    return reference.linear_w8(x, weight, weight_scale, bias, out_dtype)
+    return load_kernel("linear_w8").launch(x, weight, weight_scale, bias, out_dtype)
 
 
 @linear_w8.register_fake
@@ -178,8 +177,9 @@ def linear_w4(
 
 @linear_w4.register_kernel("cuda")
 def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
-    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
-    return reference.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
+    return load_kernel("linear_w4").launch(
+        x, packed, group_scale, group_offset, weight_scale, bias, out_dtype
+    )
 
 
 @linear_w4.register_fake

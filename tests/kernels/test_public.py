@@ -77,8 +77,8 @@ def test_importing_loads_neither_triton_nor_cuda():
         ("lora_down", "triton"),
         ("attention_qk_int8_pv_int8", "triton"),
         ("attention_qk_int8_pv_bf16", "triton"),
-        ("linear_w8", "torch"),
-        ("linear_w4", "torch"),
+        ("linear_w8", "triton"),
+        ("linear_w4", "triton"),
         ("linear_w4_per_group", "torch"),
     ],
 )

@@ -33,6 +33,7 @@ from ditq_kernels._triton import (
     quantize_per_token,
     quantize_static,
     transpose_v,
+    weight_only,
 )
 from ditq_kernels._triton.common import GROUP_T, INTERPRETED
 from ditq_kernels._triton.machine_code import Census, census_of
@@ -44,15 +45,15 @@ POINTERS = {
     "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32",
     "multiplier_ptr": "*fp32", "shift_ptr": "*fp32", "in_scale_ptr": "*fp32", "eps": "fp32",
-    "down_ptr": "*bf16", "weight_scale_ptr": "*fp32", "weight_zero_ptr": "*i32",
-    "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
+    "group_scale_ptr": "*u8", "group_offset_ptr": "*i8", "down_ptr": "*bf16", "weight_scale_ptr": "*fp32",
+    "weight_zero_ptr": "*i32", "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
 }  # fmt: skip
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
 MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step", "eps"} | {
     "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot", "stride_dr", "R",
-    "stride_mb", "stride_sb", "rows_per_sample",
+    "stride_mb", "stride_sb", "stride_xb", "stride_ob", "rows_per_sample",
     "PADDED_K", "PADDED_T", "stride_qb", "stride_kb", "stride_vb",
 }  # fmt: skip
 
@@ -167,6 +168,15 @@ def _row_kernel(op, problem, config):
 def _gelu_kernel(op, problem, config):
     kernel, constants = _row_kernel(op.removeprefix("gelu_"), problem, config)
     return kernel, constants | {"GELU": True}
+
+
+def _weight_only_kernel(op, problem, config):
+    grouped = op == "linear_w4"
+    constants = weight_only.group_constants(problem.group_size if grouped else 1, config.block_k)
+    constants |= {"PARTS": 3, "BF16_DOT": True, "BLOCK_B": config.block_t, "BLOCK_N": config.block_n}
+    if not grouped:
+        constants |= {"group_scale_ptr": None, "group_offset_ptr": None}
+    return weight_only._weight_only_kernel, constants
 
 
 def _adaln_kernel(op, problem, config):
@@ -285,6 +295,7 @@ REAL_GROUPS = (*GEMMS[:4], *(Problem(8192, 1152, g, z) for g in (32, 64, 128) fo
 HEADS = tuple(
     Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
 )
+MODULATIONS = (Problem(16), Problem(64))
 KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
     "quantize_static": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
@@ -298,6 +309,10 @@ KERNELS = {
     "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
     "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
     "lora_down": OfflineKernel((GEMMS[0], GEMMS[1]), tuning.tile_config, _lora_down_kernel),
+    "linear_w8": OfflineKernel(MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32"}),
+    "linear_w4": OfflineKernel(
+        MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32", "weight_ptr": "*u8"}
+    ),
     "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),

@@ -1,0 +1,22 @@
+"""Float activations times progressive int4 weights; see `weight_only`."""
+
+import torch
+
+from ditq_kernels import tuning
+from ditq_kernels._triton import weight_only
+
+
+def launch(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    config: tuning.TileConfig | None = None,
+) -> torch.Tensor:
+    """Run the kernel; arguments as in `ops.linear_w4`."""
+    return weight_only.launch(
+        "linear_w4", x, packed, group_scale, group_offset, weight_scale, bias, out_dtype, config
+    )
