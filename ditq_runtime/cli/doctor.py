@@ -11,17 +11,6 @@ import typer
 from ditq_runtime.cli.output import print_json, print_table, say
 
 PACKAGES = ("ditq", "torch", "triton", "diffusers", "accelerate", "safetensors", "numpy")
-OPS = (
-    "quantize_per_token",
-    "quantize_static",
-    "gemm_w8a8",
-    "gemm_w4a8",
-    "gemm_w4a8_per_group",
-    "lora_down",
-    "linear_w8",
-    "linear_w4",
-    "linear_w4_per_group",
-)
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -60,9 +49,10 @@ def _device(device: str, name: str) -> dict[str, Any]:
     import torch
 
     import ditq_kernels as k
+    from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
 
     rows = []
-    for op in OPS:
+    for op in sorted(TRITON_OPS | TORCH_OPS):
         try:
             backend = k.backend_of(op, torch.device(device))
             why = WHY[backend]

@@ -48,7 +48,8 @@ def attention_qk_int8_pv_int8(
         v: [B, H, Tk, D] int8, D contiguous. Value codes.
         q_scale: [1], [H] or [B, H, Tq] fp32, positive. Query step.
         k_scale: [1], [H] or [B, H, Tk] fp32, positive. Key step.
-        v_scale: [1] or [H] fp32, positive. Value step.
+        v_scale: [1], [H] or [B, H] fp32, positive. Value step; one of its own for each image and head
+            where it is computed from the values, so that images of a batch do not share it.
         v_zero_point: [1] or [H] int32 in [-128, 127]. Code of value 0.0; absent means 0.
         softmax_scale: positive. Multiplies logits, usually D ** -0.5.
         key_mask: [B, Tk] bool, True where a key is attended. An image without any gives zeros.
@@ -66,7 +67,7 @@ def attention_qk_int8_pv_int8(
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
     checks.check_attention_sum(op, k.shape[2])
     heads = q.shape[1]
-    checks.check_vector(op, "v_scale", v_scale, torch.float32, (1, heads), like=q)
+    checks.check_attention_scale(op, "v_scale", v_scale, v.shape[:2], like=v)
     if v_zero_point is not None:
         checks.check_vector(op, "v_zero_point", v_zero_point, torch.int32, (1, heads), like=q)
     checks.check_out_dtype(op, out_dtype)
@@ -127,8 +128,8 @@ def _check_logits(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
 ) -> None:
-    checks.check_attention_scale(op, "q_scale", q_scale, like=q)
-    checks.check_attention_scale(op, "k_scale", k_scale, like=k)
+    checks.check_attention_scale(op, "q_scale", q_scale, q.shape[:3], like=q)
+    checks.check_attention_scale(op, "k_scale", k_scale, k.shape[:3], like=k)
     checks.check_softmax_scale(op, softmax_scale)
     if key_mask is not None:
         checks.check_key_mask(op, key_mask, like=k)

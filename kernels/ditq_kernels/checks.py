@@ -229,15 +229,16 @@ def check_attention_sum(op: str, num_keys: int) -> None:
         )
 
 
-def check_attention_scale(op: str, name: str, scale: torch.Tensor, like: torch.Tensor) -> None:
-    """A contiguous fp32 scale: one, one a head, or one a token of `like`."""
-    batch, heads, num_tokens, _ = like.shape
-    shapes = ((1,), (heads,), (batch, heads, num_tokens))
+def check_attention_scale(
+    op: str, name: str, scale: torch.Tensor, finest: torch.Size, like: torch.Tensor
+) -> None:
+    """A contiguous fp32 scale: one, one a head, or one for each element of the shape `finest`."""
+    shapes = ((1,), (like.shape[1],), tuple(finest))
     if scale.dtype != torch.float32 or tuple(scale.shape) not in shapes:
         expected = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(
             f"{op}: {name} must be float32 of shape {expected}, got {_describe(scale)}; "
-            "pass one value, one per head, or one per token"
+            "pass one value, one per head, or one for each of the last shape"
         )
     if not scale.is_contiguous():
         raise ValueError(

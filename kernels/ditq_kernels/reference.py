@@ -199,7 +199,7 @@ def attention_qk_int8_pv_int8(
         values = values - v_zero_point[:, None, None]
     code_sum = codes.sum(dim=3, keepdim=True).clamp_min(1).float()  # no keys: 0 / 1
     # integers below 2**31 all the way: fp64 sums them exactly
-    y = (codes @ values).float() * (v_scale[:, None, None] / code_sum)
+    y = (codes @ values).float() * (v_scale[..., None, None] / code_sum)
     return _by_token(y.to(out_dtype))
 
 

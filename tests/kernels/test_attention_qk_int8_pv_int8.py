@@ -151,6 +151,20 @@ def test_views_of_a_projection(device, generator):
     assert got.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("run", [kernel.launch, reference.attention_qk_int8_pv_int8])
+@pytest.mark.usefixtures("poisoned")
+def test_a_value_scale_for_each_image_and_head(run, device, attention_problem, generator):
+    """A batch equals its images alone, each with its own scale per head."""
+    p = attention_problem(5, 40, 64, generator, scales="per_head")
+    p["v_scale"] = torch.tensor([[0.5, 0.01], [0.02, 3.0]])
+    together = run(*arguments(p, device), torch.float32)
+    for image in range(2):
+        one = {n: p[n][image : image + 1] for n in ("q", "k", "v", "key_mask")}
+        alone = p | one | {"v_scale": p["v_scale"][image]}
+        got = run(*arguments(alone, device), torch.float32)
+        assert torch.equal(got, together[image : image + 1])
+
+
 def test_no_queries(device, attention_problem, generator):
     p = attention_problem(0, 8, 64, generator)
     assert kernel.launch(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)

@@ -235,7 +235,7 @@ ATTENTION_REFUSALS = [
 INT8_VALUE_REFUSALS = [
     ({"v": torch.zeros(2, 3, 7, 64)}, "v must be [B, H, T, D] int8, got [2, 3, 7, 64] float32"),
     ({"v": torch.zeros(2, 3, 8, 64, dtype=torch.int8)}, "for k and v, got [2, 3, 8, 64]"),
-    ({"v_scale": torch.ones(2, 3, 7)}, "v_scale must be [1] or [3] float32, got [2, 3, 7] float32"),
+    ({"v_scale": torch.ones(2, 3, 7)}, "v_scale must be float32 of shape [1], [3], [2, 3], got [2"),
     ({"v_zero_point": torch.ones(3)}, "v_zero_point must be [1] or [3] int32, got [3] float32"),
 ]
 

@@ -21,7 +21,8 @@ LOG2_E = math.log2(math.e)
 LOWEST_INT32 = tl.constexpr(-(2**31))
 LOWEST_LOGIT = tl.constexpr(-3.0e38)  # finite, so that a row without keys has no inf - inf
 
-ONE, PER_HEAD, PER_TOKEN = (tl.constexpr(kind) for kind in range(3))  # which elements share a scale
+# which elements share a scale: by the number of dimensions it has
+ONE, PER_HEAD, PER_IMAGE, PER_TOKEN = (tl.constexpr(kind) for kind in range(4))
 
 SCORE_PARTS = {32: (32, 0), 64: (64, 0), 72: (64, 32), 88: (64, 32), 96: (64, 32), 128: (128, 0)}
 VALUE_PARTS = {32: (32, 0), 64: (64, 0), 72: (64, 16), 88: (64, 32), 96: (64, 32), 128: (128, 0)}
@@ -41,6 +42,8 @@ def scale_of_head(scale_ptr, b, h, H, T, KIND: tl.constexpr):
     """Where the scale or scales of a head begin."""
     if KIND == PER_TOKEN:
         at = scale_ptr + (b * H + h) * T
+    elif KIND == PER_IMAGE:
+        at = scale_ptr + b * H + h
     elif KIND == PER_HEAD:
         at = scale_ptr + h
     else:
@@ -183,10 +186,8 @@ def config_of(
 
 
 def scale_kind(scale: torch.Tensor) -> int:
-    """ONE, PER_HEAD or PER_TOKEN."""
-    if scale.numel() == 1:
-        return ONE.value
-    return PER_TOKEN.value if scale.dim() == 3 else PER_HEAD.value
+    """ONE, PER_HEAD [H], PER_IMAGE [B, H] or PER_TOKEN [B, H, T]."""
+    return ONE.value if scale.numel() == 1 else scale.dim()
 
 
 def shape_constants(

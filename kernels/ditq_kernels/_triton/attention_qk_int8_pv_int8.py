@@ -54,7 +54,7 @@ def write_part(
 @triton.jit
 def _attention_qk_int8_pv_int8_kernel(
     q_ptr, k_ptr, vt_ptr, out_ptr,  # [B, H, T, D] int8 twice, [B, H, WIDTH, PADDED_K] int8, [B, Tq, H, D]
-    q_scale_ptr, k_scale_ptr, v_scale_ptr,  # fp32: [1], [H] or, not v, [B, H, T]
+    q_scale_ptr, k_scale_ptr, v_scale_ptr,  # fp32: [1], [H] or [B, H, T]; v: [B, H]
     zero_point_ptr, v_sum_ptr, key_mask_ptr,  # int32 [1] or [H] or None, [B, H, WIDTH], uint8 [B, Tk] or None
     softmax_step, Tq, Tk, PADDED_K, H, stride_qb, stride_kb,
     STRIDE_QH: tl.constexpr, STRIDE_QT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_KT: tl.constexpr,
