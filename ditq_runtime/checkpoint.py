@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_runtime.attention import QuantAttention
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.pinned import Pinned
@@ -109,17 +110,14 @@ def check_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             _check_layer(name, module)
+        elif isinstance(module, QuantAttention):
+            _check_positive(name, module, list(module.format.tensors(module.heads)))
         elif isinstance(module, TimestepGroups) and not bool((module.bounds.diff() > 0).all()):
             raise CheckpointError(f"{name}.bounds: boundaries must rise; the checkpoint is damaged")
 
 
 def _check_layer(name: str, layer: QuantLinear) -> None:
-    for field in POSITIVE:
-        tensor = getattr(layer, field, None)
-        if tensor is not None and not bool((tensor > 0).all()):
-            raise CheckpointError(
-                f"{name}.{field}: every scale must be positive; the checkpoint is damaged"
-            )
+    _check_positive(name, layer, POSITIVE)
     codes = _int8_weight(name, layer)
     if layer.format.activations == "static":
         if not -128 <= int(layer.act_zero) <= 127:
@@ -130,6 +128,15 @@ def _check_layer(name: str, layer: QuantLinear) -> None:
         ):
             raise CheckpointError(
                 f"{name}.weight_sum: not the row sums of {name}.weight; one of them is damaged"
+            )
+
+
+def _check_positive(name: str, module: nn.Module, fields: Iterable[str]) -> None:
+    for field in fields:
+        tensor = getattr(module, field, None)
+        if tensor is not None and not bool((tensor > 0).all()):
+            raise CheckpointError(
+                f"{name}.{field}: every scale must be positive; the checkpoint is damaged"
             )
 
 

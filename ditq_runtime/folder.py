@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditq_runtime.attention_processor import CORE
 from ditq_runtime.checkpoint import check_version, read_headers
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
@@ -26,6 +27,9 @@ CATEGORY_OF_FIELD = {
     "act_scale": "channel and activation scales",
     "act_zero": "channel and activation scales",
     "smooth_inv": "channel and activation scales",
+    "q_scale": "channel and activation scales",
+    "k_scale": "channel and activation scales",
+    "v_scale": "channel and activation scales",
     "lora_down": "low-rank branches",
     "lora_up": "low-rank branches",
 }
@@ -138,6 +142,8 @@ def size_by_category(folder: TransformerFolder) -> dict[str, int]:
             category = "timestep and label embedder"
         elif f".{FOLDS}." in name:
             category = "folds"
+        elif scheme and layer.removesuffix(f".{CORE}") in scheme.attention:
+            category = CATEGORY_OF_FIELD[field]
         elif layer_format is None or layer_format.weights == "fp32":
             category = "other float"
         elif field == "weight" and not layer_format.integer_gemm:

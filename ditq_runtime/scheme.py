@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import ditq_kernels as kernels
+from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.timestep_freq import SHIFT_OF
 
@@ -162,6 +163,7 @@ class Scheme:
         layers: module name -> name of its format.
         folds: `BLOCK.SITE` -> number of shifts of a site whose factor went into its producer; 0: a factor alone.
         timestep_freq: frequencies of a DiT's timestep embedding, `diffusers` or `dit` (`ditq_runtime.timestep_freq`).
+        attention: name of an attention module -> its format; those that are absent stay float.
     """
 
     architecture: str
@@ -170,6 +172,7 @@ class Scheme:
     layers: dict[str, str]
     folds: dict[str, int] = dataclasses.field(default_factory=dict)
     timestep_freq: str = "diffusers"
+    attention: dict[str, AttentionFormat] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -178,11 +181,12 @@ class Scheme:
         shared_embedder: bool,
         layers: dict[str, LayerFormat],
         folds: dict[str, int] | None = None,
+        attention: dict[str, AttentionFormat] | None = None,
     ) -> Scheme:
-        """A scheme from the format of every layer."""
+        """A scheme from the format of every layer, and of every attention that is quantized."""
         formats = {layer_format.name: layer_format for layer_format in layers.values()}
         names = {layer: layer_format.name for layer, layer_format in layers.items()}
-        return cls(architecture, shared_embedder, formats, names, folds or {})
+        return cls(architecture, shared_embedder, formats, names, folds or {}, attention or {})
 
     def format_of(self, layer: str) -> LayerFormat:
         """The format of a module that the scheme lists."""
@@ -194,13 +198,16 @@ class Scheme:
         return {site: self.folds[f"{owner}.{site}"] for owner, _, site in found if owner == block}
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in `config.json`."""
-        return asdict(self)
+        """As stored in `config.json`; without quantized attention, as it was before there was any."""
+        stored = asdict(self)
+        if not self.attention:
+            del stored["attention"]
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Any) -> Scheme:
         """Read a stored scheme; CheckpointError for anything unknown, missing or contradictory."""
-        _check_keys(stored, cls, "scheme")
+        _check_keys(stored, cls, "scheme", optional=("attention",))
         for key, kind in (
             ("architecture", str),
             ("shared_embedder", bool),
@@ -234,7 +241,15 @@ class Scheme:
             layers=dict(stored["layers"]),
             folds=dict(stored["folds"]),
             timestep_freq=stored["timestep_freq"],
+            attention=_read_attention(stored.get("attention", {})),
         )
+
+
+def _read_attention(stored: Any) -> dict[str, AttentionFormat]:
+    _check_type("scheme: attention", stored, dict)
+    for module, entry in stored.items():
+        _check_keys(entry, AttentionFormat, f"scheme.attention.{module}")
+    return {module: AttentionFormat(**entry) for module, entry in stored.items()}
 
 
 def _check_type(what: str, value: Any, kind: type) -> None:
@@ -244,10 +259,11 @@ def _check_type(what: str, value: Any, kind: type) -> None:
         )
 
 
-def _check_keys(stored: Any, kind: type, where: str) -> None:
+def _check_keys(stored: Any, kind: type, where: str, optional: tuple[str, ...] = ()) -> None:
     if not isinstance(stored, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(stored).__name__}")
     expected = {field.name for field in fields(kind)}
-    missing, extra = sorted(expected - set(stored)), sorted(set(stored) - expected)
+    missing = sorted(expected - set(stored) - set(optional))
+    extra = sorted(set(stored) - expected)
     if missing or extra:
         raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {extra}")

@@ -88,6 +88,7 @@ BLOCK = BlockTable(
     sites=SITES,
     modulations={"norm1.linear": 6},
     use_direct_multiplier=use_direct_multiplier,
+    attentions=("attn1",),
 )
 
 DIT = Family(

@@ -21,12 +21,15 @@ class BlockTable:
         tables: parameters that the block adds to a modulation shared by all blocks, and their number of row chunks.
         use_direct_multiplier: swaps a block's class so that AdaLN reads LN(h) * a + b from its modulation; None: the
             block keeps diffusers' forward, and no site of it may be an AdaLN.
+        attentions: attention modules of the block that can run quantized: diffusers' `Attention` with projections
+            `to_q`, `to_k`, `to_v`.
     """
 
     sites: tuple[Site, ...]
     modulations: dict[str, int] = field(default_factory=dict)
     tables: dict[str, int] = field(default_factory=dict)
     use_direct_multiplier: Callable[[nn.Module], None] | None = None
+    attentions: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[str]:
@@ -71,6 +74,11 @@ class Family:
     def block_names(self, model: nn.Module) -> list[str]:
         """`blocks.0`, `blocks.1`, ... of a model."""
         return list(self.block_tables(model))
+
+    def attention_names(self, model: nn.Module) -> list[str]:
+        """The attention modules of a model that can run quantized, in the order they run."""
+        tables = self.block_tables(model).items()
+        return [f"{block}.{name}" for block, table in tables for name in table.attentions]
 
     def embedder_prefixes(self, model: nn.Module) -> list[str]:
         """Prefix of the embedder in every block, the first one being the stored one when it is shared."""

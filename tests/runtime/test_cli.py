@@ -13,8 +13,8 @@ import torch
 import typer
 from PIL import Image
 
-from ditq_runtime.cli import app, output
 from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
+from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
 
 if sys.version_info >= (3, 11):
