@@ -93,8 +93,10 @@ def unsupported(attn: nn.Module) -> str:
     if not isinstance(attn, Attention):
         return f"a {type(attn).__name__} is not diffusers' Attention"
     for name, plain in PLAIN.items():
-        if getattr(attn, name) != plain:
-            return f"its {name} is {getattr(attn, name)}, quantized attention needs {plain}"
+        found = getattr(attn, name)
+        if found != plain:
+            shown = type(found).__name__ if isinstance(found, nn.Module) else found
+            return f"its {name} is {shown}, quantized attention needs {plain}"
     if attn.inner_kv_dim != attn.inner_dim:
         return "it has fewer key heads than query heads"
     head_dim = attn.inner_dim // attn.heads

@@ -18,6 +18,13 @@ from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.lora import ADAPTER_OPS, ADAPTERS
+from ditq_runtime.report_attention import (
+    AttentionRun,
+    Operation,
+    attention_runs,
+    check_attention_in_place,
+    operation,
+)
 
 FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
 
@@ -51,9 +58,10 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class ExecutionReport:
-    """All linears of a transformer, in the order they ran."""
+    """All linears of a transformer, in the order they ran, and its attentions."""
 
     layers: list[LayerRun] = field(default_factory=list)
+    attention: list[AttentionRun] = field(default_factory=list)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -64,13 +72,20 @@ class ExecutionReport:
             "linears": len(self.layers),
             "integer_linears": len(integer),
             "weight_only_linears": sum(layer.note == WEIGHT_ONLY for layer in self.layers),
-            "bytes": sum(layer.nbytes for layer in self.layers),
+            "bytes": sum(layer.nbytes for layer in self.layers)
+            + sum(row.nbytes for row in self.attention),
             "integer_flops_share": sum(layer.flops for layer in integer) / max(flops, 1),
+            "attentions": len(self.attention),
+            "integer_attentions": sum(row.integer for row in self.attention),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
-        return {"totals": self.totals, "layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "totals": self.totals,
+            "layers": [asdict(layer) for layer in self.layers],
+            "attention": [asdict(row) for row in self.attention],
+        }
 
     def __str__(self) -> str:
         """A fixed-width table with the totals as its last line."""
@@ -79,11 +94,16 @@ class ExecutionReport:
             f"{r.name:<44} {r.op:<36} {r.weights:<8} {r.activations:<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
             for r in self.layers
         ]
+        rows += [
+            f"{r.name:<44} {r.op:<36} {'-':<8} {f'{r.scores} {r.values}':<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
+            for r in self.attention
+        ]
         t = self.totals
         last = (
             f"{t['integer_linears']:.0f} of {t['linears']:.0f} linears in integers, "
             f"{t['weight_only_linears']:.0f} weight-only, {100 * t['integer_flops_share']:.1f} % of linear FLOPs "
-            f"in integers, {t['bytes'] / 2**20:.2f} MiB"
+            f"in integers, {t['integer_attentions']:.0f} of {t['attentions']:.0f} attentions in integers, "
+            f"{t['bytes'] / 2**20:.2f} MiB"
         )
         return "\n".join([header, *rows, last])
 
@@ -92,7 +112,7 @@ WEIGHT_ONLY = "weight-only: integer weights, float activations"
 
 
 def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> ExecutionReport:
-    """Run one forward of a packed transformer and report, per linear, what really executed.
+    """Run one forward of a packed transformer and report, per linear and attention, what really executed.
 
     Args:
         model: a transformer loaded from a packed checkpoint.
@@ -100,11 +120,11 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
             table has one.
 
     Returns:
-        The report; `print` it, or take `.layers`, `.totals`, `.to_dict()`.
+        The report; `print` it, or take `.layers`, `.attention`, `.totals`, `.to_dict()`.
 
     Raises:
         ValueError: the model is not a packed transformer, or needs `inputs`.
-        FallbackError: a layer that the scheme lists was replaced, did not run, or ran something else.
+        FallbackError: a layer or attention that the scheme lists was replaced, did not run, or ran something else.
     """
     config = getattr(model.config, "quantization_config", None)
     scheme = getattr(config, "scheme", None)
@@ -114,7 +134,9 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         )
     family = family_of(scheme.architecture)
     _check_in_place(model, scheme.layers)
-    watch = _Watch(model)
+    check_attention_in_place(model, scheme.attention)
+    attentions = family.attention_names(model)
+    watch = _Watch(model, attentions)
     with watch, torch.no_grad():
         model(**(inputs or _example_inputs(model, family)))
     layers = []
@@ -129,7 +151,8 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         raise FallbackError(
             f"{idle[0]}: listed in the scheme, but no operator ran in it during a forward"
         )
-    return ExecutionReport(layers)
+    runs = attention_runs(model, attentions, scheme.attention, watch.products)
+    return ExecutionReport(layers, runs)
 
 
 def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:
@@ -153,10 +176,12 @@ def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes, for every linear, the operators that ran inside its forward."""
+    """Notes, for every linear and every attention, the operators that ran inside its forward, but not in a linear."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, attentions: list[str]) -> None:
         super().__init__()
+        self.products: dict[str, list[Operation]] = {}
+        self._attentions = {model.get_submodule(name): name for name in attentions}
         self.ran: dict[str, list[str]] = {}
         self.rows: dict[str, int] = {}
         self.order: list[str] = []
@@ -168,6 +193,9 @@ class _Watch(TorchDispatchMode):
         for module, name in self._linears.items():
             self._hooks.append(module.register_forward_pre_hook(self._enter_layer(name)))
             self._hooks.append(module.register_forward_hook(self._leave_layer))
+        for attention, name in self._attentions.items():
+            self._hooks.append(attention.register_forward_pre_hook(self._enter_attention(name)))
+            self._hooks.append(attention.register_forward_hook(self._leave_layer))
         super().__enter__()
         return self
 
@@ -180,11 +208,15 @@ class _Watch(TorchDispatchMode):
         if self._inside:
             space, _, rest = str(func).partition(".")
             name = rest.partition(".")[0]
-            if space == "ditq" or name in FLOAT_GEMMS:
-                self.ran[self._inside[-1]].append(f"{space}.{name}")
+            inside = self._inside[-1]
+            product = operation(f"{space}.{name}", args) if inside in self.products else None
+            if product is not None:
+                self.products[inside].append(product)
+            elif inside in self.ran and (space == "ditq" or name in FLOAT_GEMMS):
+                self.ran[inside].append(f"{space}.{name}")
         return func(*args, **(kwargs or {}))
 
-    def _leave_layer(self, module: nn.Linear, args: Any, output: Any) -> None:
+    def _leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()
 
     def _enter_layer(self, name: str) -> Any:
@@ -193,6 +225,13 @@ class _Watch(TorchDispatchMode):
                 self.order.append(name)
                 self.ran[name], self.rows[name] = [], 0
             self.rows[name] += args[0].numel() // module.in_features
+            self._inside.append(name)
+
+        return enter
+
+    def _enter_attention(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.products.setdefault(name, [])
             self._inside.append(name)
 
         return enter

@@ -186,7 +186,9 @@ class Scheme:
         """A scheme from the format of every layer, and of every attention that is quantized."""
         formats = {layer_format.name: layer_format for layer_format in layers.values()}
         names = {layer: layer_format.name for layer, layer_format in layers.items()}
-        return cls(architecture, shared_embedder, formats, names, folds or {}, attention or {})
+        return cls(
+            architecture, shared_embedder, formats, names, folds or {}, attention=attention or {}
+        )
 
     def format_of(self, layer: str) -> LayerFormat:
         """The format of a module that the scheme lists."""

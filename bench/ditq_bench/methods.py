@@ -79,16 +79,18 @@ class Case:
 def cases(models: tuple[str, ...]) -> Iterator[Case]:
     """All methods x {W8A8, W4A8} x {static, token}; on the planted models the ablations at W4A8 static.
 
-    The ablations keep the modulation linears at 8 bits: at 4 they add an error of their own to all.
+    Attention stays float: the study compares what methods do to linears. The ablations keep the modulation linears at
+    8 bits: at 4 they add an error of their own to all.
     """
     for model in models:
         for weights in ("w8", "w4p"):
             for activations in ("static", "token"):
                 for name in METHOD_NAMES:
-                    yield Case(model, "methods", name, Recipe(name, weights, activations))
+                    recipe = Recipe(name, weights, activations, attention="none")
+                    yield Case(model, "methods", name, recipe)
         for name, fields in ABLATIONS.items() if model in ABLATED else ():
             common = {"weights": "w4p", "activations": "static", "modulation": "w8"}
-            recipe = Recipe(**{**common, **fields})
+            recipe = Recipe(**{**common, "attention": "none", **fields})
             yield Case(model, "ablations", name, recipe)
 
 

@@ -41,6 +41,7 @@ from ditq_runtime.files import remove_leftovers
 __all__ = ["SAMPLERS", "calibrate", "class_ids", "draw_labels", "make_scheduler"]
 
 STEPS = 50
+IF_ABSENT = {"attention": False}  # what a manifest means that was written before there was the key
 
 
 def calibrate(
@@ -59,6 +60,7 @@ def calibrate(
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | str | Path | None = None,
     memory_budget: int | None = None,
+    attention: bool = True,
 ) -> CalibrationStats:
     """Data-free calibration: run the float model from Gaussian noise and store the ranges it meets.
 
@@ -82,6 +84,7 @@ def calibrate(
             embeddings (see `captions`).
         memory_budget: bytes; lowers `micro_batch` so that the peak stays below (see `memory`). A resumed run keeps the
             micro-batch it began with.
+        attention: also record the ranges of Q, K and V, which static attention scales need.
 
     Returns:
         The opened statistics.
@@ -115,18 +118,19 @@ def calibrate(
         plan = replace(plan, micro_batch=micro_batch)
     manifest = _manifest(model, plan, sampler, scheduler, kept)
     manifest["memory_budget"] = memory_budget
+    manifest["attention"] = attention
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, manifest)
-    _run(model, family, scheduler, plan, kept, folder, quiet)
+    recorder = Recorder(model, family, kept, attention)
+    _run(model, scheduler, plan, recorder, folder, quiet)
     return CalibrationStats.open(folder)
 
 
 def _run(
     model: nn.Module,
-    family: Family,
     scheduler: Any,
     plan: SamplingPlan,
-    rows: RowPlan,
+    recorder: Recorder,
     folder: Path,
     quiet: bool,
 ) -> None:
@@ -136,7 +140,6 @@ def _run(
         return
     done = state.call + 1 if state else 0
     latents, remembered = (state.latents, state.history) if state else (None, None)
-    recorder = Recorder(model, family, rows)
     with recorder, progress_bar("calibrating", plan.steps, done, quiet) as advance:
         run = trajectory(model, scheduler, plan, done, latents, recorder.begin, remembered)
         for call in run:
@@ -243,7 +246,7 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     if not (folder / "manifest.json").exists():
         write_manifest(folder, manifest)
         return
-    before = read_manifest(folder)
+    before = {**IF_ABSENT, **read_manifest(folder)}
     for key, value in manifest.items():
         if before.get(key) != value:
             raise StatisticsError(

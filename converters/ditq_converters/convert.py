@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.attention import attention_formats, static_scales
 from ditq_converters.fold import block_linears, fold_block, stored_folds
 from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.models import open_model, transformer_of
@@ -25,6 +26,7 @@ from ditq_converters.stats import CalibrationStats, model_hash
 from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
 from ditq_converters.streaming.write import check_room, write_streamed
+from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.files import check_new
@@ -88,24 +90,31 @@ def convert(
             "run `ditq calibrate` first and pass them"
         )
     by_name = {plan.name: plan for plan in plans}
+    attention = attention_formats(model, family, recipe, quiet)
 
     @torch.no_grad()
     def one_block(block: str) -> PackedBlock:
         with weights_of(model, block):
-            return convert_block(model, family, block, recipe, stats, by_name)
+            return convert_block(model, family, block, recipe, stats, by_name, attention)
 
     made = provenance(recipe, stats)
     if on_disk:
         assert out is not None
-        return convert_on_disk(pipe, model, one_block, made, Path(out), max_shard_size, quiet)
-    packed = convert_in_memory(model, one_block, made, quiet)
+        return convert_on_disk(
+            pipe, model, one_block, attention, made, Path(out), max_shard_size, quiet
+        )
+    packed = convert_in_memory(model, one_block, attention, made, quiet)
     if out is not None:
         save(pipe, packed, Path(out), max_shard_size)
     return packed
 
 
 def convert_in_memory(
-    model: nn.Module, one_block: Callable[[str], PackedBlock], made: dict[str, Any], quiet: bool
+    model: nn.Module,
+    one_block: Callable[[str], PackedBlock],
+    attention: dict[str, AttentionFormat],
+    made: dict[str, Any],
+    quiet: bool,
 ) -> nn.Module:
     """Convert all blocks and assemble the packed transformer."""
     tensors: dict[str, torch.Tensor] = {}
@@ -119,13 +128,15 @@ def convert_in_memory(
             formats |= packed_block.formats
             advance()
     folds = folds_in({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return pack_model(model, make_scheme(model, family, formats, folds), tensors, made)
+    scheme = make_scheme(model, family, formats, folds, attention)
+    return pack_model(model, scheme, tensors, made)
 
 
 def convert_on_disk(
     pipe: Any,
     model: nn.Module,
     one_block: Callable[[str], PackedBlock],
+    attention: dict[str, AttentionFormat],
     made: dict[str, Any],
     out: Path,
     max_shard_size: str,
@@ -142,7 +153,8 @@ def convert_on_disk(
                 packed_block = one_block(block)
                 done.save(block, packed_block.tensors, packed_block.formats)
                 advance()
-    scheme = make_scheme(model, family, done.formats(blocks), folds_in(done.shapes()))
+    folds = folds_in(done.shapes())
+    scheme = make_scheme(model, family, done.formats(blocks), folds, attention)
     return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
 
 
@@ -170,6 +182,7 @@ def convert_block(
     recipe: Recipe,
     stats: CalibrationStats | None,
     plans: dict[str, LayerPlan],
+    attention: dict[str, AttentionFormat],
 ) -> PackedBlock:
     """One block: statistics -> transforms -> fold (exact) -> quantize (lossy)."""
     table = family.block_tables(model)[block]
@@ -210,6 +223,9 @@ def convert_block(
         tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
     for site, stored in stored_folds(linears, table, choice.sites).items():
         tensors |= {f"{block}.{FOLDS}.{site}.{field}": tensor for field, tensor in stored.items()}
+    if needed is not None:
+        module = model.get_submodule(block)
+        tensors |= static_scales(module, block, table, attention, recipe, needed, choice)
     return PackedBlock(tensors, formats)
 
 

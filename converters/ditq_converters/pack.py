@@ -11,22 +11,30 @@ from torch import nn
 
 from ditq_converters.streaming.model import tensors_of
 from ditq_runtime import plugin, skeleton
+from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import Family
 from ditq_runtime.scheme import LayerFormat, Scheme
 from ditq_runtime.timestep_freq import get_timestep_freq
 
 
 def make_scheme(
-    model: nn.Module, family: Family, formats: dict[str, LayerFormat], folds: dict[str, int]
+    model: nn.Module,
+    family: Family,
+    formats: dict[str, LayerFormat],
+    folds: dict[str, int],
+    attention: dict[str, AttentionFormat] | None = None,
 ) -> Scheme:
-    """The scheme of full layer name -> format and `BLOCK.SITE` -> shifts; the model's weights may be on disk."""
+    """The scheme of full layer name -> format, `BLOCK.SITE` -> shifts, full attention name -> format.
+
+    The model's weights may be on disk.
+    """
 
     def module(prefix: str) -> dict[str, torch.Tensor]:
         tensors = tensors_of(model, prefix)
         return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
 
     shared = skeleton.has_shared_embedder(model, family, module)
-    scheme = Scheme.of(type(model).__name__, shared, formats, folds)
+    scheme = Scheme.of(type(model).__name__, shared, formats, folds, attention)
     return replace(scheme, timestep_freq=get_timestep_freq(model))
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_converters.attention import plan_attention
 from ditq_converters.methods import METHODS
 from ditq_converters.recipe import Recipe
 from ditq_runtime.families import (
@@ -51,7 +52,8 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
     """One entry per linear of the model, blocks first.
 
     Raises:
-        ValueError: a `--keep` pattern matches nothing, or a layer cannot have the recipe's weights.
+        ValueError: a `--keep` pattern matches nothing, or a layer cannot have the recipe's weights, or an attention
+            the recipe's format.
     """
     plans = []
     for block, table in family.block_tables(model).items():
@@ -69,7 +71,11 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
         if isinstance(module, nn.Linear) and name not in known:
             why = family.why_kept(name)
             plans.append(_plan(module, name, "outside the table", "-", None, why))
-    _check_keep(recipe, [plan.name for plan in plans if plan.format is not None])
+    names = [plan.name for plan in plans if plan.format is not None]
+    attention = plan_attention(model, family, recipe)
+    if recipe.attention_format is not None:
+        names += [plan.name for plan in attention]
+    _check_keep(recipe, names)
     return plans
 
 
@@ -168,5 +174,5 @@ def _check_keep(recipe: Recipe, names: list[str]) -> None:
     for pattern in recipe.keep:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(
-                f"--keep {pattern!r} matches none of the {len(names)} quantized linears; see `ditq inspect`"
+                f"--keep {pattern!r} matches none of the {len(names)} quantized modules; see `ditq inspect`"
             )

@@ -11,10 +11,12 @@ from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
 from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.methods.timestep_groups import LINKAGES
+from ditq_runtime.attention_format import SCALES, VALUES, AttentionFormat
 
 WEIGHTS = ("w8", "w4p", "w4g")
 ACTIVATIONS = ("token", "static")
 ROUNDINGS = ("nearest", "gptq")
+ATTENTION = ("none", *VALUES)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Recipe:
         group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.
+        attention: `none` (float), `int8` (Q K^T and P V in int8) or `bf16` (Q K^T in int8, P V in bf16); None: as the
+            method has it, in the modules that can.
+        attention_scales: `token` (computed when it runs) or `static` (calibrated, per head); None: as `activations`.
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
         range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
@@ -62,6 +67,8 @@ class Recipe:
     rounding: str = "nearest"
     profile: str = "int"
     symmetric: bool | None = None
+    attention: str | None = None
+    attention_scales: str | None = None
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -72,6 +79,8 @@ class Recipe:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("attention", self.attention or "none", ATTENTION)
+        _one_of("attention_scales", self.attention_scales or self.activations, SCALES)
         _one_of("modulation", self.modulation or self.weights, WEIGHTS)
         if self.group_size < 32 or self.group_size % 32:
             raise ValueError(
@@ -103,7 +112,9 @@ class Recipe:
     def needs_statistics(self) -> bool:
         """Whether a calibration must have run."""
         needs = METHODS[self.method].needs_statistics or self.needs_rows
-        return needs or self.activations == "static"
+        attention = self.attention_format
+        static = (self.activations, None if attention is None else attention.scales)
+        return needs or "static" in static
 
     @property
     def needs_rows(self) -> bool:
@@ -129,6 +140,13 @@ class Recipe:
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
     @property
+    def attention_format(self) -> AttentionFormat | None:
+        """How attention products run; None: in float."""
+        values = self.attention or METHODS[self.method].attention
+        scales = self.attention_scales or self.activations
+        return None if values == "none" else AttentionFormat(values, scales)
+
+    @property
     def modulation_weights(self) -> str:
         """Weights of the modulation linears."""
         return self.modulation or self.weights
@@ -147,12 +165,15 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for provenance."""
+        attention = self.attention_format
         return {
             **asdict(self),
             "keep": list(self.keep),
             "modulation": self.modulation_weights,
             "lora_rank": self.rank,
             "symmetric": self.symmetric_weights,
+            "attention": "none" if attention is None else attention.values,
+            "attention_scales": None if attention is None else attention.scales,
         }
 
 

@@ -1,4 +1,4 @@
-"""Forward pre-hooks that watch every linear input of a model: its range per channel, and a few of its rows."""
+"""Hooks that watch a model: every linear input's range per channel and a few of its rows; Q, K and V's ranges."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)  # row dtypes; any other
 class Recorder:
     """Running minimum and maximum of every site, per channel, and the chosen rows of the current call."""
 
-    def __init__(self, model: nn.Module, family: Family, rows: RowPlan) -> None:
-        """Remember where to listen; nothing is hooked before `with`."""
+    def __init__(
+        self, model: nn.Module, family: Family, rows: RowPlan, attention: bool = True
+    ) -> None:
+        """Remember where to listen; nothing is hooked before `with`.
+
+        Args:
+            model: the transformer.
+            family: its table.
+            rows: which rows to keep.
+            attention: also listen to Q, K and V: the outputs of the projections of every attention.
+        """
         self._plan = rows
         self._listen = [
             (f"{block}.{site.name}", model.get_submodule(f"{block}.{name}"), name)
@@ -26,6 +35,11 @@ class Recorder:
             for site in table.sites
             for name in site.observed
         ]
+        self._listen_outputs = {
+            f"{name}.{operand}": model.get_submodule(f"{name}.to_{operand}")
+            for name in (family.attention_names(model) if attention else ())
+            for operand in "qkv"
+        }
         self._hooks: list[Any] = []
         self.begin(0)
 
@@ -35,6 +49,8 @@ class Recorder:
         for site, module, name in self._listen:
             keeps = first.setdefault(site, name) == name
             self._hooks.append(module.register_forward_pre_hook(self._observer(site, keeps)))
+        for operand, projection in self._listen_outputs.items():
+            self._hooks.append(projection.register_forward_hook(self._output_observer(operand)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -64,6 +80,12 @@ class Recorder:
             self._observe_range(site, x.reshape(-1, x.shape[-1]).float())
             if keeps_rows and self._plan.count and self._call in self._plan.calls:
                 self._keep_rows(site, x)
+
+        return observe
+
+    def _output_observer(self, operand: str) -> Any:
+        def observe(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            self._observe_range(operand, y.detach().reshape(-1, y.shape[-1]).float())
 
         return observe
 

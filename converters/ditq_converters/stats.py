@@ -2,7 +2,9 @@
 
     stats/manifest.json             plan, sampler, model hash, versions, sites and their widths
     stats/call_0000.safetensors     per site: SITE.min and SITE.max, fp32 [K], and at the calls that the manifest
-                                    lists SITE.rows, [n, K] in the model's dtype; call 0 is the noisiest
+                                    lists SITE.rows, [n, K] in the model's dtype; call 0 is the noisiest. With
+                                    "attention" in the manifest also MODULE.q, .k and .v, .min and .max, fp32
+                                    [H * D]: of the operands of every attention
     stats/state.safetensors         latents and sampler history after the last complete call, to resume from;
                                     removed at the end
 
@@ -140,8 +142,13 @@ class CalibrationStats:
         """The scheduler's timestep of each call, noisiest first."""
         return list(self.manifest["timesteps"])
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether the ranges of Q, K and V were recorded."""
+        return bool(self.manifest.get("attention", False))
+
     def ranges(self, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a site: fp32 [T, K] each."""
+        """Minimum and maximum of a site, or of an operand of an attention: fp32 [T, K] each."""
         read = [self._read(call, site, "min", "max") for call in range(self.calls)]
         low, high = (torch.stack(side) for side in zip(*read, strict=True))
         self._check_finite(site, low, high)

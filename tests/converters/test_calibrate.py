@@ -199,7 +199,7 @@ def test_a_model_that_is_not_finite_is_refused_and_unhooked(make_pipeline, tmp_p
     pipe = make_pipeline(seed=4)
     model = pipe.transformer
     model.transformer_blocks[0].attn1.to_v.weight[3, 3] = torch.nan
-    with pytest.raises(StatisticsError, match=r"transformer_blocks\.0\.o_proj: .*not finite"):
+    with pytest.raises(StatisticsError, match=r"transformer_blocks\.0\.attn1\.v: .*not finite"):
         calibrate(pipe, tmp_path, **SMALL)
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert not shard_path(tmp_path, 0).exists()
@@ -224,6 +224,7 @@ def test_an_infinite_activation_is_refused(make_pipeline, tmp_path):
         ({"cfg_channels": 3}, "another plan"),
         ({"labels": (0, 1, 7, 7)}, "another plan"),
         ({"memory_budget": 2**40}, "another memory_budget"),
+        ({"attention": False}, r"another attention \(True, now False\)"),
     ],
 )
 def test_another_plan_does_not_resume(pipe, stats, change, sentence):
@@ -290,4 +291,5 @@ def test_memory_does_not_grow_with_the_number_of_calls(make_dit, tmp_path, monke
     monkeypatch.setattr(module, "write_shard", spy)
     calibrate(make_dit(), tmp_path, steps=steps, samples=1, quiet=True)
     assert counts == [0] * steps
-    assert len(alive) == steps * 8 * 3
+    # of 8 sites minimum, maximum and rows; of Q, K and V in two blocks minimum and maximum
+    assert len(alive) == steps * (8 * 3 + 2 * 3 * 2)

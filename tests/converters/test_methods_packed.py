@@ -18,7 +18,7 @@ STEPS = 30  # three timestep groups by default
 
 @pytest.fixture(scope="module")
 def model(make_dit):
-    return make_dit()
+    return make_dit(num_attention_heads=2, attention_head_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_every_method_survives_the_disk_and_stays_close(
     assert float((output - truth).norm() / truth.norm()) < 0.15
     report = ditq.execution_report(loaded)
     assert report.totals["integer_linears"] == 12
+    assert report.totals["integer_attentions"] == (2 if method in ("ptq4dit", "htg") else 0)
     low_rank = METHODS[method].lora_rank
     assert all(
         f.lora_rank == low_rank
@@ -188,7 +189,8 @@ def test_ditas_without_its_branch_and_search_is_smoothquant_bit_for_bit(model, s
 
 def test_htg_without_shift_and_scale_is_linear_bit_for_bit(model, stats):
     plain = convert(model, Recipe("linear", "w8", "static"), stats, quiet=True)
-    htg = convert(model, Recipe("htg", "w8", "static", shift=False, scale=False), stats, quiet=True)
+    bare = {"shift": False, "scale": False, "attention": "none"}
+    htg = convert(model, Recipe("htg", "w8", "static", **bare), stats, quiet=True)
     for name, tensor in htg.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name]), name
 

@@ -119,7 +119,7 @@ def test_a_site_is_smoothed_while_one_reader_is_quantized(make_dit):
 def test_a_keep_pattern_that_matches_nothing_is_refused(make_dit, pattern):
     """Those outside the blocks are float already: a pattern for them would be a misunderstanding."""
     with pytest.raises(
-        ValueError, match=r"matches none of the 14 quantized linears; see `ditq inspect`"
+        ValueError, match=r"matches none of the 14 quantized modules; see `ditq inspect`"
     ):
         plan(make_dit(), keep=("*.to_q", pattern))
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from ditq_converters import Recipe
+from ditq_runtime.attention_format import AttentionFormat
 
 
 def test_defaults():
@@ -30,6 +31,8 @@ def test_defaults():
         "rounding": "nearest",
         "profile": "int",
         "symmetric": False,
+        "attention": "none",
+        "attention_scales": None,
     }
 
 
@@ -52,6 +55,8 @@ def test_defaults():
         ({"rounding": "up"}, "rounding must be one of nearest, gptq"),
         ({"range_method": "mse"}, "range_method must be one of minmax, qdiff_mse, ptq4dit_pct"),
         ({"range_method": "qdiff_mse"}, "range_method qdiff_mse is for static activations"),
+        ({"attention": "fp8"}, "attention must be one of none, int8, bf16, got 'fp8'"),
+        ({"attention_scales": "head"}, "attention_scales must be one of token, static, got 'head'"),
         ({"alpha": -0.01}, "alpha must lie in"),
         ({"alpha": 1.01}, "alpha must lie in"),
         ({"alpha": math.nan}, "alpha must lie in"),
@@ -93,6 +98,23 @@ def test_one_keep_pattern_is_not_a_string_of_patterns():
 )
 def test_who_needs_statistics(method, activations, needed):
     assert Recipe(method=method, activations=activations).needs_statistics is needed
+
+
+def test_static_attention_needs_statistics_too():
+    assert not Recipe("linear", attention="int8").needs_statistics
+    assert Recipe("linear", attention="int8", attention_scales="static").needs_statistics
+    assert not Recipe("linear", attention_scales="static").needs_statistics
+
+
+@pytest.mark.parametrize("method", ["linear", "smoothquant", "meta", "ditas", "ptq4dit", "htg"])
+def test_attention_is_as_the_method_has_it_unless_told(method):
+    """PTQ4DiT and HTG quantize both products at 8 bits, the others none; scales follow the activations."""
+    default = Recipe(method, activations="static").attention_format
+    published = AttentionFormat("int8", "static") if method in ("ptq4dit", "htg") else None
+    assert default == published
+    told = Recipe(method, activations="static", attention="bf16", attention_scales="token")
+    assert told.attention_format == AttentionFormat("bf16", "token")
+    assert Recipe(method, attention="none").attention_format is None
 
 
 def test_modulation_follows_the_weights_unless_told():

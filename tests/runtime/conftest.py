@@ -20,6 +20,8 @@ RECIPES = {
     "w4p_static": ("shared", Recipe("smoothquant", "w4p", "static", group_size=32)),
     "w4p_token": ("own", Recipe("smoothquant", "w4p", "token", group_size=32, modulation="w8")),
     "w4g_static": ("shared", Recipe("smoothquant", "w4g", "static", group_size=32)),
+    "attention_static": ("own", Recipe("smoothquant", "w8", "static", attention="int8")),
+    "attention_token": ("shared", Recipe("linear", "w8", "token", attention="bf16")),
     "kept": ("shared", Recipe("smoothquant", "w8", "token", keep=("*.attn1.to_q",))),
 }
 
@@ -27,8 +29,8 @@ RECIPES = {
 def _build_model(shared=False, seed=0, **changes):
     torch.manual_seed(seed)
     config = {
-        "num_attention_heads": 4,
-        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
         "in_channels": 1,
         "out_channels": 1,
         "num_layers": 2,

@@ -18,8 +18,16 @@ import ditq_runtime
 from ditq_converters import Recipe, convert
 from ditq_runtime import CheckpointError, DitqConfig, DitqQuantizer, QuantLinear, execution_report
 
-NAMES = ["w8_static", "w8_token", "w4p_static", "w4p_token", "kept"]
-SHARED = {"w8_token", "w4p_static", "kept"}
+NAMES = [
+    "w8_static",
+    "w8_token",
+    "w4p_static",
+    "w4p_token",
+    "kept",
+    "attention_static",
+    "attention_token",
+]
+SHARED = {"w8_token", "w4p_static", "kept", "attention_token"}
 
 
 def _same(model, other):
@@ -44,6 +52,7 @@ def test_what_is_loaded_is_what_was_converted(pipes, stats, packed_folder, load,
     loaded = load(packed_folder(name))
     recipe = dict(loaded.config.quantization_config.recipe)
     fields = ("method", "weights", "activations", "group_size", "modulation", "alpha")
+    fields += ("attention", "attention_scales")
     made = Recipe(**{f: recipe[f] for f in fields}, keep=tuple(recipe["keep"]))
     packed = convert(pipes[kind], made, stats[kind], quiet=True)
     _same(loaded, packed)
@@ -90,7 +99,7 @@ def test_a_pipeline_samples_with_and_without_guidance(packed_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "kept"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "kept", "attention_static"])
 def test_packed_tensors_load_to_the_bit_in_every_dtype(packed_folder, load, name, dtype):
     exact, cast = load(packed_folder(name)), load(packed_folder(name), dtype=dtype)
     for layer, module in exact.named_modules():
@@ -121,7 +130,7 @@ def test_half_precision_costs_less_than_the_quantization(packed_folder, load, fo
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"variant": "int8"}])
-@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "kept"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "kept", "attention_static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saving_is_a_round_trip(packed_folder, load, forward, tmp_path, options, name, dtype):
     first = load(packed_folder(name), dtype=dtype)
@@ -211,7 +220,7 @@ def test_a_float_checkpoint_is_not_quantized_on_the_fly(build_model, packed_fold
         DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
 
 
-@pytest.mark.parametrize("name", ["w8_static", "w4p_static"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_static", "attention_static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_footprint_is_the_bytes_that_are_stored(
     packed_folder, load, take_apart, tmp_path, name, dtype
@@ -236,7 +245,7 @@ def test_device_maps(packed_folder, load, forward, device_map):
         execution_report(model)
 
 
-@pytest.mark.parametrize("name", ["w8_static", "w4p_token"])
+@pytest.mark.parametrize("name", ["w8_static", "w4p_token", "attention_static"])
 def test_offloading_to_disk_and_back(packed_folder, load, forward, tmp_path, name):
     expected = forward(load(packed_folder(name)))
     places = {"pos_embed": "cpu", "transformer_blocks.0": "cpu", "transformer_blocks.1": "disk"}

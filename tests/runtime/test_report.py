@@ -101,9 +101,9 @@ def test_bytes_of_a_layer_are_those_it_stores(packed_folder, load):
 def test_the_report_prints_and_is_json(model):
     report = execution_report(model)
     lines = str(report).splitlines()
-    assert len(lines) == 1 + len(report.layers) + 1
+    assert len(lines) == 1 + len(report.layers) + len(report.attention) + 1
     assert lines[0].split()[:3] == ["layer", "op", "weights"]
-    for row, line in zip(report.layers, lines[1:-1], strict=True):
+    for row, line in zip([*report.layers, *report.attention], lines[1:-1], strict=True):
         assert line.startswith(row.name)
         assert row.op in line
     share = 100 * report.totals["integer_flops_share"]

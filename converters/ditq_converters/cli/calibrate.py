@@ -27,6 +27,7 @@ def calibrate(
     labels: o.LabelsOption = None,
     prompts: o.PromptsOption = None,
     memory_budget: o.MemoryOption = "",
+    attention: o.RecordAttentionOption = True,
     device: o.DeviceOption = "",
     json: o.JsonOption = False,
 ) -> None:
@@ -48,6 +49,7 @@ def calibrate(
     stats = run(
         pipe, out, steps, samples or 32, cfg, sampler or None, seed, batch,
         rows=rows, cfg_channels=cfg_channels, labels=listed, prompts=prompts, memory_budget=budget,
+        attention=attention,
     )  # fmt: skip
     size, peak = sum(file.stat().st_size for file in out.iterdir()), peak_rss()
     micro_batch = stats.manifest["plan"]["micro_batch"]

@@ -23,6 +23,8 @@ def convert(
     activations: o.ActivationsOption = "token",
     group_size: o.GroupSizeOption = 64,
     modulation: o.ModulationOption = "",
+    attention: o.AttentionOption = "",
+    attention_scales: o.AttentionScalesOption = "",
     keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
     lora_rank: o.LoraRankOption = None,
     alpha: o.AlphaOption = 0.5,
@@ -73,6 +75,8 @@ def convert(
             "rounding": rounding,
             "profile": profile,
             "symmetric": symmetric,
+            "attention": attention or None,
+            "attention_scales": attention_scales or None,
         }
         recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
         recipe.check_integer()

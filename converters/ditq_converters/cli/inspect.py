@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ditq_converters.cli import options as o
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
+
+if TYPE_CHECKING:
+    import torch
 
 
 def inspect(
@@ -18,6 +21,8 @@ def inspect(
     weights: o.WeightsOption = "w8",
     activations: o.ActivationsOption = "token",
     group_size: o.GroupSizeOption = 64,
+    attention: o.AttentionOption = "",
+    attention_scales: o.AttentionScalesOption = "",
     keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
     json: o.JsonOption = False,
 ) -> None:
@@ -31,7 +36,9 @@ def inspect(
     from ditq_converters.recipe import Recipe
 
     try:
-        recipe = Recipe(method, weights, activations, group_size, None, tuple(keep))
+        layout = (method, weights, activations, group_size, None, tuple(keep))
+        values, scales = attention or None, attention_scales or None
+        recipe = Recipe(*layout, attention=values, attention_scales=scales)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
     _show_float(inspect_float(path, recipe), json)
@@ -39,12 +46,18 @@ def inspect(
 
 def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
     """The plan of every linear of a float model, with coverage in parameters."""
+    from ditq_converters.attention import plan_attention
     from ditq_converters.models import open_model, transformer_of
     from ditq_converters.plan import plan_layers
     from ditq_runtime.families import family_of
 
     model = transformer_of(open_model(path))
-    plans = plan_layers(model, family_of(type(model).__name__), recipe)
+    family = family_of(type(model).__name__)
+    plans = plan_layers(model, family, recipe)
+    attention = [
+        {"name": plan.name, "format": str(plan.format or "float"), "reason": plan.reason}
+        for plan in plan_attention(model, family, recipe)
+    ]
     total = sum(p.numel() for p in model.parameters())
     layers: list[dict[str, Any]] = [
         {
@@ -63,6 +76,7 @@ def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
         "parameters": total,
         "quantized_parameters_share": quantized / total,
         "layers": layers,
+        "attention": attention,
     }
 
 
@@ -70,7 +84,6 @@ def inspect_packed(path: str) -> dict[str, Any]:
     """Scheme, sizes and backends of a packed folder, from its headers alone."""
     import torch
 
-    import ditq_kernels as k
     from ditq_runtime.folder import open_folder, size_by_category
 
     folder = open_folder(path)
@@ -80,12 +93,11 @@ def inspect_packed(path: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     formats = []
     for name, layer_format in scheme.formats.items():
-        ops = [(op, k.backend_of(op, device)) for op in layer_format.ops]
         formats.append(
             {
                 "format": name,
                 "layers": sum(used == name for used in scheme.layers.values()),
-                "runs": " + ".join(f"{op} ({backend})" for op, backend in ops) or "float (torch)",
+                "runs": _runs(layer_format.ops, device) or "float (torch)",
             }
         )
     return {
@@ -94,10 +106,24 @@ def inspect_packed(path: str) -> dict[str, Any]:
         "recipe": folder.quantization.get("recipe", {}),
         "device": str(device),
         "formats": formats,
+        "attention": [
+            {
+                "format": str(attention_format),
+                "modules": sum(used == attention_format for used in scheme.attention.values()),
+                "runs": _runs(attention_format.ops, device),
+            }
+            for attention_format in sorted(set(scheme.attention.values()), key=str)
+        ],
         "bytes_by_category": size_by_category(folder),
         "bytes": folder.nbytes,
         "tensors": len(folder.headers),
     }
+
+
+def _runs(ops: tuple[str, ...], device: torch.device) -> str:
+    import ditq_kernels as k
+
+    return " + ".join(f"{op} ({k.backend_of(op, device)})" for op in ops)
 
 
 def _is_packed(path: str) -> bool:
@@ -124,6 +150,10 @@ def _show_float(report: dict[str, Any], json: bool) -> None:
         ("site", "kind", "linears", "format", "% params", "factor"),
         rows,
     )
+    for (form, reason), count in Counter(
+        (entry["format"], entry["reason"]) for entry in report["attention"]
+    ).items():
+        say(f"attention of {count} modules: {form}{f' ({reason})' if reason else ''}")
     say(
         f"{100 * report['quantized_parameters_share']:.1f} % of {total:,} parameters become integers; "
         "the rest are embedders, the final projection and the patch embedding. --json lists every linear"
@@ -142,5 +172,7 @@ def _show_packed(report: dict[str, Any], json: bool) -> None:
     print_table(
         f"what will run on {report['device']}", ("format", "linears", "ops (backend)"), rows
     )
+    for entry in report["attention"]:
+        say(f"attention of {entry['modules']} modules: {entry['format']}: {entry['runs']}")
     sizes = [(name, mebibytes(size)) for name, size in report["bytes_by_category"].items() if size]
     print_table("on disk", ("category", "size"), [*sizes, ("total", mebibytes(report["bytes"]))])

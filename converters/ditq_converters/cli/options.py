@@ -47,6 +47,19 @@ SymmetricOption = Annotated[
         "--symmetric/--asymmetric", help="w4g without zero points; default: as the method has it."
     ),
 ]
+AttentionOption = Annotated[
+    str,
+    typer.Option(
+        help="none (float), int8 or bf16 (type of P and V; Q and K are int8); default: as the method has it."
+    ),
+]
+AttentionScalesOption = Annotated[
+    str, typer.Option(help="token or static (calibrated, per head); default: as --activations.")
+]
+RecordAttentionOption = Annotated[
+    bool,
+    typer.Option("--attention/--no-attention", help="Also record the ranges of Q, K and V."),
+]
 KeepOption = Annotated[list[str], typer.Option(help="Glob of linears that stay float; repeatable.")]
 AlphaOption = Annotated[float, typer.Option(help="Migration strength of smoothing, 0 to 1.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per calibration sample.")]

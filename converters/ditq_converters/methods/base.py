@@ -160,6 +160,7 @@ class Method:
         lora_rank: rank of the low-rank branch it comes with.
         on_the_fly: it also smooths sites that no producer can absorb a factor of.
         symmetric: its `w4g` weights have no zero points, unless a recipe says otherwise.
+        attention: what attention products become by default: `none`, `int8` or `bf16` (see `Recipe.attention`).
         static_call: the one call whose range static activations take (Meta: 0); None: all calls.
     """
 
@@ -172,3 +173,4 @@ class Method:
     on_the_fly: bool = True
     static_call: int | None = None
     symmetric: bool = False
+    attention: str = "none"

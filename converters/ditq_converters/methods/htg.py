@@ -121,4 +121,5 @@ HTG = Method(
     needs_statistics=True,
     transform=transform,
     on_the_fly=False,
+    attention="int8",
 )

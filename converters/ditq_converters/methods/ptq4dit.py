@@ -91,4 +91,5 @@ PTQ4DIT = Method(
     needs_statistics=True,
     transform=transform,
     on_the_fly=False,
+    attention="int8",
 )
