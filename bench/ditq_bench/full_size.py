@@ -28,14 +28,18 @@ from ditq_runtime.files import write_json
 CALIBRATION_BUDGET = 6 * 2**30
 CONVERSION_BUDGET = 2 * 2**30  # below the float model, so that it is converted block by block
 STEPS, SAMPLES, ROWS = 2, 4, 16
-SHARES = (  # of a conversion: part -> function whose cumulative time it is
-    ("check for finite values", "check_finite"),
-    ("hash", "model_hash"),
-    ("fold", "fold_block"),
-    ("quantize", "quantize_linear"),
-    ("keep blocks", "save"),
-    ("write", "write_streamed"),
-)
+PARTS = {  # of a conversion: function -> what its time went into
+    "convert": "all",
+    "check_finite": "check for finite values",
+    "model_hash": "hash",
+    "load": "read blocks",
+    "block_linears": "to fp64",
+    "site_data": "read statistics",
+    "fold_block": "fold",
+    "quantize_linear": "quantize",
+    "save": "keep blocks",
+    "write_streamed": "write the folder",
+}
 VARIANTS = {
     f"{method}-{weights}": {"method": method, "weights": weights}
     for method in ("linear", "smoothquant")
@@ -106,7 +110,7 @@ def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) 
     from ditq_runtime.folder import open_folder, size_by_category
 
     opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.process_time)
     profile.runcall(
         convert, str(model), Recipe(**recipe), opened, out, quiet=True,
         memory_budget=CONVERSION_BUDGET,
@@ -115,7 +119,7 @@ def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) 
     return {
         "transformer_bytes": folder.nbytes,
         "bytes_by_category": size_by_category(folder),
-        "seconds_by_part": _parts(pstats.Stats(profile)),
+        "cpu_seconds_by_part": _parts(pstats.Stats(profile)),
     }
 
 
@@ -206,11 +210,12 @@ def measure(stage: Stage, connection: Any) -> None:
 
 
 def _parts(stats: pstats.Stats) -> dict[str, float]:
-    cumulative: dict[str, float] = {}
+    """CPU seconds, so that other work on the machine does not count."""
+    parts = dict.fromkeys(PARTS.values(), 0.0)
     for (path, _, function), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
-        if "ditq_converters" in path:
-            cumulative[function] = max(cumulative.get(function, 0.0), seconds)
-    return {part: cumulative.get(function, 0.0) for part, function in SHARES}
+        if "ditq_converters" in path and function in PARTS:
+            parts[PARTS[function]] = max(parts[PARTS[function]], seconds)
+    return parts
 
 
 def _bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ditq_converters.attention import attention_formats, static_scales
 from ditq_converters.fold import block_linears, fold_block, stored_folds
+from ditq_converters.memory import give_back
 from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.models import open_model, transformer_of
 from ditq_converters.pack import make_scheme, pack_model
@@ -152,6 +153,8 @@ def convert_on_disk(
             if block not in earlier:
                 packed_block = one_block(block)
                 done.save(block, packed_block.tensors, packed_block.formats)
+                del packed_block
+                give_back()
                 advance()
     folds = folds_in(done.shapes())
     scheme = make_scheme(model, family, done.formats(blocks), folds, attention)
@@ -161,7 +164,10 @@ def convert_on_disk(
 def check_finite(model: nn.Module) -> None:
     """ValueError that names the first tensor of a float model with a NaN or an infinity."""
     for name, tensor in tensors_of(model):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        extremes = torch.stack(tensor.aminmax())  # a NaN comes through; one pass over the weights
+        if not bool(torch.isfinite(extremes).all()):
             raise ValueError(
                 f"{name}: holds a value that is not finite; check the source checkpoint"
             )

@@ -35,7 +35,8 @@ class LinearTensors:
     def of(cls, linear: nn.Linear) -> LinearTensors:
         """Copy a module's tensors to fp64 on the CPU."""
         bias = None if linear.bias is None else linear.bias.detach().double().cpu()[None].clone()
-        return cls(linear.weight.detach().double().cpu().clone(), bias)
+        weight = linear.weight.detach().to("cpu", torch.float64, copy=True)
+        return cls(weight, bias)
 
     @classmethod
     def of_table(cls, table: torch.Tensor) -> LinearTensors:

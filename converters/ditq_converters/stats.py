@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ditq_converters.streaming.model import tensors_of
+from ditq_converters.streaming.model import streamed_of, tensors_of
 from ditq_runtime.files import atomic_file, write_json
 
 STATISTICS_VERSION = 1
@@ -37,6 +37,15 @@ class StatisticsError(ValueError):
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a model's tensors, in the order of their names."""
+    streamed = streamed_of(model)
+    if streamed is None:
+        return _hash(model)
+    if streamed.model_hash is None:  # of a file that stays as it is: once
+        streamed.model_hash = _hash(model)
+    return streamed.model_hash
+
+
+def _hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors_of(model, in_order=True):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -15,7 +15,10 @@ TIMESTEP_GROUPS = "timestep_groups"  # name of the module in a block that finds 
 
 def get_linear(module: nn.Module, name: str) -> nn.Linear:
     """The linear called `name`; ValueError if the module has none of that name."""
-    found = dict(module.named_modules()).get(name)
+    try:
+        found = module.get_submodule(name)
+    except AttributeError:
+        found = module
     if not isinstance(found, nn.Linear):
         raise ValueError(
             f"{type(module).__name__} has no linear {name}, which its family table lists"

@@ -30,11 +30,13 @@ class Streamed:
         source: the weights on disk.
         device: where a module's tensors go while it runs.
         memory_budget: bytes that work with the model may take; None: no limit.
+        model_hash: of the weights, once it is known.
     """
 
     source: FloatSource
     device: torch.device
     memory_budget: int | None = None
+    model_hash: str | None = None
 
     def load(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         """Give a module its tensors."""
