@@ -11,6 +11,7 @@ Importing loads neither Triton nor CUDA.
 
 from ditq_kernels.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels.backend import backend_of
+from ditq_kernels.expand import w4_expand
 from ditq_kernels.gemm_fused import gemm_gelu_quantize, gemm_residual
 from ditq_kernels.numerics import (
     INT8_LEVELS,
@@ -81,4 +82,5 @@ __all__ = [
     "resolve_group_size",
     "symmetric_scale",
     "unpack_int4",
+    "w4_expand",
 ]

@@ -19,6 +19,7 @@ TRITON_OPS = frozenset(
         "linear_w8",
         "linear_w4",
         "lora_down",
+        "w4_expand",
         "attention_qk_int8_pv_int8",
         "attention_qk_int8_pv_bf16",
     }

@@ -47,6 +47,7 @@ EXPORTED = [
     "resolve_group_size",
     "symmetric_scale",
     "unpack_int4",
+    "w4_expand",
 ]
 
 
@@ -94,7 +95,7 @@ def test_backend_of_refuses_unknown_ops():
 
 def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
     ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear", "lora"))}
-    ops |= {"quantize_per_token", "quantize_static", "adaln_quantize", "gelu_quantize"}
+    ops |= {"quantize_per_token", "quantize_static", "adaln_quantize", "gelu_quantize", "w4_expand"}
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)
 

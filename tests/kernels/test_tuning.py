@@ -16,7 +16,7 @@ def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
     # run the tiles of the next two, and of the quantizers
     fused = {"gemm_residual", "gemm_gelu_quantize", "gelu_quantize"}
     for op in backend.TRITON_OPS - fused | {"gemm_w8a8_epilogue", "gemm_w4a8_epilogue"}:
-        choose = tuning.row_config if "quantize" in op else tuning.tile_config
+        choose = tuning.row_config if "quantize" in op or op == "w4_expand" else tuning.tile_config
         if op.startswith("attention"):
             choose = tuning.attention_config
         config = choose(op, tables, num_tokens, in_features)

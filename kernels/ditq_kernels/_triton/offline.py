@@ -33,6 +33,7 @@ from ditq_kernels._triton import (
     quantize_per_token,
     quantize_static,
     transpose_v,
+    w4_expand,
     weight_only,
 )
 from ditq_kernels._triton.common import GROUP_T, INTERPRETED
@@ -179,6 +180,11 @@ def _weight_only_kernel(op, problem, config):
     return weight_only._weight_only_kernel, constants
 
 
+def _w4_expand_kernel(_, problem, config):
+    constants = {"GROUP_SIZE": problem.group_size, "ROWS": config.rows, "BYTES": w4_expand.BYTES}
+    return w4_expand._w4_expand_kernel, constants
+
+
 def _adaln_kernel(op, problem, config):
     block_a, block_b = row_parts(problem.in_features)
     constants = {
@@ -312,6 +318,9 @@ KERNELS = {
     "linear_w8": OfflineKernel(MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32"}),
     "linear_w4": OfflineKernel(
         MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32", "weight_ptr": "*u8"}
+    ),
+    "w4_expand": OfflineKernel(
+        (Problem(4608),), tuning.row_config, _w4_expand_kernel, {"packed_ptr": "*u8", "out_ptr": "*i8"}
     ),
     "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
     "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
