@@ -9,6 +9,7 @@ import typer
 
 from ditq_bench.census.command import census
 from ditq_bench.kernels_command import kernels
+from ditq_bench.model_command import model
 
 bench = typer.Typer(help="Measure kernels on this machine.", no_args_is_help=True)
 
@@ -20,6 +21,7 @@ def _group() -> None:
 
 bench.command()(census)
 bench.command()(kernels)
+bench.command()(model)
 
 
 @bench.command()

@@ -19,7 +19,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # UsageError, of the click that typer runs on
 INTERRUPTED = "interrupted; the same command resumes where it can"
-ORDER = ("demo", "inspect", "calibrate", "convert", "sample", "eval", "bench", "doctor")
+ORDER = ("demo", "inspect", "calibrate", "convert", "sample", "eval", "bench", "tune", "doctor")
 HELP = """Low-bit runtime for Diffusion Transformers: convert once, sample in integers.
 
 Start with `ditq demo`. Every command has --help with an example; --debug anywhere shows tracebacks.

@@ -68,9 +68,13 @@ def tables_of(device: torch.device) -> tuple[str, ...]:
     """Names of the tables for a device, most specific first."""
     if device.type == "cpu":
         return ("interpreter",)  # a kernel sees CPU tensors only when Triton is interpreted
-    own = torch.cuda.get_device_name(device).replace(" ", "_")
     major, minor = torch.cuda.get_device_capability(device)
-    return tables_of_architecture(f"sm_{major}{minor}", own)
+    return tables_of_architecture(f"sm_{major}{minor}", own_table(device))
+
+
+def own_table(device: torch.device) -> str:
+    """Name of a GPU's own table, whether it exists or not."""
+    return torch.cuda.get_device_name(device).replace(" ", "_")
 
 
 def tables_of_architecture(architecture: str, own: str = "") -> tuple[str, ...]:

@@ -36,33 +36,38 @@ class Machine:
 
     Attributes:
         gpu: whose rates these are.
+        sms: streaming multiprocessors.
+        hertz: boost clock.
         int8: multiplications per clock and SM; None: not known for the instructions the compiler emits.
         bf16: the same, accumulated in fp32.
         shared: bytes of shared memory per SM.
         warps: resident per SM.
         programs: resident per SM.
-        device_bytes: device memory, bytes per clock and SM.
+        bandwidth: of device memory, bytes per second.
     """
 
     gpu: str
+    sms: int
+    hertz: float
     int8: int | None
     bf16: int | None
     shared: int
     warps: int
     programs: int
-    device_bytes: float
+    bandwidth: float
 
-
-def _per_clock(bytes_per_second: float, sms: int, hertz: float) -> float:
-    return bytes_per_second / sms / hertz
+    @property
+    def device_bytes(self) -> float:
+        """Of device memory, per clock and SM."""
+        return self.bandwidth / self.sms / self.hertz
 
 
 MACHINES = {
-    80: Machine("A100", 2048, 1024, 164 << 10, 64, 32, _per_clock(2.04e12, 108, 1.41e9)),
-    86: Machine("RTX 3090", 1024, 256, 100 << 10, 48, 16, _per_clock(0.94e12, 82, 1.70e9)),
-    89: Machine("RTX 4090", 1024, 256, 100 << 10, 48, 24, _per_clock(1.01e12, 128, 2.52e9)),
-    90: Machine("H200", 4096, 2048, 228 << 10, 64, 32, _per_clock(4.8e12, 132, 1.83e9)),
-    100: Machine("B200", None, None, 228 << 10, 64, 32, _per_clock(8.0e12, 148, 1.85e9)),
+    80: Machine("A100", 108, 1.41e9, 2048, 1024, 164 << 10, 64, 32, 2.04e12),
+    86: Machine("RTX 3090", 82, 1.70e9, 1024, 256, 100 << 10, 48, 16, 0.94e12),
+    89: Machine("RTX 4090", 128, 2.52e9, 1024, 256, 100 << 10, 48, 24, 1.01e12),
+    90: Machine("H200", 132, 1.83e9, 4096, 2048, 228 << 10, 64, 32, 4.8e12),
+    100: Machine("B200", 148, 1.85e9, None, None, 228 << 10, 64, 32, 8.0e12),
 }
 LEGACY_PRODUCT = {"16832": (16, 8, 32), "16816": (16, 8, 16), "1688": (16, 8, 8)}
 

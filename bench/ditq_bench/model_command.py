@@ -1,0 +1,106 @@
+"""`ditq bench model`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FIELDS = (
+    "device", "torch", "triton", "commit", "model", "images", "steps", "what", "mode",
+    "warm_up_s", "p20_ms", "median_ms", "p80_ms", "rounds", "peak_bytes", "skipped",
+)  # fmt: skip
+
+
+def model(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A packed or float pipeline folder, or demo:digits."),
+    ],
+    images: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")] = 50,
+    modes: Annotated[
+        str, typer.Option(help="Of one step: eager, compiled, graph; default: those that can run.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
+    budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 60.0,
+    out: Annotated[Path, typer.Option(help="Folder for model.csv.")] = Path("runs/bench"),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time one denoising step and a whole sampling run; warm-up apart, with the peak of memory.
+
+    On a CPU the integer ops of a packed model run on the exact reference, which is slow and says so. Peak memory is
+    that of the CUDA allocator, or of the whole process on a CPU.
+
+    Example: ditq bench model demo:digits --images 4 --steps 10
+    """
+    import torch
+
+    from ditq_bench.model import MODES, bench_run, bench_step, peak_memory, recorded_step
+    from ditq_bench.results import origin_of
+    from ditq_runtime.cli.output import print_json, print_table, say
+    from ditq_runtime.files import atomic_file
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual = "eager,compiled,graph" if place.type == "cuda" else "eager"
+    names = tuple(name.strip() for name in (modes or usual).split(","))
+    unknown = [name for name in names if name not in MODES]
+    if unknown:
+        raise typer.BadParameter(f"--modes: unknown {unknown}; choose from {', '.join(MODES)}.")
+    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"), None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise typer.BadParameter(f"--dtype: float32, bfloat16 or float16, got {dtype!r}.")
+    pipe = open_pipeline(model, kind, place)
+    with peak_memory(place) as memory:
+        step = recorded_step(pipe, images)
+        measured = [bench_run(pipe, images, steps, place, budget / 2)]
+        measured += bench_step(step, place, names, budget / 2)
+    origin = origin_of(place)
+    rows = [_fields(row, origin, model, images, steps, memory["peak_bytes"]) for row in measured]
+    with atomic_file(out / "model.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    if json:
+        print_json(rows)
+        return
+    columns = ("what", "mode", "warm_up_s", "median_ms", "p20_ms", "p80_ms", "skipped")
+    title = f"{model} on {origin[0]}: {images} images, {steps} steps, {kind}"
+    print_table(title, columns, [[row[name] for name in columns] for row in rows])
+    say(f"peak memory {memory['peak_bytes'] / 2**20:.0f} MiB; {out / 'model.csv'}")
+
+
+def open_pipeline(model: str, dtype: Any, device: Any) -> Any:
+    """A packed folder as a user opens it, or a float model.
+
+    Raises:
+        ValueError: a transformer alone: it cannot sample.
+    """
+    from ditq_converters.models import open_model
+    from ditq_runtime.cli.sample import load
+    from ditq_runtime.folder import open_folder
+
+    if Path(model).is_dir() and open_folder(model).scheme is not None:
+        pipe = load(model, dtype, device)
+    else:
+        pipe = open_model(model, dtype)
+        if not hasattr(pipe, "transformer"):
+            raise ValueError(f"{model}: a transformer alone cannot sample; give a pipeline folder")
+        pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _fields(
+    row: Any, origin: tuple[str, ...], model: str, images: int, steps: int, peak: int
+) -> dict[str, Any]:
+    t = row.timing
+    times = [""] * 3 if t is None else [round(1e3 * s, 4) for s in (t.p20, t.median, t.p80)]
+    values = (
+        *origin, model, images, steps, row.what, row.mode, round(row.warm_up, 3),
+        *times, 0 if t is None else t.rounds, peak, row.skipped,
+    )  # fmt: skip
+    return dict(zip(FIELDS, values, strict=True))

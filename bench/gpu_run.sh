@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# One run on an NVIDIA machine, under 10 minutes: tests, machine code, open questions, kernel and model times, tuning.
+#
+#     bench/gpu_run.sh OUT              # leaves CSV, JSON, logs and summary.md in OUT
+#     bench/gpu_run.sh --dry-run OUT    # no GPU: the same stages at tiny shapes, kernels interpreted; times mean nothing
+#
+# Each stage has a time limit, is skipped with a reason where it cannot run, and does not stop the next one.
+# Exit code: 1 if a stage failed. PYTHON names the interpreter; STAGES, comma-separated, picks stages; TOTAL_SECONDS
+# (580) ends the run with a GPU: what has not begun by then is skipped.
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+dry_run=""
+if [ "${1:-}" = "--dry-run" ]; then dry_run=1; shift; fi
+if [ $# -ne 1 ]; then echo "usage: bench/gpu_run.sh [--dry-run] OUT" >&2; exit 2; fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+python=${PYTHON:-python3}
+export PYTHONPATH="$root:$root/kernels:$root/converters:$root/bench${PYTHONPATH:+:$PYTHONPATH}"
+failed=0
+deadline=$((SECONDS + ${TOTAL_SECONDS:-580}))
+if [ -n "$dry_run" ]; then deadline=$((SECONDS + 3600)); fi
+: > "$out/stages.tsv"
+
+record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$out/stages.tsv"; echo "$1: $2 $4"; }
+
+wanted() { [ -z "${STAGES:-}" ] || [[ ",$STAGES," == *",$1,"* ]]; }
+
+# stage NAME SECONDS COMMAND...: run with a limit; stdout and stderr go to NAME.log
+stage() {
+    local name=$1 limit=$2 begin=$SECONDS code reason=""
+    shift 2
+    wanted "$name" || return 0
+    if [ $((deadline - begin)) -lt 5 ]; then record "$name" skipped 0 "no time left"; return 0; fi
+    if [ $((deadline - begin)) -lt "$limit" ]; then limit=$((deadline - begin)); fi
+    timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1
+    code=$?
+    if [ $code -eq 0 ]; then record "$name" ok $((SECONDS - begin)) ""; return 0; fi
+    failed=1
+    if [ $code -eq 124 ] || [ $code -eq 137 ]; then reason="ran past $limit seconds"; else
+        reason="exit code $code: $(tail -n 1 "$out/$name.log" | tr '\t' ' ' | cut -c 1-200)"
+    fi
+    record "$name" failed $((SECONDS - begin)) "$reason"
+}
+
+skip() { if wanted "$1"; then record "$1" skipped 0 "$2"; fi; }
+
+bench() { echo "$python -m ditq_bench $*"; }
+
+cd "$root" || exit 1
+if [ -z "$dry_run" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_run: needs an NVIDIA GPU that torch can use and found none; --dry-run needs none" >&2
+    exit 1
+fi
+
+if command -v nvidia-smi > /dev/null; then stage machine 20 nvidia-smi -q
+else skip machine "no nvidia-smi"; fi
+
+pack='import sys; from ditq_converters import Recipe, convert; convert("demo:digits", Recipe(method="linear", weights=sys.argv[2], modulation="w8"), out=sys.argv[1], quiet=True)'
+
+if [ -n "$dry_run" ]; then
+    stage census 300 env -u TRITON_INTERPRET $(bench census --check --kernel gemm_w8a8 --target 80 --out "$out/census.csv")
+    export TRITON_INTERPRET=1
+    skip tests "no GPU"
+    skip sanitizer "no GPU"
+    stage small 120 "$python" -m ditq_bench.gpu_run.small --dry-run
+    stage questions 240 "$python" -m ditq_bench.gpu_run.questions --dry-run --out "$out"
+    stage kernels 120 $(bench kernels --shapes digits --budget 0 --device cpu --out "$out/kernels")
+    stage pack_w8 120 "$python" -c "$pack" "$out/digits-w8" w8
+    stage model_w8 120 $(bench model "$out/digits-w8" --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_w8")
+    stage tune 60 $(bench tune --dry-run --no-prune --ops gemm_w8a8 --target 90)
+else
+    target=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+    stage census 60 $(bench census --check --target "$target" --out "$out/census.csv")
+    stage tests 120 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
+    stage small 60 "$python" -m ditq_bench.gpu_run.small
+    if command -v compute-sanitizer > /dev/null; then
+        stage sanitizer 60 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small
+    else skip sanitizer "no compute-sanitizer in PATH"; fi
+    stage questions 120 "$python" -m ditq_bench.gpu_run.questions --out "$out" --budget 100
+    stage kernels 120 $(bench kernels --shapes dit-xl-256,pixart-1024 --batch 1,16 --budget 3 --against compiled,int_mm,int_mm+dequant --out "$out/kernels")
+    for weights in w8 w4p; do
+        stage "pack_$weights" 60 "$python" -c "$pack" "$out/digits-$weights" "$weights"
+        stage "model_$weights" 60 $(bench model "$out/digits-$weights" --images 16 --steps 20 --budget 10 --out "$out/model_$weights")
+    done
+    stage model_float 60 $(bench model demo:digits --images 16 --steps 20 --budget 10 --out "$out/model_float")
+    stage tune 120 $(bench tune --ops gemm_w8a8 --budget 40 --out "$out/tuned.json")
+fi
+
+"$python" -m ditq_bench.gpu_run.summary "$out" && echo "$out/summary.md"
+exit $failed
