@@ -49,6 +49,7 @@ class Host:
         sampler: that it is calibrated with unless told otherwise.
         captions: model -> caption tensors it needs and the size of their last dimension; empty: it takes class ids.
         distilled: it is told its guidance weight, so no null half is run.
+        caption_tokens: that its pipeline pads a prompt to.
     """
 
     call: Callable[[Any, Batch], torch.Tensor]
@@ -56,6 +57,7 @@ class Host:
     sampler: str
     captions: Callable[[Any], dict[str, int]]
     distilled: bool = False
+    caption_tokens: int = 0
 
 
 def host_of(model: nn.Module) -> Host:
@@ -147,13 +149,15 @@ HOSTS = {
             "prompt_embeds": model.config.caption_channels or model.inner_dim,
             "prompt_attention_mask": 0,
         },
+        caption_tokens=300,
     ),
-    "SD3Transformer2DModel": Host(_call_sd3, _square, "flow", _joint_captions),
+    "SD3Transformer2DModel": Host(_call_sd3, _square, "flow", _joint_captions, caption_tokens=333),
     "FluxTransformer2DModel": Host(
         _call_flux,
         lambda model: (model.config.in_channels // 4, FLUX_LATENT_SIZE, FLUX_LATENT_SIZE),
         "flow",
         _joint_captions,
         distilled=True,
+        caption_tokens=512,
     ),
 }

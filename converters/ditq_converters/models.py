@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from ditq_converters.demo import DEMO_MODELS, open_demo
@@ -51,6 +52,32 @@ def open_model(
     if memory_budget is None:
         return _from_pretrained("DiffusionPipeline", model, torch_dtype)
     return _open_folder(_download(model), torch_dtype, memory_budget)
+
+
+def open_skeleton(model: str) -> nn.Module:
+    """The transformer of a folder without its weights, on meta; of anything else, `open_model`'s.
+
+    Raises:
+        ValueError: as `open_model`, or a class that diffusers does not have.
+    """
+    path = Path(model)
+    folder = path / "transformer" if (path / PIPELINE_FILE).exists() else path
+    if not (folder / TRANSFORMER_FILE).exists():
+        return transformer_of(open_model(model))
+    import diffusers
+    from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+
+    config = json.loads((folder / TRANSFORMER_FILE).read_text())
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(
+            f"{folder}: its config.json names the class {config.get('_class_name')!r}, which diffusers does not have"
+        )
+    if kind is diffusers.Transformer2DModel:  # what old folders say
+        kind = _fetch_remapped_cls_from_config(config, kind)
+    with init_empty_weights():
+        skeleton: nn.Module = kind.from_config(config)
+    return skeleton
 
 
 def transformer_of(pipe: Any) -> nn.Module:

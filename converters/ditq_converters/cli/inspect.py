@@ -45,19 +45,21 @@ def inspect(
 
 
 def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
-    """The plan of every linear of a float model, with coverage in parameters."""
+    """The plan of every linear of a float model, with coverage in parameters, FLOPs and bytes."""
     from ditq_converters.attention import plan_attention
-    from ditq_converters.models import open_model, transformer_of
+    from ditq_converters.coverage import coverage
+    from ditq_converters.models import open_skeleton
     from ditq_converters.plan import plan_layers
     from ditq_runtime.families import family_of
 
-    model = transformer_of(open_model(path))
+    model = open_skeleton(path)
     family = family_of(type(model).__name__)
     plans = plan_layers(model, family, recipe)
     attention = [
         {"name": plan.name, "format": str(plan.format or "float"), "reason": plan.reason}
         for plan in plan_attention(model, family, recipe)
     ]
+    covered = coverage(model, plans)
     total = sum(p.numel() for p in model.parameters())
     layers: list[dict[str, Any]] = [
         {
@@ -67,6 +69,7 @@ def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
             "format": plan.format.name if plan.format else "float",
             "fold": plan.fold,
             "parameters": plan.parameters,
+            "flops": covered.flops[plan.name] if covered.flops else None,
         }
         for plan in plans
     ]
@@ -75,6 +78,10 @@ def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "parameters": total,
         "quantized_parameters_share": quantized / total,
+        "integer_flops_share": covered.integer_flops_share,
+        "tokens": covered.tokens,
+        "float_bytes": covered.float_bytes,
+        "packed_bytes": covered.packed_bytes,
         "layers": layers,
         "attention": attention,
     }
@@ -140,14 +147,19 @@ def _show_float(report: dict[str, Any], json: bool) -> None:
     for layer in report["layers"]:
         key = tuple(layer[field] for field in ("site", "kind", "format", "fold"))
         groups[key].append(layer)
-    total = report["parameters"]
+    total, flops = report["parameters"], sum(e["flops"] or 0 for e in report["layers"])
     rows = [
-        (site, kind, len(members), form, 100 * sum(m["parameters"] for m in members) / total, fold)
+        (
+            *(site, kind, len(members), form),
+            100 * sum(m["parameters"] for m in members) / total,
+            100 * sum(m["flops"] for m in members) / flops if flops else "?",
+            fold,
+        )
         for (site, kind, form, fold), members in groups.items()
     ]
     print_table(
         f"fold plan of {report['architecture']}",
-        ("site", "kind", "linears", "format", "% params", "factor"),
+        ("site", "kind", "linears", "format", "% params", "% flops", "factor"),
         rows,
     )
     for (form, reason), count in Counter(
@@ -156,8 +168,14 @@ def _show_float(report: dict[str, Any], json: bool) -> None:
         say(f"attention of {count} modules: {form}{f' ({reason})' if reason else ''}")
     say(
         f"{100 * report['quantized_parameters_share']:.1f} % of {total:,} parameters become integers; "
-        "the rest are embedders, the final projection and the patch embedding. --json lists every linear"
+        f"{mebibytes(report['float_bytes'])} in bf16, {mebibytes(report['packed_bytes'])} packed"
     )
+    if flops:
+        share = 100 * report["integer_flops_share"]
+        say(
+            f"{share:.1f} % of the linear FLOPs of a forward with {report['tokens']} tokens are integer x integer; "
+            "--json lists every linear"
+        )
 
 
 def _show_packed(report: dict[str, Any], json: bool) -> None:
