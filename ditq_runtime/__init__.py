@@ -11,6 +11,7 @@ from ditq_runtime.checkpoint import FORMAT_VERSION
 from ditq_runtime.configure import configure
 from ditq_runtime.errors import CheckpointError, FallbackError
 from ditq_runtime.guards import watch_wrapping
+from ditq_runtime.hub import push_to_hub
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.lora import load_lora, unload_lora
 from ditq_runtime.plugin import DitqConfig, DitqQuantizer, register
@@ -37,6 +38,7 @@ __all__ = [
     "execution_report",
     "load_lora",
     "prepare",
+    "push_to_hub",
     "register",
     "unload_lora",
 ]

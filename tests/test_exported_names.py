@@ -24,6 +24,7 @@ EXPORTED = {
         "execution_report",
         "load_lora",
         "prepare",
+        "push_to_hub",
         "register",
         "unload_lora",
     ],

@@ -463,9 +463,10 @@ def test_context_parallel(host):
     script = host.tmp_path / "ranks.py"
     script.write_text(CONTEXT_PARALLEL)
     paths = [path for path in sys.path if path and Path(path).is_dir()]
-    done = subprocess.run(
-        [sys.executable, script, host.tmp_path, *paths], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, script, host.tmp_path, *paths]
+    # a rank that died leaves the other waiting
+    patience = 300 if host.backend == "ditq" else 90
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
     # sums over heads and tokens are ordered differently: 1e-7, and a code may move by one
     _near(torch.load(host.tmp_path / "out.pt"), expected, 1e-3)
