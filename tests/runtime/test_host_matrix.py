@@ -275,7 +275,7 @@ def test_on_the_fly(host):
 def test_pipeline_config(host):
     config = PipelineQuantizationConfig(quant_mapping={"transformer": host.config})
     pipe = DiffusionPipeline.from_pretrained(
-        host.floats / "dit", quantization_config=config, torch_dtype=torch.float32
+        host.floats / "dit", quantization_config=config, dtype=torch.float32
     )
     assert pipe.transformer.is_quantized
     pipe.set_progress_bar_config(disable=True)
