@@ -94,8 +94,6 @@ class QuantLinear(Pinned, nn.Linear):
             scale = self.act_scale.data
             q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
             options |= {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
-        if self.format.weights == "w4g":
-            return self._per_group(q, scale, options)
         if self.format.groups > 1:
             options["bias_index"] = self._group()
         if self.format.lora_rank:
@@ -104,30 +102,11 @@ class QuantLinear(Pinned, nn.Linear):
             options["lora_up"] = self.lora_up
         if self.format.weights == "w8":
             return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
+        if self.format.weights == "w4g":
+            group = (self.weight_scale, self.weight_zero)
+            return k.gemm_w4a8_per_group(q, self.weight, scale, *group, self.bias, **options)
         group = (self.group_scale, self.group_offset)
         return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
-
-    def _per_group(
-        self, q: torch.Tensor, scale: torch.Tensor, options: dict[str, Any]
-    ) -> torch.Tensor:
-        """The `w4g` GEMM adds one bias; a low-rank branch and biases per timestep group follow it, step by step."""
-        weight = (self.weight, scale, self.weight_scale, self.weight_zero)
-        if self.format.groups == 1 and not self.format.lora_rank:
-            return k.gemm_w4a8_per_group(q, *weight, self.bias, **options)
-        options, out_dtype = {**options, "out_dtype": torch.float32}, options["out_dtype"]
-        lora_x = None
-        if self.format.lora_rank:
-            zero_point = options.get("zero_point")
-            lora_x = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
-        y = k.gemm_w4a8_per_group(q, *weight, **options)
-        if lora_x is not None:
-            y = y + lora_x.float() @ self.lora_up.float().t()
-        if self.format.groups > 1:
-            assert self.group_index is not None
-            y = y + self.group_index.rows(self.bias, len(y))
-        elif self.bias is not None:
-            y = y + self.bias
-        return y.to(out_dtype)
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:

@@ -17,8 +17,29 @@ def check_channels(
 ) -> None:
     """One weight scale and one bias for each output."""
     checks.check_vector(op, "weight_scale", weight_scale, torch.float32, (out_features,), like=x)
+    check_bias(op, x, out_features, bias)
+
+
+def check_bias(op: str, x: torch.Tensor, out_features: int, bias: torch.Tensor | None) -> None:
+    """One bias for each output, if there is any."""
     if bias is not None:
         checks.check_vector(op, "bias", bias, torch.float32, (out_features,), like=x)
+
+
+def check_bias_and_branch(
+    op: str,
+    q: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None,
+    bias_index: torch.Tensor | None,
+    lora_x: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+) -> None:
+    """What every GEMM may add to its dequantized sums."""
+    if bias_index is None:
+        check_bias(op, q, out_features, bias)
+    check_bias_table(op, q, out_features, bias, bias_index)
+    check_low_rank(op, q, out_features, lora_x, lora_up)
 
 
 def check_epilogue(
@@ -34,17 +55,16 @@ def check_epilogue(
     lora_x: torch.Tensor | None,
     lora_up: torch.Tensor | None,
 ) -> None:
-    """The arguments that every GEMM op shares; see `ops.gemm_w8a8`."""
+    """The arguments that GEMM ops with one weight scale a row share; see `ops.gemm_w8a8`."""
     num_tokens, in_features = q.shape
     checks.check_accumulator(op, in_features, asymmetric=zero_point is not None)
     checks.check_vector(op, "scale", scale, torch.float32, (num_tokens, 1), like=q)
-    check_channels(op, q, out_features, weight_scale, None if bias_index is not None else bias)
-    check_bias_table(op, q, out_features, bias, bias_index)
+    checks.check_vector(op, "weight_scale", weight_scale, torch.float32, (out_features,), like=q)
     checks.check_zero_point(op, zero_point, weight_sum)
     if zero_point is not None and weight_sum is not None:
         checks.check_vector(op, "zero_point", zero_point, torch.int32, (num_tokens, 1), like=q)
         checks.check_vector(op, "weight_sum", weight_sum, torch.int32, (out_features,), like=q)
-    check_low_rank(op, q, out_features, lora_x, lora_up)
+    check_bias_and_branch(op, q, out_features, bias, bias_index, lora_x, lora_up)
 
 
 def check_samples(op: str, name: str, samples: int, num_tokens: int) -> None:

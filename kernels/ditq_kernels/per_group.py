@@ -8,6 +8,7 @@ import torch
 
 from ditq_kernels import checks, reference
 from ditq_kernels.backend import load_kernel
+from ditq_kernels.checks_gemm import check_bias, check_bias_and_branch
 
 
 def gemm_w4a8_per_group(
@@ -20,13 +21,17 @@ def gemm_w4a8_per_group(
     *,
     zero_point: torch.Tensor | None = None,
     weight_sum: torch.Tensor | None = None,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Linear layer on int8 activations and int4 weights with a real scale per group of inputs.
 
-    y = 0; for j ascending: y = y + float(I_j) * weight_scale[:, j]; then y * scale + bias, where
-    I_j = sum over group j of (q - zero_point) * (code - weight_zero) is exact in int32, and each
-    other step is one fp32 rounding in this order, without fused multiply-add.
+    y = 0; for j ascending: y = y + float(I_j) * weight_scale[:, j]; then y * scale + lora_x @ lora_up.T
+    + bias, where I_j = sum over group j of (q - zero_point) * (code - weight_zero) is exact in int32, and
+    each other step is one fp32 rounding in this order, without fused multiply-add. Only the low-rank
+    product may be summed in another order.
 
     Args:
         q: [T, K] int8, rows contiguous. Activation codes.
@@ -34,9 +39,12 @@ def gemm_w4a8_per_group(
         scale: [T] or [1] fp32. Activation step.
         weight_scale: [N, J] fp32. Weight step of each group; K / J a multiple of 32, or J = 1.
         weight_zero: [N, J] uint8 in 0..15. Code of weight 0.0; 8 throughout for symmetric weights.
-        bias: [N] fp32, in units of y.
+        bias: [N] fp32, in units of y; [G, N] with bias_index.
         zero_point: [T] or [1] int32 in [-128, 127]. Code of activation 0.0; absent means 0.
         weight_sum: [N, J] int32, sum of code - weight_zero over each group. Needed with zero_point.
+        bias_index: as in `gemm_w8a8`.
+        lora_x: as in `gemm_w8a8`.
+        lora_up: as in `gemm_w8a8`.
         out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
 
     Returns:
@@ -50,15 +58,16 @@ def gemm_w4a8_per_group(
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=q)
     checks.check_inner(op, 2 * packed.shape[1], q.shape[1], "packed")
     checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
-    _check_bias(op, bias, packed, like=q)
+    check_bias_and_branch(op, q, packed.shape[0], bias, bias_index, lora_x, lora_up)
     checks.check_zero_point(op, zero_point, weight_sum)
     if zero_point is not None and weight_sum is not None:
         checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
         checks.check_group_sums(op, weight_sum, weight_scale, like=q)
     checks.check_out_dtype(op, out_dtype)
     return _gemm_w4a8_per_group(
-        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
-    )
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
+        bias_index, lora_x, lora_up,
+    )  # fmt: skip
 
 
 def linear_w4_per_group(
@@ -94,16 +103,9 @@ def linear_w4_per_group(
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=x)
     checks.check_inner(op, 2 * packed.shape[1], x.shape[1], "packed")
-    _check_bias(op, bias, packed, like=x)
+    check_bias(op, x, packed.shape[0], bias)
     checks.check_out_dtype(op, out_dtype)
     return _linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
-
-
-def _check_bias(
-    op: str, bias: torch.Tensor | None, packed: torch.Tensor, like: torch.Tensor
-) -> None:
-    if bias is not None:
-        checks.check_vector(op, "bias", bias, torch.float32, (packed.shape[0],), like=like)
 
 
 @torch.library.custom_op("ditq::gemm_w4a8_per_group", mutates_args=())
@@ -117,21 +119,26 @@ def _gemm_w4a8_per_group(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return reference.gemm_w4a8_per_group(
-        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
-    )
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
+        bias_index, lora_x, lora_up,
+    )  # fmt: skip
 
 
 @_gemm_w4a8_per_group.register_kernel("cuda")
-def _(q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype):
-    return load_kernel("gemm_w4a8_per_group").launch(
-        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype
-    )
+def _(q, packed, *arguments):
+    return load_kernel("gemm_w4a8_per_group").launch(q, packed, *arguments)
 
 
 @_gemm_w4a8_per_group.register_fake
-def _(q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype):
+def _(
+    q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
+    bias_index=None, lora_x=None, lora_up=None,
+):  # fmt: skip
     return q.new_empty((q.shape[0], packed.shape[0]), dtype=out_dtype)
 
 

@@ -54,11 +54,21 @@ def gemm_w8a8(
         total = total - zero_point[:, None] * weight_sum  # sum of (q - zero_point) * weight
     real_step = scale[:, None] * weight_scale  # scales meet first: static equals per token, bitwise
     y = total.float() * real_step
+    return _with_branch_and_bias(y, bias, bias_index, lora_x, lora_up).to(out_dtype)
+
+
+def _with_branch_and_bias(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    bias_index: torch.Tensor | None,
+    lora_x: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+) -> torch.Tensor:
     if lora_x is not None and lora_up is not None:
         y = y + lora_x.float() @ lora_up.float().t()
     if bias is not None:
         y = y + (bias if bias_index is None else by_sample(bias[bias_index], len(y)))
-    return y.to(out_dtype)
+    return y
 
 
 def by_sample(values: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -126,6 +136,9 @@ def gemm_w4a8_per_group(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Int8 activations [T, K] times int4 weights, int32 within a group of inputs, fp32 across groups."""
     weight = packing.expand_w4g(packed, weight_zero)
@@ -140,9 +153,7 @@ def gemm_w4a8_per_group(
             total = total - zero_point[:, None] * weight_sum[:, group]
         y = y + total.float() * weight_scale[:, group]
     y = y * scale[:, None]
-    if bias is not None:
-        y = y + bias
-    return y.to(out_dtype)
+    return _with_branch_and_bias(y, bias, bias_index, lora_x, lora_up).to(out_dtype)
 
 
 def linear_w4_per_group(

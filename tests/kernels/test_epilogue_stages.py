@@ -1,4 +1,4 @@
-"""Stages of the GEMM epilogue: biases per timestep group and low-rank branches, in both GEMMs."""
+"""Stages of the GEMM epilogue: biases per timestep group and low-rank branches, in every GEMM."""
 
 import re
 
@@ -8,10 +8,15 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels import reference
-from ditq_kernels._triton import gemm_w4a8, gemm_w8a8
+from ditq_kernels._triton import gemm_w4a8, gemm_w4a8_per_group, gemm_w8a8
 from ditq_kernels.tuning import TileConfig
 
-GEMMS = ("gemm_w8a8", "gemm_w4a8")
+MODULES = {
+    "gemm_w8a8": gemm_w8a8,
+    "gemm_w4a8": gemm_w4a8,
+    "gemm_w4a8_per_group": gemm_w4a8_per_group,
+}
+GEMMS = tuple(MODULES)
 GROUPS = 3
 
 
@@ -20,17 +25,20 @@ def problem(
 ):
     """Positional arguments of reference and launch; the stages by name. Exact: sums are integers below 2**24."""
     q = torch.randint(-128, 128, (num_tokens, in_features), generator=generator, dtype=torch.int8)
-    w = k.quantize_weight_w4p(torch.randn(out_features, in_features, generator=generator), 32)
+    quantize = k.quantize_weight_w4g if op == "gemm_w4a8_per_group" else k.quantize_weight_w4p
+    w = quantize(torch.randn(out_features, in_features, generator=generator), 32)
     scale = torch.rand(num_tokens, generator=generator) / 100
     weight_scale = w.scale
     if exact:
-        scale, weight_scale = torch.ones(num_tokens), torch.ones(out_features)
+        scale, weight_scale = torch.ones(num_tokens), torch.ones_like(weight_scale)
     zero_point = torch.randint(-128, 128, (num_tokens,), generator=generator, dtype=torch.int32)
     shape = (out_features,) if samples is None else (GROUPS, out_features)
     bias = torch.randn(shape, generator=generator)
     weight = [w.expand(), scale, weight_scale]
     if op == "gemm_w4a8":
         weight = [w.packed, scale, w.group_scale, w.group_offset, weight_scale]
+    if op == "gemm_w4a8_per_group":
+        weight = [w.packed, scale, weight_scale, w.weight_zero]
     stages = {}
     if samples is not None:
         stages["bias_index"] = torch.randint(GROUPS, (samples,), generator=generator)
@@ -42,10 +50,9 @@ def problem(
 
 
 def launch(op, device, arguments, stages, **options):
-    module = {"gemm_w8a8": gemm_w8a8, "gemm_w4a8": gemm_w4a8}[op]
     moved = [value.to(device) if torch.is_tensor(value) else value for value in arguments]
     named = {name: value.to(device) for name, value in stages.items()}
-    return module.launch(*moved, **named, **options).cpu()
+    return MODULES[op].launch(*moved, **named, **options).cpu()
 
 
 def plain_sums(op, arguments):
@@ -148,13 +155,13 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize("op", GEMMS)
 @pytest.mark.parametrize(("change", "sentence"), REFUSALS)
-def test_stages_that_do_not_fit_are_refused(change, sentence, generator):
-    arguments, stages = problem("gemm_w8a8", 6, 5, 64, generator, 3, 4)
-    q, weight, scale, weight_scale, bias, *_ = arguments
+def test_stages_that_do_not_fit_are_refused(op, change, sentence, generator):
+    (*weight, bias, _, _, _), stages = problem(op, 6, 5, 64, generator, 3, 4)
     named = {"bias": bias, **stages} | change
-    with pytest.raises(ValueError, match=f"^gemm_w8a8: .*{re.escape(sentence)}"):
-        k.gemm_w8a8(q, weight, scale, weight_scale, **named)
+    with pytest.raises(ValueError, match=f"^{op}: .*{re.escape(sentence)}"):
+        getattr(k, op)(*weight, **named)
 
 
 @pytest.mark.gpu

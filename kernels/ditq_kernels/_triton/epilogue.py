@@ -1,6 +1,7 @@
-"""The epilogue of both GEMMs: from int32 sums to outputs, in the order of the reference, one rounding a step.
+"""The epilogue of every GEMM: from sums to outputs, in the order of the reference, one rounding a step.
 
-    y = total * (scale * weight_scale)      the zero point is taken out before, in integers
+    y = total * (scale * weight_scale)      the zero point is taken out before, in integers;
+                                            with real groups, total has the weight scales in it
     y = y + lora_x @ lora_up.T              bf16 products, summed in fp32
     y = y + bias[group of the row]
     y = residual + gate[sample of the row] * y, or q = quantize(gelu(y) * smooth_inv)
@@ -26,7 +27,7 @@ class Scales(NamedTuple):
     """Dequantization: steps of activations and weights, and the zero point of the activations."""
 
     scale: Any  # [T] or [1] fp32
-    weight_scale: Any  # [N] fp32
+    weight_scale: Any  # [N] fp32, or None: the sums are fp32 and weight scales are in them
     zero_point: Any  # [T] or [1] int32, or None
     weight_sum: Any  # [N] int32, or None
     per_token_scale: Any  # constexpr bool
@@ -85,7 +86,7 @@ class Epilogue(NamedTuple):
 
 @triton.jit
 def dequantized(total, scales, t, n, T, N, T_AXIS: tl.constexpr):
-    """fp32 tile of int32 sums."""
+    """fp32 tile of the sums."""
     N_AXIS: tl.constexpr = 1 - T_AXIS  # expand_dims inserts the axis of the other index
     in_t, in_n = t < T, n < N
     if scales.zero_point is not None:
@@ -96,12 +97,13 @@ def dequantized(total, scales, t, n, T, N, T_AXIS: tl.constexpr):
             zero_point = tl.load(scales.zero_point)
         weight_sum = tl.load(scales.weight_sum + n, mask=in_n, other=0)
         total -= zero_point * tl.expand_dims(weight_sum, T_AXIS)
-    weight_scale = tl.load(scales.weight_scale + n, mask=in_n, other=0.0)
     if scales.per_token_scale:
-        scale = tl.load(scales.scale + t, mask=in_t, other=0.0)
-        real_step = tl.expand_dims(scale, N_AXIS) * tl.expand_dims(weight_scale, T_AXIS)
+        real_step = tl.expand_dims(tl.load(scales.scale + t, mask=in_t, other=0.0), N_AXIS)
     else:
-        real_step = tl.expand_dims(tl.load(scales.scale) * weight_scale, T_AXIS)
+        real_step = tl.load(scales.scale)
+    if scales.weight_scale is not None:
+        weight_scale = tl.load(scales.weight_scale + n, mask=in_n, other=0.0)
+        real_step *= tl.expand_dims(weight_scale, T_AXIS)
     return total.to(tl.float32) * real_step
 
 
@@ -181,7 +183,7 @@ def gelu_codes(y, gelu, n, N, T_AXIS: tl.constexpr):
 
 @triton.jit
 def write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS: tl.constexpr):
-    """Apply every stage to a tile of int32 sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in out [T, N]."""
+    """Apply every stage to a tile of sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in out [T, N]."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
     first_t = tile_t * total.shape[T_AXIS]
     t = first_t + tl.arange(0, total.shape[T_AXIS])
@@ -205,7 +207,7 @@ def gemm_launch(
     op: str,
     q: torch.Tensor,
     scale: torch.Tensor,
-    weight_scale: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,

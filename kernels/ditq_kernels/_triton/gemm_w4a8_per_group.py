@@ -21,6 +21,7 @@ from ditq_kernels._triton.common import (
     on_device_of,
     tile_of_program,
 )
+from ditq_kernels._triton.epilogue import gemm_launch, write_tile
 from ditq_kernels._triton.prepared_w4g import prepared_w4g
 
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)  # of fp32 1.5 * 2**23
@@ -97,9 +98,10 @@ def scaled_sum(total, weight_scale, BY_BITS: tl.constexpr):
 def _gemm_w4a8_per_group_kernel(
     q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, padded K / 2] bytes, [T, N] float
     weight_scale_ptr, weight_zero_ptr, weight_sum_ptr,  # [J', N] fp32, int32, int32 or None
-    scale_ptr, bias_ptr, zero_point_ptr,  # vectors or None
+    zero_point_ptr,  # [T] or [1] int32, or None
+    epilogue,  # an Epilogue whose scales are those of the activations
     T, N, K, stride_qt, stride_sn, stride_ot,
-    PER_TOKEN_SCALE: tl.constexpr, PER_TOKEN_ZERO: tl.constexpr,
+    PER_TOKEN_ZERO: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of SPAN
     GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
     BY_BITS: tl.constexpr, INLINE_ASM: tl.constexpr,
@@ -146,12 +148,7 @@ def _gemm_w4a8_per_group_kernel(
             y += scaled_sum(total, weight_scale, BY_BITS)
         split_at += HALF
         q_at += SPAN
-    in_t, in_n = (t < T)[None, :], (n < N)[:, None]
-    y *= tl.load(scale_ptr + (real_t if PER_TOKEN_SCALE else real_t * 0))[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + real_n)[:, None]
-    at = out_ptr + (t.to(tl.int64) * stride_ot)[None, :] + n[:, None]  # int64: T * N may pass 2**31
-    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=in_t & in_n)
+    write_tile(y, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
 
 
 def launch(
@@ -164,6 +161,9 @@ def launch(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `per_group.gemm_w4a8_per_group`."""
@@ -171,18 +171,18 @@ def launch(
     out = torch.empty((num_tokens, out_features), dtype=out_dtype, device=q.device)
     if out.numel() == 0:
         return out
-    if config is None:
-        tables = tuning.tables_of(q.device)
-        config = tuning.tile_config("gemm_w4a8_per_group", tables, num_tokens, in_features)
+    # every group takes out its part of the zero point, so the epilogue gets none
+    epilogue, config = gemm_launch(
+        "gemm_w4a8_per_group", q, scale, None, bias, None, None, bias_index, lora_x, lora_up,
+        config=config,
+    )  # fmt: skip
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
         weights = prepared_w4g(packed, weight_scale, weight_zero, weight_sum)
         _gemm_w4a8_per_group_kernel[(tiles,)](
-            q, weights.split, out, weights.scale, weights.zero, weights.sums,
-            scale, bias, zero_point,
+            q, weights.split, out, weights.scale, weights.zero, weights.sums, zero_point, epilogue,
             num_tokens, out_features, in_features,
             q.stride(0), weights.split.stride(0), out.stride(0),
-            PER_TOKEN_SCALE=scale.numel() > 1,
             PER_TOKEN_ZERO=zero_point is not None and zero_point.numel() > 1,
             EVEN_K=in_features % weights.span == 0,
             **group_constants(in_features // weight_scale.shape[1], weights.span, config.block_k),

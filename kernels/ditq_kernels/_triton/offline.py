@@ -228,14 +228,14 @@ def _lora_down_kernel(_, problem, config):
     return lora_down._lora_down_kernel, constants | ({} if problem.zero_point else {"zero_point_ptr": None})
 
 
-def _w4a8_per_group_kernel(_, problem, config):
+def _w4a8_per_group_kernel(op, problem, config):
     """Symmetric tokens, or one calibrated scale and zero point: what formats run."""
     span = prepared_w4g.kernel_span(problem.group_size)
     constants = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
-    constants |= {"PER_TOKEN_SCALE": not problem.zero_point, "PER_TOKEN_ZERO": False}
+    constants |= {"PER_TOKEN_ZERO": False, "EVEN_K": problem.in_features % span == 0, "INLINE_ASM": True}
+    constants |= {"epilogue": offline_epilogue.epilogue_of_real_groups(op, problem.zero_point)}
     if not problem.zero_point:
         constants |= {"zero_point_ptr": None, "weight_sum_ptr": None}
-    constants |= {"EVEN_K": problem.in_features % span == 0, "INLINE_ASM": True}
     constants |= gemm_w4a8_per_group.group_constants(problem.group_size, span, config.block_k)
     return gemm_w4a8_per_group._gemm_w4a8_per_group_kernel, constants
 
@@ -329,8 +329,12 @@ KERNELS = {
     f"{gemm}+{stages}": OfflineKernel(
         GEMMS[:2], offline_epilogue.tiles_of, kernel, offline_epilogue.OUTPUTS.get(stages, {})
     )
-    for gemm, kernel in (("gemm_w8a8", _w8a8_kernel), ("gemm_w4a8", _w4a8_kernel))
-    for stages in offline_epilogue.STAGES
+    for gemm, kernel, those in (
+        ("gemm_w8a8", _w8a8_kernel, offline_epilogue.STAGES),
+        ("gemm_w4a8", _w4a8_kernel, offline_epilogue.STAGES),
+        ("gemm_w4a8_per_group", _w4a8_per_group_kernel, offline_epilogue.REAL_GROUP_STAGES),
+    )
+    for stages in those
 }
 
 

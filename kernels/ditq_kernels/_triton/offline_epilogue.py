@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "residual": ({"bias": GROUPED, "residual": RESIDUAL}, True),
     "gelu_quantize": ({"bias": GROUPED, "gelu": GeluCodes("*fp32", "*i32", "*fp32")}, True),
 }
+REAL_GROUP_STAGES = ("grouped", "gathered", "low_rank")  # what the GEMM of real groups has
 OUTPUTS = {"gelu_quantize": {"out_ptr": "*i8"}}  # types that are not those of other GEMMs
 
 
@@ -46,6 +47,12 @@ def epilogue_of(op: str, zero_point: bool) -> Epilogue:
     scales = Scales("*fp32", "*fp32", zero, zero, per_token, per_token)
     parts = STAGES[stages][0] if stages else {"bias": Bias("*fp32")}
     return Epilogue(scales, **parts)
+
+
+def epilogue_of_real_groups(op: str, zero_point: bool) -> Epilogue:
+    """The same for the GEMM whose sums have weight scales and zero points in them: symmetric tokens, or one scale."""
+    scales = Scales("*fp32", None, None, None, NO if zero_point else YES, NO)
+    return epilogue_of(op, zero_point)._replace(scales=scales)
 
 
 def tiles_of(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.TileConfig:
