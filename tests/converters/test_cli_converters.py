@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 import typer
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ditq_converters.cli.calibrate import calibrate
@@ -70,6 +72,7 @@ def test_calibrate_refuses_another_plan_in_the_same_folder(stats, ditq):
         ("convert", "demo:digits", "x", "--method", "ditas", "--profile", "paper"),
         ("convert", "demo:digits", "x", "--range-method", "qdiff_mse"),  # per token
         ("convert", "demo:digits", "x", "--modulation", "w3"),
+        ("convert", "demo:digits", "x", "--weights", "w4p", "--symmetric"),
         ("inspect",),
         ("inspect", "demo:digits", "--weights", "w3"),
         ("nonsense",),
@@ -123,6 +126,19 @@ def test_convert_without_statistics_where_none_are_needed(ditq, tmp_path):
     result = ditq("convert", "demo:digits", tmp_path / "out", "--method", "linear")
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("choice", "least"), [("--symmetric", 1), ("--asymmetric", 0)])
+def test_real_groups_with_and_without_zero_points(ditq, tmp_path, choice, least):
+    arguments = ("--method", "linear", "--weights", "w4g", "--group-size", 32, choice)
+    result = ditq("convert", "demo:digits", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "out" / "transformer").glob("*.safetensors")
+    stored = load_file(file)
+    names = [name for name in stored if name.endswith("weight_zero")]
+    assert all(bool((stored[name] == 8).all()) == (choice == "--symmetric") for name in names)
+    high = torch.cat([stored[name.replace("_zero", "")].flatten() >> 4 for name in names])
+    assert (int(high.min()), int(high.max())) == (least, 15)
 
 
 def test_keep_is_repeatable(ditq, tmp_path):

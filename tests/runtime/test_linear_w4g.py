@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ditq_runtime import LayerFormat, QuantLinear
+from ditq_runtime.timestep_groups import GroupIndex
 
 K, N, GROUP = 96, 40, 32
 FORMATS = [
@@ -17,7 +18,7 @@ FORMATS = [
 ]
 
 
-def layer_of(layer_format, dtype=torch.float32):
+def layer_of(layer_format, dtype=torch.float32, bias=(N,)):
     """A layer, and its stored tensors as numpy."""
     rng = np.random.default_rng(0)
     groups = K // layer_format.group_size
@@ -32,7 +33,7 @@ def layer_of(layer_format, dtype=torch.float32):
         "act_scale": np.array([0.031], np.float32),
         "act_zero": np.array([-37], np.int32),
         "smooth_inv": rng.uniform(0.05, 2.0, K).astype(np.float32),
-        "bias": rng.normal(size=N).astype(np.float32),
+        "bias": rng.normal(size=bias).astype(np.float32),
         "lora_down": rng.normal(size=(4, K)).astype(np.float32) / 8,
         "lora_up": rng.normal(size=(N, 4)).astype(np.float32) / 8,
     }
@@ -97,6 +98,19 @@ def test_a_low_rank_branch_and_a_bias_come_after_the_scales(activations):
     bound = 2.0**-24 * (K + 8) * magnitude + 2.0**-8 * 1.001 * np.abs(x @ down.T) @ np.abs(up.T)
     assert (np.abs(layer(rows()).double().numpy() - truth) <= bound).all()
     assert np.abs(branch).max() > 0.1
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize(
+    "index", [[2], [1, 0, 2, 2, 1, 0, 0]]
+)  # all rows one sample, or each its own
+def test_each_sample_gets_the_bias_of_its_timestep_group(activations, index):
+    layer_format = LayerFormat("w4g", activations, GROUP, groups=3)
+    layer, steps, stored = layer_of(layer_format, bias=(3, N))
+    layer.group_index = GroupIndex()
+    layer.group_index.value = torch.tensor(index)
+    y = integer_product(*codes_of(rows(), layer_format, stored), steps, stored)
+    assert torch.equal(layer(rows()), torch.from_numpy(y + stored["bias"][index]))
 
 
 @pytest.mark.parametrize("bias", [False, True])

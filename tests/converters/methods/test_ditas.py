@@ -13,7 +13,10 @@ SETTINGS = [
     Options(weights="w8", activations="token"),
     Options(weights="w8", activations="static"),
     Options(weights="w4p", activations="token", group_size=64),  # K = 96: groups of 32
+    Options(weights="w4g", activations="static", group_size=64),
+    Options(weights="w4g", activations="token", group_size=64, symmetric=True),
 ]
+IDS = ["w8-token", "w8-static", "w4p-token", "w4g-static", "w4g-symmetric-token"]
 
 
 def as_site(seed=0, calls=6, sampled=3, rows=5, width=96, outputs=40):
@@ -42,6 +45,22 @@ def static_int8(values, low, high):
     return np.clip(np.rint(values * inverse) + zero, 0, 255) - zero, scale
 
 
+def int4_groups(values, size, symmetric):
+    """4 bits with a scale for every group of a row, with a zero point unless symmetric; the real values in fp64."""
+    groups = values.reshape(len(values), -1, size)
+    if symmetric:
+        scale, zero, least = np.abs(groups).max(2, keepdims=True) / np.float32(7), 0, -7
+    else:
+        low, high = (
+            np.minimum(groups.min(2, keepdims=True), 0),
+            np.maximum(groups.max(2, keepdims=True), 0),
+        )
+        scale = (high - low) / np.float32(15)
+        zero, least = np.clip(np.rint(-low * (np.float32(1) / scale)), 0, 15), 0
+    codes = np.clip(np.rint(groups * (np.float32(1) / scale)) + zero, least, 7 if symmetric else 15)
+    return ((codes - zero).astype(float) * scale).reshape(values.shape)
+
+
 def recomputed(site, alpha, options):
     """The loss in fp64, and how far an fp32 evaluation of its root may be off."""
     low, high = site.minimum.numpy().astype(float), site.maximum.numpy().astype(float)
@@ -57,6 +76,8 @@ def recomputed(site, alpha, options):
     if options.weights == "w8":
         q, scale = int8_rows((weight * smooth).astype(np.float32))
         w = q.astype(float) * scale
+    elif options.weights == "w4g":
+        w = int4_groups((weight * smooth).astype(np.float32), 32, options.symmetric)
     else:  # has tests of its own
         w = k.quantize_weight_w4p(torch.from_numpy(weight * smooth), 32).dequantize().numpy()
         w = w.astype(float)
@@ -67,7 +88,7 @@ def recomputed(site, alpha, options):
 
 
 @pytest.mark.parity("P9")
-@pytest.mark.parametrize("options", SETTINGS, ids=["w8-token", "w8-static", "w4p-token"])
+@pytest.mark.parametrize("options", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_selected_loss_is_the_least_of_21_recomputed_ones(options, seed):
     site = as_site(seed)
@@ -84,7 +105,7 @@ def test_the_selected_loss_is_the_least_of_21_recomputed_ones(options, seed):
 
 
 @pytest.mark.parity("P9")
-@pytest.mark.parametrize("options", SETTINGS, ids=["w8-token", "w8-static", "w4p-token"])
+@pytest.mark.parametrize("options", SETTINGS, ids=IDS)
 def test_the_order_of_rows_does_not_matter(options):
     site = as_site(seed=5)
     order = torch.from_numpy(np.random.default_rng(0).permutation(15))
