@@ -15,8 +15,9 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.families import family_of, get_linear
 from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.stored_weight import STORED, quantize_weight, stored_tensors
 
-WEIGHTS = ("w8", "w4p")
+WEIGHTS = ("w8", "w4p", "w4g")
 ACTIVATIONS = ("token",)
 
 
@@ -25,9 +26,9 @@ class Choice:
     """What a user asks of on-the-fly quantization.
 
     Attributes:
-        weights: `w8` or `w4p`.
+        weights: `w8`, `w4p` or `w4g` (with zero points).
         activations: `token`; a calibrated range needs `ditq convert`.
-        group_size: inputs per `w4p` group; lowered per layer to a divisor of its inputs.
+        group_size: inputs per `w4p` or `w4g` group; lowered per layer to a divisor of its inputs.
         modulation: weights of the modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of layers that stay float.
 
@@ -101,12 +102,14 @@ def _format(
     if weights == "w8":
         return LayerFormat("w8", activations, bias=bias)
     try:
-        group_size = k.resolve_group_size(linear.in_features, choice.group_size)
+        group_size = k.resolve_group_size(
+            linear.in_features, choice.group_size, one_group=weights == "w4g"
+        )
     except ValueError as error:
         raise ValueError(
             f"{layer}: {error}; keep it float with keep=('{layer}',) or take weights='w8'"
         ) from error
-    return LayerFormat("w4p", activations, group_size, bias=bias)
+    return LayerFormat(weights, activations, group_size, bias=bias)
 
 
 ScaleRows = dict[str, list[slice]]
@@ -213,27 +216,15 @@ def table_names(name: str) -> list[str]:
 
 def weight_fields(layer_format: LayerFormat) -> tuple[str, ...]:
     """The stored tensors that a layer's float weight becomes."""
-    return {
-        "fp32": ("weight",),
-        "w8": ("weight", "weight_scale"),
-        "w4p": ("weight", "weight_scale", "group_scale", "group_offset"),
-    }[layer_format.weights]
+    if layer_format.weights == "fp32":
+        return ("weight",)
+    return tuple(STORED[layer_format.weights])
 
 
 def _quantize(weight: torch.Tensor, layer_format: LayerFormat) -> dict[str, torch.Tensor]:
     if layer_format.weights == "fp32":
         return {"weight": weight.float()}
-    if layer_format.weights == "w8":
-        w8 = k.quantize_weight_w8(weight)
-        return {"weight": w8.qweight, "weight_scale": w8.scale}
-    assert layer_format.group_size is not None
-    w4p = k.quantize_weight_w4p(weight, layer_format.group_size)
-    return {
-        "weight": w4p.packed,
-        "weight_scale": w4p.scale,
-        "group_scale": w4p.group_scale,
-        "group_offset": w4p.group_offset,
-    }
+    return stored_tensors(quantize_weight(weight, layer_format), layer_format)
 
 
 def _plus_one(bias: torch.Tensor, rows: list[slice]) -> torch.Tensor:

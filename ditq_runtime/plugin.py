@@ -50,10 +50,10 @@ class DitqConfig(QuantizationConfigMixin):
         scheme: what the checkpoint is (`ditq_runtime.scheme.Scheme` or its dictionary); None for a choice.
         recipe: how it was made; never read by the runtime.
         format_version: of the checkpoint.
-        weights: quantize a float checkpoint on the fly: `w8` or `w4p`. This and the fields below are those of
+        weights: quantize a float checkpoint on the fly: `w8`, `w4p` or `w4g`. This and the fields below are those of
             `ditq_runtime.on_the_fly.Choice`, and belong to a choice only.
         activations: `token`.
-        group_size: inputs per `w4p` group.
+        group_size: inputs per `w4p` or `w4g` group.
         modulation: weights of the modulation linears; None: the same as `weights`.
         keep: glob patterns of layers that stay float.
 
@@ -81,7 +81,8 @@ class DitqConfig(QuantizationConfigMixin):
             raise CheckpointError(f"quantization_config: unknown keys {sorted(unknown)}")
         if (scheme is None) == (weights is None):
             raise ValueError(
-                "DitqConfig: give weights='w8' or 'w4p' to quantize a float checkpoint, or the scheme of a packed one; "
+                "DitqConfig: give weights='w8', 'w4p' or 'w4g' to quantize a float checkpoint, or the scheme of a "
+                "packed one; "
                 f"got {'neither' if scheme is None else 'both'}"
             )
         self.quant_method = DitqMethod.DITQ
@@ -113,6 +114,10 @@ class DitqConfig(QuantizationConfigMixin):
                 raise CheckpointError(
                     f"quantization_config: {key} is missing; the config.json is damaged"
                 )
+        if config_dict["scheme"] is None:  # only a choice has none, and that is not stored
+            raise CheckpointError(
+                "quantization_config: scheme: expected an object, got null; the config.json is damaged"
+            )
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 

@@ -12,6 +12,7 @@ from ditq_converters.gptq import compensated_codes
 from ditq_converters.methods import Transform, ranges
 from ditq_converters.methods.alternating import alternate
 from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.stored_weight import quantize_weight, stored_tensors
 
 
 def static_range(
@@ -70,11 +71,10 @@ def quantize_linear(
     if layer_format.weights == "fp32":
         tensors = {"weight": weight}
     else:
-        quantized = _quantized(weight, layer_format, symmetric)
+        quantized = quantize_weight(weight, layer_format, symmetric)
         if feedback is not None:
             quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
-        stored = STORED[layer_format.weights]
-        tensors = {name: getattr(quantized, part) for name, part in stored.items()}
+        tensors = stored_tensors(quantized, layer_format)
     tensors |= lora
     if layer_format.activations == "static":
         assert act_range is not None
@@ -96,30 +96,6 @@ def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:
     assert table.bias is not None
     bias = table.bias[0] if len(table.bias) == 1 else table.bias
     return {"weight": table.weight[:, 0].float(), "bias": bias.float().contiguous()}
-
-
-STORED = {  # tensor -> attribute of the quantized weight
-    "w8": {"weight": "qweight", "weight_scale": "scale"},
-    "w4p": {
-        "weight": "packed",
-        "weight_scale": "scale",
-        "group_scale": "group_scale",
-        "group_offset": "group_offset",
-    },
-    "w4g": {"weight": "packed", "weight_scale": "scale", "weight_zero": "weight_zero"},
-}
-
-
-def _quantized(
-    weight: torch.Tensor, layer_format: LayerFormat, symmetric: bool
-) -> k.W8 | k.W4P | k.W4G:
-    """The weight [N, K] fp32 in the integers of a format, rounded to nearest."""
-    if layer_format.weights == "w8":
-        return k.quantize_weight_w8(weight)
-    assert layer_format.group_size is not None
-    if layer_format.weights == "w4g":
-        return k.quantize_weight_w4g(weight, layer_format.group_size, symmetric)
-    return k.quantize_weight_w4p(weight, layer_format.group_size)
 
 
 def _split_branch(
@@ -148,7 +124,7 @@ def _quantizer(
     """Weight -> the weight its codes stand for, [N, K] fp64."""
 
     def quantized(weight: torch.Tensor) -> torch.Tensor:
-        parts = _quantized(weight.float(), layer_format, symmetric)
+        parts = quantize_weight(weight.float(), layer_format, symmetric)
         grouped = parts.expand().double().reshape(*parts.scale.shape, -1)  # [N, K] or [N, J, K / J]
         return (grouped * parts.scale.double()[..., None]).reshape(weight.shape)
 

@@ -15,6 +15,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 CHOICES = {
     "w8": {"weights": "w8"},
     "w4p": {"weights": "w4p", "group_size": 32},
+    "w4g": {"weights": "w4g", "group_size": 32},
     "mixed": {"weights": "w4p", "group_size": 32, "modulation": "w8"},
     "kept": {"weights": "w8", "keep": ("*.attn1.to_q", "transformer_blocks.0.norm1.linear")},
 }
@@ -161,8 +162,8 @@ def test_one_layer_is_held_at_a_time():
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ({}, "give weights='w8' or 'w4p'"),
-        ({"weights": "int8"}, "weights must be one of w8, w4p, got 'int8'"),
+        ({}, "give weights='w8', 'w4p' or 'w4g'"),
+        ({"weights": "int8"}, "weights must be one of w8, w4p, w4g, got 'int8'"),
         ({"weights": "w8", "activations": "static"}, "need a calibration.*ditq convert"),
         ({"weights": "w8", "activations": "fp8"}, "activations must be one of token, got 'fp8'"),
         ({"weights": "w4p", "group_size": 48}, "multiple of 32, got 48"),
