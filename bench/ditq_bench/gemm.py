@@ -178,6 +178,12 @@ def _ours(o: Operands) -> list[Candidate]:
             out_dtype=out_dtype,
         )
 
+    w4g = k.quantize_weight_w4g(o.weight, GROUP_SIZE)
+
+    def per_group() -> torch.Tensor:
+        group = (w4g.scale, w4g.weight_zero)
+        return k.gemm_w4a8_per_group(o.q, w4g.packed, o.scale, *group, o.bias, out_dtype=out_dtype)
+
     quantize = Candidate(
         "ditq quantize per token", lambda: k.quantize_per_token(o.x), lambda pair: _rounding(o, *pair),
         0.5 + 1e-5, "", o.x.numel() * (o.x.element_size() + 1),
@@ -191,6 +197,14 @@ def _ours(o: Operands) -> list[Candidate]:
             "ditq W4A8", o, lambda: w4a8(*k.quantize_per_token(o.x)), w4, quantize.num_bytes, bits=4
         ),
         _integer("ditq W4A8, GEMM alone", o, lambda: w4a8(o.q, o.scale), w4, bits=4),
+        _integer(
+            "ditq W4A8 per group, GEMM alone",
+            o,
+            per_group,
+            w4g.dequantize(),
+            bits=4,
+            error=SUM_ERROR,
+        ),
     ]
 
 
@@ -201,8 +215,9 @@ def _integer(
     weight: torch.Tensor,
     extra_bytes: int = 0,
     bits: int = 8,
+    error: float = EPILOGUE_ERROR,
 ) -> Candidate:
-    s, tolerance = o.shape, EPILOGUE_ERROR + ROUNDED_RESULT[o.x.dtype]
+    s, tolerance = o.shape, error + ROUNDED_RESULT[o.x.dtype]
     moved = s.tokens * s.inputs + s.outputs * s.inputs * bits // 8
     moved += s.tokens * s.outputs * o.x.element_size() + extra_bytes
 

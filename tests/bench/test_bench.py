@@ -48,7 +48,7 @@ def test_ratios_are_of_the_same_run():
     assert rows["ditq W8A8"].error < 1e-6
 
 
-@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
+@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8", "gemm_w4a8_per_group"])
 def test_a_wrong_kernel_gets_no_time(op, monkeypatch):
     right = getattr(k, op)
     monkeypatch.setattr(k, op, lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
