@@ -239,8 +239,6 @@ class _Watch(TorchDispatchMode):
 
 def _packed_run(name: str, layer: QuantLinear, watch: _Watch) -> LayerRun:
     expected, ran = [f"ditq.{op}" for op in layer.format.ops], watch.ran[name]
-    if layer.format.weights == "w4g" and layer.format.lora_rank:
-        expected.append("aten.mm")  # the second factor: its GEMM adds no branch
     expected += ADAPTER_OPS * len(getattr(layer, ADAPTERS, ()))
     if layer.format.weights == "fp32":
         return _float_run(name, layer, watch, "folded but kept float by --keep")
