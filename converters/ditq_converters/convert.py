@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ditq_converters.attention import attention_formats, static_scales
-from ditq_converters.fold import block_linears, fold_block, stored_folds
+from ditq_converters.bias_correction import corrected_bias
+from ditq_converters.fold import LinearTensors, block_linears, fold_block, stored_folds
 from ditq_converters.memory import give_back
 from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.models import open_model, transformer_of
@@ -22,7 +23,7 @@ from ditq_converters.plan import LayerPlan, plan_layers
 from ditq_converters.progress import progress_bar
 from ditq_converters.quantize import quantize_linear, store_table
 from ditq_converters.recipe import Recipe
-from ditq_converters.sites import act_ranges, feedbacks, group_bounds, restrict, site_data
+from ditq_converters.sites import Observed, group_bounds, observe, restrict, site_data
 from ditq_converters.stats import CalibrationStats, model_hash
 from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
@@ -199,8 +200,7 @@ def convert_block(
     choice = BlockTransform({}, ())
     if transform is not None and sites:
         choice = restrict(transform(sites, recipe.options), table, linears, recipe)
-    act_range = act_ranges(table, sites, choice, recipe) if recipe.activations == "static" else {}
-    feedback = feedbacks(table, sites, choice, recipe)
+    observed = observe(table, sites, choice, recipe)
     smooth_inv = fold_block(linears, table, choice.sites)
 
     tensors, formats = {}, {}
@@ -213,14 +213,9 @@ def convert_block(
             continue
         planned = plans[f"{block}.{name}"].format
         assert planned is not None
-        groups = 1 if linear.bias is None else linear.bias.shape[0]
-        final = replace(
-            planned, groups=groups, bias=linear.bias is not None, smooth=name in smooth_inv
+        final, stored = convert_linear(
+            name, linear, planned, smooth_inv.get(name), observed, recipe
         )
-        stored = quantize_linear(
-            linear, final, act_range.get(name), smooth_inv.get(name), feedback.get(name),
-            recipe.symmetric_weights,
-        )  # fmt: skip
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
         formats[f"{block}.{name}"] = final
     if choice.num_groups > 1 and needed is not None:
@@ -233,6 +228,28 @@ def convert_block(
         module = model.get_submodule(block)
         tensors |= static_scales(module, block, table, attention, recipe, needed, choice)
     return PackedBlock(tensors, formats)
+
+
+def convert_linear(
+    name: str,
+    linear: LinearTensors,
+    planned: LayerFormat,
+    smooth_inv: torch.Tensor | None,
+    observed: Observed,
+    recipe: Recipe,
+) -> tuple[LayerFormat, dict[str, torch.Tensor]]:
+    """One folded linear: its final format and its stored tensors."""
+    groups = 1 if linear.bias is None else linear.bias.shape[0]
+    final = replace(
+        planned, groups=groups, bias=linear.bias is not None, smooth=smooth_inv is not None
+    )
+    stored = quantize_linear(
+        linear, final, observed.act_range.get(name), smooth_inv, observed.feedback.get(name),
+        recipe.symmetric_weights,
+    )  # fmt: skip
+    if recipe.bias_correction and name in observed.rows and final.integer_gemm and final.bias:
+        stored["bias"] = corrected_bias(linear, final, stored, observed.rows[name]())
+    return final, stored
 
 
 def provenance(recipe: Recipe, stats: CalibrationStats | None) -> dict[str, Any]:

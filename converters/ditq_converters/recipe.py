@@ -39,6 +39,8 @@ class Recipe:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
         rounding: of the weights of the sites' linears: `nearest`, or `gptq`, which passes the error of a column on to
             later ones by the sampled rows (arXiv:2210.17323).
+        bias_correction: take the mean output error of every site's linear on the sampled rows back through its bias
+            (arXiv:1906.04721), per timestep group where the bias is a table; a linear without a bias gets none.
         profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
             released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
         symmetric: `w4g` weights without zero points; None: as the method has it (Meta: symmetric).
@@ -69,6 +71,7 @@ class Recipe:
     symmetric: bool | None = None
     attention: str | None = None
     attention_scales: str | None = None
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -122,7 +125,8 @@ class Recipe:
         if self.profile != "int":
             return True
         searches_alpha = METHODS[self.method].needs_rows and self.search
-        return searches_alpha or self.range_method != "minmax" or self.rounding == "gptq"
+        searches_range = self.range_method != "minmax"
+        return searches_alpha or searches_range or self.rounding == "gptq" or self.bias_correction
 
     @property
     def rank(self) -> int:

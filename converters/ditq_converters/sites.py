@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
+from ditq_converters.bias_correction import SampledRows
 from ditq_converters.fold import Block, site_weight
 from ditq_converters.gptq import error_feedback
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
@@ -66,6 +70,37 @@ def restrict(
     return BlockTransform(sites, choice.group_of_call)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What calibration says about the linears of one block; consumer -> value, as far as a recipe asks for it.
+
+    Attributes:
+        act_range: static range (low, high) of its transformed input.
+        feedback: error feedback [K, K] of its transformed input.
+        rows: makes the sampled rows of its transformed input, for one linear at a time.
+    """
+
+    act_range: Ranges
+    feedback: dict[str, torch.Tensor]
+    rows: dict[str, Callable[[], SampledRows]]
+
+
+def observe(
+    table: BlockTable, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
+) -> Observed:
+    """What the transformed sites say about the linears that read them."""
+    consumers = {site.name: site.consumers for site in table.sites}
+    return Observed(
+        act_ranges(table, sites, choice, recipe) if recipe.activations == "static" else {},
+        feedbacks(table, sites, choice, recipe),
+        {
+            name: partial(sampled_rows, site, choice, recipe)
+            for site in sites
+            for name in consumers[site.name]
+        },
+    )
+
+
 def act_ranges(
     table: BlockTable, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
 ) -> Ranges:
@@ -100,6 +135,15 @@ def feedbacks(
         feedback = error_feedback(site.rows_after(transform, choice.group_of_call, only))
         found.update(dict.fromkeys(consumers[site.name], feedback))
     return found
+
+
+def sampled_rows(site: SiteData, choice: BlockTransform, recipe: Recipe) -> SampledRows:
+    """The sampled rows of a transformed site, with their timestep groups."""
+    transform, only = choice.sites.get(site.name, Transform()), METHODS[recipe.method].static_call
+    return SampledRows(
+        site.rows_after(transform, choice.group_of_call, only),
+        site.groups_of_rows(choice.group_of_call, only),
+    )
 
 
 def group_bounds(timesteps: list[float], group_of_call: tuple[int, ...]) -> torch.Tensor:

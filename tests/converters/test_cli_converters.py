@@ -112,6 +112,14 @@ def test_convert_with_given_statistics(ditq, stats, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_convert_corrects_biases_where_asked(ditq, stats, tmp_path):
+    out = tmp_path / "out"
+    result = ditq("convert", "demo:digits", out, "--bias-correction", "--stats", stats[0])
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["recipe"]["bias_correction"] is True
+
+
 def test_convert_calibrates_where_it_must_and_keeps_the_statistics(ditq, tmp_path):
     out = tmp_path / "out"
     result = ditq("convert", "demo:digits", out, "--activations", "static", *SMALL)

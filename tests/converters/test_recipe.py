@@ -33,6 +33,7 @@ def test_defaults():
         "symmetric": False,
         "attention": "none",
         "attention_scales": None,
+        "bias_correction": False,
     }
 
 

@@ -23,6 +23,9 @@ RECIPES = {
     "linear": LINEAR,
     "w4p": Recipe(weights="w4p", activations="static"),
     "htg": Recipe(method="htg", weights="w4p", activations="static", num_groups=2),
+    "corrected": Recipe(
+        "htg", "w4p", "static", num_groups=2, lora_rank=4, rounding="gptq", bias_correction=True
+    ),
     "ditas": Recipe(method="ditas", lora_rank=4, keep=("*.to_k", "*.1.norm1.linear")),
 }
 

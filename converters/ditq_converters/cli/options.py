@@ -37,6 +37,12 @@ ProfileOption = Annotated[
 RoundingOption = Annotated[
     str, typer.Option(help="nearest, or gptq: later columns make up for the error of earlier ones.")
 ]
+BiasCorrectionOption = Annotated[
+    bool,
+    typer.Option(
+        "--bias-correction", help="Take the mean output error on sampled rows back through biases."
+    ),
+]
 GroupSizeOption = Annotated[int, typer.Option(help="Input channels per group of w4p or w4g.")]
 ModulationOption = Annotated[
     str, typer.Option(help="Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights.")

@@ -48,13 +48,24 @@ class SiteData:
         Raises:
             ValueError: there are no such rows.
         """
+        rows, kept = self._kept(only)
+        groups = [group_of_call[self.row_calls[i]] for i in kept] if group_of_call else []
+        return transform.apply(rows[kept], groups).flatten(0, 1)
+
+    def groups_of_rows(self, group_of_call: Sequence[int], only: int | None = None) -> torch.Tensor:
+        """[R] int64: the timestep group of each of the rows of `rows_after`; 0 where there are no groups."""
+        rows, kept = self._kept(only)
+        groups = [group_of_call[self.row_calls[i]] if group_of_call else 0 for i in kept]
+        return torch.tensor(groups).repeat_interleave(rows.shape[1])
+
+    def _kept(self, only: int | None) -> tuple[torch.Tensor, list[int]]:
+        """All sampled rows, and which of their calls are meant."""
         kept = [i for i, call in enumerate(self.row_calls) if only in (None, call)]
         if self.rows is None or not kept:
             raise ValueError(
                 f"site {self.name!r} has no sampled rows; calibrate into a new folder with --rows 64"
             )
-        groups = [group_of_call[self.row_calls[i]] for i in kept] if group_of_call else []
-        return transform.apply(self.rows[kept], groups).flatten(0, 1)
+        return self.rows, kept
 
     @property
     def weight_absmax(self) -> torch.Tensor:
