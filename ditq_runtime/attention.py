@@ -75,7 +75,7 @@ class QuantAttention(Pinned):
             v = value.to(torch.bfloat16).transpose(1, 2)
             out = k.attention_qk_int8_pv_bf16(q, keys, v, q_scale, k_scale, **rest)
         else:
-            v, v_scale = self._value_codes(value)
+            v, v_scale = self._value_codes(value, key_mask)
             out = k.attention_qk_int8_pv_int8(q, keys, v, q_scale, k_scale, v_scale, **rest)
         return out.transpose(1, 2)
 
@@ -89,11 +89,19 @@ class QuantAttention(Pinned):
         by_head = scale.view(batch, tokens, heads).transpose(1, 2).contiguous()
         return codes.view(x.shape).transpose(1, 2), by_head
 
-    def _value_codes(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int8 [B, H, T, D], and their scale: [B, H], so that no image depends on its batch, or [H]."""
+    def _value_codes(
+        self, value: torch.Tensor, key_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int8 [B, H, T, D], and their scale: [B, H], so that no image depends on its batch, or [H].
+
+        Padding has no say in the scale: masked values may clip, their probability is 0.
+        """
         if self.format.scales == "static":
             return self._codes(value, "v_scale")
-        scale = k.symmetric_scale(value.abs().amax((1, 3)))
+        absmax = value.abs().amax(3)  # [B, T, H]
+        if key_mask is not None:
+            absmax = absmax.masked_fill(~key_mask[..., None], 0)
+        scale = k.symmetric_scale(absmax.amax(1))
         return k.quantize_symmetric(value, scale[:, None, :, None]).transpose(1, 2), scale
 
     def extra_repr(self) -> str:

@@ -18,6 +18,9 @@ from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.errors import CheckpointError
 
 CORE = "core"  # name of the child that holds the scales
+MASKED = (
+    -9984.0
+)  # a masked key's bias, -10000, in bf16; its probability is 0 in fp32 for any logits below 4900
 PLAIN = {  # what an Attention must be, so that projections, softmax and output are all it does
     "group_norm": None,
     "spatial_norm": None,
@@ -52,7 +55,8 @@ class QuantAttnProcessor:
             attn: the `Attention`.
             hidden_states: [B, Tq, K].
             encoder_hidden_states: [B, Tk, K'] of a cross-attention; None: hidden_states.
-            attention_mask: [B, Tk] or [B, 1, Tk] bool, True where a key is attended.
+            attention_mask: [B, Tk] or [B, 1, Tk]: bool, True where a key is attended; or a bias, 0 there and at most
+                `MASKED` elsewhere.
 
         Returns:
             [B, Tq, N].
@@ -76,16 +80,34 @@ class QuantAttnProcessor:
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
-    """The mask [B, Tk] of an `attention_mask`; NotImplementedError for anything but a bool mask over keys."""
+    """The mask [B, Tk] bool of an `attention_mask`.
+
+    Raises:
+        NotImplementedError: it is no mask over keys.
+        RuntimeError: it is a bias that neither leaves a key nor masks it; on CUDA a device-side assertion.
+    """
     if mask is None:
         return None
-    if mask.dtype != torch.bool or tuple(mask.shape) not in ((batch, keys), (batch, 1, keys)):
+    is_mask = mask.dtype == torch.bool or mask.is_floating_point()
+    if not is_mask or tuple(mask.shape) not in ((batch, keys), (batch, 1, keys)):
         raise NotImplementedError(
-            f"quantized attention: attention_mask must be [{batch}, {keys}] bool, True where a key is attended, got "
-            f"{list(mask.shape)} {mask.dtype}; biases and masks per query need a checkpoint converted with "
+            f"quantized attention: attention_mask must be [{batch}, {keys}], bool or a bias, got "
+            f"{list(mask.shape)} {mask.dtype}; masks per query or head need a checkpoint converted with "
             "--attention none"
         )
-    return mask.reshape(batch, keys).contiguous()
+    flat = mask.reshape(batch, keys).contiguous()
+    return flat if mask.dtype == torch.bool else _attended(flat)
+
+
+def _attended(bias: torch.Tensor) -> torch.Tensor:
+    """Where a bias [B, Tk] is 0; all keys of an image that masks all: softmax ignores a bias that they share."""
+    attended = bias == 0
+    torch._assert_async(
+        (attended | (bias <= MASKED)).all(),
+        f"quantized attention: a bias must be 0 (attended) or at most {MASKED:.0f} (masked) at every key; other "
+        "biases need a checkpoint converted with --attention none",
+    )
+    return attended | ~attended.any(1, keepdim=True)
 
 
 def unsupported(attn: nn.Module) -> str:

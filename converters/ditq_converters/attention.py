@@ -111,16 +111,21 @@ def static_scales(
             operand = field[0]
             low, high = (side[calls] for side in stats.ranges(f"{name}.{operand}"))
             if operand == "v":
-                folded = _of_values(table, f"{module}.to_v", choice)
+                folded = _of_values(table, f"{module}.to_v", choice, low.shape[1])
                 low, high = ranges.after(low, high, folded, choice.group_of_call[calls])
             absmax = torch.maximum(low.abs(), high.abs()).amax(0)  # [H * D]
             scales[f"{name}.{CORE}.{field}"] = k.symmetric_scale(absmax.view(heads, -1).amax(1))
     return scales
 
 
-def _of_values(table: BlockTable, value: str, choice: BlockTransform) -> Transform:
-    """The transform that a value projection absorbs: that of the site behind the attention."""
+def _of_values(table: BlockTable, value: str, choice: BlockTransform, width: int) -> Transform:
+    """The transform that a value projection of `width` rows absorbs: that of the site behind the attention."""
     for site in table.sites:
         if isinstance(site.producer, ValueRows) and value in site.producer.values:
-            return choice.sites.get(site.name, Transform())
+            transform = choice.sites.get(site.name, Transform())
+            smooth, shift = transform.smooth, transform.shift
+            return Transform(
+                None if smooth is None else smooth[:width],
+                None if shift is None else shift[:, :width],
+            )
     return Transform()

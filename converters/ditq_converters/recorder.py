@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.operands import OperandWatch
 from ditq_converters.rows import RowPlan, Selection
 from ditq_converters.stats import StatisticsError
 from ditq_runtime.families import Family
@@ -26,7 +27,7 @@ class Recorder:
             model: the transformer.
             family: its table.
             rows: which rows to keep.
-            attention: also listen to Q, K and V: the outputs of the projections of every attention.
+            attention: also listen to Q, K and V of every attention that can run quantized.
         """
         self._plan = rows
         self._listen = [
@@ -35,11 +36,11 @@ class Recorder:
             for site in table.sites
             for name in site.observed
         ]
-        self._listen_outputs = {
-            f"{name}.{operand}": model.get_submodule(f"{name}.to_{operand}")
-            for name in (family.attention_names(model) if attention else ())
-            for operand in "qkv"
-        }
+        self._attentions = family.attention_names(model) if attention else []
+        self._operands = OperandWatch(
+            {name: model.get_submodule(name) for name in self._attentions},
+            lambda operand, rows: self._observe_range(operand, rows.float()),
+        )
         self._hooks: list[Any] = []
         self.begin(0)
 
@@ -49,12 +50,12 @@ class Recorder:
         for site, module, name in self._listen:
             keeps = first.setdefault(site, name) == name
             self._hooks.append(module.register_forward_pre_hook(self._observer(site, keeps)))
-        for operand, projection in self._listen_outputs.items():
-            self._hooks.append(projection.register_forward_hook(self._output_observer(operand)))
+        self._operands.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Remove the hooks."""
+        self._operands.__exit__(*error)
         for hook in self._hooks:
             hook.remove()
 
@@ -67,7 +68,17 @@ class Recorder:
         self._selections: dict[int, Selection] = {}  # tokens per sample -> chosen rows
 
     def ranges(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Site -> (min [K], max [K]) fp32 on the CPU, over everything since `begin`."""
+        """Site -> (min [K], max [K]) fp32 on the CPU, over everything since `begin`.
+
+        Raises:
+            StatisticsError: an attention ran something else than scaled_dot_product_attention.
+        """
+        for name in self._attentions:
+            if f"{name}.q" not in self._ranges:
+                raise StatisticsError(
+                    f"{name}: did not call scaled_dot_product_attention, where Q, K and V are recorded; set diffusers' "
+                    "default processor and backend, or calibrate with --no-attention"
+                )
         return {site: (low.cpu(), high.cpu()) for site, (low, high) in self._ranges.items()}
 
     def rows(self) -> dict[str, torch.Tensor]:
@@ -80,12 +91,6 @@ class Recorder:
             self._observe_range(site, x.reshape(-1, x.shape[-1]).float())
             if keeps_rows and self._plan.count and self._call in self._plan.calls:
                 self._keep_rows(site, x)
-
-        return observe
-
-    def _output_observer(self, operand: str) -> Any:
-        def observe(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
-            self._observe_range(operand, y.detach().reshape(-1, y.shape[-1]).float())
 
         return observe
 

@@ -115,6 +115,7 @@ BLOCK = BlockTable(
     sites=SITES,
     tables={TABLE: 6},
     use_direct_multiplier=use_direct_multiplier,
+    attentions=("attn1", "attn2"),
 )
 
 PIXART = Family(

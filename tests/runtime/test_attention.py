@@ -172,18 +172,62 @@ def test_masked_keys_do_not_count(values, dims, x, generator):
 @pytest.mark.parametrize(
     ("mask", "came"),
     [
-        (torch.zeros(IMAGES, 1, TOKENS), r"got \[3, 1, 40\] torch.float32"),
+        (torch.zeros(IMAGES, 1, TOKENS).int(), r"got \[3, 1, 40\] torch.int32"),
+        (torch.zeros(IMAGES, TOKENS, TOKENS), r"got \[3, 40, 40\] torch.float32"),
         (torch.ones(IMAGES, TOKENS, TOKENS).bool(), r"got \[3, 40, 40\] torch.bool"),
         (torch.ones(1, TOKENS).bool(), r"got \[1, 40\] torch.bool"),
     ],
-    ids=["bias", "per query", "shared"],
+    ids=["integers", "bias per query", "per query", "shared"],
 )
 def test_other_masks_are_refused_and_not_dropped(mask, came, x):
     attn = quantized(build(), AttentionFormat("int8", "token"), x)["attn"]
     with pytest.raises(
-        NotImplementedError, match=rf"attention_mask must be \[3, 40\] bool.*{came}"
+        NotImplementedError, match=rf"attention_mask must be \[3, 40\], bool or a bias.*{came}"
     ):
         attn(x, attention_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_bias_of_masked_keys_is_its_mask(dims, dtype, generator):
+    """As PixArt makes it; exp(-9984) is 0 in fp32."""
+    mask = torch.rand(IMAGES, TOKENS, generator=generator) < 0.6
+    mask[:, 0] = True
+    bias = (1 - mask.to(dtype)) * -10000.0
+    got = key_mask_of(bias if dims == 2 else bias[:, None], IMAGES, TOKENS)
+    assert torch.equal(got, mask)
+    infinite = torch.zeros(IMAGES, TOKENS, dtype=dtype).masked_fill(~mask, -torch.inf)
+    assert torch.equal(key_mask_of(infinite, IMAGES, TOKENS), mask)
+
+
+def test_a_bias_that_masks_every_key_of_an_image_masks_none(x):
+    """softmax(a - 10000) = softmax(a), as stock attention runs it; the other images keep their masks."""
+    bias = torch.zeros(IMAGES, 1, TOKENS)
+    bias[0], bias[1, :, 5:] = -10000.0, -10000.0
+    model = build()
+    expected = model["attn"](x, attention_mask=bias)
+    got = quantized(model, AttentionFormat("bf16", "token"), x)["attn"](x, attention_mask=bias)
+    # the stock sum a - 10000 rounds to 1e-3 in fp32
+    assert all(float((a - b).norm() / b.norm()) < 0.02 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [-5000.0, -1.0, 1.0, torch.nan])
+def test_other_biases_are_refused_and_not_dropped(value, x):
+    attn = quantized(build(), AttentionFormat("int8", "token"), x)["attn"]
+    bias = torch.zeros(IMAGES, 1, TOKENS)
+    bias[1, 0, 3] = value
+    with pytest.raises(RuntimeError, match=r"must be 0 \(attended\) or at most -9984 \(masked\)"):
+        attn(x, attention_mask=bias)
+
+
+def test_masked_values_have_no_say_in_the_scale(x):
+    """A padded token a thousand times larger would leave the others one code."""
+    attn = quantized(build(), AttentionFormat("int8", "token"), x)["attn"]
+    mask = torch.arange(TOKENS).expand(IMAGES, TOKENS) < TOKENS - 1
+    expected = attn(x, attention_mask=mask)
+    x = x.clone()
+    x[:, -1] *= 1000
+    assert torch.equal(attn(x, attention_mask=mask)[:, :-1], expected[:, :-1])
 
 
 def test_a_key_mask_is_contiguous_as_the_op_needs_it():

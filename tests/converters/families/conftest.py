@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-SIZE, CAPTION, TEXT = 8, 32, 6
+from ditq_converters.hosts import host_of
+
+SIZE, CAPTION, TEXT, PROMPTS = 8, 32, 6, 3
 
 
 def _randn(*shape, seed=1):
@@ -23,10 +25,11 @@ def _dit():
     }
 
 
-def _pixart(additional=False):
+def _pixart(additional=False, heads=4, head_dim=24):
     model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=2, sample_size=SIZE,
-        patch_size=2, caption_channels=CAPTION, cross_attention_dim=96, use_additional_conditions=additional,
+        num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=SIZE, patch_size=2, caption_channels=CAPTION, cross_attention_dim=heads * head_dim,
+        use_additional_conditions=additional,
     )  # fmt: skip
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] + [0] * 5, [1] * 5 + [0]])
     added = {"resolution": None, "aspect_ratio": None}
@@ -75,6 +78,7 @@ MODELS = {
     "dit": _dit,
     "pixart-alpha": lambda: _pixart(additional=True),
     "pixart-sigma": _pixart,
+    "pixart-attention": lambda: _pixart(heads=2, head_dim=32),  # a head dimension with a kernel
     "sd3": _sd3,
     "sd3.5": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
     "flux-schnell": _flux,
@@ -119,3 +123,27 @@ def run():
             return model(**inputs, return_dict=False)[0]
 
     return forward
+
+
+def _embeddings(model):
+    """Of three prompts and the empty one, as a pipeline would give them."""
+    found = {}
+    for seed, (name, width) in enumerate(host_of(model).captions(model).items()):
+        if name == "prompt_attention_mask":
+            mask = torch.ones(PROMPTS, TEXT, dtype=torch.long)
+            mask[1, 3:] = 0
+            found[name], found[f"negative_{name}"] = (
+                mask,
+                mask[1:2] * 0 + (torch.arange(TEXT) < 1),
+            )
+            continue
+        shape = (TEXT, width) if name == "prompt_embeds" else (width,)
+        found[name] = _randn(PROMPTS, *shape, seed=seed).float()
+        found[f"negative_{name}"] = _randn(1, *shape, seed=10 + seed).float()
+    return found
+
+
+@pytest.fixture(scope="session")
+def embeddings():
+    """Of three prompts and the empty one for a model, as a pipeline would give them: name -> tensor."""
+    return _embeddings

@@ -25,26 +25,8 @@ def randn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def embeddings(model):
-    """Of three prompts and the empty one, as a pipeline would give them."""
-    found = {}
-    for seed, (name, width) in enumerate(host_of(model).captions(model).items()):
-        if name == "prompt_attention_mask":
-            mask = torch.ones(PROMPTS, TOKENS, dtype=torch.long)
-            mask[1, 3:] = 0
-            found[name], found[f"negative_{name}"] = (
-                mask,
-                mask[1:2] * 0 + (torch.arange(TOKENS) < 1),
-            )
-            continue
-        shape = (TOKENS, width) if name == "prompt_embeds" else (width,)
-        found[name] = randn(PROMPTS, *shape, seed=seed)
-        found[f"negative_{name}"] = randn(1, *shape, seed=10 + seed)
-    return found
-
-
 @pytest.fixture(scope="module")
-def calibrated(make_case, tmp_path_factory):
+def calibrated(make_case, embeddings, tmp_path_factory):
     """Name -> (model, its embeddings file, its statistics)."""
     made = {}
 
@@ -156,7 +138,7 @@ def test_beyond_the_values_flux_keeps_what_the_method_leaves(calibrated):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_told_what_its_pipeline_tells_it(make_case, name):
+def test_the_model_is_told_what_its_pipeline_tells_it(make_case, name, embeddings):
     """The rows of a guided batch: prompts by id, the empty prompt last, floats in the model's dtype."""
     model, _ = make_case(name)
     found = embeddings(model)
@@ -195,7 +177,7 @@ def read_captions_of(found, model, tmp=None):
     return _captions(found, host_of(model).captions(model), "test")
 
 
-def test_flux_latents_are_packed_as_its_pipeline_packs_them(make_case):
+def test_flux_latents_are_packed_as_its_pipeline_packs_them(make_case, embeddings):
     """Against index arithmetic: token (i, j) holds the 2 x 2 patch at (2 i, 2 j), channel major; ids say so."""
     model, _ = make_case("flux-dev")
     c, h, w = host_of(model).latent_shape(model)
@@ -333,7 +315,7 @@ def refuse(model, sentence, **options):
         calibrate(model, "never made", quiet=True, **options)
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(make_case, tmp_path):
+def test_what_cannot_be_is_refused_before_anything_is_written(make_case, tmp_path, embeddings):
     model, _ = make_case("sd3")
     found = embeddings(model)
     path = tmp_path / "p.safetensors"

@@ -1,0 +1,286 @@
+"""Quantized attention in every family with a table: what is recorded, stored, runs and is refused."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import scaled_dot_product_attention
+
+import ditq_kernels as k
+from ditq_converters import Recipe, calibrate, convert
+from ditq_converters.recorder import Recorder
+from ditq_converters.rows import RowPlan
+from ditq_runtime import FallbackError, execution_report
+from ditq_runtime.attention_format import AttentionFormat
+from ditq_runtime.families import ValueRows, family_of
+
+HEADS, HEAD_DIM = 2, 32
+IN_PROCESSOR = "diffusers.models.attention_processor.F.scaled_dot_product_attention"
+# case -> attentions in the order they run, and where their stock processor finds the product
+CASES = {
+    "pixart-attention": (
+        [f"transformer_blocks.{block}.{name}" for block in "01" for name in ("attn1", "attn2")],
+        IN_PROCESSOR,
+    ),
+}
+FORMATS = [AttentionFormat(v, s) for v in ("int8", "bf16") for s in ("token", "static")]
+IDS = [f"{f.values}_{f.scales}" for f in FORMATS]
+
+
+@pytest.fixture(scope="module")
+def case(make_case, embeddings, tmp_path_factory):
+    """Name -> model, batch, family, attentions, statistics; made at the first request."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model, inputs = make_case(name)
+            prompts = folder / "prompts.safetensors"
+            save_file(embeddings(model), prompts)
+            plan = {"steps": 2, "samples": 2, "rows": 0, "quiet": True, "prompts": prompts}
+            made[name] = SimpleNamespace(
+                model=model,
+                inputs=inputs,
+                family=family_of(type(model).__name__),
+                names=CASES[name][0],
+                where=CASES[name][1],
+                stats=calibrate(model, folder / "stats", **plan),
+                packed={},
+            )
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def packed(case):
+    """Name, format -> the packed model, smoothed, W8A8."""
+
+    def get(name, f):
+        made = case(name).packed
+        if f not in made:
+            recipe = Recipe("smoothquant", attention=f.values, attention_scales=f.scales)
+            made[f] = convert(case(name).model, recipe, case(name).stats, quiet=True)
+        return made[f]
+
+    return get
+
+
+def relative(got, truth):
+    return float((got - truth).norm() / truth.norm())
+
+
+def attended(x, mask):
+    """Rows [n, H * D] of x [B, H, T, D], without keys that a bias [B, H, 1, T] masks."""
+    rows = x.transpose(1, 2).flatten(2)
+    return rows.flatten(0, 1) if mask is None else rows[mask[:, 0, 0] == 0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranges_are_those_of_what_the_stock_processor_hands_over(case, run, name, monkeypatch):
+    """After norms and rotary embedding, all streams together; masked keys and values do not count."""
+    case, calls = case(name), []
+
+    def keep(query, key, value, attn_mask=None, **options):
+        calls.append((query, key, value, attn_mask))
+        return scaled_dot_product_attention(query, key, value, attn_mask, **options)
+
+    recorder = Recorder(case.model, case.family, RowPlan(0, (), 1, False))
+    with recorder:
+        run(case.model, case.inputs)
+    monkeypatch.setattr(case.where, keep)
+    run(case.model, case.inputs)
+    assert case.family.attention_names(case.model) == case.names
+    for attention, (query, key, value, mask) in zip(case.names, calls, strict=True):
+        rows = {"q": attended(query, None), "k": attended(key, mask), "v": attended(value, mask)}
+        for operand, expected in rows.items():
+            low, high = recorder.ranges()[f"{attention}.{operand}"]
+            assert torch.equal(low, expected.amin(0))
+            assert torch.equal(high, expected.amax(0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_static_scales_are_those_of_the_folded_operands(case, packed, name):
+    """V as it leaves the folded projections, by the fold that the checkpoint stores; Q and K absorb nothing."""
+    case, model = case(name), packed(name, AttentionFormat("int8", "static"))
+    for attention in case.names:
+        block, _, module = attention.rpartition(".")
+        table = case.family.block_tables(case.model)[block]
+        (site,) = (
+            site.name
+            for site in table.sites
+            if isinstance(site.producer, ValueRows) and f"{module}.to_v" in site.producer.values
+        )
+        folds = model.get_submodule(f"{block}.folds.{site}")
+        for operand in "qkv":
+            low, high = (side.double() for side in case.stats.ranges(f"{attention}.{operand}"))
+            if operand == "v":
+                scale = folds.scale.double()[: low.shape[1]]
+                assert float((scale - 1).abs().max()) > 0.01
+                low, high = low / scale, high / scale
+            absmax = torch.maximum(low.abs(), high.abs()).view(len(low), HEADS, HEAD_DIM)
+            got = getattr(model.get_submodule(attention).core, f"{operand}_scale").double()
+            torch.testing.assert_close(got, absmax.amax((0, 2)) / 127, rtol=2.0**-21, atol=0)
+
+
+def codes(x, scale):
+    """int8 of x [B, H, T, D] at a scale that broadcasts against it."""
+    return (x * (1 / scale)).round().clamp(-128, 127)
+
+
+def quantized_operands(attn, query, key, value, mask):
+    """Codes and scales, made by hand, of what the stock processor of `attn` hands over."""
+    stored = dict(attn.core.named_parameters())
+    operands, made = {"q": query, "k": key, "v": value}, {}
+    for name, x in operands.items():
+        if f"{name}_scale" in stored:
+            scale = stored[f"{name}_scale"][:, None, None]
+        elif name == "v":
+            seen = x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
+            scale = seen.abs().amax((2, 3), keepdim=True) / torch.full((1,), 127.0)
+        else:
+            scale = x.abs().amax(3, keepdim=True) / torch.full((1,), 127.0)
+        made[name] = codes(x, scale), scale
+    return made
+
+
+class Handed:
+    """A product of the stock processor's operands: the op on codes made by hand, or fp64 on their values."""
+
+    def __init__(self, attn, attention_format, wide):
+        self.attn, self.format, self.wide = attn, attention_format, wide
+
+    def __call__(self, query, key, value, attn_mask=None, **options):
+        mask = None if attn_mask is None else (attn_mask[:, 0, 0] == 0).contiguous()
+        made = quantized_operands(self.attn, query, key, value, mask)
+        (q, q_scale), (keys, k_scale), (v, v_scale) = (made[name] for name in "qkv")
+        if self.wide:
+            if self.format.values == "bf16":
+                v, v_scale = value.bfloat16(), 1.0
+            logits = (q.double() * q_scale) @ (keys.double() * k_scale).mT * HEAD_DIM**-0.5
+            if mask is not None:
+                logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+            return (logits.softmax(3) @ (v.double() * v_scale)).float()
+        rest = {"softmax_scale": HEAD_DIM**-0.5, "key_mask": mask, "out_dtype": query.dtype}
+        q, keys, v = (x.to(torch.int8) for x in (q, keys, v))
+        flat = (lambda s: s.flatten()) if self.format.scales == "static" else (lambda s: s[..., 0])
+        q_scale, k_scale = (flat(s).contiguous() for s in (q_scale, k_scale))
+        if self.format.values == "bf16":
+            return k.attention_qk_int8_pv_bf16(q, keys, value.bfloat16(), q_scale, k_scale, **rest)
+        v_scale = v_scale.flatten() if self.format.scales == "static" else v_scale[..., 0, 0]
+        return k.attention_qk_int8_pv_int8(
+            q, keys, v, q_scale, k_scale, v_scale.contiguous(), **rest
+        )
+
+
+def through_stock(case, model, attention_format, wide, run, monkeypatch):
+    """Each quantized attention's outputs in a forward, and those of diffusers' own processor around `Handed`."""
+    stock = {name: case.model.get_submodule(name).processor for name in case.names}
+    pairs, hooks = [], []
+
+    def compare(attn, args, kwargs, output, name):
+        processor = attn.processor
+        monkeypatch.setattr(case.where, Handed(attn, attention_format, wide))
+        attn.processor = stock[name]
+        expected = attn.forward(*args, **kwargs)
+        attn.processor = processor
+        outputs = output if isinstance(output, tuple) else (output,)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        pairs.append((name, outputs, expected))
+
+    for name in case.names:
+        attn = model.get_submodule(name)
+        hook = lambda *seen, name=name: compare(*seen, name)  # noqa: E731
+        hooks.append(attn.register_forward_hook(hook, with_kwargs=True))
+    run(model, case.inputs)
+    for hook in hooks:
+        hook.remove()
+    assert [name for name, _, _ in pairs] == case.names
+    return pairs
+
+
+@pytest.mark.parametrize("attention_format", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_op_between_what_diffusers_does(
+    case, packed, run, name, attention_format, monkeypatch
+):
+    """To the bit: norms, rotary embedding, order of streams, masks and output projections are diffusers' own."""
+    model = packed(name, attention_format)
+    for attention, got, expected in through_stock(
+        case(name), model, attention_format, False, run, monkeypatch
+    ):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), attention
+
+
+@pytest.mark.parametrize("attention_format", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", CASES)
+def test_near_fp64_attention_on_the_dequantized_operands(
+    case, packed, run, name, attention_format, monkeypatch
+):
+    """The bars of the ops, 1 % with int8 probabilities and 0.3 % with bf16, judged before output projections."""
+    model = copy.deepcopy(packed(name, attention_format))
+    for attention in case(name).names:
+        attn = model.get_submodule(attention)
+        for output in ("to_out", "to_add_out"):
+            if getattr(attn, output, None) is not None:
+                kind = torch.nn.Identity()
+                setattr(
+                    attn, output, torch.nn.ModuleList([kind, kind]) if output == "to_out" else kind
+                )
+    bound = {"int8": 0.01, "bf16": 0.003}[attention_format.values]
+    for attention, got, expected in through_stock(
+        case(name), model, attention_format, True, run, monkeypatch
+    ):
+        for a, b in zip(got, expected, strict=True):
+            assert relative(a, b) < bound, attention
+
+
+@pytest.mark.parametrize("attention_format", FORMATS, ids=IDS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_whole_model_survives_the_disk_and_stays_close(
+    case, packed, run, name, attention_format, tmp_path
+):
+    """8-bit linears alone are within 2 % of the float model; 8-bit attention adds no more than as much."""
+    case, model = case(name), packed(name, attention_format)
+    model.save_pretrained(tmp_path)
+    loaded = type(case.model).from_pretrained(tmp_path)
+    truth, got = run(case.model, case.inputs), run(loaded, case.inputs)
+    assert torch.equal(got, run(model, case.inputs))
+    assert 0 < relative(got, truth) < 0.04
+    report = execution_report(loaded, case.inputs)
+    assert [row.name for row in report.attention] == case.names
+    assert all(row.integer and row.values == attention_format.values for row in report.attention)
+    assert report.totals["integer_attentions"] == len(case.names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_compiles_and_is_the_same_function(case, packed, run, name):
+    model = packed(name, AttentionFormat("int8", "static"))
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    assert torch.equal(run(compiled, case(name).inputs), run(model, case(name).inputs))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_processor_is_a_fallback(case, packed, name):
+    model = copy.deepcopy(packed(name, FORMATS[0]))
+    last = case(name).names[-1]
+    model.get_submodule(last).processor = case(name).model.get_submodule(last).processor
+    with pytest.raises(FallbackError, match=f"{last}: the scheme promises quantized attention"):
+        execution_report(model, case(name).inputs)
+
+
+def test_masked_captions_do_not_count(case, packed, run):
+    """PixArt's cross attention, with its own mask; a caption token that is masked may be anything."""
+    case, model = case("pixart-attention"), packed("pixart-attention", FORMATS[0])
+    masked = case.inputs["encoder_attention_mask"] == 0
+    caption = case.inputs["encoder_hidden_states"].clone()
+    caption[masked] *= 50
+    changed = {**case.inputs, "encoder_hidden_states": caption}
+    assert torch.equal(run(model, changed), run(model, case.inputs))
+    opened = {**changed, "encoder_attention_mask": torch.ones_like(masked).long()}
+    assert not torch.equal(run(model, opened), run(model, case.inputs))
