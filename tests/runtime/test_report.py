@@ -156,10 +156,10 @@ def _float_twin(layer):
 class _Wrapped(nn.Module):
     def __init__(self, layer):
         super().__init__()
-        self.base_layer = layer
+        self.inner = layer
 
     def forward(self, x):
-        return self.base_layer(x)
+        return self.inner(x)
 
 
 class _Subclass(QuantLinear):
