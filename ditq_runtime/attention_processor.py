@@ -9,34 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import nn
-
-from ditq_kernels.checks import HEAD_DIMS
-from ditq_runtime.attention import QuantAttention
-from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.errors import CheckpointError
 
 CORE = "core"  # name of the child that holds the scales
-MASKED = (
-    -9984.0
-)  # a masked key's bias, -10000, in bf16; its probability is 0 in fp32 for any logits below 4900
-PLAIN = {  # what an Attention must be, so that projections, softmax and output are all it does
-    "group_norm": None,
-    "spatial_norm": None,
-    "norm_cross": None,
-    "norm_q": None,
-    "norm_k": None,
-    "added_kv_proj_dim": None,
-    "residual_connection": False,
-    "rescale_output_factor": 1.0,
-    "is_causal": False,
-    "pre_only": False,
-    "fused_projections": False,
-}
+MASKED = -9984.0  # the bias of a masked key, -10000, in bf16: exp gives 0 for any logits below 4900
+Names = tuple[str, ...]
+IMAGE: tuple[Names, Names] = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")  # projections, norms
 
 
-class QuantAttnProcessor:
+class LocalProcessor:
+    """A processor whose attention sees all tokens on one device; it has no state."""
+
+    @property
+    def _parallel_config(self) -> None:
+        """What diffusers' `enable_parallelism` sets where it splits tokens over devices."""
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise NotImplementedError(
+                "quantized attention does not split tokens over devices; context parallelism needs a checkpoint "
+                "converted with --attention none"
+            )
+
+
+class QuantAttnProcessor(LocalProcessor):
     """Q, K and V from the module's projections, its `core` between, its output projection behind.
 
     `upcast_attention` asks for nothing more: logits are integers and the softmax is fp32 always.
@@ -71,12 +67,29 @@ class QuantAttnProcessor:
             )
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         key_mask = key_mask_of(attention_mask, *source.shape[:2])
-        query, key, value = (
-            y.unflatten(-1, (attn.heads, -1))
-            for y in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
-        )
+        query, key, value = project(attn, hidden_states, *IMAGE, source)
         context = getattr(attn, CORE)(query, key, value, key_mask).flatten(2)
         return attn.to_out[1](attn.to_out[0](context))
+
+
+def project(
+    attn: Any,
+    x: torch.Tensor,
+    projections: Names,
+    norms: Names,
+    source: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Q of x [B, T, K], and K and V of a source [B, T', K'] or of x: [B, T, H, D] each, Q and K after their norms."""
+    inputs = (x, *[x if source is None else source] * 2)
+    made = [
+        getattr(attn, name)(y).unflatten(-1, (attn.heads, -1))
+        for name, y in zip(projections, inputs, strict=True)
+    ]
+    for i, name in enumerate(norms):
+        norm = getattr(attn, name, None)
+        if norm is not None:
+            made[i] = norm(made[i])
+    return tuple(made)
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
@@ -108,38 +121,3 @@ def _attended(bias: torch.Tensor) -> torch.Tensor:
         "biases need a checkpoint converted with --attention none",
     )
     return attended | ~attended.any(1, keepdim=True)
-
-
-def unsupported(attn: nn.Module) -> str:
-    """Why an attention module cannot be quantized; empty if it can."""
-    if not isinstance(attn, Attention):
-        return f"a {type(attn).__name__} is not diffusers' Attention"
-    for name, plain in PLAIN.items():
-        found = getattr(attn, name)
-        if found != plain:
-            shown = type(found).__name__ if isinstance(found, nn.Module) else found
-            return f"its {name} is {shown}, quantized attention needs {plain}"
-    if attn.inner_kv_dim != attn.inner_dim:
-        return "it has fewer key heads than query heads"
-    head_dim = attn.inner_dim // attn.heads
-    if head_dim not in HEAD_DIMS:
-        return f"its head dimension is {head_dim}, quantized attention needs one of {HEAD_DIMS}"
-    return ""
-
-
-def install(model: nn.Module, name: str, attention_format: AttentionFormat) -> None:
-    """Make the attention called `name` run quantized; its scales are uninitialized, on meta.
-
-    Raises:
-        CheckpointError: there is no such module, or it does what quantized attention cannot.
-    """
-    attn: Any = dict(model.named_modules()).get(name)
-    if attn is None:
-        raise CheckpointError(
-            f"{name}: listed in the scheme, but the model has no attention of that name"
-        )
-    reason = unsupported(attn)
-    if reason:
-        raise CheckpointError(f"{name}: {reason}; convert the model with --attention none")
-    setattr(attn, CORE, QuantAttention(attn.heads, attention_format, attn.scale))
-    attn.set_processor(QuantAttnProcessor())

@@ -12,7 +12,8 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.attention import QuantAttention
 from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.attention_processor import CORE, QuantAttnProcessor
+from ditq_runtime.attention_install import PROCESSORS
+from ditq_runtime.attention_processor import CORE
 from ditq_runtime.errors import FallbackError
 
 NOT_LISTED = "float: the scheme does not list it"
@@ -82,7 +83,7 @@ def check_attention_in_place(model: nn.Module, listed: Iterable[str]) -> None:
     for name in listed:
         module = modules.get(name)
         processor = getattr(module, "processor", None)
-        if type(processor) is not QuantAttnProcessor:
+        if type(processor) not in PROCESSORS:
             raise FallbackError(
                 f"{name}: the scheme promises quantized attention, but its processor is a {type(processor).__name__}; "
                 "load the checkpoint again and do not set another processor"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ditq_runtime import attention_processor
+from ditq_runtime import attention_install
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import BlockTable, Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
@@ -53,7 +53,7 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
     if grouped:
         install_note(model, grouped)
     for name, attention_format in scheme.attention.items():
-        attention_processor.install(model, name, attention_format)
+        attention_install.install(model, name, attention_format)
     if scheme.shared_embedder:
         share_embedder(model, family)
     set_timestep_freq(model, scheme.timestep_freq)

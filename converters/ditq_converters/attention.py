@@ -14,7 +14,8 @@ from ditq_converters.progress import note
 from ditq_converters.recipe import Recipe
 from ditq_converters.stats import CalibrationStats, StatisticsError
 from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.attention_processor import CORE, unsupported
+from ditq_runtime.attention_install import unsupported
+from ditq_runtime.attention_processor import CORE
 from ditq_runtime.families import BlockTable, Family, ValueRows
 
 

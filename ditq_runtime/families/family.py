@@ -21,8 +21,8 @@ class BlockTable:
         tables: parameters that the block adds to a modulation shared by all blocks, and their number of row chunks.
         use_direct_multiplier: swaps a block's class so that AdaLN reads LN(h) * a + b from its modulation; None: the
             block keeps diffusers' forward, and no site of it may be an AdaLN.
-        attentions: attention modules of the block that can run quantized: diffusers' `Attention` with projections
-            `to_q`, `to_k`, `to_v`.
+        attentions: attention modules of the block that can run quantized (see `attention_install`), in the order they
+            run.
     """
 
     sites: tuple[Site, ...]

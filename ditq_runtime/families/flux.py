@@ -138,11 +138,13 @@ DOUBLE = BlockTable(
     sites=joint_sites(),
     modulations={"norm1.linear": 6, "norm1_context.linear": 6},
     use_direct_multiplier=use_direct_multiplier_double,
+    attentions=("attn",),
 )
 SINGLE = BlockTable(
     sites=SINGLE_SITES,
     modulations={"norm.linear": 3},
     use_direct_multiplier=use_direct_multiplier_single,
+    attentions=("attn",),
 )
 
 FLUX = Family(

@@ -88,7 +88,13 @@ def block_table(block: Any) -> BlockTable:
         "norm1.linear": 9 if block.use_dual_attention else 6,
         "norm1_context.linear": 2 if last else 6,
     }
-    return BlockTable(sites, modulations, use_direct_multiplier=use_direct_multiplier)
+    attentions = ("attn", "attn2") if block.use_dual_attention else ("attn",)
+    return BlockTable(
+        sites,
+        modulations,
+        use_direct_multiplier=use_direct_multiplier,
+        attentions=attentions,
+    )
 
 
 def example_inputs(model: Any) -> dict[str, Any]:

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime import CheckpointError
 from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.attention_processor import QuantAttnProcessor, install, key_mask_of
+from ditq_runtime.attention_install import install
+from ditq_runtime.attention_processor import QuantAttnProcessor, key_mask_of
 
 HEADS, HEAD_DIM, TOKENS, IMAGES = 2, 32, 40, 3
 FORMATS = [AttentionFormat(v, s) for v in ("int8", "bf16") for s in ("token", "static")]
@@ -270,7 +271,9 @@ def test_images_are_refused(x):
         ({"norm_num_groups": 4}, "its group_norm is GroupNorm"),
         ({"spatial_norm_dim": 4}, "its spatial_norm is SpatialNorm"),
         ({"cross_attention_norm": "layer_norm"}, "its norm_cross is LayerNorm"),
-        ({"qk_norm": "rms_norm"}, "its norm_q is RMSNorm"),
+        ({"qk_norm": "rms_norm_across_heads", "kv_heads": 2}, r"its norm_q is RMSNorm over \[64\]"),
+        ({"qk_norm": "l2"}, "its norm_q is LpNorm"),
+        ({"processor": SlicedAttnProcessor(1)}, "its processor is a SlicedAttnProcessor"),
         ({"added_kv_proj_dim": 64}, "its added_kv_proj_dim is 64"),
         ({"residual_connection": True}, "its residual_connection is True"),
         ({"rescale_output_factor": 2.0}, "its rescale_output_factor is 2.0"),

@@ -43,11 +43,11 @@ def _pixart(additional=False, heads=4, head_dim=24):
     }
 
 
-def _sd3(**changes):
+def _sd3(heads=4, head_dim=16, **changes):
     model = diffusers.SD3Transformer2DModel(
-        sample_size=SIZE, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=CAPTION, caption_projection_dim=64, pooled_projection_dim=48, out_channels=4,
-        pos_embed_max_size=8, **changes,
+        sample_size=SIZE, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=head_dim,
+        num_attention_heads=heads, joint_attention_dim=CAPTION, caption_projection_dim=64, pooled_projection_dim=48,
+        out_channels=4, pos_embed_max_size=8, **changes,
     )  # fmt: skip
     return model, {
         "hidden_states": _randn(4, 4, SIZE, SIZE),
@@ -56,10 +56,10 @@ def _sd3(**changes):
     }
 
 
-def _flux(guidance=False):
+def _flux(guidance=False, heads=4, axes=(4, 6, 6)):
     model = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=CAPTION, pooled_projection_dim=48, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance,
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=sum(axes), num_attention_heads=heads,
+        joint_attention_dim=CAPTION, pooled_projection_dim=48, axes_dims_rope=axes, guidance_embeds=guidance,
     )  # fmt: skip
     grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
     inputs = {
@@ -81,8 +81,11 @@ MODELS = {
     "pixart-attention": lambda: _pixart(heads=2, head_dim=32),  # a head dimension with a kernel
     "sd3": _sd3,
     "sd3.5": lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "sd3-attention": lambda: _sd3(2, 32),
+    "sd3.5-attention": lambda: _sd3(2, 32, dual_attention_layers=(0,), qk_norm="rms_norm"),
     "flux-schnell": _flux,
     "flux-dev": lambda: _flux(guidance=True),
+    "flux-attention": lambda: _flux(heads=2, axes=(8, 12, 12)),
 }
 TIMESTEPS = (3.0, 250.0, 599.0, 999.0)
 

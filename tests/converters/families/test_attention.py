@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert
+from ditq_converters.plan import plan_layers
 from ditq_converters.recorder import Recorder
 from ditq_converters.rows import RowPlan
 from ditq_runtime import FallbackError, execution_report
@@ -18,11 +20,25 @@ from ditq_runtime.families import ValueRows, family_of
 
 HEADS, HEAD_DIM = 2, 32
 IN_PROCESSOR = "diffusers.models.attention_processor.F.scaled_dot_product_attention"
+IN_DISPATCH = "diffusers.models.attention_dispatch.torch.nn.functional.scaled_dot_product_attention"
 # case -> attentions in the order they run, and where their stock processor finds the product
 CASES = {
     "pixart-attention": (
         [f"transformer_blocks.{block}.{name}" for block in "01" for name in ("attn1", "attn2")],
         IN_PROCESSOR,
+    ),
+    "sd3-attention": ([f"transformer_blocks.{block}.attn" for block in "01"], IN_PROCESSOR),
+    "sd3.5-attention": (
+        [f"transformer_blocks.{name}" for name in ("0.attn", "0.attn2", "1.attn")],
+        IN_PROCESSOR,
+    ),
+    "flux-attention": (
+        [
+            f"{kind}.{block}.attn"
+            for kind in ("transformer_blocks", "single_transformer_blocks")
+            for block in "01"
+        ],
+        IN_DISPATCH,
     ),
 }
 FORMATS = [AttentionFormat(v, s) for v in ("int8", "bf16") for s in ("token", "static")]
@@ -38,6 +54,9 @@ def case(make_case, embeddings, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             model, inputs = make_case(name)
+            for key, parameter in model.named_parameters():
+                if ".norm_" in key and "attn" in key:  # each norm another, far from one
+                    torch.nn.init.uniform_(parameter, 0.3, 2.0)
             prompts = folder / "prompts.safetensors"
             save_file(embeddings(model), prompts)
             plan = {"steps": 2, "samples": 2, "rows": 0, "quiet": True, "prompts": prompts}
@@ -284,3 +303,53 @@ def test_masked_captions_do_not_count(case, packed, run):
     assert torch.equal(run(model, changed), run(model, case.inputs))
     opened = {**changed, "encoder_attention_mask": torch.ones_like(masked).long()}
     assert not torch.equal(run(model, opened), run(model, case.inputs))
+
+
+@pytest.mark.parametrize("name", ["flux-attention", "sd3-attention"])
+def test_what_a_joint_attention_would_have_to_drop_is_refused(case, packed, name):
+    attn = packed(name, FORMATS[0]).transformer_blocks[0].attn
+    image, text = torch.zeros(2, 5, 64), torch.zeros(2, 3, 64)
+    per_query = torch.ones(2, 1, 8, 8).bool()
+    wanted = r"must be \[2, 1, 1, 8\]" if name == "flux-attention" else "must be None"
+    with pytest.raises(NotImplementedError, match=f"attention_mask of this module {wanted}, got"):
+        attn(image, text, per_query)
+    with pytest.raises(NotImplementedError, match="this module was given no tokens"):
+        attn(image)
+    with pytest.raises(NotImplementedError, match="IP-Adapters need"):
+        attn.processor(attn, image, text, ip_hidden_states=[text])
+    with pytest.raises(NotImplementedError, match="context parallelism needs"):
+        attn.processor._parallel_config = object()
+    attn.processor._parallel_config = None
+
+
+def test_a_mask_over_both_streams_is_honoured(case, packed):
+    """Flux's attention takes one; a masked token of either stream may be anything."""
+    attn = packed("flux-attention", FORMATS[0]).transformer_blocks[0].attn
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(2, n, 64, generator=generator) for n in (5, 3))
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 1, 0], [1] * 8]).bool()[:, None, None]
+    got = attn(image, text, mask)
+    image[0, 4], text[0, 1] = 30.0, -30.0
+    again = attn(image, text, mask)
+    assert torch.equal(got[0][:, :4], again[0][:, :4])
+    assert torch.equal(got[1][:, [0, 2]], again[1][:, [0, 2]])
+    assert not torch.equal(attn(image, text)[0][0, :4], again[0][0, :4])
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5", "flux-dev"])
+def test_a_head_dimension_without_a_kernel_is_refused(make_case, name):
+    model, _ = make_case(name)
+    with pytest.raises(ValueError, match=r"its head dimension is (16|24).*--attention none"):
+        convert(model, Recipe("linear", attention="int8"), quiet=True)
+
+
+def test_a_family_without_a_table_is_refused():
+    with torch.device("meta"):
+        model = diffusers.AuraFlowTransformer2DModel(
+            sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=32, num_attention_heads=2,
+            joint_attention_dim=32, caption_projection_dim=64, pos_embed_max_size=64,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"AuraFlow.*its attention does not run quantized yet"):
+        plan_layers(
+            model, family_of("AuraFlowTransformer2DModel"), Recipe("linear", attention="int8")
+        )
