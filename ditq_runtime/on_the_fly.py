@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_runtime.attention_format import AttentionFormat
+from ditq_runtime.attention_install import unsupported
 from ditq_runtime.families import family_of, get_linear
 from ditq_runtime.scheme import LayerFormat, Scheme
 from ditq_runtime.stored_weight import STORED, quantize_weight, stored_tensors
 
 WEIGHTS = ("w8", "w4p", "w4g")
 ACTIVATIONS = ("token",)
+ATTENTION = ("none", "int8", "bf16")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Choice:
         activations: `token`; a calibrated range needs `ditq convert`.
         group_size: inputs per `w4p` or `w4g` group; lowered per layer to a divisor of its inputs.
         modulation: weights of the modulation linears (weight-only); None: the same as `weights`.
-        keep: glob patterns of layers that stay float.
+        keep: glob patterns of layers and attentions that stay float.
+        attention: type of P and V where attention runs quantized, with token scales: `int8` or `bf16`; `none`: float.
 
     Raises:
         ValueError: a field is out of its range; the message lists the choices.
@@ -41,6 +45,7 @@ class Choice:
     group_size: int = 64
     modulation: str | None = None
     keep: tuple[str, ...] = ()
+    attention: str = "none"
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -53,6 +58,7 @@ class Choice:
             ("weights", self.weights, WEIGHTS),
             ("modulation", self.modulation or self.weights, WEIGHTS),
             ("activations", self.activations, ACTIVATIONS),
+            ("attention", self.attention, ATTENTION),
         ):
             if value not in choices:
                 raise ValueError(
@@ -73,7 +79,7 @@ def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
 
     Raises:
         ValueError: no adapter for this class, a keep pattern that matches nothing, a layer whose inputs no group
-            size divides.
+            size divides, an attention that cannot run quantized.
     """
     family = family_of(type(model).__name__)
     named: dict[str, LayerFormat] = {}
@@ -84,12 +90,36 @@ def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
             if name in table.modulations:
                 weights, activations = choice.modulation or choice.weights, "none"
             named[layer] = _format(model, layer, weights, activations, choice)
+    attentions = [] if choice.attention == "none" else family.attention_names(model)
+    known = [*named, *attentions]
     for pattern in choice.keep:
-        if not any(fnmatch(layer, pattern) for layer in named):
+        if not any(fnmatch(name, pattern) for name in known):
             raise ValueError(
-                f"DitqConfig: keep pattern {pattern!r} matches none of the {len(named)} quantized linears"
+                f"DitqConfig: keep pattern {pattern!r} matches none of the {len(known)} quantized modules"
             )
-    return Scheme.of(type(model).__name__, False, named)
+    attention = _attention_formats(model, attentions, choice)
+    return Scheme.of(type(model).__name__, False, named, attention=attention)
+
+
+def _attention_formats(
+    model: nn.Module, names: list[str], choice: Choice
+) -> dict[str, AttentionFormat]:
+    if choice.attention == "none":
+        return {}
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__}: its attention does not run quantized yet; leave attention out"
+        )
+    wanted = AttentionFormat(choice.attention, "token")
+    formats = {}
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in choice.keep):
+            continue
+        reason = unsupported(model.get_submodule(name))
+        if reason:
+            raise ValueError(f"{name}: {reason}; leave attention out or keep=('{name}',)")
+        formats[name] = wanted
+    return formats
 
 
 def _format(

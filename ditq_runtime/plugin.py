@@ -55,7 +55,8 @@ class DitqConfig(QuantizationConfigMixin):
         activations: `token`.
         group_size: inputs per `w4p` or `w4g` group.
         modulation: weights of the modulation linears; None: the same as `weights`.
-        keep: glob patterns of layers that stay float.
+        keep: glob patterns of layers and attentions that stay float.
+        attention: `int8` or `bf16`: type of P and V where attention runs quantized, with token scales; `none`: float.
 
     Raises:
         CheckpointError: another format version, a malformed scheme or an unknown key.
@@ -72,6 +73,7 @@ class DitqConfig(QuantizationConfigMixin):
         group_size: int = 64,
         modulation: str | None = None,
         keep: tuple[str, ...] = (),
+        attention: str = "none",
         **unknown: Any,
     ) -> None:
         """Validate and keep; diffusers calls this with the stored dictionary's entries."""
@@ -90,7 +92,7 @@ class DitqConfig(QuantizationConfigMixin):
         self.choice = None
         if weights is not None:
             kept = keep if isinstance(keep, str) else tuple(keep)
-            self.choice = Choice(weights, activations, group_size, modulation, kept)
+            self.choice = Choice(weights, activations, group_size, modulation, kept, attention)
         self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
         self.recipe = recipe or {}
 

@@ -17,6 +17,8 @@ CHOICES = {
     "w4p": {"weights": "w4p", "group_size": 32},
     "w4g": {"weights": "w4g", "group_size": 32},
     "mixed": {"weights": "w4p", "group_size": 32, "modulation": "w8"},
+    "attention": {"weights": "w8", "attention": "int8"},
+    "attention kept": {"weights": "w8", "attention": "bf16", "keep": ("*.0.attn1",)},
     "kept": {"weights": "w8", "keep": ("*.attn1.to_q", "transformer_blocks.0.norm1.linear")},
 }
 
@@ -177,7 +179,7 @@ def test_choices_that_cannot_be_are_refused(choice, sentence):
 
 
 def test_a_pattern_that_matches_nothing_is_refused(float_folder):
-    with pytest.raises(ValueError, match="matches none of the 14 quantized linears"):
+    with pytest.raises(ValueError, match="matches none of the 14 quantized modules"):
         _load(float_folder["own"], {"weights": "w8", "keep": ("*.to_query",)})
 
 

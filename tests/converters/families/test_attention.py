@@ -14,7 +14,7 @@ from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.plan import plan_layers
 from ditq_converters.recorder import Recorder
 from ditq_converters.rows import RowPlan
-from ditq_runtime import FallbackError, execution_report
+from ditq_runtime import DitqConfig, FallbackError, execution_report
 from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import ValueRows, family_of
 
@@ -353,3 +353,25 @@ def test_a_family_without_a_table_is_refused():
         plan_layers(
             model, family_of("AuraFlowTransformer2DModel"), Recipe("linear", attention="int8")
         )
+
+
+@pytest.mark.parametrize("name", ["pixart-attention", "sd3.5-attention", "flux-attention"])
+def test_quantized_as_it_loads_it_runs_what_the_converter_makes(case, run, name, tmp_path):
+    case = case(name)
+    case.model.save_pretrained(tmp_path)
+    choice = DitqConfig(weights="w8", attention="int8")
+    loaded = type(case.model).from_pretrained(tmp_path, quantization_config=choice)
+    recipe = Recipe("linear", "w8", "token", attention="int8")
+    converted = convert(case.model, recipe, quiet=True)
+    assert torch.equal(run(loaded, case.inputs), run(converted, case.inputs))
+    assert execution_report(loaded, case.inputs).totals["integer_attentions"] == len(case.names)
+
+
+def test_as_it_loads_what_cannot_be_is_refused(make_case, tmp_path):
+    model, _ = make_case("flux-dev")
+    model.save_pretrained(tmp_path)
+    choice = DitqConfig(weights="w8", attention="int8")
+    with pytest.raises(ValueError, match=r"attn: its head dimension is 16.*leave attention out"):
+        type(model).from_pretrained(tmp_path, quantization_config=choice)
+    with pytest.raises(ValueError, match=r"attention must be one of none, int8, bf16, got 'fp8'"):
+        DitqConfig(weights="w8", attention="fp8")
