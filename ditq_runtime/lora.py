@@ -79,12 +79,21 @@ def unload_lora(target: Any, name: str = "default") -> None:
         ValueError: no adapter has this name.
     """
     model = _packed(target, "unload_lora")
-    held = [getattr(m, ADAPTERS) for m in model.modules() if hasattr(m, ADAPTERS)]
-    found = [adapters for adapters in held if name in adapters]
+    found = [m for m in model.modules() if name in getattr(m, ADAPTERS, ())]
     if not found:
         raise ValueError(f"unload_lora: no adapter is called {name!r}")
-    for adapters in found:
-        del adapters[name]
+    for linear in found:
+        del getattr(linear, ADAPTERS)[name]
+        if not getattr(linear, ADAPTERS):
+            _forget_adapters(linear)
+
+
+def _forget_adapters(linear: nn.Module) -> None:
+    """Take out what the first adapter brought: its block may run fused again."""
+    delattr(linear, ADAPTERS)
+    hooks = linear._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _add_branches]:
+        del hooks[key]
 
 
 class LoraBranch(nn.Module):
