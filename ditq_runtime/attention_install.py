@@ -54,17 +54,25 @@ def unsupported(attn: nn.Module) -> str:
     stock = type(attn.processor)
     if stock not in TAKES_PLACE_OF:
         return f"its processor is a {stock.__name__}, which quantized attention cannot stand in for"
-    for name, plain in TAKES_PLACE_OF[stock][1].items():
-        found = getattr(attn, name)
-        if found != plain:
-            shown = type(found).__name__ if isinstance(found, nn.Module) else found
-            return f"its {name} is {shown}, quantized attention needs {plain}"
+    reason = not_plain(attn, TAKES_PLACE_OF[stock][1], "quantized attention")
+    if reason:
+        return reason
     if getattr(attn, "inner_kv_dim", attn.inner_dim) != attn.inner_dim:
         return "it has fewer key heads than query heads"
     head_dim = attn.inner_dim // attn.heads
     if head_dim not in HEAD_DIMS:
         return f"its head dimension is {head_dim}, quantized attention needs one of {HEAD_DIMS}"
     return _unsupported_norm(attn, head_dim)
+
+
+def not_plain(attn: Any, plain: dict[str, Any], what: str) -> str:
+    """The first attribute of an attention that is not as a path through it needs it; empty if all are."""
+    for name, needed in plain.items():
+        found = getattr(attn, name)
+        if found != needed:
+            shown = type(found).__name__ if isinstance(found, nn.Module) else found
+            return f"its {name} is {shown}, {what} needs {needed}"
+    return ""
 
 
 def _unsupported_norm(attn: nn.Module, head_dim: int) -> str:

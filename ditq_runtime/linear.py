@@ -6,7 +6,7 @@ Its scales, biases and other fp32 tensors stay fp32 through every dtype cast of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,13 @@ import ditq_kernels as k
 from ditq_runtime.pinned import Pinned
 from ditq_runtime.scheme import LayerFormat
 from ditq_runtime.timestep_groups import GroupIndex
+
+
+class Codes(NamedTuple):
+    """The quantized input of a linear: int8 codes [T, K], and fp32 steps, one a row [T] or one for all [1]."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
 
 
 class QuantLinear(Pinned, nn.Linear):
@@ -79,27 +86,24 @@ class QuantLinear(Pinned, nn.Linear):
             rows = rows.contiguous()
         out_dtype = torch.float32 if self.wide_output else self.compute_dtype
         y = (
-            self._integer(rows, out_dtype)
+            self.multiply(self.quantize(rows), out_dtype)
             if self.format.integer_gemm
             else self._float(rows, out_dtype)
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _integer(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    def quantize(self, rows: torch.Tensor) -> Codes:
+        """The input rows [T, K], quantized as the format says: what the methods below read."""
         smooth_inv = self.smooth_inv if self.format.smooth else None
-        options: dict[str, Any] = {"out_dtype": out_dtype}
         if self.format.activations == "token":
-            q, scale = k.quantize_per_token(rows, smooth_inv)
-        else:
-            scale = self.act_scale.data
-            q = k.quantize_static(rows, scale, self.act_zero, smooth_inv)
-            options |= {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
-        if self.format.groups > 1:
-            options["bias_index"] = self._group()
-        if self.format.lora_rank:
-            zero_point = options.get("zero_point")
-            options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
-            options["lora_up"] = self.lora_up
+            return Codes(*k.quantize_per_token(rows, smooth_inv))
+        scale = self.act_scale.data
+        return Codes(k.quantize_static(rows, scale, self.act_zero, smooth_inv), scale)
+
+    def multiply(self, codes: Codes, out_dtype: torch.dtype) -> torch.Tensor:
+        """The layer [T, N] of a quantized input, with its branch and bias."""
+        q, scale = codes
+        options: dict[str, Any] = {**self._epilogue(codes), "out_dtype": out_dtype}
         if self.format.weights == "w8":
             return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
         if self.format.weights == "w4g":
@@ -107,6 +111,55 @@ class QuantLinear(Pinned, nn.Linear):
             return k.gemm_w4a8_per_group(q, self.weight, scale, *group, self.bias, **options)
         group = (self.group_scale, self.group_offset)
         return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
+
+    def add_to(self, residual: torch.Tensor, gate: torch.Tensor, codes: Codes) -> torch.Tensor:
+        """Residual [T, N] + gate [B, N] fp32 * layer, in the dtype of the residual stream, for `w8` and `w4p`."""
+        return k.gemm_residual(
+            codes.q,
+            self._packed(),
+            codes.scale,
+            self.bias,
+            residual=residual,
+            gate=gate,
+            **self._epilogue(codes),
+        )
+
+    def gelu_codes(self, consumer: QuantLinear, codes: Codes) -> Codes:
+        """The quantized input of `consumer`, which reads GELU (tanh form) of this layer, for `w8` and `w4p`."""
+        smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
+        if consumer.format.activations == "token":
+            return Codes(*k.gelu_quantize(self.multiply(codes, self.compute_dtype), smooth_inv))
+        out_scale = consumer.act_scale.data
+        q = k.gemm_gelu_quantize(
+            codes.q,
+            self._packed(),
+            codes.scale,
+            self.bias,
+            out_scale=out_scale,
+            out_zero_point=consumer.act_zero,
+            out_smooth_inv=smooth_inv,
+            **self._epilogue(codes),
+        )
+        return Codes(q, out_scale)
+
+    def _packed(self) -> k.W8 | k.W4P:
+        if self.format.weights == "w8":
+            return k.W8(self.weight, self.weight_scale)
+        return k.W4P(self.weight, self.group_scale, self.group_offset, self.weight_scale)
+
+    def _epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
+        """What a GEMM adds to its product: zero point, bias per timestep group, low-rank branch."""
+        q, scale = codes
+        options: dict[str, torch.Tensor] = {}
+        if self.format.activations == "static":
+            options = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if self.format.lora_rank:
+            zero_point = options.get("zero_point")
+            options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
+            options["lora_up"] = self.lora_up
+        if self.format.groups > 1:
+            options["bias_index"] = self._group()
+        return options
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:

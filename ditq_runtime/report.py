@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditq_kernels as k
 from ditq_runtime.errors import FallbackError
@@ -20,13 +19,13 @@ from ditq_runtime.linear import QuantLinear
 from ditq_runtime.lora import ADAPTER_OPS, ADAPTERS
 from ditq_runtime.report_attention import (
     AttentionRun,
-    Operation,
     attention_runs,
     check_attention_in_place,
-    operation,
 )
+from ditq_runtime.report_fused import BlockRun
+from ditq_runtime.report_watch import Watch
 
-FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
+FUSED = "fused"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class LayerRun:
         flops: 2 * rows * K * N of the observed forward.
         backend: `reference`, `triton` or `torch`.
         integer: both operands of the product were integers.
-        note: why it is not, where it is not.
+        note: why it is not, where it is not; `fused` in a fused block, where one op may do the work of two layers and
+            stands in the row of the second, or in that of the first of three that share an input.
     """
 
     name: str
@@ -58,10 +58,11 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class ExecutionReport:
-    """All linears of a transformer, in the order they ran, and its attentions."""
+    """All linears of a transformer, in the order they ran, its attentions, and its blocks that have a fused forward."""
 
     layers: list[LayerRun] = field(default_factory=list)
     attention: list[AttentionRun] = field(default_factory=list)
+    blocks: list[BlockRun] = field(default_factory=list)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -77,6 +78,8 @@ class ExecutionReport:
             "integer_flops_share": sum(layer.flops for layer in integer) / max(flops, 1),
             "attentions": len(self.attention),
             "integer_attentions": sum(row.integer for row in self.attention),
+            "blocks": len(self.blocks),
+            "fused_blocks": sum(row.fused for row in self.blocks),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class ExecutionReport:
             "totals": self.totals,
             "layers": [asdict(layer) for layer in self.layers],
             "attention": [asdict(row) for row in self.attention],
+            "blocks": [asdict(row) for row in self.blocks],
         }
 
     def __str__(self) -> str:
@@ -98,11 +102,13 @@ class ExecutionReport:
             f"{r.name:<44} {r.op:<36} {'-':<8} {f'{r.scores} {r.values}':<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
             for r in self.attention
         ]
+        rows += [f"{r.name:<44} not fused: {r.note}" for r in self.blocks if not r.fused]
         t = self.totals
         last = (
             f"{t['integer_linears']:.0f} of {t['linears']:.0f} linears in integers, "
             f"{t['weight_only_linears']:.0f} weight-only, {100 * t['integer_flops_share']:.1f} % of linear FLOPs "
             f"in integers, {t['integer_attentions']:.0f} of {t['attentions']:.0f} attentions in integers, "
+            f"{t['fused_blocks']:.0f} of {t['blocks']:.0f} blocks fused, "
             f"{t['bytes'] / 2**20:.2f} MiB"
         )
         return "\n".join([header, *rows, last])
@@ -136,9 +142,10 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     _check_in_place(model, scheme.layers)
     check_attention_in_place(model, scheme.attention)
     attentions = family.attention_names(model)
-    watch = _Watch(model, attentions)
+    watch = Watch(model, attentions)
     with watch, torch.no_grad():
         model(**(inputs or _example_inputs(model, family)))
+    watch.finish()
     layers = []
     for name in watch.order:
         layer = get_linear(model, name)
@@ -152,7 +159,7 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
             f"{idle[0]}: listed in the scheme, but no operator ran in it during a forward"
         )
     runs = attention_runs(model, attentions, scheme.attention, watch.products)
-    return ExecutionReport(layers, runs)
+    return ExecutionReport(layers, runs, watch.blocks)
 
 
 def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:
@@ -175,94 +182,38 @@ def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:
             )
 
 
-class _Watch(TorchDispatchMode):
-    """Notes, for every linear and every attention, the operators that ran inside its forward, but not in a linear."""
-
-    def __init__(self, model: nn.Module, attentions: list[str]) -> None:
-        super().__init__()
-        self.products: dict[str, list[Operation]] = {}
-        self._attentions = {model.get_submodule(name): name for name in attentions}
-        self.ran: dict[str, list[str]] = {}
-        self.rows: dict[str, int] = {}
-        self.order: list[str] = []
-        self._inside: list[str] = []
-        self._hooks: list[Any] = []
-        self._linears = {m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-    def __enter__(self) -> _Watch:
-        for module, name in self._linears.items():
-            self._hooks.append(module.register_forward_pre_hook(self._enter_layer(name)))
-            self._hooks.append(module.register_forward_hook(self._leave_layer))
-        for attention, name in self._attentions.items():
-            self._hooks.append(attention.register_forward_pre_hook(self._enter_attention(name)))
-            self._hooks.append(attention.register_forward_hook(self._leave_layer))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._inside:
-            space, _, rest = str(func).partition(".")
-            name = rest.partition(".")[0]
-            inside = self._inside[-1]
-            product = operation(f"{space}.{name}", args) if inside in self.products else None
-            if product is not None:
-                self.products[inside].append(product)
-            elif inside in self.ran and (space == "ditq" or name in FLOAT_GEMMS):
-                self.ran[inside].append(f"{space}.{name}")
-        return func(*args, **(kwargs or {}))
-
-    def _leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside.pop()
-
-    def _enter_layer(self, name: str) -> Any:
-        def enter(module: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
-            if name not in self.ran:
-                self.order.append(name)
-                self.ran[name], self.rows[name] = [], 0
-            self.rows[name] += args[0].numel() // module.in_features
-            self._inside.append(name)
-
-        return enter
-
-    def _enter_attention(self, name: str) -> Any:
-        def enter(module: nn.Module, args: Any) -> None:
-            self.products.setdefault(name, [])
-            self._inside.append(name)
-
-        return enter
-
-
-def _packed_run(name: str, layer: QuantLinear, watch: _Watch) -> LayerRun:
-    expected, ran = [f"ditq.{op}" for op in layer.format.ops], watch.ran[name]
-    expected += ADAPTER_OPS * len(getattr(layer, ADAPTERS, ()))
+def _packed_run(name: str, layer: QuantLinear, watch: Watch) -> LayerRun:
     if layer.format.weights == "fp32":
         return _float_run(name, layer, watch, "folded but kept float by --keep")
-    calls = len(ran) // max(len(expected), 1)
-    if not ran or ran != expected * calls:
-        raise FallbackError(
-            f"{name}: expected {' + '.join(expected)}, but {' + '.join(ran) or 'nothing'} ran"
-        )
-    device = layer.weight.device
+    if name not in watch.fused_ops:
+        _check_ops(name, layer, watch.ran[name])
+    ops = watch.fused_ops.get(name, layer.format.ops)
     activations = f"int8 {layer.format.activations}" if layer.format.integer_gemm else "fp32"
+    note = FUSED if name in watch.fused_ops else ""
     return LayerRun(
         name=name,
-        op=" + ".join(layer.format.ops),
+        op=" + ".join(ops),
         weights=layer.format.weights,
         activations=activations,
         nbytes=_nbytes(layer),
         flops=2 * watch.rows[name] * layer.in_features * layer.out_features,
-        backend=k.backend_of(layer.format.ops[-1], device),
+        backend=k.backend_of(ops[-1], layer.weight.device),
         integer=layer.format.integer_gemm,
-        note="" if layer.format.integer_gemm else WEIGHT_ONLY,
+        note=note if layer.format.integer_gemm else WEIGHT_ONLY,
     )
 
 
-def _float_run(name: str, layer: nn.Linear, watch: _Watch, reason: str) -> LayerRun:
+def _check_ops(name: str, layer: QuantLinear, ran: list[str]) -> None:
+    """FallbackError unless a layer that is no part of a fused block ran what its format promises."""
+    expected = [f"ditq.{op}" for op in layer.format.ops]
+    expected += ADAPTER_OPS * len(getattr(layer, ADAPTERS, ()))
+    if not ran or ran != expected * (len(ran) // len(expected)):
+        raise FallbackError(
+            f"{name}: expected {' + '.join(expected)}, but {' + '.join(ran) or 'nothing'} ran"
+        )
+
+
+def _float_run(name: str, layer: nn.Linear, watch: Watch, reason: str) -> LayerRun:
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     return LayerRun(
         name=name,

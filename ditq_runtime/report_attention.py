@@ -17,7 +17,7 @@ from ditq_runtime.attention_processor import CORE
 from ditq_runtime.errors import FallbackError
 
 NOT_LISTED = "float: the scheme does not list it"
-FLOAT_PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "matmul", "linear"})
+FLOAT_PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "matmul", "linear", "_int_mm"})
 FUSED_FLOAT = (
     "_scaled_dot_product"  # aten's name of every backend of scaled_dot_product_attention begins so
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ditq_runtime as ditq
 from ditq_runtime import FallbackError, QuantLinear, execution_report
 from ditq_runtime.families.dit import example_inputs
 
@@ -36,6 +37,7 @@ def model(packed_folder, load):
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_every_format(packed_folder, load, name):
     model = load(packed_folder(name))
+    ditq.configure(model, fuse=False)
     report = execution_report(model)
     rows = {row.name: row for row in report.layers}
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -1,0 +1,403 @@
+"""Fused DiT blocks: the bits of the stock path, where they may run, and that the report sees which way it went."""
+
+import copy
+import warnings
+
+import accelerate
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, calibrate, convert
+from ditq_runtime.families import dit_fused
+from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.linear import QuantLinear
+from ditq_runtime.report_fused import BlockRun
+
+B, TOKENS, D, BLOCKS = 3, 16, 64, 2
+FC1, FC2, TO_Q, TO_OUT = "ff.net.0.proj", "ff.net.2", "attn1.to_q", "attn1.to_out.0"
+SECOND = "transformer_blocks.1"
+
+
+@pytest.fixture(scope="module")
+def make(pipes, tmp_path_factory):
+    """Recipe -> a freshly loaded packed transformer; calibrated on three steps, so that there are timestep groups."""
+    root = tmp_path_factory.mktemp("fused")
+    stats = calibrate(pipes["own"], root / "stats", steps=3, samples=2, quiet=True)
+    folders = {}
+
+    def load(recipe, **options):
+        if recipe not in folders:
+            folders[recipe] = root / str(len(folders))
+            convert(pipes["own"], recipe, stats, folders[recipe], quiet=True)
+        return DiTTransformer2DModel.from_pretrained(folders[recipe] / "transformer", **options)
+
+    return load
+
+
+STATIC = Recipe("smoothquant", "w8", "static")
+TOKEN = Recipe("smoothquant", "w4p", "token", group_size=32)
+
+
+def run(model, dtype=torch.float32, **options):
+    """A batch with three timesteps, from both ends of the schedule."""
+    latents = torch.randn(B, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    steps, labels = torch.tensor([10, 900, 500]), torch.tensor([3, 1000, 7])
+    with torch.no_grad():
+        return model(latents, timestep=steps, class_labels=labels, **options).sample
+
+
+def both_ways(model, **options):
+    """Output fused and not; fails if not all blocks are fused where they should be."""
+    ditq.configure(model, fuse=False)
+    assert ditq.execution_report(model).totals["fused_blocks"] == 0
+    stock = run(model, **options)
+    ditq.configure(model, fuse=True)
+    assert ditq.execution_report(model).totals["fused_blocks"] == BLOCKS
+    return run(model, **options), stock
+
+
+@pytest.mark.parametrize("attention", ["none", "int8", "bf16"])
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("weights", ["w8", "w4p"])
+@pytest.mark.parametrize(("method", "lora_rank"), [("smoothquant", 0), ("htg", 0), ("htg", 4)])
+def test_fused_equals_stock_to_the_bit(make, method, lora_rank, weights, activations, attention):
+    groups = 3 if method == "htg" else None
+    model = make(
+        Recipe(
+            method,
+            weights,
+            activations,
+            group_size=32,
+            attention=attention,
+            lora_rank=lora_rank,
+            num_groups=groups,
+        )
+    )
+    layer = model.transformer_blocks[1].get_submodule(FC1)
+    assert (layer.format.groups, layer.format.lora_rank) == (groups or 1, lora_rank)
+    fused, stock = both_ways(model)
+    assert torch.equal(fused, stock)
+
+
+@pytest.mark.parametrize(
+    "field", ["shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"]
+)
+def test_every_part_of_the_modulation_counts(make, field):
+    """Each at its own place: fused equals stock when one alone is changed, and the change shows."""
+    block = make(STATIC).transformer_blocks[0]
+    plain = _block(block, _modulation())
+    changed = _modulation()
+    setattr(changed, field, getattr(changed, field) * 1.25 + 0.1)
+    fused = _block(block, changed)
+    block.fusion.wanted = False
+    assert torch.equal(fused, _block(block, changed))
+    assert not torch.equal(fused, plain)
+
+
+class _Parts:
+    def rows(self):
+        names = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+        return torch.cat([getattr(self, name) for name in names], dim=1)
+
+
+def _modulation():
+    """Six different random parts [B, D]."""
+    g = torch.Generator().manual_seed(5)
+    parts = _Parts()
+    for name in ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"):
+        setattr(parts, name, torch.randn(B, D, generator=g))
+    return parts
+
+
+def _block(block, modulation, dtype=torch.float32):
+    holder = HoistedModulation()
+    holder.value = modulation.rows()
+    setattr(block, HOISTED, holder)
+    hidden = torch.randn(B, TOKENS, D, generator=torch.Generator().manual_seed(6)).to(dtype)
+    with torch.no_grad():
+        return block(hidden)
+
+
+U = 2.0**-8  # unit roundoff of bf16
+NOISE = 2.0**-20  # of everything in fp32, relative to the largest terms
+
+
+def test_in_bf16_the_attention_half_differs_by_two_roundings(make):
+    """Stock rounds to_out's result y to bf16: u |gate y|. Both round their sums: u of either."""
+    block = make(STATIC, torch_dtype=torch.bfloat16).transformer_blocks[0]
+    m = _modulation()
+    m.gate_mlp = torch.zeros(B, D)
+    seen = []
+    fused = _block(block, m, torch.bfloat16).float()
+    block.attn1.to_out[0].register_forward_hook(lambda module, args, y: seen.append(y.float()))
+    stock = _block(block, m, torch.bfloat16).float()
+    gated = (m.gate_msa[:, None] * seen[0]).abs() * (1 + U)
+    bound = U * gated + U * (fused.abs() + stock.abs()) * (1 + U) + NOISE
+    assert ((fused - stock).abs() <= bound).all()
+    assert not torch.equal(fused, stock)
+
+
+@pytest.mark.parametrize("recipe", [STATIC, Recipe("smoothquant", "w8", "token")])
+def test_in_bf16_the_mlp_half_moves_codes_by_less_than_its_roundings(make, recipe):
+    """Stock rounds fc1's result x (u |x|, times the slope of GELU, under 1.13) and the GELU (u |x|), before they are
+    divided by the step: a code differs by that and by one for the two roundings to integers. A scale per token moves
+    by 2.13 u, and so a code of up to 127 by 2.13 u 127 more."""
+    block = make(recipe, torch_dtype=torch.bfloat16).transformer_blocks[0]
+    m = _modulation()
+    m.gate_msa = torch.zeros(B, D)
+    seen = {}
+    fused = _block(block, m, torch.bfloat16).float()
+    fc1, fc2 = block.get_submodule(FC1), block.get_submodule(FC2)
+    fc1.register_forward_hook(lambda module, args, y: seen.update(x=y.float()))
+    fc2.register_forward_hook(lambda module, args, y: seen.update(read=args[0], y=y.float()))
+    stock = _block(block, m, torch.bfloat16).float()
+    codes = fc2.quantize(seen["read"].reshape(-1, 4 * D))
+    step = codes.scale[:, None]
+    smooth = fc2.smooth_inv if fc2.format.smooth else torch.ones(4 * D)
+    moved = 2.13 * U * (1 + U) * (seen["x"].reshape(-1, 4 * D).abs() * smooth / step) + 1
+    if recipe.activations == "token":
+        moved = moved + 2.13 * U * 127
+    product = (moved * step) @ fc2.dequantized_weight().abs().t()
+    if recipe.activations == "token":  # the step itself, on all codes
+        product += 2.13 * U * step * (codes.q.float().abs() @ fc2.dequantized_weight().abs().t())
+    y = product.reshape(B, TOKENS, D) + U * seen["y"].abs()
+    bound = m.gate_mlp[:, None].abs() * y + U * (fused.abs() + stock.abs()) * (1 + U) + NOISE
+    assert ((fused - stock).abs() <= bound).all()
+
+
+ROWS = {  # ops of q, k, out, fc1, fc2
+    "static": (
+        "adaln_quantize + gemm_w8a8", "gemm_w8a8", "quantize_static + gemm_residual",
+        "adaln_quantize + gemm_gelu_quantize", "gemm_residual",
+    ),
+    "token": (
+        "adaln_quantize + gemm_w4a8", "gemm_w4a8", "quantize_per_token + gemm_residual",
+        "adaln_quantize + gemm_w4a8", "gelu_quantize + gemm_residual",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [STATIC, TOKEN])
+def test_the_report_names_the_fused_ops(make, recipe):
+    model = make(recipe)
+    report = ditq.execution_report(model)
+    assert report.blocks == [BlockRun(f"transformer_blocks.{i}", True) for i in range(BLOCKS)]
+    rows = {row.name: row for row in report.layers}
+    layers = (TO_Q, "attn1.to_k", TO_OUT, FC1, FC2)
+    assert tuple(rows[f"{SECOND}.{name}"].op for name in layers) == ROWS[recipe.activations]
+    assert {rows[f"{SECOND}.{name}"].note for name in layers} == {"fused"}
+    assert "2 of 2 blocks fused" in str(report)
+    assert str(report).count("not fused") == 0
+    ditq.configure(model, fuse=False)
+    stock = ditq.execution_report(model)
+    changed = {"fused_blocks"}
+    assert {k: v for k, v in report.totals.items() if k not in changed} == {
+        k: v for k, v in stock.totals.items() if k not in changed
+    }
+    flops = {row.name: row.flops for row in stock.layers}
+    assert {row.name: row.flops for row in report.layers} == flops
+    assert [row.name for row in report.layers] == [row.name for row in stock.layers]
+    assert [row.op for row in report.attention] == [row.op for row in stock.attention]
+
+
+def _adapter(model):
+    state = {
+        f"{SECOND}.{FC1}.lora_A.weight": torch.randn(2, D) / 8,
+        f"{SECOND}.{FC1}.lora_B.weight": torch.randn(4 * D, 2),
+    }
+    ditq.load_lora(model, state)
+
+
+def _probe(model):
+    model.get_submodule(f"{SECOND}.norm3").register_forward_hook(lambda *_: None)
+
+
+def _another_scale(model):
+    layer = model.get_submodule(f"{SECOND}.attn1.to_k")
+    state = model.state_dict() | {f"{SECOND}.attn1.to_k.act_scale": 2 * layer.act_scale}
+    model.load_state_dict(state)
+
+
+def _processor(model):
+    model.get_submodule(f"{SECOND}.attn1").set_processor(AttnProcessor())
+
+
+def _dropout(model):
+    dropout = model.get_submodule(f"{SECOND}.attn1.to_out.1").train()
+    dropout.p = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (_adapter, f"{FC1} has a hook"),
+        (_probe, "norm3 has a hook"),
+        (_another_scale, "to_q, to_k and to_v have different act_scale"),
+        (_processor, "attn1 has a processor AttnProcessor"),
+        (_dropout, "attn1.to_out.1 drops values in training"),
+    ],
+)
+def test_a_block_that_cannot_falls_back_and_shows(make, change, note):
+    """The changed block runs as ever, the other one fused, and the output is that of no fusing at all."""
+    torch.manual_seed(0)
+    model, stock = make(STATIC), make(STATIC)
+    ditq.configure(stock, fuse=False)
+    for each in (model, stock):
+        torch.manual_seed(0)
+        change(each)
+    report = ditq.execution_report(model)
+    assert [(row.fused, row.note.startswith(note)) for row in report.blocks] == [
+        (True, False),
+        (False, True),
+    ]
+    assert f"{SECOND:<44} not fused: {note}" in str(report)
+    assert torch.equal(run(model), run(stock))
+
+
+def test_a_block_fuses_again_when_its_adapter_is_gone(make):
+    model = make(STATIC)
+    expected = run(model)
+    _adapter(model)
+    assert not torch.equal(run(model), expected)
+    ditq.unload_lora(model)
+    assert ditq.execution_report(model).totals["fused_blocks"] == BLOCKS
+    assert torch.equal(run(model), expected)
+
+
+def test_arguments_of_the_attention_processor_are_not_dropped(make):
+    model = make(Recipe("smoothquant", "w8", "token", attention="int8"))
+    block = model.transformer_blocks[0]
+    hidden, mask = torch.randn(B, TOKENS, D), torch.ones(B, TOKENS, dtype=torch.bool)
+    mask[:, 9:] = False
+    step = {"timestep": torch.tensor([1, 2, 3]), "class_labels": torch.tensor([1, 2, 3])}
+    with torch.no_grad():
+        masked, plain = block(hidden, attention_mask=mask, **step), block(hidden, **step)
+    assert not torch.equal(masked, plain)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (
+            Recipe("smoothquant", "w4g", "token", group_size=32),
+            r"transformer_blocks\.0: attn1\.to_q is w4g32_token, and fused blocks need integers",
+        ),
+        (
+            Recipe("smoothquant", "w8", "token", keep=("*.ff.net.2",)),
+            r"ff\.net\.2 is fp32_smooth|ff\.net\.2 is (fp32|a Linear)",
+        ),
+    ],
+)
+def test_formats_without_fused_ops_are_refused_and_run_as_ever(make, recipe, sentence):
+    model = make(recipe)
+    with pytest.raises(ValueError, match=rf"configure: fuse=True is not possible, .*{sentence}"):
+        ditq.configure(model, fuse=True)
+    report = ditq.execution_report(model)
+    assert report.totals["fused_blocks"] == 0
+    assert all(row.note for row in report.blocks)
+
+
+def test_a_family_without_fused_blocks_is_refused(tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = ditq.DitqConfig(weights="w8")
+    model = FluxTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="FluxTransformer2DModel: it has no fused blocks"):
+        ditq.configure(model, fuse=True)
+    ditq.configure(model, fuse=False)
+
+
+def test_the_switch_stays_as_it_was_set(make):
+    model = make(STATIC)
+    ditq.configure(model, fuse=False)
+    ditq.configure(model)
+    report = ditq.execution_report(model)
+    assert {row.note for row in report.blocks} == {"switched off with configure(fuse=False)"}
+    other = copy.deepcopy(model)
+    ditq.configure(other, fuse=True)
+    assert ditq.execution_report(other).totals["fused_blocks"] == BLOCKS
+    assert ditq.execution_report(model).totals["fused_blocks"] == 0
+    assert torch.equal(run(other), run(model))
+
+
+def test_saved_and_loaded_it_fuses_again(make, tmp_path):
+    model = make(TOKEN)
+    keys = set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path)
+    assert set(again.state_dict()) == keys
+    assert ditq.execution_report(again).totals["fused_blocks"] == BLOCKS
+    assert torch.equal(run(again), run(model))
+    assert type(again.transformer_blocks[0]).__name__ == "BasicTransformerBlock"
+
+
+def test_offloaded_layer_by_layer_it_runs_as_ever(make):
+    model = make(STATIC)
+    expected = run(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.transformer_blocks.parameters())
+    assert torch.equal(run(model), expected)
+    ditq.configure(model, fuse=False)
+    with pytest.raises(ValueError, match="has a hook"):
+        ditq.configure(model, fuse=True)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    ditq.configure(model, fuse=True)
+    assert ditq.execution_report(model).totals["fused_blocks"] == BLOCKS
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("recipe", [STATIC, TOKEN])
+def test_compiled_whole_it_is_one_graph_of_fused_ops(make, recipe):
+    model, graphs = make(recipe), []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        assert torch.equal(run(compiled), run(model))
+    torch.compiler.reset()
+    assert len(graphs) == 1
+    count = {op: sum(op in t for t in graphs[0]) for op in ("adaln_quantize", "gemm_residual")}
+    assert count == {"adaln_quantize": 2 * BLOCKS, "gemm_residual": 2 * BLOCKS}
+
+
+def _float_residual(self, residual, gate, codes):
+    y = codes.q.float() @ self.dequantized_weight().t() * codes.scale[:, None]
+    return residual + gate.repeat_interleave(len(y) // len(gate), 0) * y
+
+
+def test_a_promised_fused_op_that_does_not_run_is_a_fallback(make, monkeypatch):
+    model = make(TOKEN)
+    monkeypatch.setattr(QuantLinear, "add_to", _float_residual)
+    with pytest.raises(ditq.FallbackError, match=r"blocks\.0: fused, expected .* but .*aten\.mm"):
+        ditq.execution_report(model)
+
+
+def test_the_weights_of_another_layer_are_a_fallback(make, monkeypatch):
+    model = make(STATIC)
+    attn = model.transformer_blocks[1].attn1
+    monkeypatch.setattr(attn.to_k, "multiply", attn.to_v.multiply)
+    with pytest.raises(
+        ditq.FallbackError,
+        match=r"blocks\.1\.attn1\.to_k: its gemm_w8a8 ran on the weights of .*to_v",
+    ):
+        ditq.execution_report(model)
+
+
+def test_a_block_that_does_nothing_is_a_fallback(make, monkeypatch):
+    model = make(STATIC)
+    monkeypatch.setattr(dit_fused, "forward", lambda block, hidden, m: hidden)
+    with pytest.raises(ditq.FallbackError, match=r"expected adaln_quantize .* but nothing ran"):
+        ditq.execution_report(model)
