@@ -278,6 +278,24 @@ def test_a_whole_model_survives_the_disk_and_stays_close(
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_half_precision_costs_what_it_costs_the_float_model(case, packed, run, name, tmp_path):
+    """Quantization adds its own 4 % (above) to what bf16 costs the float model; masks of -9984 included."""
+    case = case(name)
+    packed(name, AttentionFormat("int8", "static")).save_pretrained(tmp_path)
+    half = type(case.model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    narrow = {
+        key: value.bfloat16()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for key, value in case.inputs.items()
+    }
+    truth, got = run(case.model, case.inputs), run(half, narrow)
+    assert got.dtype == torch.bfloat16
+    rounding = relative(run(copy.deepcopy(case.model).bfloat16(), narrow).float(), truth)
+    assert relative(got.float(), truth) < rounding + 0.04
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_one_graph_compiles_and_is_the_same_function(case, packed, run, name):
     model = packed(name, AttentionFormat("int8", "static"))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
