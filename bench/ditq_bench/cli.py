@@ -95,14 +95,19 @@ def jitter(
 ) -> None:
     """What the luck of 4-bit rounding is worth: methods with their smoothing factors perturbed by 5 %, four times each.
 
+    Takes tens of minutes on two cores; killed, the same command goes on where it was.
+
     Example: ditq bench jitter --models demo:digits-salient --out runs/jitter
     """
     from ditq_bench.jitter import FIELDS, MODELS, study
+    from ditq_bench.methods import read_rows
     from ditq_runtime.cli.output import print_table, say
 
     chosen = _chosen("--models", models, MODELS)
-    rows = [tuple(row.values()) for row in study(out, chosen)]
-    print_table("forced SQNR with perturbed factors", FIELDS, rows)
+    for row in study(out, chosen):
+        say(f"{row['model']}, {row['case']}: measured")
+    rows = read_rows(out / "jitter.csv")
+    print_table("forced SQNR with perturbed factors", FIELDS, [tuple(row.values()) for row in rows])
     say(f"{out / 'jitter.csv'}: {len(rows)} rows")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ditq_bench.methods import ABLATIONS, Subject, prepare
+from ditq_bench.methods import ABLATIONS, Subject, prepare, read_rows
 from ditq_converters.convert import convert
 from ditq_converters.evaluate import forced_sqnr
 from ditq_converters.methods import METHODS, BlockTransform, Options, SiteData, Transform
@@ -28,6 +28,8 @@ CASES = (
     "ptq4dit: CSB + SSC",
     "ditas: TAS",
     "ditas: TAS + grid",
+    "bias correction: ditas: TAS",
+    "bias correction: ditas: TAS + grid",
 )
 MODELS = ("demo:digits-salient", "demo:digits-asymmetric")
 AMOUNT = 0.05  # standard deviation of the logarithm of the factor
@@ -67,11 +69,14 @@ def forced(recipe: Recipe, subject: Subject) -> float:
 
 
 def study(out: Path, models: Sequence[str] = MODELS) -> Iterator[dict[str, Any]]:
-    """One row of FIELDS per model and case, each also appended to `out`/jitter.csv."""
-    rows = []
+    """One row of FIELDS per model and case that `out`/jitter.csv does not hold yet, each also appended to it."""
+    rows = read_rows(out / "jitter.csv")
+    have = {(row["model"], row["case"]) for row in rows}
     for model in models:
-        subject = prepare(model, out / "stats")
-        for case in CASES:
+        todo = [case for case in CASES if (model, case) not in have]
+        subject = prepare(model, out / "stats") if todo else None
+        for case in todo:
+            assert subject is not None
             fields = {"weights": "w4p", "activations": "static", "modulation": "w8"}
             recipe = Recipe(**{**fields, **ABLATIONS[case]})
             found = []

@@ -46,6 +46,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "ptq4dit: none": {"method": "linear"},
     "ptq4dit: CSB, middle call": {"method": "ptq4dit", "ssc": False},
     "ptq4dit: CSB + SSC": {"method": "ptq4dit"},
+    "ptq4dit: CSB, middle call, W8A8": {"method": "ptq4dit", "ssc": False, "weights": "w8"},
+    "ptq4dit: CSB + SSC, W8A8": {"method": "ptq4dit", "weights": "w8"},
     "ditas: none": {"method": "linear"},
     "ditas: TAS": {"method": "ditas", "search": False, "lora_rank": 0},
     "ditas: TAS + grid": {"method": "ditas", "lora_rank": 0},
@@ -63,6 +65,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "rounding: ditas, gptq": {"method": "ditas", "rounding": "gptq"},
     "range: htg, qdiff_mse": {"method": "htg", "range_method": "qdiff_mse"},
     "range: htg, ptq4dit_pct": {"method": "htg", "range_method": "ptq4dit_pct"},
+}
+CORRECTED = (
+    "ditas: TAS", "ditas: TAS + grid", "htg: both", "ptq4dit: CSB, middle call", "ptq4dit: CSB + SSC",
+)  # fmt: skip
+ABLATIONS |= {
+    f"bias correction: {case}": {**ABLATIONS[case], "bias_correction": True} for case in CORRECTED
 }
 
 

@@ -43,7 +43,7 @@ def test_the_seed_decides_and_the_table_of_methods_is_left_as_it_was():
 
 def test_rows_hold_mean_and_deviation(tmp_path, monkeypatch):
     monkeypatch.setattr(jitter, "prepare", lambda model, folder: SimpleNamespace())
-    values = iter([1.0, 2.0, 3.0, 6.0, 9.0] * 4)
+    values = iter([1.0, 2.0, 3.0, 6.0, 9.0] * len(jitter.CASES))
     monkeypatch.setattr(jitter, "forced", lambda recipe, subject: next(values))
     (tmp_path / "out").mkdir()
     rows = list(jitter.study(tmp_path / "out", ["demo:digits-salient"]))
@@ -52,4 +52,6 @@ def test_rows_hold_mean_and_deviation(tmp_path, monkeypatch):
         "9.00", "3.00", "2.16",
     )  # fmt: skip
     with (tmp_path / "out" / "jitter.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+        kept = list(csv.DictReader(file))
+    assert [row["case"] for row in kept] == list(jitter.CASES)
+    assert list(jitter.study(tmp_path / "out", ["demo:digits-salient"])) == []  # all there
