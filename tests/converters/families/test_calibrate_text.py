@@ -91,6 +91,7 @@ def test_ranges_of_a_joint_site_cover_both_streams(make_case, run, name):
         Recipe("htg", "w8", "token", num_groups=2),
         Recipe("ptq4dit", "w8", "static"),
         Recipe("ditas", "w4p", "token", group_size=32, lora_rank=4),
+        Recipe("htg", "w4p", "static", 32, num_groups=2, bias_correction=True),
     ],
     ids=lambda recipe: f"{recipe.method}-{recipe.activations}",
 )
