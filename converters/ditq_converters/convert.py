@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.attention import attention_formats, static_scales
-from ditq_converters.bias_correction import corrected_bias
-from ditq_converters.fold import LinearTensors, block_linears, fold_block, stored_folds
+from ditq_converters.attention import attention_formats
+from ditq_converters.convert_block import PackedBlock, convert_block
 from ditq_converters.memory import give_back
-from ditq_converters.methods import METHODS, BlockTransform
+from ditq_converters.methods import METHODS
 from ditq_converters.models import open_model, transformer_of
 from ditq_converters.pack import make_scheme, pack_model
 from ditq_converters.pipeline_folder import write_pipeline
-from ditq_converters.plan import LayerPlan, plan_layers
+from ditq_converters.plan import plan_layers
 from ditq_converters.progress import progress_bar
-from ditq_converters.quantize import quantize_linear, store_table
 from ditq_converters.recipe import Recipe
-from ditq_converters.sites import Observed, group_bounds, observe, restrict, site_data
 from ditq_converters.stats import CalibrationStats, model_hash
 from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
 from ditq_converters.streaming.write import check_room, write_streamed
 from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.families import Family, family_of
-from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.families import family_of
 from ditq_runtime.files import check_new
-from ditq_runtime.folds import FOLDS, folds_in
+from ditq_runtime.folds import folds_in
 from ditq_runtime.scheme import LayerFormat
 
 
@@ -84,13 +79,7 @@ def convert(
     if on_disk:
         check_room(model, out)
     check_finite(model)
-    if stats is not None:
-        stats.check_model(model)
-    elif recipe.needs_statistics:
-        raise ValueError(
-            f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
-            "run `ditq calibrate` first and pass them"
-        )
+    check_statistics(model, recipe, stats)
     by_name = {plan.name: plan for plan in plans}
     attention = attention_formats(model, family, recipe, quiet)
 
@@ -162,6 +151,17 @@ def convert_on_disk(
     return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
 
 
+def check_statistics(model: nn.Module, recipe: Recipe, stats: CalibrationStats | None) -> None:
+    """ValueError if a recipe lacks the statistics it needs, StatisticsError if they are of another model."""
+    if stats is not None:
+        stats.check_model(model)
+    elif recipe.needs_statistics:
+        raise ValueError(
+            f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
+            "run `ditq calibrate` first and pass them"
+        )
+
+
 def check_finite(model: nn.Module) -> None:
     """ValueError that names the first tensor of a float model with a NaN or an infinity."""
     for name, tensor in tensors_of(model):
@@ -172,84 +172,6 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(
                 f"{name}: holds a value that is not finite; check the source checkpoint"
             )
-
-
-@dataclass(frozen=True)
-class PackedBlock:
-    """One converted block: full tensor name -> tensor, full layer name -> its final format."""
-
-    tensors: dict[str, torch.Tensor]
-    formats: dict[str, LayerFormat]
-
-
-def convert_block(
-    model: nn.Module,
-    family: Family,
-    block: str,
-    recipe: Recipe,
-    stats: CalibrationStats | None,
-    plans: dict[str, LayerPlan],
-    attention: dict[str, AttentionFormat],
-) -> PackedBlock:
-    """One block: statistics -> transforms -> fold (exact) -> quantize (lossy)."""
-    table = family.block_tables(model)[block]
-    linears = block_linears(model.get_submodule(block), table)
-    needed = stats if recipe.needs_statistics else None
-    sites = [] if needed is None else site_data(table, block, linears, recipe, needed)
-    transform = METHODS[recipe.method].transform
-    choice = BlockTransform({}, ())
-    if transform is not None and sites:
-        choice = restrict(transform(sites, recipe.options), table, linears, recipe)
-    observed = observe(table, sites, choice, recipe)
-    smooth_inv = fold_block(linears, table, choice.sites)
-
-    tensors, formats = {}, {}
-    for name, linear in linears.items():
-        if linear.bias is not None:
-            linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
-        if name in table.tables:
-            stored = store_table(linear)
-            tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
-            continue
-        planned = plans[f"{block}.{name}"].format
-        assert planned is not None
-        final, stored = convert_linear(
-            name, linear, planned, smooth_inv.get(name), observed, recipe
-        )
-        tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
-        formats[f"{block}.{name}"] = final
-    if choice.num_groups > 1 and needed is not None:
-        timesteps = [family.timestep_scale * t for t in needed.timesteps]
-        bounds = group_bounds(timesteps, choice.group_of_call)
-        tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
-    for site, stored in stored_folds(linears, table, choice.sites).items():
-        tensors |= {f"{block}.{FOLDS}.{site}.{field}": tensor for field, tensor in stored.items()}
-    if needed is not None:
-        module = model.get_submodule(block)
-        tensors |= static_scales(module, block, table, attention, recipe, needed, choice)
-    return PackedBlock(tensors, formats)
-
-
-def convert_linear(
-    name: str,
-    linear: LinearTensors,
-    planned: LayerFormat,
-    smooth_inv: torch.Tensor | None,
-    observed: Observed,
-    recipe: Recipe,
-) -> tuple[LayerFormat, dict[str, torch.Tensor]]:
-    """One folded linear: its final format and its stored tensors."""
-    groups = 1 if linear.bias is None else linear.bias.shape[0]
-    final = replace(
-        planned, groups=groups, bias=linear.bias is not None, smooth=smooth_inv is not None
-    )
-    stored = quantize_linear(
-        linear, final, observed.act_range.get(name), smooth_inv, observed.feedback.get(name),
-        recipe.symmetric_weights,
-    )  # fmt: skip
-    if recipe.bias_correction and name in observed.rows and final.integer_gemm and final.bias:
-        stored["bias"] = corrected_bias(linear, final, stored, observed.rows[name]())
-    return final, stored
 
 
 def provenance(recipe: Recipe, stats: CalibrationStats | None) -> dict[str, Any]:
