@@ -23,17 +23,13 @@ from ditq_runtime.families.adaln import (
 )
 from ditq_runtime.families.dit_fusible import FUSION, Fusion, examine, why_not
 from ditq_runtime.families.family import BlockTable, Family, blocks_in
-from ditq_runtime.families.sites import AdaLN, OnTheFly, Site, ValueRows
+from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
 
 SITES = (
     Site("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), AdaLN("norm1.linear", 0, 1)),
     Site("o_proj", ("attn1.to_out.0",), ValueRows(("attn1.to_v",))),
     Site("fc1", ("ff.net.0.proj",), AdaLN("norm1.linear", 3, 4)),
-    Site(
-        "fc2",
-        ("ff.net.2",),
-        OnTheFly("its input is the output of GELU, which no factor passes through"),
-    ),
+    Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
 )
 
 

@@ -6,9 +6,7 @@ carry one factor and one shift, and `to_out.0` and `to_add_out` take them back.
 
 from __future__ import annotations
 
-from ditq_runtime.families.sites import AdaLN, OnTheFly, Site, ValueRows
-
-BEHIND_GELU = "its input is the output of GELU, which no factor passes through"
+from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
 
 
 def joint_sites(

@@ -20,7 +20,7 @@ from ditq_runtime.families.adaln import (
     swap_forward,
 )
 from ditq_runtime.families.family import BlockTable, Family, blocks_in
-from ditq_runtime.families.sites import AdaLN, OnTheFly, Site, ValueRows
+from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
 
 TABLE = "scale_shift_table"
 CAPTION_TOKENS = 8
@@ -40,11 +40,7 @@ SITES = (
     ),
     Site("xattn_o", ("attn2.to_out.0",), ValueRows(("attn2.to_v",))),
     Site("fc1", ("ff.net.0.proj",), AdaLN(TABLE, 3, 4)),
-    Site(
-        "fc2",
-        ("ff.net.2",),
-        OnTheFly("its input is the output of GELU, which no factor passes through"),
-    ),
+    Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
 )
 
 

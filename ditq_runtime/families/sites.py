@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 TIMESTEP_GROUPS = "timestep_groups"  # name of the module in a block that finds its current group
+BEHIND_GELU = "its input is the output of GELU, which no factor passes through"
 
 
 def get_linear(module: nn.Module, name: str) -> nn.Linear:
