@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ditq_kernels as k
-from ditq_runtime.families.dit_fusible import FUSION, examine, fusible_blocks, why_not
+from ditq_runtime.families.fusible import FUSION, examine, fusible_blocks, why_not
 from ditq_runtime.linear import QuantLinear
 
 LINEAR = ("auto", "reference", "triton")

@@ -20,7 +20,7 @@ from torch import nn
 from ditq_runtime import checkpoint, skeleton
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
-from ditq_runtime.families.dit_fusible import examine, fusible_blocks
+from ditq_runtime.families.fusible import examine, fusible_blocks
 from ditq_runtime.guards import refuse_methods
 from ditq_runtime.lora import ADAPTERS
 from ditq_runtime.on_the_fly import (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
 from ditq_runtime.errors import FallbackError
-from ditq_runtime.families.dit_fused import steps
-from ditq_runtime.families.dit_fusible import ATTENTION, LINEARS
+from ditq_runtime.families.fused import FLOAT_ATTENTION
+from ditq_runtime.families.fusible import layout_of
 from ditq_runtime.report_attention import Operation
 
 
@@ -43,13 +45,19 @@ class Ran:
 
 
 class FusedBlock:
-    """Collects what runs in one fused block."""
+    """Collects what runs in one fused block.
+
+    Attributes:
+        bypassed: names inside the block of the linears and attentions that it does not call.
+    """
 
     def __init__(self, name: str, block: nn.Module) -> None:
         """Learn its weights by their memory."""
         self.name, self.block, self.ran = name, block, list[Ran]()
+        layout = layout_of(block)
+        self.bypassed = (*layout.linears, *layout.attentions)
         self._owners = {}
-        for linear in LINEARS:
+        for linear in layout.linears:
             for tensor in ("weight", "lora_down"):
                 held = getattr(block.get_submodule(linear), tensor, None)
                 if held is not None:
@@ -69,32 +77,52 @@ class FusedBlock:
         Raises:
             FallbackError: anything else ran than the fused forward of the block promises.
         """
-        before, after = steps(self.block)
-        expected = [*before, *after]
-        end = len(self.ran) - len(after)
-        ran = [*self.ran[: len(before)], *self.ran[max(end, 0) :]]
-        if [r.operation.name for r in ran] != [f"ditq.{op}" for op, _ in expected]:
-            raise FallbackError(
-                f"{self.name}: fused, expected {_joined(op for op, _ in before)} + attention + "
-                f"{_joined(op for op, _ in after)}, but {_joined(r.operation.name for r in self.ran)} ran"
-            )
+        linears = layout_of(self.block).linears
         ops: dict[str, list[str]] = {}
-        for (op, linear), step in zip(expected, ran, strict=True):
-            name = f"{self.name}.{linear}"
-            if step.owner not in ("", name) or (op.startswith(("gemm", "lora")) and not step.owner):
+        for op, part, ran in self._matched():
+            if part not in linears:
+                continue
+            name = f"{self.name}.{part}"
+            owner = ran[0].owner
+            if owner not in ("", name) or (op.startswith(("gemm", "lora")) and not owner):
                 raise FallbackError(
-                    f"{name}: its {op} ran on the weights of {step.owner or 'no linear of the block'}"
+                    f"{name}: its {op} ran on the weights of {owner or 'no linear of the block'}"
                 )
             ops.setdefault(name, []).append(op)
         return ops
 
-    @property
-    def attention(self) -> tuple[str, list[Operation]]:
-        """The attention's full name, and what ran between the projections."""
-        before, after = steps(self.block)
-        between = self.ran[len(before) : len(self.ran) - len(after)]
-        return f"{self.name}.{ATTENTION}", [r.operation for r in between]
+    def attentions(self) -> dict[str, list[Operation]]:
+        """Full name of each attention -> what ran for it between the projections.
+
+        Raises:
+            FallbackError: anything else ran than the fused forward of the block promises.
+        """
+        found: dict[str, list[Operation]] = {}
+        for _, part, ran in self._matched():
+            if part in layout_of(self.block).attentions:
+                found.setdefault(f"{self.name}.{part}", []).extend(r.operation for r in ran)
+        return found
+
+    def _matched(self) -> list[tuple[str, str, list[Ran]]]:
+        """What ran for each promised step: its op and owner, and one operator, or several for a float attention."""
+        expected = layout_of(self.block).steps(self.block)
+        matched, left = [], list(self.ran)
+        for op, part in expected:
+            if op == FLOAT_ATTENTION:
+                taken = list(takewhile(lambda r: not r.operation.name.startswith("ditq."), left))
+            else:
+                taken = [r for r in left[:1] if r.operation.name == f"ditq.{op}"]
+            if not taken:
+                break
+            matched.append((op, part, taken))
+            left = left[len(taken) :]
+        if left or len(matched) < len(expected):
+            raise FallbackError(
+                f"{self.name}: fused, expected {_joined(op for op, _ in expected)}, "
+                f"but {_joined(r.operation.name for r in self.ran)} ran"
+            )
+        return matched
 
 
-def _joined(names: Any) -> str:
+def _joined(names: Iterable[str]) -> str:
     return " + ".join(names) or "nothing"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditq_runtime.families.dit_fusible import ATTENTION, LINEARS, fusible_blocks, why_not
+from ditq_runtime.families.fusible import fusible_blocks, why_not
 from ditq_runtime.report_attention import Operation, operation
 from ditq_runtime.report_fused import BlockRun, FusedBlock
 
@@ -40,7 +40,9 @@ class Watch(TorchDispatchMode):
             for run in self.blocks
             if run.fused
         }
-        bypassed = {f"{name}.{part}" for name in self.fused for part in (*LINEARS, ATTENTION)}
+        bypassed = {
+            f"{name}.{part}" for name, block in self.fused.items() for part in block.bypassed
+        }
         self._linears = {
             module: name
             for name, module in model.named_modules()
@@ -107,8 +109,7 @@ class Watch(TorchDispatchMode):
         """
         for block in self.fused.values():
             self.fused_ops |= block.ops_of_linears()
-            attention, ran = block.attention
-            self.products[attention] = ran
+            self.products |= block.attentions()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()

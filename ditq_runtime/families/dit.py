@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families import dit_fused
 from ditq_runtime.families.adaln import (
     HOISTED,
     Modulation,
@@ -21,15 +20,23 @@ from ditq_runtime.families.adaln import (
     modulation,
     swap_forward,
 )
-from ditq_runtime.families.dit_fusible import FUSION, Fusion, examine, why_not
 from ditq_runtime.families.family import BlockTable, Family, blocks_in
+from ditq_runtime.families.fused import Layout
+from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
+from ditq_runtime.families.sublayers import FeedForwardLayer, SelfAttention
+from ditq_runtime.linear import QuantLinear
 
 SITES = (
     Site("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), AdaLN("norm1.linear", 0, 1)),
     Site("o_proj", ("attn1.to_out.0",), ValueRows(("attn1.to_v",))),
     Site("fc1", ("ff.net.0.proj",), AdaLN("norm1.linear", 3, 4)),
     Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
+)
+LAYOUT = Layout(
+    ("norm1.linear", QuantLinear),
+    SelfAttention("attn1", norm="norm1.norm"),
+    FeedForwardLayer("ff", norm="norm3"),
 )
 
 
@@ -58,7 +65,7 @@ def _forward(
         m = modulation(self.norm1, embedding)
 
     if not (attention_mask is not None or cross_attention_kwargs or why_not(self)):
-        return dit_fused.forward(self, hidden_states, m)
+        return LAYOUT.forward(self, hidden_states, m)
 
     x = modulate(hidden_states, self.norm1.norm, m.scale_msa, m.shift_msa)
     x = self.attn1(x, attention_mask=attention_mask, **(cross_attention_kwargs or {}))
@@ -68,10 +75,9 @@ def _forward(
 
 
 def use_direct_multiplier(block: nn.Module) -> None:
-    """Give a stock block the forward above; it runs fused where it may, once `examine` saw its tensors."""
+    """Give a stock block the forward above; it runs fused where it may."""
     swap_forward(block, _forward)
-    setattr(block, FUSION, Fusion())
-    block.register_load_state_dict_post_hook(examine)
+    make_fusible(block, LAYOUT)
 
 
 def example_inputs(model: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_runtime.families import dit_fused
 from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.families.fused import Layout
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.report_fused import BlockRun
 
@@ -235,7 +235,7 @@ def _dropout(model):
     [
         (_adapter, f"{FC1} has a hook"),
         (_probe, "norm3 has a hook"),
-        (_another_scale, "to_q, to_k and to_v have different act_scale"),
+        (_another_scale, "to_q, to_k and to_v of attn1 have different act_scale"),
         (_processor, "attn1 has a processor AttnProcessor"),
         (_dropout, "attn1.to_out.1 drops values in training"),
     ],
@@ -398,7 +398,7 @@ def test_the_weights_of_another_layer_are_a_fallback(make, monkeypatch):
 
 def test_a_block_that_does_nothing_is_a_fallback(make, monkeypatch):
     model = make(STATIC)
-    monkeypatch.setattr(dit_fused, "forward", lambda block, hidden, m: hidden)
+    monkeypatch.setattr(Layout, "forward", lambda self, block, hidden, m: hidden)
     with pytest.raises(ditq.FallbackError, match=r"expected adaln_quantize .* but nothing ran"):
         ditq.execution_report(model)
 

@@ -1,0 +1,94 @@
+"""What a fused block is made of: a family's `Layout` lists the sublayers of its block and runs them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ditq_runtime.families.adaln import Modulation
+from ditq_runtime.linear import QuantLinear
+
+Step = tuple[
+    str, str
+]  # an op of `ditq::`, and the linear or attention inside the block that it belongs to
+FLOAT_ATTENTION = "attention"  # in place of an op: whatever torch runs for one
+
+
+class Call(NamedTuple):
+    """What the sublayers of one forward share.
+
+    Attributes:
+        shape: [B, T, D] of the residual stream.
+        m: the block's modulation, each [B, D] fp32, the scales as multipliers.
+    """
+
+    shape: torch.Size
+    m: Modulation
+
+
+class Sublayer(Protocol):
+    """One residual step of a block.
+
+    Attributes:
+        parts: the modules of the block that it does not call: name -> what each must be.
+    """
+
+    parts: dict[str, type]
+
+    def obstacle(self, block: nn.Module) -> str:
+        """What settings and values of a block whose parts are in place say against fusing it; empty: nothing."""
+
+    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
+        """The residual stream [B * T, D] behind this sublayer, in the dtype of `rows`."""
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of that forward, in order."""
+
+
+class Layout:
+    """The sublayers of a family's block, and where they get their modulation.
+
+    Attributes:
+        modulation: name of the module that emits it, in fp32, and what that must be; a fused block calls it.
+        sublayers: in the order they run.
+        parts: the modules that a fused block does not call: name -> what each must be.
+        linears: names of the packed ones among them.
+        attentions: names of the attentions among them.
+    """
+
+    def __init__(self, modulation: tuple[str, type], *sublayers: Sublayer) -> None:
+        """Collect the parts."""
+        self.modulation, self.sublayers = modulation, sublayers
+        self.parts = {name: kind for part in sublayers for name, kind in part.parts.items()}
+        self.paths = {name: tuple(name.split(".")) for name in self.parts}
+        self.linears = tuple(n for n, kind in self.parts.items() if kind is QuantLinear)
+        self.attentions = tuple(n for n, kind in self.parts.items() if kind is Attention)
+
+    def forward(self, block: nn.Module, hidden: torch.Tensor, m: Modulation) -> torch.Tensor:
+        """One block for which `fusible.why_not` says nothing.
+
+        Args:
+            block: a packed block of the family.
+            hidden: [B, T, D] fp32 | fp16 | bf16, the residual stream.
+            m: its modulation, each [B, D] fp32, the scales as multipliers.
+
+        Returns:
+            [B, T, D] in the dtype of `hidden`.
+        """
+        call = Call(hidden.shape, m)
+        rows = as_rows(hidden)
+        for sublayer in self.sublayers:
+            rows = sublayer.forward(block, rows, call)
+        return rows.view(hidden.shape)
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of that forward, in order."""
+        return [step for sublayer in self.sublayers for step in sublayer.steps(block)]
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, D] as [B * T, D], contiguous: patch embeddings are transposed."""
+    return x.contiguous().view(-1, x.shape[-1])

@@ -1,0 +1,200 @@
+"""The sublayers of fused blocks: what stands between two integer products happens inside of them.
+
+    stock                                             fused
+    layer norm, modulate, quantize for each of q k v  adaln_quantize, once
+    to_q, to_k, to_v                                  three GEMMs
+    attention                                         the same
+    quantize, to_out, gate, add                       quantize, gemm_residual
+    layer norm, modulate, quantize, fc1               adaln_quantize, GEMM
+    GELU, quantize                                    in that GEMM (static), or gelu_quantize (token)
+    fc2, gate, add                                    gemm_residual
+
+On the reference the results in fp32 are those of the stock path to the bit. In half precision the fused path rounds
+less: the results of `to_out` and `fc2` and the GELU stay fp32 until the next sum or quantizer, where the stock path
+rounds each to half precision, and so does that of `fc1` where the activations of `fc2` are static.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+import ditq_kernels as k
+from ditq_runtime.attention_install import PLAIN, not_plain
+from ditq_runtime.attention_processor import CORE
+from ditq_runtime.families.fused import FLOAT_ATTENTION, Call, Step
+from ditq_runtime.linear import Codes, QuantLinear
+
+QKV = ("to_q", "to_k", "to_v")
+ATTENTION = {
+    "": Attention,
+    **dict.fromkeys((f".{name}" for name in (*QKV, "to_out.0")), QuantLinear),
+    ".to_out.1": nn.Dropout,
+}
+FEED_FORWARD = {
+    "": FeedForward,
+    ".net.0": GELU,
+    ".net.0.proj": QuantLinear,
+    ".net.1": nn.Dropout,
+    ".net.2": QuantLinear,
+}
+SHARED = ("act_scale", "act_zero", "smooth_inv")  # what linears must agree on to read one input
+NO_NORMS = {**PLAIN, "norm_q": None, "norm_k": None}
+
+
+class SelfAttention:
+    """AdaLN, attention among the tokens of an image, gate, sum; see `fused.Sublayer`."""
+
+    def __init__(self, attn: str, norm: str) -> None:
+        """Name the attention and the norm before it."""
+        self.attn, self.norm = attn, norm
+        self.parts = {norm: nn.LayerNorm, **_under(attn, ATTENTION)}
+
+    def obstacle(self, block: nn.Module) -> str:
+        """Norms with weights, settings of the attention, three ways to quantize one input."""
+        return (
+            _affine(block, self.norm)
+            or not_plain(block.get_submodule(self.attn), NO_NORMS, "a fused block")
+            or _unshared(block, self.attn, QKV)
+        )
+
+    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
+        """The stream + gate_msa * to_out(attention(AdaLN(stream)))."""
+        attn: Any = block.get_submodule(self.attn)
+        norm, m = block.get_submodule(self.norm), call.m
+        codes = _adaln_codes(attn.to_q, rows, norm, m.scale_msa, m.shift_msa)
+        query, key, value = (
+            _project(attn, linear, codes, call.shape)
+            for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        context = _attend(attn, query, key, value).reshape(len(rows), -1)
+        to_out = attn.to_out[0]
+        added: torch.Tensor = to_out.add_to(rows, m.gate_msa, to_out.quantize(context))
+        return added
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of that forward, in order."""
+        to_q, to_k, to_v = (f"{self.attn}.{name}" for name in QKV)
+        found = [("adaln_quantize", to_q)]
+        for name in (to_q, to_k, to_v):
+            found += _product(block, name)
+        return found + _rest_of_attention(block, self.attn)
+
+
+class FeedForwardLayer:
+    """AdaLN, two linears with GELU between them, gate, sum; see `fused.Sublayer`."""
+
+    def __init__(self, ff: str, norm: str) -> None:
+        """Name the feed-forward and the norm before it."""
+        self.ff, self.norm = ff, norm
+        self.parts = {norm: nn.LayerNorm, **_under(ff, FEED_FORWARD)}
+
+    def obstacle(self, block: nn.Module) -> str:
+        """Norms with weights, another GELU, more layers."""
+        ff: Any = block.get_submodule(self.ff)
+        if ff.net[0].approximate != "tanh" or len(ff.net) != 3:
+            return "its feed-forward is not fc1, GELU in the tanh form, fc2"
+        return _affine(block, self.norm)
+
+    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
+        """The stream + gate_mlp * fc2(GELU(fc1(AdaLN(stream))))."""
+        ff: Any = block.get_submodule(self.ff)
+        fc1, fc2 = ff.net[0].proj, ff.net[2]
+        norm, m = block.get_submodule(self.norm), call.m
+        codes = _adaln_codes(fc1, rows, norm, m.scale_mlp, m.shift_mlp)
+        added: torch.Tensor = fc2.add_to(rows, m.gate_mlp, fc1.gelu_codes(fc2, codes))
+        return added
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of that forward, in order."""
+        fc1, fc2 = f"{self.ff}.net.0.proj", f"{self.ff}.net.2"
+        found = [("adaln_quantize", fc1)]
+        if _packed(block, fc2).format.activations == "static":
+            found += _product(block, fc1, "gemm_gelu_quantize")
+        else:
+            found += [*_product(block, fc1), ("gelu_quantize", fc2)]
+        return found + _product(block, fc2, "gemm_residual")
+
+
+def _under(prefix: str, parts: dict[str, type]) -> dict[str, type]:
+    return {f"{prefix}{name}": kind for name, kind in parts.items()}
+
+
+def _packed(block: nn.Module, name: str) -> QuantLinear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, QuantLinear)
+    return linear
+
+
+def _affine(block: nn.Module, name: str) -> str:
+    norm: Any = block.get_submodule(name)
+    return "" if norm.weight is None and norm.bias is None else f"its {name} has weights of its own"
+
+
+def _unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
+    """Why linears of an attention cannot read one quantized input; empty if they can."""
+    first, *others = (_packed(block, f"{attn}.{name}") for name in names)
+    which = f"{', '.join(names[:-1])} and {names[-1]} of {attn}"
+    for other in others:
+        same_kind = [(layer.format.activations, layer.format.smooth) for layer in (first, other)]
+        if same_kind[0] != same_kind[1]:
+            return f"{which} quantize their input in different ways"
+        for name in SHARED:
+            if not hasattr(first, name):
+                continue
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if mine.is_meta or theirs.is_meta:
+                return "its weights are offloaded"
+            if not torch.equal(mine, theirs):
+                return f"{which} have different {name}"
+    return ""
+
+
+def _adaln_codes(
+    consumer: QuantLinear,
+    rows: torch.Tensor,
+    norm: Any,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor,
+) -> Codes:
+    """The quantized input of `consumer`, which reads LN(rows) * multiplier + shift."""
+    static: dict[str, Any] = {}
+    if consumer.format.activations == "static":
+        static = {"scale": consumer.act_scale.data, "zero_point": consumer.act_zero}
+    smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
+    q, scale, _ = k.adaln_quantize(rows, multiplier, shift, smooth_inv, eps=norm.eps, **static)
+    return Codes(q, scale)
+
+
+def _project(attn: Any, linear: QuantLinear, codes: Codes, shape: torch.Size) -> torch.Tensor:
+    """The heads [B, T, H, D] that a projection makes of the codes of [B, T, K]."""
+    return linear.multiply(codes, linear.compute_dtype).view(*shape[:2], attn.heads, -1)
+
+
+def _attend(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What the block's processor does between the projections; all [B, T, H, D]."""
+    core = getattr(attn, CORE, None)
+    if core is not None:
+        return core(query, key, value, None)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _product(block: nn.Module, name: str, fused: str = "") -> list[Step]:
+    """What a linear runs behind its quantizer, its GEMM replaced by a fused one."""
+    *low_rank, gemm = _packed(block, name).format.ops[1:]
+    return [(op, name) for op in (*low_rank, fused or gemm)]
+
+
+def _rest_of_attention(block: nn.Module, name: str) -> list[Step]:
+    """What runs behind the projections: the attention itself, and its output projection."""
+    core: Any = getattr(block.get_submodule(name), CORE, None)
+    ops = (FLOAT_ATTENTION,) if core is None else core.format.ops
+    to_out = f"{name}.to_out.0"
+    found = [(op, name) for op in ops] + [(_packed(block, to_out).format.ops[0], to_out)]
+    return found + _product(block, to_out, "gemm_residual")
