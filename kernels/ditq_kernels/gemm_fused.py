@@ -1,4 +1,4 @@
-"""GEMMs that do the next thing too: gate and add to the residual stream, or GELU and quantize.
+"""GEMMs that do the next thing too: add to the residual stream, gated or not, or GELU and quantize.
 
 They take int8 (`W8`) or progressive int4 (`W4P`) weights. Results of the GEMM stay fp32 until the end: nothing is
 rounded to half precision in between.
@@ -20,7 +20,7 @@ def gemm_residual(
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | None = None,
     zero_point: torch.Tensor | None = None,
     weight_sum: torch.Tensor | None = None,
     bias_index: torch.Tensor | None = None,
@@ -30,6 +30,7 @@ def gemm_residual(
     """Linear layer whose result is gated and added to the residual stream (adaLN-Zero; DiT, arXiv:2212.09748).
 
     y = residual + gate[sample of the row] * gemm: the product is one fp32 rounding, the sum another, then the cast.
+    Without a gate y = residual + gemm (the cross-attention of PixArt, arXiv:2310.00426).
 
     Args:
         q: [T, K] int8, rows contiguous. Activation codes.
@@ -37,7 +38,7 @@ def gemm_residual(
         scale: [T] or [1] fp32. Activation step.
         bias: as in `gemm_w8a8`.
         residual: [T, N] fp32 | fp16 | bf16, rows contiguous.
-        gate: [B, N] fp32, rows contiguous; B divides T, and sample b is rows b * T / B and on.
+        gate: [B, N] fp32, rows contiguous; B divides T, and sample b is rows b * T / B and on. Absent: none.
         zero_point: as in `gemm_w8a8`.
         weight_sum: as in `gemm_w8a8`.
         bias_index: as in `gemm_w8a8`.
@@ -55,15 +56,18 @@ def gemm_residual(
     parts = _checked_parts(op, q, weight, stages)
     shape = (q.shape[0], parts[0].shape[0])
     checks.check_matrix(op, "residual", residual, checks.FLOATS, "[T, N]")
-    checks.check_matrix(op, "gate", gate, (torch.float32,), "[B, N]")
-    for name, tensor, rows in (("residual", residual, shape[0]), ("gate", gate, gate.shape[0])):
+    named = [("residual", residual, shape[0])]
+    if gate is not None:
+        checks.check_matrix(op, "gate", gate, (torch.float32,), "[B, N]")
+        checks_gemm.check_samples(op, "gate", gate.shape[0], shape[0])
+        named.append(("gate", gate, gate.shape[0]))
+    for name, tensor, rows in named:
         checks.check_device(op, name, tensor, q)
         if tensor.shape != (rows, shape[1]):
             raise ValueError(
                 f"{op}: {name} must be [{rows}, {shape[1]}] as the layer's result, got "
                 f"{list(tensor.shape)}; pass that of this layer"
             )
-    checks_gemm.check_samples(op, "gate", gate.shape[0], shape[0])
     return _gemm_residual(q, *parts, residual, gate, *stages)
 
 
@@ -149,7 +153,7 @@ def _gemm_residual(
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
     residual: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | None,
     scale: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,

@@ -33,13 +33,14 @@ def gemm_residual(
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
     residual: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | None,
     *dequantize: Any,
 ) -> torch.Tensor:
-    """The residual stream [T, N] plus the gated GEMM, in the stream's dtype."""
+    """The residual stream [T, N] plus the GEMM, gated or not, in the stream's dtype."""
     y = gemm(q, weight, group_scale, group_offset, *dequantize)
-    gated = reference.by_sample(gate, len(y)) * y
-    return (residual.float() + gated).to(residual.dtype)
+    if gate is not None:
+        y = reference.by_sample(gate, len(y)) * y
+    return (residual.float() + y).to(residual.dtype)
 
 
 def gemm_gelu_quantize(

@@ -62,15 +62,17 @@ def test_residual_in_numpy(weights, dtype, generator):
     residual, gate = stream(6, 8, 2, dtype, generator)
     y = plain(q, weight, scale, stages).numpy()
     gates = np.repeat(gate.numpy(), 3, axis=0)
-    expected = residual.float().numpy() + gates * y  # fp32: one rounding each
-    got = k.gemm_residual(q, weight, scale, residual=residual, gate=gate, **stages)
-    assert torch.equal(got, torch.from_numpy(expected).to(dtype))
+    for factor, options in ((gates, {"gate": gate}), (np.float32(1), {})):
+        expected = residual.float().numpy() + factor * y  # fp32: one rounding each
+        got = k.gemm_residual(q, weight, scale, residual=residual, **options, **stages)
+        assert torch.equal(got, torch.from_numpy(expected).to(dtype))
 
 
-# tiles inside a sample, across samples, a gate per row, one sample, off-tile
+# tiles inside a sample, across samples, a gate per row, one sample, off-tile, no gates
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    ("num_tokens", "out_features", "samples"), [(64, 40, 2), (70, 37, 5), (9, 33, 9), (1, 1, 1)]
+    ("num_tokens", "out_features", "samples"),
+    [(64, 40, 2), (70, 37, 5), (9, 33, 9), (1, 1, 1), (70, 37, 0)],
 )
 @pytest.mark.usefixtures("poisoned")
 def test_residual_kernel_equals_reference(
@@ -79,6 +81,7 @@ def test_residual_kernel_equals_reference(
     q, weight, scale, stages = problem(weights, num_tokens, out_features, 96, generator)
     for dtype in (torch.float32, torch.bfloat16):
         residual, gate = stream(num_tokens, out_features, samples, dtype, generator)
+        gate = gate if samples else None
         y = launch(gemm_residual, device, q, weight, (residual, gate), scale, stages)
         expected = k.gemm_residual(q, weight, scale, residual=residual, gate=gate, **stages)
         assert torch.equal(y, expected)
@@ -159,7 +162,10 @@ def test_opcheck(weights, generator):
     rest = (scale, weight.scale, *(stages[n] for n in ("bias", "zero_point", "weight_sum")))
     rest = (*rest, stages["bias_index"], None, None)
     residual, gate = stream(6, 8, 2, torch.bfloat16, generator)
-    torch.library.opcheck(gemm_fused._gemm_residual, (q, codes, *groups, residual, gate, *rest))
+    for gates in (gate, None):
+        torch.library.opcheck(
+            gemm_fused._gemm_residual, (q, codes, *groups, residual, gates, *rest)
+        )
     extra = codes_problem(8, generator)
     torch.library.opcheck(gemm_fused._gemm_gelu_quantize, (q, codes, *groups, *extra, *rest))
 

@@ -7,6 +7,7 @@ import pytest
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 GEMMS, STAGES = ("gemm_w8a8", "gemm_w4a8"), ("grouped", "low_rank", "residual", "gelu_quantize")
 OPS = [f"{gemm}+{stages}" for gemm in GEMMS for stages in STAGES] + ["lora_down"]
+OPS += ["gemm_w8a8+ungated_residual"]
 OPS += [f"gemm_w4a8_per_group+{stages}" for stages in ("gathered", "low_rank")]
 
 

@@ -4,7 +4,7 @@
                                             with real groups, total has the weight scales in it
     y = y + lora_x @ lora_up.T              bf16 products, summed in fp32
     y = y + bias[group of the row]
-    y = residual + gate[sample of the row] * y, or q = quantize(gelu(y) * smooth_inv)
+    y = residual + gate[sample of the row] * y (or + y), or q = quantize(gelu(y) * smooth_inv)
 
 A stage is a named tuple of pointers and sizes and the function that applies it; a kernel gets one `Epilogue` and
 compiles the stages whose first pointer is not None (Triton 3.6 cannot compare a tuple that holds None with None).
@@ -56,11 +56,11 @@ class Bias(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """A residual stream to add to, and a gate for each sample."""
+    """A residual stream to add to, and perhaps a gate for each sample."""
 
     base: Any = None  # [T, N] float
-    gate: Any = None  # [samples, N] fp32
     stride_bt: Any = None
+    gate: Any = None  # [samples, N] fp32, or None
     stride_gs: Any = None
     rows_per_sample: Any = None
     one_sample: Any = None  # as in Bias
@@ -156,19 +156,20 @@ def plus_bias(y, bias, first_t, t, n, T, N, T_AXIS: tl.constexpr):
 
 @triton.jit
 def plus_residual(y, residual, first_t, t, n, T, N, T_AXIS: tl.constexpr):
-    """Gate, then add the residual."""
+    """Gate if there is one, then add the residual."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
-    if residual.one_sample:
-        row = (first_t // residual.rows_per_sample).to(tl.int64)
-    else:
-        row = (t // residual.rows_per_sample).to(tl.int64)
-    gate = load_table_rows(
-        residual.gate, row, residual.stride_gs, t, n, T, N, residual.one_sample, T_AXIS
-    )
+    if residual.gate is not None:
+        if residual.one_sample:
+            row = (first_t // residual.rows_per_sample).to(tl.int64)
+        else:
+            row = (t // residual.rows_per_sample).to(tl.int64)
+        y *= load_table_rows(
+            residual.gate, row, residual.stride_gs, t, n, T, N, residual.one_sample, T_AXIS
+        )
     inside = tl.expand_dims(t < T, N_AXIS) & tl.expand_dims(n < N, T_AXIS)
     at = tl.expand_dims(t.to(tl.int64) * residual.stride_bt, N_AXIS) + tl.expand_dims(n, T_AXIS)
     base = tl.load(residual.base + at, mask=inside, other=0.0).to(tl.float32)
-    return base + gate * y
+    return base + y
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A GEMM that gates its result and adds it to the residual stream: one read and one write of the stream."""
+"""A GEMM that adds its result, gated or not, to the residual stream: one read and one write of the stream."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def launch(
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
     residual: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | None,
     *dequantize: Any,
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
@@ -25,11 +25,11 @@ def launch(
     if out.numel() == 0:
         return out
     epilogue, config = gemm_any.launch_stages(q, group_scale, dequantize, config)
-    rows_per_sample = q.shape[0] // gate.shape[0]
-    stage = Residual(
-        residual, gate, residual.stride(0), gate.stride(0), rows_per_sample,
-        tl.constexpr(rows_per_sample % config.block_t == 0),
-    )  # fmt: skip
+    stage = Residual(residual, residual.stride(0))
+    if gate is not None:
+        rows_per_sample = q.shape[0] // gate.shape[0]
+        one_sample = tl.constexpr(rows_per_sample % config.block_t == 0)
+        stage = Residual(*stage[:2], gate, gate.stride(0), rows_per_sample, one_sample)
     gemm_any.run(
         q, weight, group_scale, group_offset, out, epilogue._replace(residual=stage), config
     )

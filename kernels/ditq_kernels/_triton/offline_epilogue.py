@@ -26,13 +26,15 @@ LOW_RANK = LowRank(
     "*bf16", "*bf16", "i32:16", "i32:16", tl.constexpr(RANK), tl.constexpr(min(MAX_BLOCK_R, RANK)), YES
 )  # fmt: skip
 GROUPED, GATHERED = (Bias("*fp32", "*i64", "i32:16", one_sample) for one_sample in (YES, NO))
-RESIDUAL = Residual("*bf16", "*fp32", "i32:16", "i32:16", "i32:16", YES)
+RESIDUAL = Residual("*bf16", "i32:16", "*fp32", "i32:16", "i32:16", YES)
+UNGATED = Residual("*bf16", "i32:16")
 # stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
 STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "grouped": ({"bias": GROUPED}, False),  # a tile has rows of one sample
     "gathered": ({"bias": GATHERED}, True),
     "low_rank": ({"bias": GATHERED, "low_rank": LOW_RANK}, True),
     "residual": ({"bias": GROUPED, "residual": RESIDUAL}, True),
+    "ungated_residual": ({"bias": GROUPED, "residual": UNGATED}, True),
     "gelu_quantize": ({"bias": GROUPED, "gelu": GeluCodes("*fp32", "*i32", "*fp32")}, True),
 }
 REAL_GROUP_STAGES = ("grouped", "gathered", "low_rank")  # what the GEMM of real groups has
