@@ -18,7 +18,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
-from ditq_kernels.checks import HEAD_DIMS
+from ditq_kernels.checks_attention import HEAD_DIMS
 from ditq_runtime.attention import QuantAttention
 from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.attention_joint import TEXT, QuantJointAttnProcessor

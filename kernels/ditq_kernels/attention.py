@@ -18,7 +18,7 @@ Not supported, and refused: biases on logits, causal masks, fewer key heads than
 
 import torch
 
-from ditq_kernels import checks, dispatch
+from ditq_kernels import checks, checks_attention, dispatch
 
 
 def attention_qk_int8_pv_int8(
@@ -33,6 +33,9 @@ def attention_qk_int8_pv_int8(
     softmax_scale: float,
     key_mask: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention with int8 scores and int8 values, normalized by the sum of the quantized probabilities.
 
@@ -45,7 +48,8 @@ def attention_qk_int8_pv_int8(
     Args:
         q: [B, H, Tq, D] int8, D contiguous and 32, 64, 72, 88, 96 or 128. Query codes.
         k: [B, H, Tk, D] int8, D contiguous, Tk in 1..33025. Key codes.
-        v: [B, H, Tk, D] int8, D contiguous. Value codes.
+        v: [B, H, Tk, D] int8, D contiguous; or over [B, H, D, T'] memory, T' at least Tk, a multiple of 16 to
+            be fast: Triton then reads it as it is and otherwise transposes it first. Value codes.
         q_scale: [1], [H] or [B, H, Tq] fp32, positive. Query step.
         k_scale: [1], [H] or [B, H, Tk] fp32, positive. Key step.
         v_scale: [1], [H] or [B, H] fp32, positive. Value step; one of its own for each image and head
@@ -53,27 +57,35 @@ def attention_qk_int8_pv_int8(
         v_zero_point: [1] or [H] int32 in [-128, 127]. Code of value 0.0; absent means 0.
         softmax_scale: positive. Multiplies logits, usually D ** -0.5.
         key_mask: [B, Tk] bool, True where a key is attended. An image without any gives zeros.
-        out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
+        out_dtype: fp32 | fp16 | bf16, rounded to nearest even. Left at its default with out_scale.
+        out_scale: [1] fp32, positive. Step of the codes, in units of the outputs times out_smooth_inv; absent
+            means float outputs.
+        out_zero_point: [1] int32 in [-128, 127]. The stored code of 0.0. Needed with out_scale.
+        out_smooth_inv: [H * D] fp32. The smoothing of the next layer; absent means none.
 
     Returns:
-        [B, H, Tq, D] out_dtype over [B, Tq, H, D] memory: `o.transpose(1, 2).flatten(2)` is a view.
+        [B, H, Tq, D] out_dtype over [B, Tq, H, D] memory: `o.transpose(1, 2).flatten(2)` is a view. With
+        out_scale int8 codes, what `quantize_static` makes of the fp32 outputs.
 
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or too many keys for an int32 sum.
         NotImplementedError: a head dimension without a kernel.
     """
     op = "attention_qk_int8_pv_int8"
-    checks.check_attention(op, q, k, v, torch.int8)
+    checks_attention.check_attention(op, q, k, v, torch.int8)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
-    checks.check_attention_sum(op, k.shape[2])
+    checks_attention.check_attention_sum(op, k.shape[2])
     heads = q.shape[1]
-    checks.check_attention_scale(op, "v_scale", v_scale, v.shape[:2], like=v)
+    checks_attention.check_attention_scale(op, "v_scale", v_scale, v.shape[:2], like=v)
     if v_zero_point is not None:
         checks.check_vector(op, "v_zero_point", v_zero_point, torch.int32, (1, heads), like=q)
-    checks.check_out_dtype(op, out_dtype)
-    return dispatch.attention_qk_int8_pv_int8(
-        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype
+    checks_attention.check_attention_output(
+        op, q, out_dtype, out_scale, out_zero_point, out_smooth_inv
     )
+    return dispatch.attention_qk_int8_pv_int8(
+        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
 
 
 def attention_qk_int8_pv_bf16(
@@ -86,6 +98,9 @@ def attention_qk_int8_pv_bf16(
     softmax_scale: float,
     key_mask: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention with int8 scores and bf16 values.
 
@@ -101,22 +116,30 @@ def attention_qk_int8_pv_bf16(
         k_scale: [1], [H] or [B, H, Tk] fp32, positive. Key step.
         softmax_scale: positive. Multiplies logits, usually D ** -0.5.
         key_mask: [B, Tk] bool, True where a key is attended. An image without any gives zeros.
-        out_dtype: fp32 | fp16 | bf16, rounded to nearest even.
+        out_dtype: fp32 | fp16 | bf16, rounded to nearest even. Left at its default with out_scale.
+        out_scale: [1] fp32, positive. Step of the codes, in units of the outputs times out_smooth_inv; absent
+            means float outputs.
+        out_zero_point: [1] int32 in [-128, 127]. The stored code of 0.0. Needed with out_scale.
+        out_smooth_inv: [H * D] fp32. The smoothing of the next layer; absent means none.
 
     Returns:
-        [B, H, Tq, D] out_dtype over [B, Tq, H, D] memory: `o.transpose(1, 2).flatten(2)` is a view.
+        [B, H, Tq, D] out_dtype over [B, Tq, H, D] memory: `o.transpose(1, 2).flatten(2)` is a view. With
+        out_scale int8 codes, what `quantize_static` makes of the fp32 outputs.
 
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
         NotImplementedError: a head dimension without a kernel.
     """
     op = "attention_qk_int8_pv_bf16"
-    checks.check_attention(op, q, k, v, torch.bfloat16)
+    checks_attention.check_attention(op, q, k, v, torch.bfloat16)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
-    checks.check_out_dtype(op, out_dtype)
-    return dispatch.attention_qk_int8_pv_bf16(
-        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype
+    checks_attention.check_attention_output(
+        op, q, out_dtype, out_scale, out_zero_point, out_smooth_inv
     )
+    return dispatch.attention_qk_int8_pv_bf16(
+        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
 
 
 def _check_logits(
@@ -128,8 +151,8 @@ def _check_logits(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
 ) -> None:
-    checks.check_attention_scale(op, "q_scale", q_scale, q.shape[:3], like=q)
-    checks.check_attention_scale(op, "k_scale", k_scale, k.shape[:3], like=k)
-    checks.check_softmax_scale(op, softmax_scale)
+    checks_attention.check_attention_scale(op, "q_scale", q_scale, q.shape[:3], like=q)
+    checks_attention.check_attention_scale(op, "k_scale", k_scale, k.shape[:3], like=k)
+    checks_attention.check_softmax_scale(op, softmax_scale)
     if key_mask is not None:
-        checks.check_key_mask(op, key_mask, like=k)
+        checks_attention.check_key_mask(op, key_mask, like=k)

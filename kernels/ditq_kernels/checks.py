@@ -3,8 +3,6 @@
 Each check raises ValueError with one sentence: op, what was expected, what came, what to do.
 """
 
-import math
-
 import torch
 
 from ditq_kernels.packing import GROUP_MULTIPLE
@@ -15,9 +13,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K_SYMMETRIC = (2**31 - 1) // (128 * 128)
 MAX_K_ASYMMETRIC = (2**31 - 1) // (255 * 128)
 MAX_GROUP = (2**31 - 1) // (255 * 15)  # inputs of a group of int4 weights, with any zero points
-MAX_KEYS = (2**31 - 1) // (255 * 255)  # of probability codes times values with a zero point
-
-HEAD_DIMS = (32, 64, 72, 88, 96, 128)  # of attention
 
 
 def check_matrix(
@@ -26,11 +21,11 @@ def check_matrix(
     """A 2-D tensor of one of the dtypes, whose rows are contiguous and not empty."""
     if tensor.dim() != 2 or tensor.dtype not in dtypes:
         raise ValueError(
-            f"{op}: {name} must be {shape} {_names(dtypes)}, got {_describe(tensor)}; "
+            f"{op}: {name} must be {shape} {names_of(dtypes)}, got {describe(tensor)}; "
             "flatten leading dimensions and convert it"
         )
     if tensor.shape[1] == 0:
-        raise ValueError(f"{op}: {name} must have columns, got {_describe(tensor)}; drop the call")
+        raise ValueError(f"{op}: {name} must have columns, got {describe(tensor)}; drop the call")
     if tensor.stride(1) != 1 and tensor.shape[1] != 1:
         raise ValueError(
             f"{op}: rows of {name} must be contiguous, got strides {tuple(tensor.stride())}; "
@@ -50,7 +45,7 @@ def check_vector(
     if tensor.dim() != 1 or tensor.dtype != dtype or tensor.shape[0] not in lengths:
         expected = " or ".join(f"[{length}]" for length in dict.fromkeys(lengths))
         raise ValueError(
-            f"{op}: {name} must be {expected} {_names((dtype,))}, got {_describe(tensor)}; "
+            f"{op}: {name} must be {expected} {names_of((dtype,))}, got {describe(tensor)}; "
             "pass one value per row of the tensor it belongs to"
         )
     if not tensor.is_contiguous():
@@ -73,7 +68,7 @@ def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
     """A dtype the epilogue can write."""
     if out_dtype not in FLOATS:
         raise ValueError(
-            f"{op}: out_dtype must be {_names(FLOATS)}, got {out_dtype}; convert the result instead"
+            f"{op}: out_dtype must be {names_of(FLOATS)}, got {out_dtype}; convert the result instead"
         )
 
 
@@ -187,95 +182,11 @@ def check_zero_point(
         )
 
 
-def check_attention(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_dtype: torch.dtype
-) -> None:
-    """Queries, keys and values that fit together, of a head dimension that has kernels."""
-    named = (("q", q, torch.int8), ("k", k, torch.int8), ("v", v, v_dtype))
-    for name, tensor, dtype in named:
-        if tensor.dim() != 4 or tensor.dtype != dtype:
-            raise ValueError(
-                f"{op}: {name} must be [B, H, T, D] {_names((dtype,))}, got {_describe(tensor)}; "
-                "split the heads and convert it"
-            )
-        if tensor.stride(3) != 1:
-            raise ValueError(
-                f"{op}: rows of {name} must be contiguous, got strides {tuple(tensor.stride())}; "
-                "call .contiguous()"
-            )
-        check_device(op, name, tensor, like=q)
-    batch, heads, _, head_dim = q.shape
-    for name, tensor, _ in named[1:]:
-        expected = (batch, heads, k.shape[2], head_dim)
-        if tensor.shape != expected or tensor.shape[2] == 0:
-            raise ValueError(
-                f"{op}: {name} must be [B, H, Tk, D] with B={batch}, H={heads}, D={head_dim} as in q "
-                f"and one Tk of at least 1 for k and v, got {list(tensor.shape)}; "
-                "repeat grouped heads, which are not supported"
-            )
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(
-            f"{op}: the head dimension must be one of {HEAD_DIMS}, got {head_dim}; "
-            "pad with zero columns, or use torch's scaled_dot_product_attention"
-        )
-
-
-def check_attention_sum(op: str, num_keys: int) -> None:
-    """Few enough keys for an int32 sum of probability codes times values."""
-    if num_keys > MAX_KEYS:
-        raise ValueError(
-            f"{op}: Tk must be at most {MAX_KEYS} for the int32 sum not to overflow, got "
-            f"Tk={num_keys}; use attention_qk_int8_pv_bf16"
-        )
-
-
-def check_attention_scale(
-    op: str, name: str, scale: torch.Tensor, finest: torch.Size, like: torch.Tensor
-) -> None:
-    """A contiguous fp32 scale: one, one a head, or one for each element of the shape `finest`."""
-    shapes = ((1,), (like.shape[1],), tuple(finest))
-    if scale.dtype != torch.float32 or tuple(scale.shape) not in shapes:
-        expected = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(
-            f"{op}: {name} must be float32 of shape {expected}, got {_describe(scale)}; "
-            "pass one value, one per head, or one for each of the last shape"
-        )
-    if not scale.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must be contiguous, got strides {tuple(scale.stride())}; "
-            "call .contiguous()"
-        )
-    check_device(op, name, scale, like)
-
-
-def check_softmax_scale(op: str, softmax_scale: float) -> None:
-    """A positive, finite multiplier of the logits."""
-    if not 0.0 < softmax_scale < math.inf:
-        raise ValueError(
-            f"{op}: softmax_scale must be positive and finite, got {softmax_scale}; "
-            "it is usually D ** -0.5"
-        )
-
-
-def check_key_mask(op: str, key_mask: torch.Tensor, like: torch.Tensor) -> None:
-    """A contiguous bool mask over the keys of each image."""
-    expected = (like.shape[0], like.shape[2])
-    if key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected:
-        raise ValueError(
-            f"{op}: key_mask must be [B, Tk] = {list(expected)} bool, True where a key is attended, got "
-            f"{_describe(key_mask)}; biases, causal masks and masks per head or query are not supported"
-        )
-    if not key_mask.is_contiguous():
-        raise ValueError(
-            f"{op}: key_mask must be contiguous, got strides {tuple(key_mask.stride())}; "
-            "call .contiguous()"
-        )
-    check_device(op, "key_mask", key_mask, like)
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    """`float32 | float16`, for sentences."""
     return " | ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {_names((tensor.dtype,))}"
+def describe(tensor: torch.Tensor) -> str:
+    """Shape and dtype, for sentences."""
+    return f"{list(tensor.shape)} {names_of((tensor.dtype,))}"

@@ -199,23 +199,28 @@ def attention_qk_int8_pv_int8(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_int8`."""
     return reference.attention_qk_int8_pv_int8(
-        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype
-    )
+        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
 
 
 @attention_qk_int8_pv_int8.register_kernel("cuda")
-def _(q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype):
-    return load_kernel("attention_qk_int8_pv_int8").launch(
-        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype
-    )
+def _(q, k, v, *rest):
+    return load_kernel("attention_qk_int8_pv_int8").launch(q, k, v, *rest)
 
 
 @attention_qk_int8_pv_int8.register_fake
-def _(q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype):
-    return _attention_output(q, out_dtype)
+def _(
+    q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype, out_scale=None,
+    out_zero_point=None, out_smooth_inv=None,
+):  # fmt: skip
+    return _attention_output(q, out_dtype if out_scale is None else torch.int8)
 
 
 @torch.library.custom_op("ditq::attention_qk_int8_pv_bf16", mutates_args=())
@@ -228,23 +233,28 @@ def attention_qk_int8_pv_bf16(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_bf16`."""
     return reference.attention_qk_int8_pv_bf16(
-        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype
-    )
+        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
 
 
 @attention_qk_int8_pv_bf16.register_kernel("cuda")
-def _(q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype):
-    return load_kernel("attention_qk_int8_pv_bf16").launch(
-        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype
-    )
+def _(q, k, v, *rest):
+    return load_kernel("attention_qk_int8_pv_bf16").launch(q, k, v, *rest)
 
 
 @attention_qk_int8_pv_bf16.register_fake
-def _(q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype):
-    return _attention_output(q, out_dtype)
+def _(
+    q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype, out_scale=None,
+    out_zero_point=None, out_smooth_inv=None,
+):  # fmt: skip
+    return _attention_output(q, out_dtype if out_scale is None else torch.int8)
 
 
 def _attention_output(q, out_dtype):

@@ -201,6 +201,9 @@ def attention_qk_int8_pv_int8(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [B, H, Tq, D] on int8 codes; probabilities are codes 0 to 255 of the row maximum."""
     p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
@@ -211,7 +214,7 @@ def attention_qk_int8_pv_int8(
     code_sum = codes.sum(dim=3, keepdim=True).clamp_min(1).float()  # no keys: 0 / 1
     # integers below 2**31 all the way: fp64 sums them exactly
     y = (codes @ values).float() * (v_scale[..., None, None] / code_sum)
-    return _by_token(y.to(out_dtype))
+    return _attention_output(y, out_dtype, out_scale, out_zero_point, out_smooth_inv)
 
 
 def attention_qk_int8_pv_bf16(
@@ -223,13 +226,16 @@ def attention_qk_int8_pv_bf16(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [B, H, Tq, D] on int8 queries and keys, bf16 probabilities and values."""
     p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
     p_sum = p.double().sum(dim=3, keepdim=True).float()
     inv_sum = 1 / torch.where(p_sum > 0, p_sum, 1.0)  # no keys: 0 / 1
     y = (p.bfloat16().double() @ v.double()).float() * inv_sum
-    return _by_token(y.to(out_dtype))
+    return _attention_output(y, out_dtype, out_scale, out_zero_point, out_smooth_inv)
 
 
 def _unnormalized_probabilities(
@@ -255,6 +261,22 @@ def _unnormalized_probabilities(
 def _per_row(scale: torch.Tensor) -> torch.Tensor:
     """[1], [H] or [B, H, T] as something that broadcasts against [B, H, T, 1]."""
     return scale[..., None] if scale.dim() == 3 else scale[:, None, None]
+
+
+def _attention_output(
+    y: torch.Tensor,
+    out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None,
+    out_zero_point: torch.Tensor | None,
+    out_smooth_inv: torch.Tensor | None,
+) -> torch.Tensor:
+    if out_scale is None or out_zero_point is None:
+        return _by_token(y.to(out_dtype))
+    heads, head_dim = y.shape[1], y.shape[3]
+    smooth_inv = None if out_smooth_inv is None else out_smooth_inv.view(heads, 1, head_dim)
+    return _by_token(
+        numerics.quantize_asymmetric(_smoothed(y, smooth_inv), out_scale, out_zero_point)
+    )
 
 
 def _by_token(y: torch.Tensor) -> torch.Tensor:

@@ -126,3 +126,26 @@ def test_masked_keys_do_not_count(attention_problem, generator):
         torch.testing.assert_close(
             run(*of(p), torch.float32), run(*of(short), torch.float32), rtol=1e-7, atol=0
         )
+
+
+@pytest.mark.parametrize("op", ["int8", "bf16"])
+def test_codes_are_what_the_quantizer_makes_of_the_outputs(op, attention_problem, generator):
+    p = attention_problem(5, 12, 32, generator)
+    names = ("q", "k", "v" if op == "int8" else "values", "q_scale", "k_scale")
+    run = getattr(k, f"attention_qk_int8_pv_{op}")
+    positional = [p[n] for n in names] + ([p["v_scale"]] if op == "int8" else [])
+    keywords = {"softmax_scale": p["softmax_scale"], "key_mask": p["key_mask"]}
+    y = run(*positional, **keywords)
+    scale, zero_point = torch.tensor([0.02]), torch.tensor([-9], dtype=torch.int32)
+    smooth_inv = torch.rand(64, generator=generator)
+    codes = run(
+        *positional,
+        **keywords,
+        out_scale=scale,
+        out_zero_point=zero_point,
+        out_smooth_inv=smooth_inv,
+    )
+    rows = y.transpose(1, 2).reshape(10, 64)
+    expected = k.quantize_static(rows, scale, zero_point, smooth_inv=smooth_inv)
+    assert torch.equal(codes.transpose(1, 2).reshape(10, 64), expected)
+    assert codes.stride() == y.stride()

@@ -82,6 +82,17 @@ def test_output_types(out_dtype, device, attention_problem, generator):
     assert_within(got, expected, bound_of(p, out_dtype))
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_codes_of_the_outputs(device, attention_problem, generator):
+    """Exactly the quantizer of the fp32 outputs."""
+    p = attention_problem(5, 33, 72, generator, batch=1)
+    y = kernel.launch(*arguments(p, device), torch.float32)
+    codes = (torch.tensor([0.004]), torch.tensor([100], dtype=torch.int32), torch.rand(144) + 0.5)
+    got = kernel.launch(*arguments(p, device), torch.float32, *(x.to(device) for x in codes))
+    expected = reference.quantize_static(y.cpu().transpose(1, 2).reshape(5, 144), *codes)
+    assert torch.equal(got.cpu().transpose(1, 2).reshape(5, 144), expected)
+
+
 @pytest.mark.parametrize("keys", [20, 70])  # one pass, two passes
 @pytest.mark.usefixtures("poisoned")
 def test_an_image_without_keys_gives_zeros(keys, device, attention_problem, generator):

@@ -151,6 +151,51 @@ def test_views_of_a_projection(device, generator):
     assert got.transpose(1, 2).is_contiguous()
 
 
+# tiles of 32 keys; memory of whole tiles, of whole 16 bytes, and of neither, which is copied first
+@pytest.mark.parametrize(("keys", "memory_keys"), [(32, 32), (40, 64), (37, 48), (40, 40)])
+@pytest.mark.usefixtures("poisoned")
+def test_values_with_tokens_inside(
+    keys, memory_keys, device, attention_problem, generator, monkeypatch
+):
+    p = attention_problem(5, keys, 72, generator, mask=keys == 37, heads=1)
+    expected = kernel.launch(*arguments(p, device), torch.float32)
+    memory = torch.full((2, 1, 72, memory_keys), -128, dtype=torch.int8)
+    memory[..., :keys] = p["v"].mT
+    p["v"] = memory.to(device)[..., :keys].mT
+    if memory_keys != 40:
+        monkeypatch.setattr(kernel.transpose_v, "launch", None)  # read as they are
+    assert torch.equal(kernel.launch(*arguments(p, device), torch.float32), expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_wide_rows_of_queries_and_keys(device, attention_problem, generator):
+    """D = 72 in rows of 96, as a projection may write them."""
+    p = attention_problem(5, 33, 72, generator, batch=1)
+    expected = kernel.launch(*arguments(p, device), torch.float32)
+    for name in "qk":
+        wide = torch.full((*p[name].shape[:3], 96), -128, dtype=torch.int8)
+        wide[..., :72] = p[name]
+        p[name] = wide[..., :72]
+    assert torch.equal(kernel.launch(*arguments(p, device), torch.float32), expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_codes_of_the_outputs(device, attention_problem, generator):
+    """Exactly the quantizer of the fp32 outputs, as the next linear reads them; some clamp."""
+    p = attention_problem(18, 33, 72, generator, batch=1)
+    p["v_zero_point"].zero_()
+    y = kernel.launch(*arguments(p, device), torch.float32)
+    scale, zero_point = torch.tensor([0.004]), torch.tensor([-9], dtype=torch.int32)
+    for smooth_inv in (None, torch.rand(144, generator=generator) + 0.5):
+        codes = [x if x is None else x.to(device) for x in (scale, zero_point, smooth_inv)]
+        got = kernel.launch(*arguments(p, device), torch.float32, *codes)
+        assert got.transpose(1, 2).is_contiguous()
+        rows = y.cpu().transpose(1, 2).reshape(18, 144)
+        expected = reference.quantize_static(rows, scale, zero_point, smooth_inv)
+        assert torch.equal(got.cpu().transpose(1, 2).reshape(18, 144), expected)
+        assert 0 < (expected == 127).sum() < expected.numel() / 2
+
+
 @pytest.mark.parametrize("run", [kernel.launch, reference.attention_qk_int8_pv_int8])
 @pytest.mark.usefixtures("poisoned")
 def test_a_value_scale_for_each_image_and_head(run, device, attention_problem, generator):
@@ -169,6 +214,28 @@ def test_no_queries(device, attention_problem, generator):
     p = attention_problem(0, 8, 64, generator)
     assert kernel.launch(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)
     assert reference.attention_qk_int8_pv_int8(*arguments(p), torch.float32).numel() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [256, 300, 1024])
+def test_codes_and_values_with_tokens_inside_on_gpu(keys, attention_problem, generator):
+    p = attention_problem(64, keys, 72, generator, heads=16, scales="per_head")
+    *positional, zero_point, softmax_scale, key_mask = arguments(p, "cuda")
+    rest = {"v_zero_point": zero_point, "softmax_scale": softmax_scale, "key_mask": key_mask}
+    y = k.attention_qk_int8_pv_int8(*positional, **rest)
+    memory = torch.full((2, 16, 72, 1024), -128, dtype=torch.int8, device="cuda")
+    memory[..., :keys] = positional[2].mT
+    positional[2] = memory[..., :keys].mT
+    assert torch.equal(k.attention_qk_int8_pv_int8(*positional, **rest), y)
+    codes = (
+        torch.tensor([0.01], device="cuda"),
+        torch.tensor([3], dtype=torch.int32, device="cuda"),
+    )
+    got = k.attention_qk_int8_pv_int8(
+        *positional, **rest, out_scale=codes[0], out_zero_point=codes[1]
+    )
+    expected = k.quantize_static(y.transpose(1, 2).flatten(0, 1).flatten(1), *codes)
+    assert torch.equal(got.transpose(1, 2).flatten(0, 1).flatten(1), expected)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import checks
+from ditq_kernels import checks, checks_attention
 
 
 def gemm_arguments():
@@ -209,6 +209,7 @@ def attention_arguments(pv):
 HEADLESS = torch.zeros(2, 5, 64, dtype=torch.int8)
 TURNED = torch.zeros(2, 3, 64, 5, dtype=torch.int8).mT
 GROUPED = torch.zeros(2, 1, 7, 64, dtype=torch.int8)
+CODES = {"out_scale": torch.ones(1), "out_zero_point": ZERO}
 ATTENTION_REFUSALS = [
     ({"q": HEADLESS}, "q must be [B, H, T, D] int8, got [2, 5, 64] int8; split the heads"),
     ({"q": torch.zeros(2, 3, 5, 64)}, "q must be [B, H, T, D] int8, got [2, 3, 5, 64] float32"),
@@ -231,10 +232,21 @@ ATTENTION_REFUSALS = [
     ({"key_mask": torch.ones(2, 3, 5, 7).bool()}, "key_mask must be [B, Tk] = [2, 7] bool"),
     ({"key_mask": torch.ones(7, 2).bool().t()}, "key_mask must be contiguous"),
     ({"out_dtype": torch.int8}, "out_dtype must be float32 | float16 | bfloat16"),
+    ({"out_zero_point": ZERO}, "out_zero_point needs out_scale, which is missing"),
+    ({"out_smooth_inv": torch.ones(192)}, "out_smooth_inv needs out_scale, which is missing"),
+    ({"out_scale": torch.ones(1)}, "out_scale needs out_zero_point, which is missing"),
+    (
+        CODES | {"out_dtype": torch.bfloat16},
+        "out_dtype must be left at its default where out_scale",
+    ),
+    (CODES | {"out_scale": torch.ones(3)}, "out_scale must be [1] float32, got [3] float32"),
+    (CODES | {"out_zero_point": torch.zeros(1)}, "out_zero_point must be [1] int32, got [1] float"),
+    (CODES | {"out_smooth_inv": torch.ones(64)}, "out_smooth_inv must be [192] float32, got [64]"),
 ]
 INT8_VALUE_REFUSALS = [
     ({"v": torch.zeros(2, 3, 7, 64)}, "v must be [B, H, T, D] int8, got [2, 3, 7, 64] float32"),
     ({"v": torch.zeros(2, 3, 8, 64, dtype=torch.int8)}, "for k and v, got [2, 3, 8, 64]"),
+    ({"v": torch.zeros(2, 3, 7, 128, dtype=torch.int8)[..., ::2]}, "rows of v must be contiguous"),
     ({"v_scale": torch.ones(2, 3, 7)}, "v_scale must be float32 of shape [1], [3], [2, 3], got [2"),
     ({"v_zero_point": torch.ones(3)}, "v_zero_point must be [1] or [3] int32, got [3] float32"),
 ]
@@ -262,8 +274,10 @@ def test_attention_names_other_head_dimensions(pv):
 
 
 def test_attention_refuses_more_keys_than_int32_can_sum():
-    assert checks.MAX_KEYS * 255 * 255 < 2**31 <= (checks.MAX_KEYS + 1) * 255 * 255
-    keys = torch.zeros(1, 1, checks.MAX_KEYS + 1, 32, dtype=torch.int8)
+    assert (
+        checks_attention.MAX_KEYS * 255 * 255 < 2**31 <= (checks_attention.MAX_KEYS + 1) * 255 * 255
+    )
+    keys = torch.zeros(1, 1, checks_attention.MAX_KEYS + 1, 32, dtype=torch.int8)
     change = {"q": keys[:, :, :1], "k": keys, "v": keys, "v_scale": torch.ones(1)}
     with pytest.raises(ValueError, match=r"Tk must be at most 33025 .* got Tk=33026; use"):
         k.attention_qk_int8_pv_int8(**attention_arguments("int8") | change)

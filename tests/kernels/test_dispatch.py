@@ -56,6 +56,12 @@ def test_opcheck_of_every_stage(op):
     torch.library.opcheck(getattr(dispatch, op), (*arguments_, *stages))
 
 
+@pytest.mark.parametrize("op", ATTENTION)
+def test_opcheck_of_attention_codes(op):
+    codes = (torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32), torch.rand(192))
+    torch.library.opcheck(getattr(dispatch, op), (*arguments(op)[:-1], torch.float32, *codes))
+
+
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_fakes_match_on_strided_rows(op):
     first, *rest = arguments(op)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
+from ditq_kernels._triton.common import static_codes
 
 LOG2_E = math.log2(math.e)
 LOWEST_INT32 = tl.constexpr(-(2**31))
@@ -156,23 +157,31 @@ def row_maximum(
 
 @triton.jit
 def store_part(
-    out_ptr, y, b, h, t, Tq, H, D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Store outputs START and on of a head into [B, Tq, H, D] memory, as the next layer reads them."""
+    y, b, h, t, Tq, H, out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
+    D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store outputs START and on of a head into [B, Tq, H, D] memory, as the next layer reads them, or their codes."""
     d = START + tl.arange(0, BLOCK)
     rows = ((b * Tq + t) * H + h) * D
     inside = (t < Tq)[:, None]
     if START + BLOCK > D:
         inside = inside & (d < D)[None, :]
+    if out_scale_ptr is not None:
+        if out_smooth_inv_ptr is not None:
+            y *= tl.load(out_smooth_inv_ptr + h * D + d, mask=d < D, other=0.0)[None, :]
+        y = static_codes(y, out_scale_ptr, out_zero_point_ptr)
     at = out_ptr + rows[:, None] + d[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def new_output(q: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """[B, H, Tq, D] over [B, Tq, H, D] memory."""
+def new_output(
+    q: torch.Tensor, out_dtype: torch.dtype, out_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, H, Tq, D] over [B, Tq, H, D] memory; codes if they have a scale."""
     batch, heads, num_queries, head_dim = q.shape
     shape = (batch, num_queries, heads, head_dim)
-    return torch.empty(shape, dtype=out_dtype, device=q.device).transpose(1, 2)
+    dtype = out_dtype if out_scale is None else torch.int8
+    return torch.empty(shape, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 def config_of(

@@ -40,7 +40,8 @@ def accumulate(
 
 @triton.jit
 def _attention_qk_int8_pv_bf16_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, H, T, D] int8 twice, bf16; [B, Tq, H, D] float
+    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, H, T, D] int8 twice, bf16; [B, Tq, H, D] float or int8
+    out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,  # fp32 [1], int32 [1], fp32 [H * D], or None
     q_scale_ptr, k_scale_ptr, key_mask_ptr,  # fp32 [1], [H] or [B, H, T]; uint8 [B, Tk] or None
     softmax_step, Tq, Tk, H, stride_qb, stride_kb, stride_vb,
     STRIDE_QH: tl.constexpr, STRIDE_QT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_KT: tl.constexpr,
@@ -91,9 +92,15 @@ def _attention_qk_int8_pv_bf16_kernel(
             acc_b = accumulate(p, v_at, v_rows, acc_b, STRIDE_VT, D, VALUE_A, VALUE_B, BF16_DOT)
     divisor = tl.where(p_sum > 0, p_sum, 1.0)  # a row without keys gives zeros
     step = tl.div_rn(tl.full((BLOCK_Q,), 1.0, tl.float32), divisor)[:, None]
-    store_part(out_ptr, acc_a * step, b, h, t, Tq, H, D, 0, VALUE_A)
+    store_part(
+        acc_a * step, b, h, t, Tq, H, out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
+        D, 0, VALUE_A,
+    )  # fmt: skip
     if VALUE_B > 0:
-        store_part(out_ptr, acc_b * step, b, h, t, Tq, H, D, VALUE_A, VALUE_B)
+        store_part(
+            acc_b * step, b, h, t, Tq, H, out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
+            D, VALUE_A, VALUE_B,
+        )  # fmt: skip
 
 
 def launch(
@@ -105,11 +112,14 @@ def launch(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
     config: tuning.AttentionConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `attention.attention_qk_int8_pv_bf16`."""
     (batch, heads, num_queries, head_dim), num_keys = q.shape, k.shape[2]
-    out = attention.new_output(q, out_dtype)
+    out = attention.new_output(q, out_dtype, out_scale)
     if out.numel() == 0:
         return out
     config, block_k = attention.config_of("attention_qk_int8_pv_bf16", k, config)
@@ -117,7 +127,7 @@ def launch(
     tiles = triton.cdiv(num_queries, config.block_q)
     with on_device_of(q):
         _attention_qk_int8_pv_bf16_kernel[(batch * heads * tiles,)](
-            q, k, v, out, q_scale, k_scale,
+            q, k, v, out, out_scale, out_zero_point, out_smooth_inv, q_scale, k_scale,
             None if key_mask is None else key_mask.view(torch.uint8),
             softmax_scale * attention.LOG2_E, num_queries, num_keys, heads,
             q.stride(0), k.stride(0), v.stride(0),

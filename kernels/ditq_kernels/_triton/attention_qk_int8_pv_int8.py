@@ -22,7 +22,8 @@ from ditq_kernels._triton.attention import (
     store_part,
     tile_of_head,
 )
-from ditq_kernels._triton.common import ROUND_TO_INTEGER, on_device_of
+from ditq_kernels._triton.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels.checks_attention import has_tokens_inside
 
 
 @triton.jit
@@ -33,35 +34,66 @@ def probability_codes(logits, top):
 
 
 @triton.jit
-def accumulate(stored, vt_ptr, keys, acc, PADDED_K, START: tl.constexpr, BLOCK: tl.constexpr):
-    """Add stored codes [BLOCK_Q, BLOCK_K] times value codes to acc, in int32."""
-    d = START + tl.arange(0, BLOCK)
-    v = tl.load(vt_ptr + d[None, :] * PADDED_K + keys[:, None])
-    return tl.dot(stored, v, acc, out_dtype=tl.int32)
+def load_values(
+    v_ptr, start, stride_vd, keys_to_read,
+    EVEN_V: tl.constexpr, D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """int8 [BLOCK_K, BLOCK], from [D, T'] memory; columns past D repeat the last one and are never stored."""
+    d = tl.minimum(START + tl.arange(0, BLOCK), D - 1)
+    keys = start + tl.arange(0, BLOCK_K)
+    at = v_ptr + d[None, :] * stride_vd + keys[:, None]
+    return tl.load(at) if EVEN_V else tl.load(at, mask=(keys < keys_to_read)[:, None], other=0)
+
+
+@triton.jit
+def add_values(
+    total, v_ptr, start, stride_vd, keys_to_read,
+    EVEN_V: tl.constexpr, D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    INLINE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Add the same columns to total, int32 [BLOCK, BLOCK_K / 4]: four codes of a word at a time."""
+    d = tl.minimum(START + tl.arange(0, BLOCK), D - 1)
+    words = start // 4 + tl.arange(0, BLOCK_K // 4)
+    at = v_ptr.to(tl.pointer_type(tl.int32)) + d[:, None] * (stride_vd // 4) + words[None, :]
+    v = tl.load(at) if EVEN_V else tl.load(at, mask=(4 * words < keys_to_read)[None, :], other=0)
+    if INLINE_ASM:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, 0x01010101, $2;", "=r,r,r", [v, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        total += ((v << 24) >> 24) + ((v << 16) >> 24) + ((v << 8) >> 24) + (v >> 24)
+    return total
 
 
 @triton.jit
 def write_part(
-    acc, code_sum, step, zero_point, v_sum_ptr, out_ptr, b, h, t, Tq, H,
+    acc, v_sum, code_sum, step, zero_point, b, h, t, Tq, H,
+    out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
     D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Undo the stored offset and the zero point, exactly; scale; store."""
-    v_sum = tl.load(v_sum_ptr + START + tl.arange(0, BLOCK))
     total = acc + 128 * v_sum[None, :] - zero_point * code_sum[:, None]
-    store_part(out_ptr, total.to(tl.float32) * step[:, None], b, h, t, Tq, H, D, START, BLOCK)
+    store_part(
+        total.to(tl.float32) * step[:, None], b, h, t, Tq, H,
+        out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, START, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
 def _attention_qk_int8_pv_int8_kernel(
-    q_ptr, k_ptr, vt_ptr, out_ptr,  # [B, H, T, D] int8 twice, [B, H, WIDTH, PADDED_K] int8, [B, Tq, H, D]
+    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, H, T, D] int8 twice; [B, H, D, T'] int8; [B, Tq, H, D] float or int8
+    out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,  # fp32 [1], int32 [1], fp32 [H * D], or None
     q_scale_ptr, k_scale_ptr, v_scale_ptr,  # fp32: [1], [H] or [B, H, T]; v: [B, H]
-    zero_point_ptr, v_sum_ptr, key_mask_ptr,  # int32 [1] or [H] or None, [B, H, WIDTH], uint8 [B, Tk] or None
-    softmax_step, Tq, Tk, PADDED_K, H, stride_qb, stride_kb,
+    zero_point_ptr, v_sum_ptr,  # int32 [1] or [H] or None; [B, H, VALUE_A + VALUE_B] or None: summed here
+    key_mask_ptr,  # uint8 [B, Tk] or None
+    softmax_step, Tq, Tk, keys_to_read, H, stride_qb, stride_kb, stride_vb, stride_vh, stride_vd,
     STRIDE_QH: tl.constexpr, STRIDE_QT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_KT: tl.constexpr,
     Q_SCALE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, ZERO_POINT: tl.constexpr,
     D: tl.constexpr, SCORE_A: tl.constexpr, SCORE_B: tl.constexpr,
     VALUE_A: tl.constexpr, VALUE_B: tl.constexpr,
     EVEN_K: tl.constexpr, ONE_TILE: tl.constexpr,  # Tk is a multiple of, at most BLOCK_K
+    EVEN_V: tl.constexpr, INLINE_ASM: tl.constexpr,  # T' holds whole tiles; not interpreted
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b, h, t = tile_of_head(Tq, H, BLOCK_Q)
@@ -69,8 +101,7 @@ def _attention_qk_int8_pv_int8_kernel(
     q_ptr += b * stride_qb + h * STRIDE_QH
     q_a, q_b = load_queries(q_ptr, rows.to(tl.int64), STRIDE_QT, D, SCORE_A, SCORE_B)
     k_ptr += b * stride_kb + h * STRIDE_KH
-    vt_ptr += (b * H + h) * (VALUE_A + VALUE_B) * PADDED_K
-    v_sum_ptr += (b * H + h) * (VALUE_A + VALUE_B)
+    v_ptr += b * stride_vb + h * stride_vh
     k_scale_ptr = scale_of_head(k_scale_ptr, b, h, H, Tk, K_SCALE)
     if key_mask_ptr is not None:
         key_mask_ptr += b * Tk
@@ -85,8 +116,10 @@ def _attention_qk_int8_pv_int8_kernel(
         )  # fmt: skip
     code_sum = tl.zeros((BLOCK_Q,), tl.int32)
     acc_a = tl.zeros((BLOCK_Q, VALUE_A), tl.int32)
+    v_sum_a = tl.zeros((VALUE_A, BLOCK_K // 4), tl.int32)
     if VALUE_B > 0:
         acc_b = tl.zeros((BLOCK_Q, VALUE_B), tl.int32)
+        v_sum_b = tl.zeros((VALUE_B, BLOCK_K // 4), tl.int32)
     for start in range(0, BLOCK_K if ONE_TILE else Tk, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         total = scores(
@@ -98,22 +131,44 @@ def _attention_qk_int8_pv_int8_kernel(
         codes = probability_codes(logits, top)
         code_sum += tl.sum(codes, 1)
         stored = (codes - 128).to(tl.int8)
-        acc_a = accumulate(stored, vt_ptr, keys, acc_a, PADDED_K, 0, VALUE_A)
+        v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, 0, VALUE_A, BLOCK_K)
+        acc_a = tl.dot(stored, v, acc_a, out_dtype=tl.int32)
+        if v_sum_ptr is None:
+            v_sum_a = add_values(
+                v_sum_a, v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, 0, VALUE_A, BLOCK_K, INLINE_ASM
+            )
         if VALUE_B > 0:
-            acc_b = accumulate(stored, vt_ptr, keys, acc_b, PADDED_K, VALUE_A, VALUE_B)
+            v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, VALUE_A, VALUE_B, BLOCK_K)
+            acc_b = tl.dot(stored, v, acc_b, out_dtype=tl.int32)
+            if v_sum_ptr is None:
+                v_sum_b = add_values(
+                    v_sum_b, v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, VALUE_A, VALUE_B, BLOCK_K,
+                    INLINE_ASM,
+                )  # fmt: skip
     v_scale = tl.load(scale_of_head(v_scale_ptr, b, h, H, Tk, V_SCALE))
     zero_point = 0
     if zero_point_ptr is not None:
         zero_point = tl.load(scale_of_head(zero_point_ptr, b, h, H, Tk, ZERO_POINT))
     divisor = tl.maximum(code_sum, 1).to(tl.float32)  # a row without keys gives zeros
     step = tl.div_rn(tl.broadcast_to(v_scale, (BLOCK_Q,)), divisor)
+    if v_sum_ptr is not None:
+        v_sum_at = v_sum_ptr + (b * H + h) * (VALUE_A + VALUE_B)
+    sums = tl.sum(v_sum_a, 1) if v_sum_ptr is None else tl.load(v_sum_at + tl.arange(0, VALUE_A))
     write_part(
-        acc_a, code_sum, step, zero_point, v_sum_ptr, out_ptr, b, h, t, Tq, H, D, 0, VALUE_A
-    )
+        acc_a, sums, code_sum, step, zero_point, b, h, t, Tq, H,
+        out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, 0, VALUE_A,
+    )  # fmt: skip
     if VALUE_B > 0:
+        sums = tl.sum(v_sum_b, 1) if v_sum_ptr is None else tl.load(v_sum_at + VALUE_A + tl.arange(0, VALUE_B))
         write_part(
-            acc_b, code_sum, step, zero_point, v_sum_ptr, out_ptr, b, h, t, Tq, H, D, VALUE_A, VALUE_B
-        )
+            acc_b, sums, code_sum, step, zero_point, b, h, t, Tq, H,
+            out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, VALUE_A, VALUE_B,
+        )  # fmt: skip
+
+
+def has_whole_words(v: torch.Tensor) -> bool:
+    """Whether copies of 16 bytes reach all of v with tokens inside."""
+    return not any(address % 16 for address in (v.data_ptr(), v.stride(0), v.stride(1), v.stride(3)))
 
 
 def launch(
@@ -127,26 +182,35 @@ def launch(
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    out_smooth_inv: torch.Tensor | None = None,
     config: tuning.AttentionConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `attention.attention_qk_int8_pv_int8`."""
     (batch, heads, num_queries, head_dim), num_keys = q.shape, k.shape[2]
-    out = attention.new_output(q, out_dtype)
+    out = attention.new_output(q, out_dtype, out_scale)
     if out.numel() == 0:
         return out
     config, block_k = attention.config_of("attention_qk_int8_pv_int8", k, config)
     parts = attention.VALUE_PARTS[head_dim]
     tiles = triton.cdiv(num_queries, config.block_q)
     with on_device_of(q):
-        vt, v_sum = transpose_v.launch(v, sum(parts), block_k)
+        v_sum = None
+        if not (has_tokens_inside(v) and has_whole_words(v)):
+            v, v_sum = transpose_v.launch(v, sum(parts), block_k)
+        memory_keys = v.stride(3)
         _attention_qk_int8_pv_int8_kernel[(batch * heads * tiles,)](
-            q, k, vt, out, q_scale, k_scale, v_scale, v_zero_point, v_sum,
-            None if key_mask is None else key_mask.view(torch.uint8),
-            softmax_scale * attention.LOG2_E, num_queries, num_keys, vt.shape[2], heads,
-            q.stride(0), k.stride(0), q.stride(1), q.stride(2), k.stride(1), k.stride(2),
+            q, k, v, out, out_scale, out_zero_point, out_smooth_inv, q_scale, k_scale, v_scale, v_zero_point,
+            v_sum, None if key_mask is None else key_mask.view(torch.uint8),
+            softmax_scale * attention.LOG2_E, num_queries, num_keys,
+            triton.cdiv(num_keys, 16) * 16, heads,
+            q.stride(0), k.stride(0), v.stride(0), v.stride(1), v.stride(3),
+            q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             Q_SCALE=attention.scale_kind(q_scale), K_SCALE=attention.scale_kind(k_scale),
             V_SCALE=attention.scale_kind(v_scale),
             ZERO_POINT=0 if v_zero_point is None else attention.scale_kind(v_zero_point),
+            INLINE_ASM=not INTERPRETED, EVEN_V=triton.cdiv(num_keys, block_k) * block_k <= memory_keys,
             **attention.shape_constants(head_dim, num_keys, config.block_q, block_k, parts),
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip

@@ -20,19 +20,16 @@ from triton.compiler import ASTSource
 from ditq_kernels import tuning
 from ditq_kernels._triton import (
     adaln_quantize,
-    attention,
-    attention_qk_int8_pv_bf16,
-    attention_qk_int8_pv_int8,
     gemm_w4a8,
     gemm_w4a8_per_group,
     gemm_w8a8,
     lora_down,
+    offline_attention,
     offline_epilogue,
     prepared_w4,
     prepared_w4g,
     quantize_per_token,
     quantize_static,
-    transpose_v,
     w4_expand,
     weight_only,
 )
@@ -49,13 +46,14 @@ POINTERS = {
     "group_scale_ptr": "*u8", "group_offset_ptr": "*i8", "down_ptr": "*bf16", "weight_scale_ptr": "*fp32",
     "weight_zero_ptr": "*i32", "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
+    "out_scale_ptr": "*fp32", "out_zero_point_ptr": "*i32", "out_smooth_inv_ptr": "*fp32",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",
 }  # fmt: skip
 # what Triton finds at launch: torch memory is aligned, and so are strides of DiT widths
 MULTIPLES_OF_16 = frozenset(POINTERS) - {"softmax_step", "eps"} | {
     "N", "K", "stride_xt", "stride_qt", "stride_wn", "stride_sn", "stride_ot", "stride_dr", "R",
     "stride_mb", "stride_sb", "stride_xb", "stride_ob", "rows_per_sample",
-    "PADDED_K", "PADDED_T", "stride_qb", "stride_kb", "stride_vb",
+    "PADDED_T", "stride_qb", "stride_kb", "stride_vb", "stride_vh", "stride_vd", "keys_to_read",
 }  # fmt: skip
 
 
@@ -240,43 +238,6 @@ def _w4a8_per_group_kernel(op, problem, config):
     return gemm_w4a8_per_group._gemm_w4a8_per_group_kernel, constants
 
 
-def _attention_kernel(op, problem, config):
-    """Heads inside tokens, as projections write them; scales per head for V, per token for Q and K."""
-    num_keys, head_dim = problem.num_tokens, problem.in_features
-    strides = {f"STRIDE_{name}H": head_dim for name in "QKV"}
-    strides |= {f"STRIDE_{name}T": 16 * head_dim for name in "QKV"}
-    parts = attention.VALUE_PARTS[head_dim]
-    constants = {
-        "Q_SCALE": attention.PER_TOKEN.value, "K_SCALE": attention.PER_TOKEN.value,
-        "V_SCALE": attention.PER_HEAD.value, "ZERO_POINT": attention.PER_HEAD.value,
-        "BF16_DOT": True, "key_mask_ptr": None,
-    }  # fmt: skip
-    constants |= strides
-    constants |= attention.shape_constants(head_dim, num_keys, config.block_q, config.block_k, parts)
-    if not problem.zero_point:
-        constants |= {"zero_point_ptr": None}
-    module = {
-        "attention_qk_int8_pv_int8": attention_qk_int8_pv_int8,
-        "attention_qk_int8_pv_bf16": attention_qk_int8_pv_bf16,
-    }[op]
-    kernel = getattr(module, f"_{op}_kernel")
-    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}
-
-
-def _transpose_kernel(_, problem, config):
-    head_dim = problem.in_features
-    constants = {
-        "STRIDE_VH": head_dim, "STRIDE_VT": 16 * head_dim,
-        "D": head_dim, "WIDTH": sum(attention.VALUE_PARTS[head_dim]),
-        "BLOCK_D": transpose_v.BLOCK_D, "BLOCK_T": config.rows,
-    }  # fmt: skip
-    return transpose_v._transpose_v_kernel, constants
-
-
-def _transpose_config(op, tables, num_tokens, in_features):
-    return tuning.RowConfig(transpose_v.MAX_BLOCK_T, num_warps=4)
-
-
 def _source(kernel, constants, types):
     """What to compile; a constant may be a tuple of types, see `offline_epilogue`."""
     arguments = {
@@ -322,9 +283,9 @@ KERNELS = {
     "w4_expand": OfflineKernel(
         (Problem(4608),), tuning.row_config, _w4_expand_kernel, {"packed_ptr": "*u8", "out_ptr": "*i8"}
     ),
-    "attention_qk_int8_pv_int8": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
-    "attention_qk_int8_pv_bf16": OfflineKernel(HEADS, tuning.attention_config, _attention_kernel),
-    "transpose_v": OfflineKernel(HEADS[::2], _transpose_config, _transpose_kernel, {"v_ptr": "*i8"}),
+    "transpose_v": OfflineKernel(
+        HEADS[::2], offline_attention.transpose_config, offline_attention.transpose_kernel, {"v_ptr": "*i8"}
+    ),
 } | {
     f"{gemm}+{stages}": OfflineKernel(
         GEMMS[:2], offline_epilogue.tiles_of, kernel, offline_epilogue.OUTPUTS.get(stages, {})
@@ -335,6 +296,11 @@ KERNELS = {
         ("gemm_w4a8_per_group", _w4a8_per_group_kernel, offline_epilogue.REAL_GROUP_STAGES),
     )
     for stages in those
+} | {
+    op: OfflineKernel(
+        HEADS, offline_attention.config_of, offline_attention.attention_kernel, offline_attention.types_of(op)
+    )
+    for op in offline_attention.OPS
 }
 
 

@@ -37,7 +37,11 @@ def _transpose_v_kernel(
 
 
 def launch(v: torch.Tensor, width: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B * H, width, padded T] int8 codes and [B * H, width] int32 sums; T is padded to tiles of block_k."""
+    """[B, H, T, width] int8 codes over [B, H, width, padded T] memory, [B * H, width] int32 sums.
+
+    T is padded with zeros to tiles of block_k.
+    """
+    v = v if v.stride(3) == 1 else v.contiguous()
     batch, heads, num_tokens, head_dim = v.shape
     padded = triton.cdiv(num_tokens, block_k) * block_k
     vt = torch.empty((batch * heads, width, padded), dtype=torch.int8, device=v.device)
@@ -48,4 +52,4 @@ def launch(v: torch.Tensor, width: int, block_k: int) -> tuple[torch.Tensor, tor
         D=head_dim, WIDTH=width, BLOCK_D=BLOCK_D, BLOCK_T=min(block_k, MAX_BLOCK_T),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return vt, v_sum
+    return vt.view(batch, heads, width, padded)[..., :num_tokens].transpose(2, 3), v_sum
