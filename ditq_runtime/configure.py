@@ -5,27 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import ditq_kernels as k
-from ditq_runtime.families.fusible import FUSION, examine, fusible_blocks, why_not
+from ditq_kernels.backend import CHOICES, why_not
+from ditq_runtime.families.fusible import FUSION, examine, fusible_blocks
+from ditq_runtime.families.fusible import why_not as why_not_fused
 from ditq_runtime.linear import QuantLinear
-
-LINEAR = ("auto", "reference", "triton")
 
 
 def configure(
-    model: Any, linear: str = "auto", attention: str = "auto", fuse: bool | None = None
+    model: Any,
+    linear: str | None = None,
+    attention: str = "auto",
+    fuse: bool | None = None,
 ) -> str:
     """Say which implementations a packed model must run, or learn that it cannot.
 
     Args:
         model: a packed transformer, on the device it will run on.
-        linear: implementation of the integer linears: `auto` takes what the device runs; `triton` and `reference`
-            insist on it.
+        linear: implementation of all ops but attention: `reference` is the exact, slow definition, on any device;
+            `auto` what the device runs best: `triton` on CUDA, `cpu` on a processor with int8 dot products. To name
+            either insists on it. It holds for all packed models of this process on that type of device, until the
+            next call. None: as it is.
         attention: `auto` is what the checkpoint says.
         fuse: True: fused blocks wherever a block can run so, which is the default of every model; False: none;
             None: as it is. A block that cannot runs as ever, and `execution_report` says why.
 
     Returns:
-        The implementation of the integer linears, `triton` or `reference`.
+        The implementation of the integer linears' GEMMs: `triton`, `cpu` or `reference`.
 
     Raises:
         ValueError: not a packed model, an unknown switch, one that the device cannot run, or fuse=True where no block
@@ -36,23 +41,28 @@ def configure(
         raise ValueError(
             f"configure: {type(model).__name__} has no integer linears; load a packed transformer"
         )
-    if linear not in LINEAR:
-        raise ValueError(f"configure: linear must be one of {', '.join(LINEAR)}, got {linear!r}")
+    devices = {m.weight.device for m in layers}
+    if linear is not None:
+        _check_linear(linear, devices)
     if attention != "auto":
         raise ValueError(
             f"configure: attention must be 'auto', got {attention!r}; a checkpoint decides how its attention runs"
         )
-    runs = {k.backend_of(op, m.weight.device) for m in layers for op in m.format.ops}
-    wrong = sorted(runs - {linear})
-    if linear != "auto" and wrong:
-        device = layers[0].weight.device
-        raise ValueError(
-            f"configure: linear={linear!r} cannot run on {device}, where the integer linears run on {wrong[0]!r}; "
-            "move the model, or take linear='auto'"
-        )
     if fuse is not None:
         _switch_fusion(model, fuse)
-    return ", ".join(sorted(runs))
+    if linear is not None:
+        for device in devices:
+            k.choose_backend(linear, device)
+    return ", ".join(sorted({k.backend_of(m.format.ops[-1], m.weight.device) for m in layers}))
+
+
+def _check_linear(linear: str, devices: set[Any]) -> None:
+    if linear not in CHOICES:
+        raise ValueError(f"configure: linear must be one of {', '.join(CHOICES)}, got {linear!r}")
+    for device in devices:
+        reason = why_not(linear, device)
+        if reason:
+            raise ValueError(f"configure: linear={reason}")
 
 
 def _switch_fusion(model: Any, fuse: bool) -> None:
@@ -61,7 +71,7 @@ def _switch_fusion(model: Any, fuse: bool) -> None:
     for block in blocks.values():
         getattr(block, FUSION).wanted = fuse
         examine(block)
-    reasons = {name: why_not(block) for name, block in blocks.items()}
+    reasons = {name: why_not_fused(block) for name, block in blocks.items()}
     if fuse and all(reasons.values()):
         for name, block in blocks.items():
             getattr(block, FUSION).wanted = before[name]

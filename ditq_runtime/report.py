@@ -39,7 +39,7 @@ class LayerRun:
         activations: `int8 token`, `int8 static` or the float dtype.
         nbytes: bytes of its stored tensors.
         flops: 2 * rows * K * N of the observed forward.
-        backend: `reference`, `triton` or `torch`.
+        backend: `reference`, `triton`, `cpu` or `torch`.
         integer: both operands of the product were integers.
         note: why it is not, where it is not; `fused` in a fused block, where one op may do the work of two layers and
             stands in the row of the second, or in that of the first of three that share an input.

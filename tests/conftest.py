@@ -26,3 +26,15 @@ def python_without_interpreter():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Sets what torch says of this processor; puts that and all choices of backends back at the end."""
+    monkeypatch.setattr("ditq_kernels.backend._reference_on", set())
+
+    def has(**features):
+        found = {"cpu_name": "Some CPU", "avx2": True, "avx512_vnni": False} | features
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+    return has

@@ -32,7 +32,9 @@ def examine() -> dict[str, Any]:
     """Everything `doctor` shows, JSON-safe."""
     import torch
 
-    devices = [_device("cpu", platform.processor() or platform.machine())]
+    from ditq_kernels import cpu_features
+
+    devices = [_device("cpu", cpu_features.describe())]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices.append(
@@ -64,6 +66,7 @@ def _device(device: str, name: str) -> dict[str, Any]:
 
 WHY = {
     "reference": "plain torch, exact integers; no GPU here",
+    "cpu": "torch's int8 GEMM on int8 dot products",
     "triton": "Triton kernel, compiled on first use",
     "torch": "plain torch on the GPU",
 }

@@ -13,7 +13,6 @@ from ditq_runtime.files import atomic_file
 from ditq_runtime.images import grid
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "reference", "triton")
 
 
 def sample(
@@ -34,7 +33,7 @@ def sample(
     ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[
-        str, typer.Option(help="auto, or fail unless the integer ops run on this one.")
+        str, typer.Option(help="auto, reference, or insist on cpu or triton.")
     ] = "auto",
     report: Annotated[bool, typer.Option("--report", help="Print the execution report.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -45,11 +44,12 @@ def sample(
     """
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if backend not in BACKENDS:
-        raise typer.BadParameter(
-            f"--backend must be one of {', '.join(BACKENDS)}, got {backend!r}."
-        )
     import torch
+
+    from ditq_kernels.backend import CHOICES
+
+    if backend not in CHOICES:
+        raise typer.BadParameter(f"--backend must be one of {', '.join(CHOICES)}, got {backend!r}.")
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     used = check_backend(backend, place)
@@ -115,21 +115,21 @@ def load(path: str, dtype: Any, device: Any) -> Any:
 
 
 def check_backend(backend: str, device: Any) -> str:
-    """The backend of the integer GEMMs on a device; ValueError if the user asked for another."""
+    """Choose the backend of the linears on a device; ValueError if it cannot run there. Returns that of the GEMMs."""
     import torch
 
     import ditq_kernels as k
+    from ditq_kernels.backend import why_not
 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device}: no CUDA GPU is usable here; drop --device to use the CPU"
         )
-    used = k.backend_of("gemm_w8a8", device)
-    if backend not in ("auto", used):
-        raise ValueError(
-            f"--backend {backend} cannot run on {device}: integer ops run on {used!r} there"
-        )
-    return used
+    reason = why_not(backend, device)
+    if reason:
+        raise ValueError(f"--backend: {reason}")
+    k.choose_backend(backend, device)
+    return k.backend_of("gemm_w8a8", device)
 
 
 def label_ids(pipe: Any, text: str) -> list[int]:

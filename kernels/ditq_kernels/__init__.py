@@ -10,7 +10,7 @@ Importing loads neither Triton nor CUDA.
 """
 
 from ditq_kernels.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
-from ditq_kernels.backend import backend_of
+from ditq_kernels.backend import backend_of, choose_backend
 from ditq_kernels.expand import w4_expand
 from ditq_kernels.gemm_fused import gemm_gelu_quantize, gemm_residual
 from ditq_kernels.numerics import (
@@ -56,6 +56,7 @@ __all__ = [
     "attention_qk_int8_pv_bf16",
     "attention_qk_int8_pv_int8",
     "backend_of",
+    "choose_backend",
     "dequantize",
     "dequantize_w4g",
     "expand_w4g",

@@ -1,9 +1,17 @@
-"""Which implementation an op runs on a device. There is no fallback: what is named here runs."""
+"""Which implementation an op runs on a device. There is no fallback: what is named here runs.
+
+`choose_backend` changes the answer for the whole process, as torch's own switches do. It is read when an op runs:
+compiled models follow it too, captured CUDA graphs keep what they captured.
+"""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from ditq_kernels import cpu_features
 
 TRITON_OPS = frozenset(
     {
@@ -25,6 +33,11 @@ TRITON_OPS = frozenset(
     }
 )
 TORCH_OPS = frozenset({"linear_w4_per_group"})
+CPU_OPS = frozenset({"gemm_w8a8", "gemm_w4a8", "gemm_residual", "gemm_gelu_quantize"})
+CHOICES = ("auto", "reference", "cpu", "triton")
+ATTENTION = "attention"  # ops whose names begin so are not chosen with those of the linears
+
+_reference_on: set[str] = set()  # types of devices for which `choose_backend` said "reference"
 
 
 def backend_of(op_name: str, device: torch.device | str) -> str:
@@ -35,20 +48,78 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
         device: where its tensors live.
 
     Returns:
-        "triton": a Triton kernel. "torch": plain torch, on purpose. "reference": the exact, slow
-        definition.
+        "triton": a Triton kernel. "cpu": torch's int8 GEMM, on a processor with int8 dot products. "torch": plain
+        torch, on purpose. "reference": the exact, slow definition.
 
     Raises:
         ValueError: no op has this name.
     """
-    if op_name not in TRITON_OPS | TORCH_OPS:
+    if op_name not in TRITON_OPS and op_name not in TORCH_OPS:
         raise ValueError(
             f"backend_of: op_name must be one of {', '.join(sorted(TRITON_OPS | TORCH_OPS))}, "
             f"got {op_name!r}; check the spelling"
         )
-    if torch.device(device).type != "cuda":
+    kind = torch.device(device).type
+    if kind in _reference_on and not op_name.startswith(ATTENTION):
         return "reference"
-    return "triton" if op_name in TRITON_OPS else "torch"
+    if kind == "cuda":
+        return "triton" if op_name in TRITON_OPS else "torch"
+    if kind == "cpu" and op_name in CPU_OPS and cpu_features.int8_dot():
+        return "cpu"
+    return "reference"
+
+
+def choose_backend(name: str, device: torch.device | str) -> None:
+    """Choose the implementation of all ops but attention on devices of a type, for this process.
+
+    Args:
+        name: "reference"; or "auto", what the device runs best. "cpu" and "triton" are "auto", and insist on it.
+        device: "cpu" or a CUDA device.
+
+    Raises:
+        ValueError: an unknown name, or one that the device cannot run. Nothing is changed then.
+    """
+    kind = torch.device(device).type
+    if name not in CHOICES:
+        raise ValueError(f"choose_backend: name must be one of {', '.join(CHOICES)}, got {name!r}")
+    reason = why_not(name, device)
+    if reason:
+        raise ValueError(f"choose_backend: {reason}")
+    if name == "reference":
+        _reference_on.add(kind)
+    else:
+        _reference_on.discard(kind)
+
+
+def why_not(name: str, device: torch.device | str) -> str:
+    """Why a device cannot run the backend `name` of `CHOICES`; empty if it can."""
+    kind = torch.device(device).type
+    if name == "triton" and kind != "cuda":
+        return f"'triton' needs CUDA tensors, and these are on {device}; move the model, or take 'auto'"
+    if name == "cpu" and kind != "cpu":
+        return f"'cpu' needs tensors on the CPU, and these are on {device}; move the model, or take 'auto'"
+    if name == "cpu" and not cpu_features.int8_dot():
+        return (
+            f"'cpu' needs a processor with int8 dot products ({', '.join(cpu_features.INT8_DOT)}), and this is "
+            f"{cpu_features.describe()}; take 'auto' or 'reference'"
+        )
+    return ""
+
+
+def implementation(
+    op_name: str, device: torch.device, reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function that runs an op on a device; `reference` is its definition.
+
+    Raises:
+        RuntimeError: it is a Triton kernel, and Triton cannot be imported.
+    """
+    backend = backend_of(op_name, device)
+    if backend == "triton":
+        return load_kernel(op_name).launch
+    if backend == "cpu":
+        return getattr(importlib.import_module("ditq_kernels._cpu"), op_name)
+    return reference
 
 
 def load_kernel(op_name: str) -> ModuleType:
@@ -62,5 +133,5 @@ def load_kernel(op_name: str) -> ModuleType:
     except ImportError as error:
         raise RuntimeError(
             f"{op_name}: CUDA tensors need Triton, which failed to import ({error}); install "
-            "triton>=3.6, or move the tensors to the CPU for the slow reference"
+            "triton>=3.6, or take the slow reference: move the tensors to the CPU, or choose 'reference'"
         ) from error

@@ -6,7 +6,7 @@ Arguments are those of the public ops in `ops.py`, which document and check them
 import torch
 
 from ditq_kernels import reference
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 
 
 @torch.library.custom_op("ditq::quantize_per_token", mutates_args=())
@@ -14,12 +14,8 @@ def quantize_per_token(
     x: torch.Tensor, smooth_inv: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.quantize_per_token`."""
-    return reference.quantize_per_token(x, smooth_inv)
-
-
-@quantize_per_token.register_kernel("cuda")
-def _(x, smooth_inv):
-    return load_kernel("quantize_per_token").launch(x, smooth_inv)
+    run = implementation("quantize_per_token", x.device, reference.quantize_per_token)
+    return run(x, smooth_inv)
 
 
 @quantize_per_token.register_fake
@@ -35,12 +31,8 @@ def quantize_static(
     smooth_inv: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `ops.quantize_static`."""
-    return reference.quantize_static(x, scale, zero_point, smooth_inv)
-
-
-@quantize_static.register_kernel("cuda")
-def _(x, scale, zero_point, smooth_inv):
-    return load_kernel("quantize_static").launch(x, scale, zero_point, smooth_inv)
+    run = implementation("quantize_static", x.device, reference.quantize_static)
+    return run(x, scale, zero_point, smooth_inv)
 
 
 @quantize_static.register_fake
@@ -63,15 +55,11 @@ def gemm_w8a8(
     lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.gemm_w8a8`."""
-    return reference.gemm_w8a8(
+    run = implementation("gemm_w8a8", q.device, reference.gemm_w8a8)
+    return run(
         q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
         lora_up,
     )  # fmt: skip
-
-
-@gemm_w8a8.register_kernel("cuda")
-def _(q, weight, *epilogue):
-    return load_kernel("gemm_w8a8").launch(q, weight, *epilogue)
 
 
 @gemm_w8a8.register_fake
@@ -99,15 +87,11 @@ def gemm_w4a8(
     lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.gemm_w4a8`."""
-    return reference.gemm_w4a8(
+    run = implementation("gemm_w4a8", q.device, reference.gemm_w4a8)
+    return run(
         q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
         out_dtype, bias_index, lora_x, lora_up,
     )  # fmt: skip
-
-
-@gemm_w4a8.register_kernel("cuda")
-def _(q, packed, *epilogue):
-    return load_kernel("gemm_w4a8").launch(q, packed, *epilogue)
 
 
 @gemm_w4a8.register_fake
@@ -126,12 +110,8 @@ def lora_down(
     zero_point: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `ops.lora_down`."""
-    return reference.lora_down(q, down, scale, zero_point)
-
-
-@lora_down.register_kernel("cuda")
-def _(q, down, scale, zero_point):
-    return load_kernel("lora_down").launch(q, down, scale, zero_point)
+    run = implementation("lora_down", q.device, reference.lora_down)
+    return run(q, down, scale, zero_point)
 
 
 @lora_down.register_fake
@@ -148,12 +128,8 @@ def linear_w8(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `ops.linear_w8`."""
-    return reference.linear_w8(x, weight, weight_scale, bias, out_dtype)
-
-
-@linear_w8.register_kernel("cuda")
-def _(x, weight, weight_scale, bias, out_dtype):
-    return load_kernel("linear_w8").launch(x, weight, weight_scale, bias, out_dtype)
+    run = implementation("linear_w8", x.device, reference.linear_w8)
+    return run(x, weight, weight_scale, bias, out_dtype)
 
 
 @linear_w8.register_fake
@@ -172,14 +148,8 @@ def linear_w4(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `ops.linear_w4`."""
-    return reference.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
-
-
-@linear_w4.register_kernel("cuda")
-def _(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype):
-    return load_kernel("linear_w4").launch(
-        x, packed, group_scale, group_offset, weight_scale, bias, out_dtype
-    )
+    run = implementation("linear_w4", x.device, reference.linear_w4)
+    return run(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
 
 
 @linear_w4.register_fake
@@ -204,15 +174,11 @@ def attention_qk_int8_pv_int8(
     out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_int8`."""
-    return reference.attention_qk_int8_pv_int8(
+    run = implementation("attention_qk_int8_pv_int8", q.device, reference.attention_qk_int8_pv_int8)
+    return run(
         q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv,
     )  # fmt: skip
-
-
-@attention_qk_int8_pv_int8.register_kernel("cuda")
-def _(q, k, v, *rest):
-    return load_kernel("attention_qk_int8_pv_int8").launch(q, k, v, *rest)
 
 
 @attention_qk_int8_pv_int8.register_fake
@@ -238,15 +204,11 @@ def attention_qk_int8_pv_bf16(
     out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_bf16`."""
-    return reference.attention_qk_int8_pv_bf16(
+    run = implementation("attention_qk_int8_pv_bf16", q.device, reference.attention_qk_int8_pv_bf16)
+    return run(
         q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv,
     )  # fmt: skip
-
-
-@attention_qk_int8_pv_bf16.register_kernel("cuda")
-def _(q, k, v, *rest):
-    return load_kernel("attention_qk_int8_pv_bf16").launch(q, k, v, *rest)
 
 
 @attention_qk_int8_pv_bf16.register_fake

@@ -3,7 +3,7 @@
 import torch
 
 from ditq_kernels import checks, packing
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 
 
 def w4_expand(
@@ -32,12 +32,8 @@ def w4_expand(
 def _w4_expand(
     packed: torch.Tensor, group_scale: torch.Tensor, group_offset: torch.Tensor
 ) -> torch.Tensor:
-    return packing.expand_w4p(packed, group_scale, group_offset)
-
-
-@_w4_expand.register_kernel("cuda")
-def _(packed, group_scale, group_offset):
-    return load_kernel("w4_expand").launch(packed, group_scale, group_offset)
+    run = implementation("w4_expand", packed.device, packing.expand_w4p)
+    return run(packed, group_scale, group_offset)
 
 
 @_w4_expand.register_fake

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ditq_kernels import checks, checks_gemm, reference_fused
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 from ditq_kernels.weights import W4P, W8
 
 
@@ -163,15 +163,11 @@ def _gemm_residual(
     lora_x: torch.Tensor | None,
     lora_up: torch.Tensor | None,
 ) -> torch.Tensor:
-    return reference_fused.gemm_residual(
+    run = implementation("gemm_residual", q.device, reference_fused.gemm_residual)
+    return run(
         q, weight, group_scale, group_offset, residual, gate, scale, weight_scale, bias, zero_point,
         weight_sum, bias_index, lora_x, lora_up,
     )  # fmt: skip
-
-
-@_gemm_residual.register_kernel("cuda")
-def _(*arguments):
-    return load_kernel("gemm_residual").launch(*arguments)
 
 
 @_gemm_residual.register_fake
@@ -197,15 +193,11 @@ def _gemm_gelu_quantize(
     lora_x: torch.Tensor | None,
     lora_up: torch.Tensor | None,
 ) -> torch.Tensor:
-    return reference_fused.gemm_gelu_quantize(
+    run = implementation("gemm_gelu_quantize", q.device, reference_fused.gemm_gelu_quantize)
+    return run(
         q, weight, group_scale, group_offset, out_scale, out_zero_point, out_smooth_inv, scale,
         weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
     )  # fmt: skip
-
-
-@_gemm_gelu_quantize.register_kernel("cuda")
-def _(*arguments):
-    return load_kernel("gemm_gelu_quantize").launch(*arguments)
 
 
 @_gemm_gelu_quantize.register_fake

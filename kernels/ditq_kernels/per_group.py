@@ -7,7 +7,7 @@ define it. `gemm_w4a8` on `w4p` weights sums all of K in integers and is the fas
 import torch
 
 from ditq_kernels import checks, reference
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 from ditq_kernels.checks_gemm import check_bias, check_bias_and_branch
 
 
@@ -123,15 +123,11 @@ def _gemm_w4a8_per_group(
     lora_x: torch.Tensor | None = None,
     lora_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return reference.gemm_w4a8_per_group(
+    run = implementation("gemm_w4a8_per_group", q.device, reference.gemm_w4a8_per_group)
+    return run(
         q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
         bias_index, lora_x, lora_up,
     )  # fmt: skip
-
-
-@_gemm_w4a8_per_group.register_kernel("cuda")
-def _(q, packed, *arguments):
-    return load_kernel("gemm_w4a8_per_group").launch(q, packed, *arguments)
 
 
 @_gemm_w4a8_per_group.register_fake
@@ -151,13 +147,8 @@ def _linear_w4_per_group(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    return reference.linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
-
-
-@_linear_w4_per_group.register_kernel("cuda")
-def _(x, packed, weight_scale, weight_zero, bias, out_dtype):
-    # TODO: a weight-only kernel, once modulation is not hoisted out of the sampling loop
-    return reference.linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
+    run = implementation("linear_w4_per_group", x.device, reference.linear_w4_per_group)
+    return run(x, packed, weight_scale, weight_zero, bias, out_dtype)
 
 
 @_linear_w4_per_group.register_fake

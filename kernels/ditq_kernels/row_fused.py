@@ -7,7 +7,7 @@ not rounded to half precision in between.
 import torch
 
 from ditq_kernels import checks, checks_gemm, reference_fused
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 
 
 def gelu_quantize(
@@ -149,12 +149,8 @@ def _gelu_quantize(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference_fused.gelu_quantize(x, smooth_inv, scale, zero_point)
-
-
-@_gelu_quantize.register_kernel("cuda")
-def _(*arguments):
-    return load_kernel("gelu_quantize").launch(*arguments)
+    run = implementation("gelu_quantize", x.device, reference_fused.gelu_quantize)
+    return run(x, smooth_inv, scale, zero_point)
 
 
 @_gelu_quantize.register_fake
@@ -175,7 +171,8 @@ def _adaln_quantize(
     zero_point: torch.Tensor | None,
     values_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference_fused.adaln_quantize(
+    run = implementation("adaln_quantize", x.device, reference_fused.adaln_quantize)
+    return run(
         x,
         multiplier,
         shift,
@@ -187,11 +184,6 @@ def _adaln_quantize(
         zero_point,
         values_dtype,
     )
-
-
-@_adaln_quantize.register_kernel("cuda")
-def _(*arguments):
-    return load_kernel("adaln_quantize").launch(*arguments)
 
 
 @_adaln_quantize.register_fake

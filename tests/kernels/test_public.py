@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import backend
+from ditq_kernels import backend, cpu_features
 
 EXPORTED = [
     "INT8_LEVELS",
@@ -21,6 +21,7 @@ EXPORTED = [
     "attention_qk_int8_pv_bf16",
     "attention_qk_int8_pv_int8",
     "backend_of",
+    "choose_backend",
     "dequantize",
     "dequantize_w4g",
     "expand_w4g",
@@ -84,7 +85,8 @@ def test_importing_loads_neither_triton_nor_cuda():
     ],
 )
 def test_backend_of(op, on_cuda):
-    assert k.backend_of(op, torch.device("cpu")) == "reference"
+    int8_dot = op in backend.CPU_OPS and cpu_features.int8_dot()  # test_cpu.py has both kinds
+    assert k.backend_of(op, torch.device("cpu")) == ("cpu" if int8_dot else "reference")
     assert k.backend_of(op, torch.device("cuda", 0)) == on_cuda
 
 
@@ -97,6 +99,7 @@ def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
     ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear", "lora"))}
     ops |= {"quantize_per_token", "quantize_static", "adaln_quantize", "gelu_quantize", "w4_expand"}
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
+    assert ops > backend.CPU_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)
 
 

@@ -13,6 +13,7 @@ import torch
 import typer
 from PIL import Image
 
+import ditq_kernels as k
 from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
@@ -121,7 +122,10 @@ def test_an_unknown_option_is_misuse_in_one_line(ditq, line):
         (["sample", "x", "--seed", "-1"], "--seed"),
         (["sample", "x", "--columns", "0"], "--columns"),
         (["sample", "x", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16"),
-        (["sample", "x", "--backend", "gpu"], "--backend must be one of auto, reference, triton"),
+        (
+            ["sample", "x", "--backend", "gpu"],
+            "--backend must be one of auto, reference, cpu, triton",
+        ),
         (["doctor", "extra"], "extra"),
     ],
 )
@@ -160,7 +164,7 @@ def test_sample_writes_a_grid_of_the_right_size(ditq, folder, tmp_path):
     result = json.loads(out)
     assert result["images"] == 3
     assert (result["out"], result["steps"], result["dtype"]) == (str(png), 2, "float32")
-    assert result["backend"] in ("reference", "triton")
+    assert result["backend"] in ("reference", "cpu", "triton")
     assert result["seconds_per_image"] == pytest.approx(result["seconds"] / 3)
     with Image.open(png) as image:
         # two columns and two rows of 32 pixels, gaps of 2
@@ -241,7 +245,7 @@ def test_sample_refuses_labels_that_are_no_classes(ditq, folder, tmp_path, label
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_sample_refuses_what_this_machine_cannot_do(ditq, folder, tmp_path):
     line = _refused(ditq, tmp_path, folder, "--backend", "triton")
-    assert "--backend triton cannot run on cpu" in line
+    assert "--backend: 'triton' needs CUDA tensors, and these are on cpu" in line
     assert "cuda" in _refused(ditq, tmp_path, folder, "--device", "cuda").lower()
 
 
@@ -299,7 +303,7 @@ def test_doctor_names_versions_devices_and_backends(ditq):
     cpu = report["devices"][0]
     assert cpu["device"] == "cpu"
     assert [row[0] for row in cpu["ops"]] == sorted(TRITON_OPS | TORCH_OPS)
-    assert {row[1] for row in cpu["ops"]} == {"reference"}
+    assert [row[1] for row in cpu["ops"]] == [k.backend_of(row[0], "cpu") for row in cpu["ops"]]
     assert len(report["devices"]) == 1 + torch.cuda.device_count()
 
 

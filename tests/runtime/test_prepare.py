@@ -133,19 +133,41 @@ def test_what_cannot_be_prepared_is_refused(folders, pipes):
     ditq.prepare(pipe)
 
 
-def test_switches(folders, pipes):
+def test_switches(folders, pipes, processor):
+    processor()
     model = _open(folders["plain"]).transformer
+    with pytest.raises(ValueError, match=r"linear='cpu' needs a processor with int8 dot products"):
+        ditq.configure(model, linear="cpu")
     assert ditq.configure(model) == "reference"
+    processor(avx_vnni=True)
+    assert ditq.configure(model) == "cpu"
     assert ditq.configure(model, linear="reference") == "reference"
+    assert ditq.configure(model) == "reference"  # as it is
     for options, sentence in (
-        ({"linear": "triton"}, "cannot run on cpu, where the integer linears run on 'reference'"),
-        ({"linear": "cuda"}, "must be one of auto, reference, triton, got 'cuda'"),
+        ({"linear": "triton"}, "linear='triton' needs CUDA tensors, and these are on cpu"),
+        ({"linear": "cuda"}, "must be one of auto, reference, cpu, triton, got 'cuda'"),
         ({"attention": "sage"}, "attention must be 'auto', got 'sage'"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ditq.configure(model, **options)
     with pytest.raises(ValueError, match="has no integer linears"):
         ditq.configure(pipes["own"].transformer)
+    assert ditq.configure(model, linear="auto") == "cpu"
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_cpu_backend_gives_the_same_bits_and_the_report_names_it(folders, processor, fuse):
+    pipe = _open(folders["grouped"])
+    ditq.configure(pipe.transformer, fuse=fuse)
+    outputs, backends = {}, {}
+    for features in ({}, {"avx_vnni": True}):
+        processor(**features)
+        name = ditq.configure(pipe.transformer, linear="auto")
+        outputs[name] = _sample(pipe, steps=2)
+        report = ditq.execution_report(pipe.transformer)
+        backends[name] = {row.backend for row in report.layers if row.integer}
+    assert torch.equal(outputs["cpu"], outputs["reference"])
+    assert backends == {"cpu": {"cpu"}, "reference": {"reference"}}
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_runtime import FallbackError, QuantLinear, execution_report
 from ditq_runtime.families.dit import example_inputs
@@ -47,7 +48,7 @@ def test_rows_of_every_format(packed_folder, load, name):
     op, weights, activations, modulation_op = ROWS[name]
     row = rows[Q]
     assert (row.op, row.weights, row.activations) == (op, weights, activations)
-    assert (row.backend, row.integer, row.note) == ("reference", True, "")
+    assert (row.backend, row.integer, row.note) == (k.backend_of("gemm_w8a8", "cpu"), True, "")
     assert row.flops == 2 * TOKENS * D * D
     modulation = rows["transformer_blocks.1.norm1.linear"]
     assert (modulation.op, modulation.integer, modulation.activations) == (

@@ -1,0 +1,106 @@
+"""The GEMM ops on a processor with int8 dot products; arguments are those of the definitions in `reference`.
+
+Results are the reference's to the bit; where torch splits work among threads, GELU keeps its promise of `ops` only.
+"""
+
+from typing import Any
+
+import torch
+
+from ditq_kernels import numerics, reference, reference_fused
+from ditq_kernels._cpu.epilogue import dequantized_blocks
+from ditq_kernels._cpu.product import product
+
+
+def gemm_w8a8(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `reference.gemm_w8a8`."""
+    total = product(q, weight)
+    return _linear(
+        total, out_dtype, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x,
+        lora_up,
+    )  # fmt: skip
+
+
+def gemm_w4a8(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    group_scale: torch.Tensor,
+    group_offset: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `reference.gemm_w4a8`."""
+    total = product(q, packed, group_scale, group_offset)
+    return _linear(
+        total, out_dtype, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x,
+        lora_up,
+    )  # fmt: skip
+
+
+def gemm_residual(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    residual: torch.Tensor,
+    gate: torch.Tensor | None,
+    *dequantize: Any,
+) -> torch.Tensor:
+    """As `reference_fused.gemm_residual`."""
+    total = product(q, weight, group_scale, group_offset)
+    out = residual.new_empty(residual.shape)
+    samples = None if gate is None else reference.by_sample(torch.arange(len(gate)), len(q))
+    for rows, y in dequantized_blocks(total, *dequantize):
+        if gate is not None and samples is not None:
+            y.mul_(gate[samples[rows]])
+        out[rows] = y.add_(residual[rows])
+    return out
+
+
+def gemm_gelu_quantize(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    out_zero_point: torch.Tensor,
+    out_smooth_inv: torch.Tensor | None,
+    *dequantize: Any,
+) -> torch.Tensor:
+    """As `reference_fused.gemm_gelu_quantize`."""
+    total = product(q, weight, group_scale, group_offset)
+    out = q.new_empty(total.shape)
+    for rows, y in dequantized_blocks(total, *dequantize):
+        y = reference_fused.gelu(y)
+        if out_smooth_inv is not None:
+            y.mul_(out_smooth_inv)
+        out[rows] = numerics.quantize_asymmetric(y, out_scale, out_zero_point)
+    return out
+
+
+def _linear(total: torch.Tensor, out_dtype: torch.dtype, *dequantize: Any) -> torch.Tensor:
+    out = total.new_empty(total.shape, dtype=out_dtype)
+    in_place = out_dtype == torch.float32
+    for rows, y in dequantized_blocks(total, *dequantize, into=out if in_place else None):
+        if not in_place:
+            out[rows] = y
+    return out

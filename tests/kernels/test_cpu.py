@@ -1,0 +1,234 @@
+"""The `cpu` backend: integers against int64, every option against the reference to the bit, and when it is chosen.
+
+`torch._int_mm` is exact on any processor and slow without int8 dot products: shapes are tiny.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import ditq_kernels as k
+from ditq_kernels import _cpu, backend, cpu_features, reference, reference_fused
+from ditq_kernels._cpu import epilogue, product
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [
+    (1, 1, 32),
+    (6, 33, 96),
+    (70, 40, 160),
+]  # tokens, outputs, inputs: one, odd, several blocks of rows
+
+
+def int8(shape, generator):
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 32 rows and a few weight rows, so that small shapes have several, and a partial last one."""
+    monkeypatch.setattr(epilogue, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(product, "EXPANDED_BYTES", 96 * 7)
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 1, 1), (3, 5, 17), (7, 33, 1000)])
+def test_products_equal_int64(tokens, outputs, inputs, generator):
+    wide_q, wide_w = int8((tokens, inputs + 9), generator), int8((outputs, inputs + 4), generator)
+    q, weight = wide_q[:, 5 : inputs + 5], wide_w[:, :inputs]  # strided rows
+    total = product.product(q, weight)
+    assert total.dtype == torch.int32
+    assert torch.equal(total.long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize(("q_value", "w_value"), [(-128, -128), (-128, 127), (127, 127)])
+def test_extremes_do_not_saturate(q_value, w_value):
+    """Pairs of the largest products pass int16, all of them together come near int32."""
+    q = torch.full((2, 131071), q_value, dtype=torch.int8)
+    weight = torch.full((1, 131071), w_value, dtype=torch.int8)
+    exact = q_value * w_value * 131071
+    assert product.product(q, weight).tolist() == [[exact], [exact]]
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.usefixtures("small_blocks")
+def test_expanded_products_equal_int64(generator):
+    w = k.quantize_weight_w4p(torch.randn(17, 96, generator=generator), 32)
+    q = int8((5, 96), generator)
+    total = product.product(q, w.packed, w.group_scale, w.group_offset)
+    assert torch.equal(total.long(), q.long() @ w.expand().long().t())
+
+
+def epilogues(tokens, outputs, generator):
+    """What a GEMM does with its sums, case by case: name -> argument."""
+    samples = 2 if tokens % 2 == 0 else 1
+    base = {
+        "scale": torch.rand(tokens, generator=generator) / 100,
+        "weight_scale": torch.rand(outputs, generator=generator) / 100,
+    }
+    one = {"scale": torch.rand(1, generator=generator) / 100}
+    bias = {"bias": torch.randn(outputs, generator=generator)}
+    zeros = torch.randint(-128, 128, (tokens,), generator=generator, dtype=torch.int32)
+    weight_sum = {
+        "weight_sum": torch.randint(-(10**5), 10**5, (outputs,), generator=generator).int()
+    }
+    table = {
+        "bias": torch.randn(3, outputs, generator=generator),
+        "bias_index": torch.randint(0, 3, (samples,), generator=generator),
+    }
+    branch = {
+        "lora_x": torch.randn(tokens, 5, generator=generator).bfloat16(),
+        "lora_up": torch.randn(outputs, 5, generator=generator).bfloat16(),
+    }
+    cases = {
+        "per token": base,
+        "per token, bias": base | bias,
+        "static": base | one | bias | weight_sum | {"zero_point": zeros[:1]},
+        "zero points per token": base | bias | weight_sum | {"zero_point": zeros},
+        "bias table": base | table,
+        "branch": base | branch,
+        "everything": base | one | table | branch | weight_sum | {"zero_point": zeros[:1]},
+    }
+    return {name: dict.fromkeys(STAGES) | case for name, case in cases.items()}
+
+
+STAGES = (
+    "scale", "weight_scale", "bias", "zero_point", "weight_sum", "bias_index", "lora_x", "lora_up",
+)  # fmt: skip
+CASES = tuple(epilogues(2, 1, torch.Generator().manual_seed(0)))
+
+
+def weights(kind, outputs, inputs, generator):
+    """Codes, group scales and group offsets of `w8` or `w4p`."""
+    if kind == "w8":
+        return int8((outputs, inputs), generator), None, None
+    w = k.quantize_weight_w4p(torch.randn(outputs, inputs, generator=generator), 32)
+    return w.packed, w.group_scale, w.group_offset
+
+
+@pytest.mark.parity("P7")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.usefixtures("small_blocks", "poisoned")
+def test_gemms_equal_the_reference_bit_for_bit(shape, case, out_dtype, generator):
+    tokens, outputs, inputs = shape
+    options = epilogues(tokens, outputs, generator)[case] | {"out_dtype": out_dtype}
+    q = int8((tokens, inputs), generator)
+    weight, *_ = weights("w8", outputs, inputs, generator)
+    expected = reference.gemm_w8a8(q, weight, **options)
+    assert torch.equal(_cpu.gemm_w8a8(q, weight, **options), expected)
+    packed, *groups = weights("w4p", outputs, inputs, generator)
+    int4 = (q, packed, options.pop("scale"), *groups)
+    expected = reference.gemm_w4a8(*int4, **options)
+    assert torch.equal(_cpu.gemm_w4a8(*int4, **options), expected)
+
+
+@pytest.mark.parity("P7")
+@pytest.mark.parametrize("kind", ["w8", "w4p"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("small_blocks", "poisoned")
+def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
+    tokens, outputs, inputs = 70, 40, 96
+    stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
+    parts = int8((tokens, inputs), generator), *weights(kind, outputs, inputs, generator)
+    gates = (torch.randn(5, outputs, generator=generator), None)
+    for dtype, gate in itertools.product(DTYPES, gates):
+        residual = torch.randn(tokens, outputs, generator=generator).to(dtype)
+        before = residual.clone()
+        got = _cpu.gemm_residual(*parts, residual, gate, *stages)
+        assert torch.equal(got, reference_fused.gemm_residual(*parts, residual, gate, *stages))
+        assert torch.equal(residual, before)
+    static = torch.tensor([0.0173]), torch.tensor([-9], dtype=torch.int32)
+    for smooth_inv in (None, torch.rand(outputs, generator=generator) + 0.5):
+        got = _cpu.gemm_gelu_quantize(*parts, *static, smooth_inv, *stages)
+        expected = reference_fused.gemm_gelu_quantize(*parts, *static, smooth_inv, *stages)
+        # one thread: where torch splits a tensor, its GELU rounds the ends of the parts another way
+        assert torch.equal(got, expected) or torch.get_num_threads() > 1
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
+def test_no_tokens_give_none(generator):
+    weight, options = int8((3, 32), generator), epilogues(0, 3, generator)["per token"]
+    y = _cpu.gemm_w8a8(int8((0, 32), generator), weight, **options, out_dtype=torch.bfloat16)
+    assert (y.shape, y.dtype) == ((0, 3), torch.bfloat16)
+
+
+@pytest.mark.parametrize("feature", ["amx_int8", "avx512_vnni", "avx_vnni"])
+def test_int8_dot_products_choose_the_cpu_backend(feature, processor):
+    processor()
+    assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"reference"}
+    processor(**{feature: True})
+    assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"cpu"}
+    assert cpu_features.describe() == f"Some CPU with avx2, {feature}"
+    assert k.backend_of("quantize_per_token", "cpu") == "reference"
+    assert k.backend_of("gemm_w8a8", "cuda") == "triton"
+    k.choose_backend("reference", "cpu")
+    assert k.backend_of("gemm_w8a8", "cpu") == "reference"
+    assert k.backend_of("gemm_w8a8", "cuda") == "triton"
+    k.choose_backend("cpu", "cpu")
+    assert k.backend_of("gemm_w8a8", "cpu") == "cpu"
+
+
+def test_the_cpu_backend_is_refused_without_int8_dot_products(processor):
+    processor()
+    k.choose_backend("reference", "cpu")
+    sentence = (
+        r"'cpu' needs a processor with int8 dot products \(amx_int8, avx512_vnni, avx_vnni\), and this is "
+        r"Some CPU with avx2, no int8 dot product; take 'auto' or 'reference'"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        k.choose_backend("cpu", "cpu")
+    with pytest.raises(ValueError, match="'cpu' needs tensors on the CPU, and these are on cuda:0"):
+        k.choose_backend("cpu", "cuda:0")
+    with pytest.raises(ValueError, match="'triton' needs CUDA tensors, and these are on cpu"):
+        k.choose_backend("triton", "cpu")
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, triton, got 'fast'"):
+        k.choose_backend("fast", "cpu")
+    assert backend._reference_on == {"cpu"}
+
+
+def test_the_reference_can_be_chosen_on_cuda_but_not_for_attention(processor):
+    processor()
+    k.choose_backend("reference", "cuda:1")
+    assert k.backend_of("gemm_w4a8", "cuda") == "reference"
+    assert k.backend_of("attention_qk_int8_pv_int8", "cuda") == "triton"
+    assert (
+        backend.implementation("gemm_w8a8", torch.device("cuda"), reference.gemm_w8a8)
+        is reference.gemm_w8a8
+    )
+    k.choose_backend("auto", "cuda")
+    assert k.backend_of("gemm_w4a8", "cuda") == "triton"
+
+
+def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
+    """Each op takes its own function, the compiled one too; results do not tell the backends apart."""
+    ran = []
+    for op in backend.CPU_OPS:
+        run = getattr(_cpu, op)
+        monkeypatch.setattr(_cpu, op, lambda *a, op=op, run=run: ran.append(op) or run(*a))
+    q, w8 = int8((4, 64), generator), k.quantize_weight_w8(torch.randn(3, 64))
+    w4, scale = k.quantize_weight_w4p(torch.randn(3, 64), 32), torch.rand(4)
+    out = {"out_scale": torch.ones(1), "out_zero_point": torch.zeros(1, dtype=torch.int32)}
+    calls = {
+        "gemm_w8a8": lambda: k.gemm_w8a8(q, w8.qweight, scale, w8.scale),
+        "gemm_w4a8": lambda: k.gemm_w4a8(
+            q, w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale
+        ),
+        "gemm_residual": lambda: k.gemm_residual(
+            q, w4, scale, residual=torch.ones(4, 3), gate=torch.ones(1, 3)
+        ),
+        "gemm_gelu_quantize": lambda: k.gemm_gelu_quantize(q, w8, scale, **out),
+    }
+    assert set(calls) == backend.CPU_OPS
+    for op, call in calls.items():
+        processor()
+        expected = call()
+        assert ran == []
+        processor(avx_vnni=True)
+        for run in (call, torch.compile(call, backend="eager", fullgraph=True)):
+            assert torch.equal(run(), expected)
+            assert ran == [op]
+            ran.clear()
+    torch.compiler.reset()
