@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ditq_runtime.families.adaln import HOISTED
+from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE
 
 WARM_UPS = 3  # before a capture, as torch's documentation asks
+ASIDE = (HOISTED, TIMESTEP_NOTE)  # names of holders through which a tensor reaches blocks
 
 
 class GraphedForward:
     """Replaces one model's `forward` by replays; outputs are copies, so a caller may keep them.
 
-    Inputs are copied to fixed addresses, among them the hoisted modulation, which changes from step to step.
+    Inputs are copied to fixed addresses, among them those inside of dictionaries, and what reaches the blocks aside:
+    the hoisted modulation, which changes from step to step, and the noted timestep.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,42 +34,52 @@ class GraphedForward:
         self._captured.clear()
 
     def _replay(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
-        tensors = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor)}
-        holders = [h for m in self._model.modules() if (h := getattr(m, HOISTED, None)) is not None]
-        hoisted = [holder.value for holder in holders]
-        tensors |= {f"hoisted.{i}": t for i, t in enumerate(hoisted) if t is not None}
-        rest = sorted((n, repr(v)) for n, v in inputs.items() if n not in tensors)
-        key = (*((n, t.shape, t.dtype) for n, t in tensors.items()), *rest)
+        leaves, spec = tree_flatten((args, kwargs))
+        holders = self._holders()
+        values = leaves + [getattr(holder, "value", None) for holder in holders]
+        tensors = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+        rest = [(i, repr(v)) for i, v in enumerate(values) if i not in tensors]
+        key = (*((i, t.shape, t.dtype) for i, t in tensors.items()), *rest, repr(spec))
         if key not in self._captured:
-            self._captured[key] = self._capture(args, kwargs, tensors, holders)
+            self._captured[key] = self._capture(values, tensors, spec, holders)
         graph, fixed, output = self._captured[key]
-        for name, tensor in tensors.items():
-            fixed[name].copy_(tensor)
+        for i, tensor in tensors.items():
+            fixed[i].copy_(tensor)
         graph.replay()
         if isinstance(output, tuple):
             return tuple(value.clone() for value in output)
         return type(output)(**{name: value.clone() for name, value in output.items()})
 
+    def _holders(self) -> list[Any]:
+        """What a forward reads besides its arguments, each once."""
+        found = [getattr(m, name, None) for m in self._model.modules() for name in ASIDE]
+        return list({id(holder): holder for holder in found if holder is not None}.values())
+
     def _capture(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: dict[str, torch.Tensor],
+        values: list[Any],
+        tensors: dict[int, torch.Tensor],
+        spec: TreeSpec,
         holders: list[Any],
     ) -> tuple[Any, ...]:
-        fixed = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        args = tuple(fixed.get(str(i), arg) for i, arg in enumerate(args))
-        kwargs = {name: fixed.get(name, value) for name, value in kwargs.items()}
-        for i, holder in enumerate(holders):
-            holder.value = fixed.get(f"hoisted.{i}")
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._forward(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            output = self._forward(*args, **kwargs)
+        fixed = {i: tensor.detach().clone() for i, tensor in tensors.items()}
+        given = [fixed.get(i, value) for i, value in enumerate(values)]
+        args, kwargs = tree_unflatten(given[: spec.num_leaves], spec)
+        for holder, value in zip(holders, given[spec.num_leaves :], strict=True):
+            holder.value = value
+        graph, output = _record(lambda: self._forward(*args, **kwargs))
         return graph, fixed, output
+
+
+def _record(forward: Any) -> tuple[Any, Any]:
+    """A CUDA graph of a call, and the output that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = forward()
+    return graph, output
