@@ -1,7 +1,7 @@
-"""Modulation computed once for all steps: AdaLN's shift, scale and gate depend on timestep and class alone.
+"""Modulation computed once for all steps: AdaLN's shift, scale and gate depend on the timestep and on what stays.
 
 A third of a DiT's weights is modulation, read at every step for a handful of rows. Hoisted, they are read once per
-sampling run, for all its steps together.
+sampling run, for all its steps together. What it depends on beside the timestep, and how it is computed, a family says.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families.adaln import HOISTED, HoistedModulation, find_group
+from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.families.family import Hoistable
 
 
 class Hoist:
     """Watches one pipeline's scheduler and transformer; see `ditq_runtime.prepare`.
 
-    The scheduler is asked to scale the model's input right before the model is called: its timestep is known on the
-    host there, and no device has to be waited for. A forward whose timestep was not announced so, is none of the
+    The scheduler is asked to scale the model's input right before the model is called: its place in the schedule is
+    known there, and no device has to be waited for. A forward whose timestep was not announced so, is none of the
     scheduler's, or differs from it, computes its modulation as ever.
 
     Attributes:
@@ -26,16 +27,16 @@ class Hoist:
         hits: forwards that used it.
     """
 
-    def __init__(self, model: Any, scheduler: Any, block_names: list[str]) -> None:
+    def __init__(self, model: Any, scheduler: Any, hoistable: Hoistable) -> None:
         """Install."""
         self.tables, self.hits = 0, 0
         self._scheduler, self._step = scheduler, -1
-        self._blocks = [model.get_submodule(name) for name in block_names]
+        self._hoistable, self._holders = hoistable, hoistable.holders(model)
         self._key: tuple[Any, ...] = ()
         self._held: tuple[Any, ...] = ()
         self._values: list[torch.Tensor] = []
-        for block in self._blocks:
-            setattr(block, HOISTED, HoistedModulation())
+        for module in self._holders:
+            setattr(module, HOISTED, HoistedModulation())
         self._scale = scheduler.scale_model_input
         scheduler.scale_model_input = self._announced
         self._hooks = [
@@ -48,51 +49,50 @@ class Hoist:
         del self._scheduler.scale_model_input
         for hook in self._hooks:
             hook.remove()
-        for block in self._blocks:
-            delattr(block, HOISTED)
+        for module in self._holders:
+            delattr(module, HOISTED)
 
     def _announced(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kw: Any) -> Any:
-        found = (
-            self._scheduler.timesteps == timestep
-        ).nonzero()  # on the host: schedulers keep them there
-        self._step = int(found[0]) if len(found) else -1
+        self._step = _position(self._scheduler.timesteps, timestep)
         return self._scale(sample, timestep, *args, **kw)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step, self._step = self._step, -1
-        timestep, labels = kwargs.get("timestep"), kwargs.get("class_labels")
-        if step < 0 or timestep is None or labels is None:
+        timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
+        if step < 0 or timestep is None or conditions is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         steps = self._scheduler.timesteps
         if timestep.device.type == "cpu" and not bool((timestep == steps[step]).all()):
             return
-        version = 0 if labels.is_inference() else labels._version
-        key = (id(labels), version, id(steps), timestep.dtype, hidden.dtype)
+        batch = len(conditions[0] if conditions else hidden)
+        contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
+        key = (contents, id(steps), batch, timestep.dtype, hidden.dtype)
         if key != self._key:
-            self._values = self._compute(steps.to(timestep), labels, hidden.dtype)
-            self._key, self._held = key, (labels, steps)  # held, so that an id is not used again
+            timesteps = steps.to(timestep).repeat_interleave(batch)
+            rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
+            with torch.no_grad():
+                self._values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
+            self._key, self._held = (
+                key,
+                (conditions, steps),
+            )  # held, so that an id is not used again
             self.tables += 1
-        rows = slice(step * len(labels), (step + 1) * len(labels))
-        for block, values in zip(self._blocks, self._values, strict=True):
-            getattr(block, HOISTED).value = values[rows]
+        now = slice(step * batch, (step + 1) * batch)
+        for module, values in zip(self._holders, self._values, strict=True):
+            getattr(module, HOISTED).value = values[now]
         self.hits += 1
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for block in self._blocks:
-            getattr(block, HOISTED).value = None
+        for module in self._holders:
+            getattr(module, HOISTED).value = None
 
-    @torch.no_grad()
-    def _compute(
-        self, steps: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """Every block's modulation [S * B, N] fp32 of all steps, step by step, sample by sample."""
-        timesteps = steps.repeat_interleave(len(labels))
-        classes = labels.repeat(len(steps))
-        values = []
-        for block in self._blocks:
-            find_group(block, timesteps)
-            norm: Any = block.norm1
-            embedding = norm.emb(timesteps, classes, hidden_dtype=dtype)
-            values.append(norm.linear(norm.silu(embedding)))
-        return values
+
+def _position(steps: torch.Tensor, timestep: Any) -> int:
+    """Where a timestep stands in a schedule [S]; -1: nowhere."""
+    if isinstance(timestep, torch.Tensor) and steps.is_contiguous():
+        memory = [t.untyped_storage().data_ptr() for t in (timestep, steps)]
+        if memory[0] == memory[1]:  # an element of it, as in `for t in steps`: no device is asked
+            return int(timestep.storage_offset() - steps.storage_offset())
+    found = (steps == timestep).nonzero()
+    return int(found[0]) if len(found) else -1

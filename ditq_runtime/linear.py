@@ -112,8 +112,13 @@ class QuantLinear(Pinned, nn.Linear):
         group = (self.group_scale, self.group_offset)
         return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
 
-    def add_to(self, residual: torch.Tensor, gate: torch.Tensor, codes: Codes) -> torch.Tensor:
-        """Residual [T, N] + gate [B, N] fp32 * layer, in the dtype of the residual stream, for `w8` and `w4p`."""
+    def add_to(
+        self, residual: torch.Tensor, gate: torch.Tensor | None, codes: Codes
+    ) -> torch.Tensor:
+        """Residual [T, N] + gate [B, N] fp32 * layer (no gate: + layer), in the dtype of the residual stream.
+
+        For `w8` and `w4p`.
+        """
         return k.gemm_residual(
             codes.q,
             self._packed(),

@@ -16,7 +16,7 @@ class Prepared:
     """What `prepare` installed.
 
     Attributes:
-        hoist: the hoisted modulation; None for families other than DiT.
+        hoist: the hoisted modulation; None for families other than DiT and PixArt.
         graph: the captured forward; None without `cuda_graph`.
     """
 
@@ -35,9 +35,9 @@ class Prepared:
 def prepare(pipe: Any, cuda_graph: bool = False) -> Prepared:
     """Warm up, hoist modulation, and capture the forward as a CUDA graph.
 
-    Modulation is computed once per sampling run, for all steps (DiT). It costs 4 bytes times blocks, steps, samples
-    (twice with guidance) and 6 times the width: 310 MB for DiT-XL/2 at 50 steps and 4 guided samples. Rounding may
-    differ in the last bit from a step-by-step run, because the rows are summed in another batch.
+    Modulation is computed once per sampling run, for all steps (DiT, PixArt). It costs 4 bytes times blocks, steps,
+    samples (twice with guidance) and 6 times the width: 310 MB for DiT-XL/2 at 50 steps and 4 guided samples. Rounding
+    may differ in the last bit from a step-by-step run, because the rows are summed in another batch.
 
     Args:
         pipe: a pipeline with a packed transformer, on the device it will run on. Not compiled with torch.compile.
@@ -68,6 +68,5 @@ def prepare(pipe: Any, cuda_graph: bool = False) -> Prepared:
     if family.example_inputs is not None:  # loads and compiles kernels
         with torch.no_grad():
             model(**family.example_inputs(model))
-    is_dit = family.architecture == "DiTTransformer2DModel"
-    hoist = Hoist(model, pipe.scheduler, family.block_names(model)) if is_dit else None
+    hoist = None if family.hoistable is None else Hoist(model, pipe.scheduler, family.hoistable)
     return Prepared(hoist, GraphedForward(model) if cuda_graph else None)

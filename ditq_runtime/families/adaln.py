@@ -13,7 +13,7 @@ from torch import nn
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 
 TIMESTEP_NOTE = "timestep_note"
-HOISTED = "hoisted_modulation"  # name of the holder in a block that `ditq_runtime.prepare` reached
+HOISTED = "hoisted_modulation"  # name of the holder in a module that `ditq_runtime.prepare` reached
 
 
 class Modulation(NamedTuple):
@@ -66,9 +66,15 @@ def add_mlp(
 
 
 class HoistedModulation:
-    """Where a block finds the modulation [B, N] that was computed before the sampling loop; None: compute it."""
+    """Where a module finds the modulation [B, N] that was computed before the sampling loop; None: compute it."""
 
     value: torch.Tensor | None = None
+
+
+def hoisted(module: nn.Module) -> torch.Tensor | None:
+    """The modulation [B, N] that waits for a module in this forward; None: it computes its own."""
+    value: torch.Tensor | None = getattr(getattr(module, HOISTED, None), "value", None)
+    return value
 
 
 def modulation(norm: Any, embedding: torch.Tensor) -> Modulation:

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from ditq_runtime.families.adaln import (
-    HOISTED,
     Modulation,
     add_gated,
     add_mlp,
     find_group,
+    hoisted,
     modulate,
-    modulation,
     swap_forward,
 )
-from ditq_runtime.families.family import BlockTable, Family, blocks_in
+from ditq_runtime.families.family import BlockTable, Family, Hoistable, blocks_in
 from ditq_runtime.families.fused import Layout
 from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
@@ -57,12 +56,10 @@ def _forward(
             "DiT blocks have no cross-attention: encoder_hidden_states and its mask must be None"
         )
     find_group(self, timestep)
-    hoisted = getattr(self, HOISTED, None)
-    if hoisted is not None and hoisted.value is not None:
-        m = Modulation(*hoisted.value.chunk(6, dim=1))
-    else:
-        embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-        m = modulation(self.norm1, embedding)
+    rows = hoisted(self)
+    if rows is None:
+        rows = _modulation(self, timestep, class_labels, hidden_states.dtype)
+    m = Modulation(*rows.chunk(6, dim=1))
 
     if not (attention_mask is not None or cross_attention_kwargs or why_not(self)):
         return LAYOUT.forward(self, hidden_states, m)
@@ -72,6 +69,31 @@ def _forward(
     hidden_states = add_gated(hidden_states, m.gate_msa, x)
 
     return add_mlp(hidden_states, self.norm3, self.ff, m)
+
+
+def _modulation(
+    block: Any, timestep: torch.Tensor | None, labels: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A block's modulation [B, 6 D] fp32."""
+    norm = block.norm1
+    rows: torch.Tensor = norm.linear(norm.silu(norm.emb(timestep, labels, hidden_dtype=dtype)))
+    return rows
+
+
+def _hoist(
+    model: Any, timesteps: torch.Tensor, conditions: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The modulation of every block; see `Hoistable`."""
+    (labels,), values = conditions, []
+    for block in model.transformer_blocks:
+        find_group(block, timesteps)
+        values.append(_modulation(block, timesteps, labels, dtype))
+    return values
+
+
+def _labels(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    labels = kwargs.get("class_labels")
+    return None if labels is None else (labels,)
 
 
 def use_direct_multiplier(block: nn.Module) -> None:
@@ -110,4 +132,5 @@ DIT = Family(
     },
     example_inputs=example_inputs,
     shared_embedder="norm1.emb",
+    hoistable=Hoistable(_labels, lambda model: list(model.transformer_blocks), _hoist),
 )

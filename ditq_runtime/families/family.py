@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ditq_runtime.families.sites import AdaLN, Site
@@ -52,6 +53,25 @@ class BlockTable:
 
 
 @dataclass(frozen=True)
+class Hoistable:
+    """How modulation is computed for many steps at once; it depends on the timestep and on what stays for a run.
+
+    Attributes:
+        conditions: keyword arguments of the model's forward -> what modulation depends on beside the timestep, each
+            with one row a sample; None: it is not there.
+        holders: model -> the modules that look for a hoisted value (`adaln.hoisted`).
+        compute: model, timesteps [S * B], conditions with as many rows, and dtype of the hidden states -> the value
+            [S * B, N] of each holder.
+    """
+
+    conditions: Callable[[dict[str, Any]], tuple[torch.Tensor, ...] | None]
+    holders: Callable[[Any], list[nn.Module]]
+    compute: Callable[
+        [Any, torch.Tensor, tuple[torch.Tensor, ...], torch.dtype], list[torch.Tensor]
+    ]
+
+
+@dataclass(frozen=True)
 class Family:
     """One diffusers transformer class.
 
@@ -62,6 +82,7 @@ class Family:
         example_inputs: a smallest batch for one forward, as keyword arguments; None: the caller must bring one.
         shared_embedder: prefix, inside a block, of an embedder that may be equal in all blocks; None if none.
         timestep_scale: the model's `timestep` argument is this times the scheduler's timestep.
+        hoistable: how its modulation can be computed before the sampling loop; None: it cannot.
     """
 
     architecture: str
@@ -70,6 +91,7 @@ class Family:
     example_inputs: Callable[[nn.Module], dict[str, Any]] | None = None
     shared_embedder: str | None = None
     timestep_scale: float = 1.0
+    hoistable: Hoistable | None = None
 
     def block_names(self, model: nn.Module) -> list[str]:
         """`blocks.0`, `blocks.1`, ... of a model."""

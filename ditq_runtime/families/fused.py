@@ -23,10 +23,14 @@ class Call(NamedTuple):
     Attributes:
         shape: [B, T, D] of the residual stream.
         m: the block's modulation, each [B, D] fp32, the scales as multipliers.
+        caption: [B, Tk, C] what cross-attention attends to, or None in a block without one.
+        caption_mask: [B, Tk] or [B, 1, Tk] as `Attention` takes it, or None.
     """
 
     shape: torch.Size
     m: Modulation
+    caption: torch.Tensor | None = None
+    caption_mask: torch.Tensor | None = None
 
 
 class Sublayer(Protocol):
@@ -67,18 +71,21 @@ class Layout:
         self.linears = tuple(n for n, kind in self.parts.items() if kind is QuantLinear)
         self.attentions = tuple(n for n, kind in self.parts.items() if kind is Attention)
 
-    def forward(self, block: nn.Module, hidden: torch.Tensor, m: Modulation) -> torch.Tensor:
+    def forward(
+        self, block: nn.Module, hidden: torch.Tensor, m: Modulation, *caption: torch.Tensor | None
+    ) -> torch.Tensor:
         """One block for which `fusible.why_not` says nothing.
 
         Args:
             block: a packed block of the family.
             hidden: [B, T, D] fp32 | fp16 | bf16, the residual stream.
             m: its modulation, each [B, D] fp32, the scales as multipliers.
+            caption: what cross-attention attends to and its mask, as in `Call`.
 
         Returns:
             [B, T, D] in the dtype of `hidden`.
         """
-        call = Call(hidden.shape, m)
+        call = Call(hidden.shape, m, *caption)
         rows = as_rows(hidden)
         for sublayer in self.sublayers:
             rows = sublayer.forward(block, rows, call)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.normalization import AdaLayerNormSingle
 from torch import nn
 
 from ditq_runtime.families.adaln import (
@@ -16,14 +17,20 @@ from ditq_runtime.families.adaln import (
     add_gated,
     add_mlp,
     find_group,
+    hoisted,
     modulate,
     swap_forward,
 )
-from ditq_runtime.families.family import BlockTable, Family, blocks_in
+from ditq_runtime.families.family import BlockTable, Family, Hoistable, blocks_in
+from ditq_runtime.families.fused import Layout
+from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
+from ditq_runtime.families.sublayers import CrossAttention, FeedForwardLayer, SelfAttention
+from ditq_runtime.modulation_table import ModulationTable
 
 TABLE = "scale_shift_table"
 CAPTION_TOKENS = 8
+CONDITIONS = ("resolution", "aspect_ratio")
 
 SITES = (
     Site("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), AdaLN(TABLE, 0, 1)),
@@ -42,6 +49,12 @@ SITES = (
     Site("fc1", ("ff.net.0.proj",), AdaLN(TABLE, 3, 4)),
     Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
 )
+LAYOUT = Layout(
+    (TABLE, ModulationTable),
+    SelfAttention("attn1", norm="norm1"),
+    CrossAttention("attn2"),
+    FeedForwardLayer("ff", norm="norm2"),
+)
 
 
 def _forward(
@@ -56,13 +69,19 @@ def _forward(
     added_cond_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """One PixArt block whose table emits the AdaLN multiplier; diffusers' signature, `timestep` is the projection."""
-    assert timestep is not None
     kwargs = cross_attention_kwargs or {}
     if kwargs.get("gligen") is not None:
         raise ValueError("PixArt blocks run no GLIGEN control; leave cross_attention_kwargs out")
     find_group(self)
-    shared = timestep.reshape(hidden_states.shape[0], -1)  # [B, 6 D]
-    m = Modulation(*self.scale_shift_table(shared).chunk(6, dim=1))
+    rows = hoisted(self)
+    if rows is None:
+        assert timestep is not None
+        rows = self.scale_shift_table(timestep.reshape(hidden_states.shape[0], -1))
+    m = Modulation(*rows.chunk(6, dim=1))
+
+    plain = attention_mask is None and encoder_hidden_states is not None and not kwargs
+    if plain and not why_not(self):
+        return LAYOUT.forward(self, hidden_states, m, encoder_hidden_states, encoder_attention_mask)
 
     x = modulate(hidden_states, self.norm1, m.scale_msa, m.shift_msa)
     x = self.attn1(x, attention_mask=attention_mask, **kwargs)
@@ -77,9 +96,47 @@ def _forward(
     return add_mlp(hidden_states, self.norm2, self.ff, m)
 
 
+def _adaln_single(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shared modulation [B, 6 D] and the embedding [B, D] that it is a projection of; diffusers' signature."""
+    rows = hoisted(self)
+    if rows is None:
+        return AdaLayerNormSingle.forward(self, *args, **kwargs)
+    *shared, embedding = rows.chunk(7, dim=1)
+    return torch.cat(shared, dim=1), embedding
+
+
+def _holders(model: Any) -> list[nn.Module]:
+    """The shared modulation, with the forward above, then the blocks."""
+    if type(model.adaln_single) is AdaLayerNormSingle:
+        swap_forward(model.adaln_single, _adaln_single)
+    return [model.adaln_single, *model.transformer_blocks]
+
+
+def _hoist(
+    model: Any, timesteps: torch.Tensor, conditions: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """What the shared modulation gives, and every block's own; see `Hoistable`."""
+    added = dict(zip(CONDITIONS, conditions or (None, None), strict=True))
+    shared, embedding = model.adaln_single(
+        timesteps, added, batch_size=len(timesteps), hidden_dtype=dtype
+    )
+    values = [torch.cat([shared, embedding], dim=1)]
+    for block in model.transformer_blocks:
+        find_group(block, timesteps)
+        values.append(block.scale_shift_table(shared))
+    return values
+
+
+def _conditions(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Resolution and aspect ratio, where the model is told them."""
+    added = kwargs.get("added_cond_kwargs") or {}
+    return tuple(added[name] for name in CONDITIONS if added.get(name) is not None)
+
+
 def use_direct_multiplier(block: nn.Module) -> None:
-    """Give a stock block the forward above; its table must be a `ModulationTable` when it runs."""
+    """Give a stock block the forward above; it runs fused where it may. Its table must be a `ModulationTable`."""
     swap_forward(block, _forward)
+    make_fusible(block, LAYOUT)
 
 
 def example_inputs(model: Any) -> dict[str, Any]:
@@ -88,7 +145,7 @@ def example_inputs(model: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
     caption = config.caption_channels or model.inner_dim
-    added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    added: dict[str, Any] = dict.fromkeys(CONDITIONS)
     if model.use_additional_conditions:
         pixels = 8.0 * config.sample_size
         added = {
@@ -123,4 +180,5 @@ PIXART = Family(
         "proj_out": "final projection, kept float",
     },
     example_inputs=example_inputs,
+    hoistable=Hoistable(_conditions, _holders, _hoist),
 )

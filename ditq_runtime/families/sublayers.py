@@ -5,6 +5,9 @@
     to_q, to_k, to_v                                  three GEMMs
     attention                                         the same
     quantize, to_out, gate, add                       quantize, gemm_residual
+    cross-attention: quantize for each of q k v       quantize the stream, and the caption once
+    to_q, to_k, to_v, attention                       the same
+    quantize, to_out, add                             quantize, gemm_residual without a gate
     layer norm, modulate, quantize, fc1               adaln_quantize, GEMM
     GELU, quantize                                    in that GEMM (static), or gelu_quantize (token)
     fc2, gate, add                                    gemm_residual
@@ -26,8 +29,8 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.attention_install import PLAIN, not_plain
-from ditq_runtime.attention_processor import CORE
-from ditq_runtime.families.fused import FLOAT_ATTENTION, Call, Step
+from ditq_runtime.attention_processor import CORE, key_mask_of
+from ditq_runtime.families.fused import FLOAT_ATTENTION, Call, Step, as_rows
 from ditq_runtime.linear import Codes, QuantLinear
 
 QKV = ("to_q", "to_k", "to_v")
@@ -72,10 +75,8 @@ class SelfAttention:
             _project(attn, linear, codes, call.shape)
             for linear in (attn.to_q, attn.to_k, attn.to_v)
         )
-        context = _attend(attn, query, key, value).reshape(len(rows), -1)
-        to_out = attn.to_out[0]
-        added: torch.Tensor = to_out.add_to(rows, m.gate_msa, to_out.quantize(context))
-        return added
+        context = _attend(attn, query, key, value, None)
+        return _add_output(attn, rows, m.gate_msa, context)
 
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
@@ -83,6 +84,40 @@ class SelfAttention:
         found = [("adaln_quantize", to_q)]
         for name in (to_q, to_k, to_v):
             found += _product(block, name)
+        return found + _rest_of_attention(block, self.attn)
+
+
+class CrossAttention:
+    """Attention of the residual stream itself to the caption, sum; see `fused.Sublayer`."""
+
+    def __init__(self, attn: str) -> None:
+        """Name the attention."""
+        self.attn = attn
+        self.parts = _under(attn, ATTENTION)
+
+    def obstacle(self, block: nn.Module) -> str:
+        """Settings of the attention, two ways to quantize the caption."""
+        attn = block.get_submodule(self.attn)
+        return not_plain(attn, NO_NORMS, "a fused block") or _unshared(block, self.attn, QKV[1:])
+
+    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
+        """The stream + to_out(attention(stream, caption)); no norm, no gate."""
+        attn: Any = block.get_submodule(self.attn)
+        caption = call.caption
+        assert caption is not None
+        query = _project(attn, attn.to_q, attn.to_q.quantize(rows), call.shape)
+        codes = attn.to_k.quantize(as_rows(caption))
+        key, value = (
+            _project(attn, linear, codes, caption.shape) for linear in (attn.to_k, attn.to_v)
+        )
+        context = _attend(attn, query, key, value, call.caption_mask)
+        return _add_output(attn, rows, None, context)
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of that forward, in order."""
+        to_q, to_k, to_v = (f"{self.attn}.{name}" for name in QKV)
+        found = [*_quantizer(block, to_q), *_product(block, to_q)]
+        found += [*_quantizer(block, to_k), *_product(block, to_k), *_product(block, to_v)]
         return found + _rest_of_attention(block, self.attn)
 
 
@@ -176,13 +211,35 @@ def _project(attn: Any, linear: QuantLinear, codes: Codes, shape: torch.Size) ->
     return linear.multiply(codes, linear.compute_dtype).view(*shape[:2], attn.heads, -1)
 
 
-def _attend(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What the block's processor does between the projections; all [B, T, H, D]."""
+def _attend(
+    attn: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the attention's processor does between the projections; all [B, T, H, D]."""
+    batch, keys, heads, _ = key.shape
     core = getattr(attn, CORE, None)
     if core is not None:
-        return core(query, key, value, None)
+        return core(query, key, value, key_mask_of(mask, batch, keys))
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, keys, batch).view(batch, heads, -1, keys)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+
+
+def _add_output(
+    attn: Any, rows: torch.Tensor, gate: torch.Tensor | None, context: torch.Tensor
+) -> torch.Tensor:
+    """The stream [B * T, D] + gate * to_out(context [B, T, H, D])."""
+    to_out = attn.to_out[0]
+    added: torch.Tensor = to_out.add_to(rows, gate, to_out.quantize(context.reshape(len(rows), -1)))
+    return added
+
+
+def _quantizer(block: nn.Module, name: str) -> list[Step]:
+    return [(_packed(block, name).format.ops[0], name)]
 
 
 def _product(block: nn.Module, name: str, fused: str = "") -> list[Step]:
@@ -196,5 +253,5 @@ def _rest_of_attention(block: nn.Module, name: str) -> list[Step]:
     core: Any = getattr(block.get_submodule(name), CORE, None)
     ops = (FLOAT_ATTENTION,) if core is None else core.format.ops
     to_out = f"{name}.to_out.0"
-    found = [(op, name) for op in ops] + [(_packed(block, to_out).format.ops[0], to_out)]
+    found = [*((op, name) for op in ops), *_quantizer(block, to_out)]
     return found + _product(block, to_out, "gemm_residual")

@@ -2,10 +2,17 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+)
+from safetensors.torch import save_file
 
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.demo.identity_vae import build_identity_vae
@@ -66,6 +73,36 @@ def pipes():
         )
         for kind in ("own", "shared")
     }
+
+
+def _randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory):
+    """Width -> a random PixArt with 16 tokens, and a file of three prompts of 6 tokens, 32 wide, to calibrate it.
+
+    Widths are multiples of 32, the width of a head; those of 96 are told resolution and aspect ratio.
+    """
+
+    def make(width=64):
+        torch.manual_seed(0)
+        model = PixArtTransformer2DModel(
+            num_attention_heads=width // 32, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=2,
+            sample_size=8, caption_channels=32, cross_attention_dim=width, use_additional_conditions=width % 96 == 0,
+        ).eval().requires_grad_(False)  # fmt: skip
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+        embeddings = {"prompt_embeds": _randn(3, 6, 32, seed=2), "prompt_attention_mask": mask}
+        embeddings |= {f"negative_{name}": x[2:].clone() for name, x in embeddings.items()}
+        prompts = tmp_path_factory.mktemp("prompts") / "prompts.safetensors"
+        save_file(embeddings, prompts)
+        return SimpleNamespace(model=model, prompts=prompts)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ditq_bench.census.issue_model import Prediction, predict
-from ditq_kernels import tuning
 from ditq_runtime.files import atomic_file
 
 TARGETS = (80, 86, 89, 90)  # the GPUs we run on
@@ -45,7 +44,10 @@ class CensusRow:
     @property
     def launch(self) -> str:
         """Such as "128x256x64, 8 warps, 3 stages"."""
-        return tuning.launch_text(self.census["config"])
+        config = dict(self.census["config"])
+        warps, stages = config.pop("num_warps"), config.pop("num_stages", None)
+        tile = "x".join(str(size) for size in config.values())
+        return f"{tile}, {warps} warps" + (f", {stages} stages" if stages else "")
 
     @property
     def opcodes(self) -> dict[str, int]:
