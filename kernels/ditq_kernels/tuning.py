@@ -8,8 +8,10 @@ the head dimension. The device's own table, such as
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any, Literal
 
 import torch
 
@@ -27,13 +29,21 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch of a GEMM: one program computes block_t tokens x block_n outputs."""
+    """Launch of a GEMM: one program computes block_t tokens x block_n outputs.
+
+    split_k is for gemm_w8a8 and gemm_w4a8 only: other GEMMs sum floats, where the order of sums shows. The fields after
+    it are for gemm_w8a8 only, and not together with split_k.
+    """
 
     block_t: int
     block_n: int
     block_k: int  # inputs per iteration; gemm_w4a8 takes its packing unit instead
     num_warps: int
     num_stages: int
+    split_k: int | Literal["auto"] = 1  # programs that share a tile's inputs; auto: see waves
+    programs_per_sm: int = 0  # that stay and compute one tile after another; 0: one program a tile
+    loads: Literal["pointers", "tma"] = "pointers"  # tma: sm_90
+    specialize: bool = False  # some warps load, others multiply: sm_90, 4 warps, programs that stay
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,23 @@ class AttentionConfig:
     block_k: int  # keys per iteration, at most; all keys in one tile are looked at once
     num_warps: int
     num_stages: int
+
+
+# fields of a launch in words; the rest are sizes of its tile
+WORDS = {
+    "num_warps": "{} warps", "num_stages": "{} stages", "split_k": "split {}",
+    "programs_per_sm": "persistent {}", "loads": "{}", "specialize": "specialized",
+}  # fmt: skip
+UNSAID: dict[str, tuple[Any, ...]] = {
+    "split_k": (1, "auto"), "programs_per_sm": (0,), "loads": ("pointers",), "specialize": (False,),
+}  # fmt: skip
+
+
+def launch_text(config: Mapping[str, Any]) -> str:
+    """Fields of a launch as text, such as "128x256x64, 8 warps, 3 stages"."""
+    tile = "x".join(str(size) for name, size in config.items() if name not in WORDS)
+    said = [n for n in WORDS if n in config and config[n] not in UNSAID.get(n, ())]
+    return ", ".join([tile, *(WORDS[name].format(config[name]) for name in said)])
 
 
 def row_config(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> RowConfig:

@@ -20,8 +20,27 @@ def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
         if op.startswith("attention"):
             choose = tuning.attention_config
         config = choose(op, tables, num_tokens, in_features)
-        sizes = vars(config).items()
-        assert all(v >= 1 and (v & (v - 1) == 0 or name == "num_stages") for name, v in sizes)
+        sizes = {name: v for name, v in vars(config).items() if name not in tuning.UNSAID}
+        assert all(
+            v >= 1 and (v & (v - 1) == 0 or name == "num_stages") for name, v in sizes.items()
+        )
+
+
+@pytest.mark.parametrize("architecture", ["interpreter", "sm_80", "sm_89", "sm_90"])
+def test_variants_are_asked_for_only_where_they_exist(architecture):
+    for op, rows in tuning.load_table(architecture)["ops"].items():
+        fields = {name for row in rows for name in row} & set(tuning.UNSAID)
+        assert fields <= ({"split_k"} if op.startswith(("gemm_w8a8", "gemm_w4a8")) else set()), op
+        assert not (fields and "per_group" in op)
+
+
+def test_a_launch_in_words():
+    words = tuning.launch_text
+    plain = tuning.TileConfig(128, 256, 64, 8, 3, split_k="auto")
+    assert words(vars(plain)) == "128x256x64, 8 warps, 3 stages"
+    other = tuning.TileConfig(128, 128, 128, 4, 3, 2, 1, "tma", True)
+    assert words(vars(other)).endswith("3 stages, split 2, persistent 1, tma, specialized")
+    assert words(vars(tuning.RowConfig(4, 8))) == "4, 8 warps"
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])

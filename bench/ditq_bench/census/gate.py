@@ -72,6 +72,8 @@ def _integer_products(row: CensusRow) -> str | None:
 
 
 def _conversions(row: CensusRow) -> str | None:
+    if row.census["config"].get("programs_per_sm") and not row.census["config"]["specialize"]:
+        return None  # one loop over tiles and inputs: the epilogue and divisions by sizes are in it, once a tile
     found = [name for name in CONVERSIONS if name in row.census["loop"]]
     return f"{' and '.join(found)} in the hot loop" if found else None
 

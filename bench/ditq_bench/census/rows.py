@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ditq_bench.census.issue_model import Prediction, predict
+from ditq_kernels import tuning
 from ditq_runtime.files import atomic_file
 
 TARGETS = (80, 86, 89, 90)  # the GPUs we run on
@@ -44,10 +45,7 @@ class CensusRow:
     @property
     def launch(self) -> str:
         """Such as "128x256x64, 8 warps, 3 stages"."""
-        config = dict(self.census["config"])
-        warps, stages = config.pop("num_warps"), config.pop("num_stages", None)
-        tile = "x".join(str(size) for size in config.values())
-        return f"{tile}, {warps} warps" + (f", {stages} stages" if stages else "")
+        return tuning.launch_text(self.census["config"])
 
     @property
     def opcodes(self) -> dict[str, int]:

@@ -59,7 +59,12 @@ def gelu_tanh(x):
 @triton.jit
 def tile_of_program(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr):
     """Token tile and output tile of this program: GROUP_T token tiles share each output tile."""
-    program = tl.program_id(0)
+    return tile_of(tl.program_id(0), T, N, BLOCK_T, BLOCK_N, GROUP_T)
+
+
+@triton.jit
+def tile_of(program, T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr):
+    """As `tile_of_program`, for a program of any number."""
     tiles_t = tl.cdiv(T, BLOCK_T)
     programs_per_group = GROUP_T * tl.cdiv(N, BLOCK_N)
     first_t = (program // programs_per_group) * GROUP_T

@@ -6,11 +6,14 @@ weights, four bytes at a time: `code * group_scale + (group_offset + 128)` never
 byte because the packer keeps every result in 0..255, and flipping the top bits subtracts the 128.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
+from ditq_kernels._triton import split_k
 from ditq_kernels._triton.common import (
     GROUP_T,
     INTERPRETED,
@@ -19,6 +22,7 @@ from ditq_kernels._triton.common import (
 )
 from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
 from ditq_kernels._triton.prepared_w4 import prepared_w4
+from ditq_kernels._triton.split_k import inputs_of_program, write_sums
 
 
 @triton.jit
@@ -60,9 +64,10 @@ def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
 @triton.jit
 def _gemm_w4a8_kernel(
     q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
-    epilogue,  # an Epilogue
+    epilogue,  # an Epilogue, or None: sums are stored as they are
     T, N, K, stride_qt, stride_sn, stride_ot,
     EVEN_K: tl.constexpr,  # K is a multiple of UNIT
+    SPLITS: tl.constexpr,  # programs that share a tile, see split_k
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +84,12 @@ def _gemm_w4a8_kernel(
     q_at = q_ptr + columns[None, :] + k[:, None]
     last_group = K // GROUP_SIZE - 1  # padding of the last unit multiplies zero activations
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.int32)
-    for start in range(0, K, UNIT):
+    first, end = 0, K
+    if SPLITS > 1:
+        first, end = inputs_of_program(K, UNIT, SPLITS)
+        split_at += first // 2
+        q_at += first
+    for start in range(first, end, UNIT):
         packed = tl.load(split_at)  # padded to whole units: no mask
         if EVEN_K:
             q_low = tl.load(q_at)
@@ -103,7 +113,10 @@ def _gemm_w4a8_kernel(
         total = tl.dot(high, q_high, total, out_dtype=tl.int32)
         split_at += HALF
         q_at += UNIT
-    write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
+    if SPLITS > 1:
+        write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=1)
+    else:
+        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
 
 
 def launch(
@@ -146,15 +159,20 @@ def run(
     """Fill `out` with what the epilogue makes of q times the expanded weights."""
     (num_tokens, in_features), out_features = q.shape, packed.shape[0]
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
+    splits = split_k.splits_of(config, q.device, num_tokens, in_features, out_features)
     with on_device_of(q):
         weights = prepared_w4(packed, group_scale, group_offset)
-        _gemm_w4a8_kernel[(tiles,)](
-            q, weights.split, weights.groups, out, epilogue,
-            num_tokens, out_features, in_features,
-            q.stride(0), weights.split.stride(0), out.stride(0),
-            EVEN_K=in_features % weights.unit == 0,
-            GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,
-            INLINE_ASM=not INTERPRETED,
-            BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-        )  # fmt: skip
+
+        def launch_grid(grid: tuple[int, int], to: torch.Tensor, stages: Any, splits: int) -> None:
+            _gemm_w4a8_kernel[grid](
+                q, weights.split, weights.groups, to, stages,
+                num_tokens, out_features, in_features,
+                q.stride(0), weights.split.stride(0), to.stride(0),
+                EVEN_K=in_features % weights.unit == 0, SPLITS=splits,
+                GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,
+                INLINE_ASM=not INTERPRETED,
+                BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
+                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+            )  # fmt: skip
+
+        split_k.run(splits, tiles, out, epilogue, launch_grid)

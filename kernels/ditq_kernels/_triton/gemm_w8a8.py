@@ -3,21 +3,26 @@
 Both operands are contiguous along K: the other layout costs 2.7x the loop instructions.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
+from ditq_kernels._triton import gemm_w8a8_persistent, split_k
 from ditq_kernels._triton.common import GROUP_T, on_device_of, tile_of_program
 from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
+from ditq_kernels._triton.split_k import inputs_of_program, write_sums
 
 
 @triton.jit
 def _gemm_w8a8_kernel(
-    q_ptr, weight_ptr, out_ptr,  # [T, K] int8, [N, K] int8, [T, N] float
-    epilogue,  # an Epilogue
+    q_ptr, weight_ptr, out_ptr,  # [T, K] int8, [N, K] int8, [T, N] float; or sums, see split_k
+    epilogue,  # an Epilogue, or None: sums are stored as they are
     T, N, K, stride_qt, stride_wn, stride_ot,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    SPLITS: tl.constexpr,  # programs that share a tile
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
 ):  # fmt: skip
     tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
@@ -30,7 +35,12 @@ def _gemm_w8a8_kernel(
     q_at = q_ptr + rows[:, None] + k[None, :]
     weight_at = weight_ptr + columns[None, :] + k[:, None]
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
-    for start in range(0, K, BLOCK_K):
+    first, end = 0, K
+    if SPLITS > 1:
+        first, end = inputs_of_program(K, BLOCK_K, SPLITS)
+        q_at += first
+        weight_at += first
+    for start in range(first, end, BLOCK_K):
         if EVEN_K:
             q = tl.load(q_at)
             weight = tl.load(weight_at)
@@ -40,7 +50,10 @@ def _gemm_w8a8_kernel(
         total = tl.dot(q, weight, total, out_dtype=tl.int32)
         q_at += BLOCK_K
         weight_at += BLOCK_K
-    write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0)
+    if SPLITS > 1:
+        write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=0)
+    else:
+        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0)
 
 
 def launch(
@@ -79,12 +92,21 @@ def run(
     """Fill `out` with what the epilogue makes of q @ weight.T."""
     (num_tokens, in_features), out_features = q.shape, weight.shape[0]
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
-    with on_device_of(q):
-        _gemm_w8a8_kernel[(tiles,)](
-            q, weight, out, epilogue,
-            num_tokens, out_features, in_features, q.stride(0), weight.stride(0), out.stride(0),
-            EVEN_K=in_features % config.block_k == 0,
+
+    def launch_grid(grid: tuple[int, int], to: torch.Tensor, stages: Any, splits: int) -> None:
+        _gemm_w8a8_kernel[grid](
+            q, weight, to, stages,
+            num_tokens, out_features, in_features, q.stride(0), weight.stride(0), to.stride(0),
+            EVEN_K=in_features % config.block_k == 0, SPLITS=splits,
             BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             GROUP_T=GROUP_T,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
+
+    stays = config.programs_per_sm > 0 or config.loads == "tma"
+    with on_device_of(q):
+        if stays:
+            gemm_w8a8_persistent.run(q, weight, out, epilogue, config)
+            return
+        splits = split_k.splits_of(config, q.device, num_tokens, in_features, out_features)
+        split_k.run(splits, tiles, out, epilogue, launch_grid)

@@ -84,7 +84,10 @@ def _instructions(machine_code: str) -> list[tuple[int, str]]:
 def _hot_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """Body of the longest innermost loop with tensor-core instructions; empty if there is none."""
     loops = []
-    for address, text in instructions:
+    # behind the last EXIT lie waits for TMA, whose way back into the loop is a backward branch too
+    ends = [address for address, text in instructions if _opcode(text) == "EXIT"]
+    main = [item for item in instructions if item[0] <= max(ends, default=instructions[-1][0])]
+    for address, text in main:
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch is not None and int(branch[1], 16) < address:
             body = [item for item in instructions if int(branch[1], 16) <= item[0] <= address]

@@ -26,6 +26,7 @@ from ditq_kernels._triton import (
     lora_down,
     offline_attention,
     offline_epilogue,
+    offline_variants,
     prepared_w4,
     prepared_w4g,
     quantize_per_token,
@@ -86,12 +87,14 @@ class OfflineKernel:
         tuned: (op, names of tables, num_tokens, in_features) -> its launch.
         specialize: (op, problem, launch) -> the jit function and its constants.
         types: of arguments that differ from POINTERS.
+        targets: architectures it is for; None: all.
     """
 
     problems: tuple[Problem, ...]
     tuned: Callable[[str, tuple[str, ...], int, int], Config]
     specialize: Callable[[str, Problem, Any], tuple[Any, dict[str, Any]]]
     types: dict[str, str] = dataclasses.field(default_factory=dict)
+    targets: tuple[int, ...] | None = None
 
 
 def compile_op(
@@ -148,7 +151,9 @@ def tuned_config(op: str, target: int, problem: Problem) -> Config:
 
 
 def tuned_problems(op: str, target: int) -> list[tuple[Problem, Config]]:
-    """Every launch that an op's problems meet on an architecture, each machine code once."""
+    """Every launch that an op's problems meet on an architecture, each machine code once; none if it is not for it."""
+    if target not in (KERNELS[op].targets or (target,)):
+        return []
     found: dict[Any, tuple[Problem, Config]] = {}
     for problem in KERNELS[op].problems:
         config = tuned_config(op, target, problem)
@@ -205,14 +210,14 @@ def _gemm_constants(op, problem, config):
 
 def _w8a8_kernel(op, problem, config):
     even = problem.in_features % config.block_k == 0
-    constants = {"BLOCK_K": config.block_k, "EVEN_K": even}
+    constants = {"BLOCK_K": config.block_k, "EVEN_K": even, "SPLITS": 1}
     return gemm_w8a8._gemm_w8a8_kernel, constants | _gemm_constants(op, problem, config)
 
 
 def _w4a8_kernel(op, problem, config):
     unit = prepared_w4.kernel_unit(problem.in_features, problem.group_size)
     constants = {
-        "UNIT": unit, "EVEN_K": problem.in_features % unit == 0,
+        "UNIT": unit, "EVEN_K": problem.in_features % unit == 0, "SPLITS": 1,
         "GROUP_SIZE": problem.group_size, "INLINE_ASM": True,
     }  # fmt: skip
     return gemm_w4a8._gemm_w4a8_kernel, constants | _gemm_constants(op, problem, config)
@@ -258,6 +263,7 @@ def _source(kernel, constants, types):
 ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
 GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
 GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
+FEW_TOKENS = (Problem(512, 4608),)  # fc2 of one guided image
 REAL_GROUPS = (*GEMMS[:4], *(Problem(8192, 1152, g, z) for g in (32, 64, 128) for z in (False, True)))
 HEADS = tuple(
     Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
@@ -301,7 +307,22 @@ KERNELS = {
         HEADS, offline_attention.config_of, offline_attention.attention_kernel, offline_attention.types_of(op)
     )
     for op in offline_attention.OPS
-}
+} | {
+    f"{gemm}+split_k": OfflineKernel(
+        FEW_TOKENS, offline_variants.split_tiles, offline_variants.split(kernel), offline_variants.SUMS
+    )
+    for gemm, kernel in (("gemm_w8a8", _w8a8_kernel), ("gemm_w4a8", _w4a8_kernel))
+} | {
+    "split_k_reduce": OfflineKernel(
+        FEW_TOKENS, offline_variants.reduce_rows, offline_variants.reduce_kernel, {"sums_ptr": "*i32"}
+    )
+} | {
+    f"gemm_w8a8+{variant}": OfflineKernel(
+        GEMMS[:1], offline_variants.persistent_tiles, offline_variants.persistent(_w8a8_kernel),
+        targets=targets,
+    )
+    for variant, (_, _, targets) in offline_variants.PERSISTENT.items()
+}  # fmt: skip
 
 
 def main() -> None:
