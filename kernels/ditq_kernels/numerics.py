@@ -95,8 +95,8 @@ def quantize_symmetric(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Returns:
         int8 codes in [-127, 127], the shape of x.
     """
-    rounded = torch.round(x.float() * inverse_scale(scale))
-    return rounded.clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    rounded = (x.float() * inverse_scale(scale)).round_()
+    return rounded.clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def quantize_asymmetric(
@@ -112,10 +112,10 @@ def quantize_asymmetric(
     Returns:
         int8 codes in [-128, 127], the shape of x.
     """
-    rounded = torch.round(x.float() * inverse_scale(scale))
-    # |rounded| may exceed int32, so it is clamped as a float; both bounds are small integers
-    steps = torch.clamp(rounded, -INT8_OFFSET - zero_point, INT8_MAX - zero_point)
-    return (steps.to(torch.int32) + zero_point).to(torch.int8)
+    rounded = (x.float() * inverse_scale(scale)).round_()
+    # |rounded| may exceed int32, so it stays a float: exact below 2**24, and beyond that it is clamped all the same
+    codes = (rounded + zero_point).clamp_(-INT8_OFFSET, INT8_MAX)
+    return codes.to(torch.int8)
 
 
 def quantize_int4(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:

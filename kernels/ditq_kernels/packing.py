@@ -56,7 +56,9 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
             "unpack_int4: expected packed bytes [N, K / 2] uint8, got "
             f"{list(packed.shape)} {packed.dtype}; pass the tensor pack_int4 returned"
         )
-    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+    # a byte becomes the two bytes of an int16, low nibble first: one pass over contiguous memory for both
+    pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
+    return pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def expand_w4p(
@@ -83,9 +85,10 @@ def expand_w4p(
             f"expand_w4p: the number of groups must divide K, got K={in_features}, "
             f"J={num_groups}; pass the group_scale made with these codes"
         )
-    grouped = codes.view(num_rows, num_groups, -1).to(torch.int16)
-    values = grouped * group_scale.to(torch.int16)[:, :, None] + group_offset[:, :, None]
-    return values.to(torch.int8).view(num_rows, in_features)
+    # bytes wrap around at 256: where the sum fits into int8, it is exact
+    values = codes.view(num_rows, num_groups, -1).mul_(group_scale[:, :, None])
+    values.add_(group_offset.view(torch.uint8)[:, :, None])
+    return values.view(torch.int8).view(num_rows, in_features)
 
 
 def expand_w4g(packed: torch.Tensor, weight_zero: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ditq_kernels import numerics, packing
 from ditq_kernels.weights_w4g import dequantize_w4g
 
 EXACT_FP32_INPUTS = 2**24 // 2**14  # inputs whose int8 products sum exactly in fp32
+FLOAT_ROWS = 256  # weights widened to fp32 at a time, where each is used for a few rows only
 IEEE = ("none", "ieee")  # settings under which oneDNN multiplies fp32 as fp32
 
 
@@ -51,9 +52,9 @@ def gemm_w8a8(
     """Int8 activations [T, K] times int8 weights [N, K], dequantized to [T, N]."""
     total = integer_matmul(q, weight)
     if zero_point is not None and weight_sum is not None:
-        total = total - zero_point[:, None] * weight_sum  # sum of (q - zero_point) * weight
+        total -= zero_point[:, None] * weight_sum  # sum of (q - zero_point) * weight
     real_step = scale[:, None] * weight_scale  # scales meet first: static equals per token, bitwise
-    y = total.float() * real_step
+    y = total.float().mul_(real_step)
     return _with_branch_and_bias(y, bias, bias_index, lora_x, lora_up).to(out_dtype)
 
 
@@ -64,10 +65,11 @@ def _with_branch_and_bias(
     lora_x: torch.Tensor | None,
     lora_up: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Add to y in place."""
     if lora_x is not None and lora_up is not None:
-        y = y + lora_x.float() @ lora_up.float().t()
+        y += lora_x.float() @ lora_up.float().t()
     if bias is not None:
-        y = y + (bias if bias_index is None else by_sample(bias[bias_index], len(y)))
+        y += bias if bias_index is None else by_sample(bias[bias_index], len(y))
     return y
 
 
@@ -106,7 +108,9 @@ def linear_w8(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Float activations [B, K] times int8 weights, in fp32; the scale comes after the sum."""
-    y = (x.float() @ weight.float().t()) * weight_scale
+    x = x.float()
+    blocks = weight.split(FLOAT_ROWS)  # one layer's weights in fp32 would not fit into a cache
+    y = torch.cat([x @ rows.float().t() for rows in blocks], dim=1).mul_(weight_scale)
     if bias is not None:
         y = y + bias
     return y.to(out_dtype)
@@ -182,7 +186,9 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (q.double() @ weight.double().t()).to(torch.int32)
     parts = zip(q.split(EXACT_FP32_INPUTS, 1), weight.split(EXACT_FP32_INPUTS, 1), strict=True)
     first, *others = ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)
-    return sum(others, start=first)
+    for other in others:
+        first += other
+    return first
 
 
 def _smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:

@@ -39,8 +39,8 @@ def gemm_residual(
     """The residual stream [T, N] plus the GEMM, gated or not, in the stream's dtype."""
     y = gemm(q, weight, group_scale, group_offset, *dequantize)
     if gate is not None:
-        y = reference.by_sample(gate, len(y)) * y
-    return (residual.float() + y).to(residual.dtype)
+        _by_sample(y, gate).mul_(gate[:, None])
+    return y.add_(residual).to(residual.dtype)
 
 
 def gemm_gelu_quantize(
@@ -90,12 +90,17 @@ def adaln_quantize(
     """Int8 codes [T, K] of the modulated norm, scales as above, and its values if asked."""
     if group_shift is not None and group_index is not None:
         shift = shift - group_shift[group_index]
-    normed = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=eps)
-    y = normed * reference.by_sample(multiplier, len(x)) + reference.by_sample(shift, len(x))
+    y = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=eps)
+    _by_sample(y, multiplier).mul_(multiplier[:, None]).add_(shift[:, None])
     codes, scales = _codes(y, smooth_inv, scale, zero_point)
     if values_dtype is None:
         return codes, scales, y.new_empty((0, x.shape[1]))
     return codes, scales, y.to(values_dtype)
+
+
+def _by_sample(y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A view [B, T / B, N] of y [T, N], to meet values [B, N] of its samples."""
+    return y.unflatten(0, (len(values), -1))
 
 
 def _codes(
