@@ -12,9 +12,9 @@ import diffusers
 import torch
 from torch import nn
 
-from ditq_converters.captions import Captions, read_captions
-from ditq_converters.hosts import Host, host_of
-from ditq_converters.labels import check_labels, class_ids, draw_labels
+from ditq_converters.conditions import choose
+from ditq_converters.hosts import host_of
+from ditq_converters.labels import class_ids, draw_labels
 from ditq_converters.memory import fitting_micro_batch
 from ditq_converters.models import transformer_of
 from ditq_converters.progress import note, progress_bar
@@ -101,17 +101,11 @@ def calibrate(
     scheduler = make_scheduler(pipe, sampler, model)
     calls = _number_of_calls(sampler, steps, quiet)
     _check_channels(model, cfg_channels)
-    captions = _captions(pipe, model, host, prompts)
-    chosen, null = _choose(pipe, model, labels, captions, samples, seed)
+    told = choose("calibrate", pipe, model, samples, seed, guidance, labels, prompts)
     plan = SamplingPlan(
-        chosen, null, calls, guidance, seed, micro_batch, cfg_channels, captions, host.distilled
-    )
-    if plan.guided and captions is not None and not captions.has_null:
-        raise ValueError(
-            "calibrate: guidance above 1 needs the negative_ embeddings of the empty prompt; add them, or "
-            "calibrate with guidance 1"
-        )
-    kept = RowPlan(rows, evenly_spaced(calls) if rows else (), len(chosen), plan.guided, seed)
+        told.ids, told.null, calls, guidance, seed, micro_batch, cfg_channels, told.captions, host.distilled
+    )  # fmt: skip
+    kept = RowPlan(rows, evenly_spaced(calls) if rows else (), len(told.ids), plan.guided, seed)
     folder = Path(out)
     if memory_budget is not None:
         micro_batch = _fit(model, family, scheduler, plan, rows, memory_budget, folder)
@@ -173,42 +167,6 @@ def _number_of_calls(sampler: str, steps: int | None, quiet: bool) -> int:
     if steps not in (None, 1):
         note(f"calibrate: sampler t_max makes one call, at the highest noise, not {steps}", quiet)
     return 1
-
-
-def _captions(
-    pipe: Any, model: Any, host: Host, prompts: Sequence[str] | str | Path | None
-) -> Captions | None:
-    """The prompts of a text-conditioned model; None for a class-conditional one."""
-    widths, name = host.captions(model), type(model).__name__
-    if not widths:
-        if prompts is not None:
-            raise ValueError(
-                f"calibrate: {name} is conditioned on classes; pass labels, not prompts"
-            )
-        return None
-    if prompts is None:
-        raise ValueError(
-            f"calibrate: {name} is conditioned on text; pass prompts, or a .safetensors file of their embeddings"
-        )
-    return read_captions(prompts, pipe, name, widths)
-
-
-def _choose(
-    pipe: Any,
-    model: Any,
-    labels: Sequence[int] | None,
-    captions: Captions | None,
-    samples: int,
-    seed: int,
-) -> tuple[tuple[int, ...], int]:
-    """One class or prompt per sample, and the id of none."""
-    if captions is not None:
-        if labels is not None:
-            raise ValueError("calibrate: labels are classes, and this model is told prompts")
-        return draw_labels(list(range(captions.count)), samples, seed), captions.count
-    ids = class_ids(pipe, model)
-    drawn = draw_labels(ids, samples, seed) if labels is None else check_labels(tuple(labels), ids)
-    return drawn, model.config.num_embeds_ada_norm
 
 
 def _check_channels(model: Any, cfg_channels: int | None) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ditq_runtime.prompts import read_prompts
+
 NEGATIVE = "negative_"
 Tensors = dict[str, torch.Tensor]
 
@@ -70,9 +72,9 @@ def read_captions(
         path = Path(prompts)
         if path.suffix == ".safetensors":
             return _captions(load_file(path), widths, str(path))
-        prompts = _read_lines(path)
+        prompts = read_prompts(path)
     if not prompts:
-        raise ValueError("calibrate: prompts must hold at least one, got none")
+        raise ValueError("prompts must hold at least one, got none")
     return _captions(encode(pipe, prompts, architecture), widths, "the text encoders")
 
 
@@ -84,7 +86,7 @@ def encode(pipe: Any, prompts: Sequence[str], architecture: str) -> Tensors:
     """
     if not hasattr(pipe, "encode_prompt") or getattr(pipe, "text_encoder", None) is None:
         raise ValueError(
-            "calibrate: prompts need a pipeline with its text encoders, and this model comes without; "
+            "prompts need a pipeline with its text encoders, and this model comes without; "
             "pass a .safetensors file of precomputed embeddings instead"
         )
     with torch.no_grad():
@@ -151,14 +153,3 @@ def _captions(found: Tensors, widths: dict[str, int], where: str) -> Captions:
                 )
             tensors[name] = torch.cat([tensors[name], null.to(tensors[name].dtype)])
     return Captions(tensors, counts.pop())
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text; write one prompt per line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt; write one per line")
-    return prompts

@@ -65,7 +65,7 @@ def host_of(model: nn.Module) -> Host:
     architecture = type(model).__name__
     if architecture not in HOSTS:
         raise ValueError(
-            f"calibrate: ditq does not know how to call {architecture}; convert it without data: "
+            f"ditq does not know how to sample from {architecture} by itself; convert it without data: "
             "method linear, activations token"
         )
     return HOSTS[architecture]

@@ -28,7 +28,7 @@ def class_ids(pipe: Any, model: Any) -> list[int]:
 def draw_labels(ids: list[int], samples: int, seed: int) -> tuple[int, ...]:
     """`samples` class ids, without replacement until all have been drawn."""
     if samples < 1:
-        raise ValueError(f"calibrate: samples must be at least 1, got {samples}")
+        raise ValueError(f"samples must be at least 1, got {samples}")
     drawn: list[int] = []
     generator = noise_generator(seed, 0, -1)
     while len(drawn) < samples:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
+from ditq_runtime.cli.wishes import Sizes, draw, wishes
 from ditq_runtime.files import atomic_file
 from ditq_runtime.images import grid
 
@@ -18,11 +20,31 @@ DTYPES = ("float32", "bfloat16", "float16")
 def sample(
     path: Annotated[str, typer.Argument(help="A pipeline folder written by `ditq convert`.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("sample.png"),
-    class_labels: Annotated[str, typer.Option(help="Class ids or names, comma-separated.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    class_labels: Annotated[
+        str, typer.Option(help="Class ids or names, comma-separated; for DiT.")
+    ] = "",
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to draw, for text pipelines; repeatable.")
+    ] = [],  # noqa: B006  typer needs a list default and does not mutate it
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt per line, for text pipelines.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps; default: 50, or the text pipeline's own."),
+    ] = None,
     cfg: Annotated[
-        float, typer.Option(help="Guidance weight; 1 or less switches guidance off.")
-    ] = 1.5,
+        float | None,
+        typer.Option(
+            help="Guidance weight, off at 1 or less; default: 1.5, or the text pipeline's own."
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")
     ] = 0,
@@ -41,6 +63,8 @@ def sample(
     """Sample images and write them as one grid.
 
     Example: ditq sample out --class-labels 0,1,2,3 --steps 50 --out digits.png --report
+
+    Example: ditq sample out --prompt "a red fox in the snow" --prompt "two boats" --out grid.png
     """
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -56,16 +80,17 @@ def sample(
     begin = time.perf_counter()
     pipe = load(path, getattr(torch, dtype), place)
     loaded = time.perf_counter() - begin
-    labels = label_ids(pipe, class_labels)
+    wanted = wishes(pipe, class_labels, prompt, prompts, Sizes(steps, cfg, height, width))
     begin = time.perf_counter()
-    images = draw(pipe, labels, steps, cfg, seed, batch)
+    with LastInputs(pipe.transformer) as last:
+        images = draw(pipe, wanted, seed, batch)
     took = time.perf_counter() - begin
     with atomic_file(out) as part:
         grid(images, min(columns, len(images))).save(part, format="PNG")
     result: dict[str, Any] = {
         "out": str(out),
         "images": len(images),
-        "steps": steps,
+        "steps": wanted.options["num_inference_steps"],
         "load_seconds": loaded,
         "seconds": took,
         "seconds_per_image": took / len(images),
@@ -76,7 +101,7 @@ def sample(
     if report:
         from ditq_runtime.report import execution_report
 
-        proof = execution_report(pipe.transformer)
+        proof = execution_report(pipe.transformer, last.inputs)
         result["report"] = proof.to_dict()
         if not json:
             say(str(proof))
@@ -84,8 +109,8 @@ def sample(
         print_json(result)
     else:
         say(
-            f"{out}: {len(images)} images, {steps} steps, {took:.2f} s ({took / len(images):.3f} s per image) on "
-            f"{place} ({used}, {dtype}); loaded in {loaded:.2f} s"
+            f"{out}: {len(images)} images, {result['steps']} steps, {took:.2f} s ({took / len(images):.3f} s per "
+            f"image) on {place} ({used}, {dtype}); loaded in {loaded:.2f} s"
         )
 
 
@@ -130,40 +155,3 @@ def check_backend(backend: str, device: Any) -> str:
         raise ValueError(f"--backend: {reason}")
     k.choose_backend(backend, device)
     return k.backend_of("gemm_w8a8", device)
-
-
-def label_ids(pipe: Any, text: str) -> list[int]:
-    """Class ids from ids or names; without any, one of each class the pipeline names."""
-    names = getattr(pipe, "labels", {})
-    if not text:
-        return sorted(set(names.values()))[:16] or list(range(8))
-    ids = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if part in names:
-            ids.append(names[part])
-        elif (
-            part.isascii()
-            and part.isdigit()
-            and int(part) < pipe.transformer.config.num_embeds_ada_norm
-        ):
-            ids.append(int(part))
-        else:
-            raise ValueError(
-                f"--class-labels: {part!r} is neither a class id below {pipe.transformer.config.num_embeds_ada_norm} "
-                f"nor one of {', '.join(list(names)[:12]) or '(the pipeline names no classes)'}"
-            )
-    return ids
-
-
-def draw(pipe: Any, labels: list[int], steps: int, cfg: float, seed: int, batch: int) -> list[Any]:
-    """One PIL image per label, in batches; image i has its own generator seeded seed + i."""
-    import torch
-
-    images: list[Any] = []
-    for start in range(0, len(labels), batch):
-        part = labels[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        images += pipe(
-            part, guidance_scale=cfg, num_inference_steps=steps, generator=generators
-        ).images
-    return images

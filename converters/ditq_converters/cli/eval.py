@@ -62,7 +62,8 @@ def evaluate_command(
     cfg: CfgOption = 1.5,
     seed: o.SeedOption = 1,
     batch: o.BatchOption = 32,
-    sampler: o.SamplerOption = "ddim",
+    sampler: o.SamplerOption = "",
+    prompts: o.PromptsOption = None,
     halves: HalvesOption = False,
     features: FeaturesOption = "",
     lpips: LpipsOption = False,
@@ -74,22 +75,24 @@ def evaluate_command(
 ) -> None:
     """Measure what packing cost: SQNR per step and per layer, images, distances, true bytes.
 
-    Both models sample from equal noise. Ends with a folder to look at: open REPORT/index.html.
+    Both models sample from equal noise, with equal classes or --prompts. Ends with a folder to look at: open
+    REPORT/index.html.
 
     Example: ditq eval out --reference demo:digits --out report --halves
     """
     from ditq_converters.evaluate import SAMPLERS, EvaluationSettings
 
-    if sampler not in SAMPLERS:
+    if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
     if halves and cfg <= 1:
         raise typer.BadParameter(f"--halves needs --cfg above 1, got {cfg}: there is no null half.")
     settings = EvaluationSettings(
-        steps, samples, few_samples, cfg, seed, batch, sampler, halves, features, lpips, fid
+        steps, samples, few_samples, cfg, seed, batch, sampler or None, halves, features, lpips, fid
     )
-    found = _run(packed, reference, out, settings.quick() if quick else settings, npz, device)
+    settings = settings.quick() if quick else settings
+    found = _run(packed, reference, out, settings, prompts, npz, device)
     if json:
         print_json(found.figures)
         return
@@ -113,6 +116,7 @@ def _run(
     reference: str,
     out: Path,
     settings: EvaluationSettings,
+    prompts: Path | None,
     npz: Path | None,
     device: str,
 ) -> Evaluation:
@@ -129,7 +133,7 @@ def _run(
         raise ValueError(f"--npz: there will be no images, because {NO_IMAGES}")
     for pipe in (packed_pipe, float_pipe):
         o.place(pipe, device)
-    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed)
+    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed, prompts=prompts)
     if npz is not None and found.images is not None:
         from ditq_converters.evaluate.report import write_npz
 

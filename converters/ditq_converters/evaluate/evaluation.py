@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ditq_converters.calibrate import SAMPLERS as CALIBRATION_SAMPLERS
-from ditq_converters.calibrate import class_ids, draw_labels, make_scheduler
+from ditq_converters.calibrate import make_scheduler
+from ditq_converters.conditions import choose
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.inputs import judge_pipe, transformers_of, warn_of_source
 from ditq_converters.evaluate.layer_error import LayerErrors, cascade_errors, forced_errors
@@ -25,6 +26,7 @@ from ditq_converters.evaluate.sqnr import (
     run,
     subset,
 )
+from ditq_converters.hosts import host_of
 from ditq_converters.progress import progress_bar
 from ditq_converters.trajectory import Call, SamplingPlan
 from ditq_runtime.files import check_new
@@ -44,7 +46,7 @@ class EvaluationSettings:
         guidance: classifier-free guidance weight; at 1 or below there is none.
         seed: of classes and noise; not the calibration's default, so that no model is judged on its calibration noise.
         micro_batch: samples per forward.
-        sampler: ddim or ddpm.
+        sampler: one of SAMPLERS; None: flow for flow-matching models, else ddim.
         halves: also the SQNR of the conditional and the null prediction on their own.
         features: `module:function` of a feature extractor for one more Frechet distance; "" for none.
         lpips: also LPIPS, by torchmetrics.
@@ -57,7 +59,7 @@ class EvaluationSettings:
     guidance: float = 1.5
     seed: int = 1
     micro_batch: int = 32
-    sampler: str = "ddim"
+    sampler: str | None = None
     halves: bool = False
     features: str = ""
     lpips: bool = False
@@ -103,10 +105,11 @@ def evaluate(
     out: str | Path | None = None,
     packed_folder: str | Path | None = None,
     quiet: bool = False,
+    prompts: Sequence[str] | str | Path | None = None,
 ) -> Evaluation:
     """Measure a packed model against its float model: SQNR, layers, images, distances, bytes.
 
-    Both sample from equal noise with equal classes, through the scheduler and the VAE of `float_pipe` (of
+    Both sample from equal noise with equal classes or prompts, through the scheduler and the VAE of `float_pipe` (of
     `packed_pipe` where the other is a transformer alone).
 
     Args:
@@ -116,12 +119,15 @@ def evaluate(
         out: folder for the report; must not exist, or be empty; default: write none.
         packed_folder: where the packed model lies, for its true bytes; default: leave them out.
         quiet: show no progress bar.
+        prompts: for a text-conditioned model, as for `calibrate`: prompts, a text file, or a `.safetensors` file of
+            their embeddings.
 
     Returns:
         All figures, curves, samples and images.
 
     Raises:
-        ValueError: the models are no twins, a count is below one, an unknown sampler, halves without guidance.
+        ValueError: the models are no twins, a count is below one, an unknown sampler, halves without guidance, prompts that
+            are missing or do not fit.
         FileExistsError: `out` is in use.
         ImportError: LPIPS or FID was asked for and its package is missing.
     """
@@ -131,7 +137,8 @@ def evaluate(
         check_new(Path(out))
     packed, model = transformers_of(packed_pipe, float_pipe)
     pipe = judge_pipe(packed_pipe, float_pipe)
-    plan = _plan(pipe, model, settings)
+    settings = replace(settings, sampler=settings.sampler or host_of(model).sampler)
+    plan = _plan(pipe, model, settings, prompts)
     judges = Judges.load(settings.features, settings.lpips, settings.fid, pipe)
     with progress_bar("evaluating", _calls(settings), quiet=quiet) as advance:
         found = _measure(packed, model, pipe, plan, settings, judges, advance)
@@ -145,25 +152,34 @@ def evaluate(
     return found
 
 
-def _plan(pipe: Any, model: Any, settings: EvaluationSettings) -> SamplingPlan:
+def _plan(
+    pipe: Any,
+    model: Any,
+    settings: EvaluationSettings,
+    prompts: Sequence[str] | str | Path | None,
+) -> SamplingPlan:
     if settings.sampler not in SAMPLERS:
         raise ValueError(
             f"evaluate: sampler must be one of {', '.join(SAMPLERS)}, got {settings.sampler!r}"
         )
     if settings.few_samples < 1:
         raise ValueError(f"evaluate: few_samples must be at least 1, got {settings.few_samples}")
-    if settings.halves and settings.guidance <= 1:
-        raise ValueError(
-            f"evaluate: halves need guidance above 1, got {settings.guidance}; without it there is no null half"
-        )
-    return SamplingPlan(
-        draw_labels(class_ids(pipe, model), settings.samples, settings.seed),
-        model.config.num_embeds_ada_norm,
+    how = settings.samples, settings.seed, settings.guidance
+    told = choose("evaluate", pipe, model, *how, prompts=prompts)
+    plan = SamplingPlan(
+        told.ids,
+        told.null,
         settings.steps,
         settings.guidance,
         settings.seed,
         settings.micro_batch,
+        captions=told.captions,
+        distilled=host_of(model).distilled,
     )
+    if settings.halves and not plan.guided:
+        why = "this model is told its guidance" if plan.distilled else f"got {settings.guidance}"
+        raise ValueError(f"evaluate: halves need guidance above 1 in two forwards, and {why}")
+    return plan
 
 
 def _calls(settings: EvaluationSettings) -> int:
@@ -180,8 +196,9 @@ def _measure(
     judges: Judges,
     advance: Callable[[], None],
 ) -> Evaluation:
-    ours = run(model, make_scheduler(pipe, settings.sampler), plan, advance)
-    theirs, clip = _clipped_run(packed, make_scheduler(pipe, settings.sampler), plan, advance)
+    schedulers = [make_scheduler(pipe, str(settings.sampler), model) for _ in range(2)]
+    ours = run(model, schedulers[0], plan, advance)
+    theirs, clip = _clipped_run(packed, schedulers[1], plan, advance)
     count = settings.few_samples
     few, few_plan = subset(ours, count), replace(plan, labels=plan.labels[:count])
     sqnr = {

@@ -20,6 +20,7 @@ from ditq_runtime.families import ValueRows, family_of
 
 CASCADE = "cascade"
 FORCED = "forced (block)"
+STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -154,38 +155,50 @@ def _micro_batches(
         yield latents[start : start + plan.micro_batch], replace(plan, labels=labels)
 
 
+Given = dict[str, dict[str | int, torch.Tensor]]  # module -> place of an argument -> tensor
+
+
 @contextmanager
 def _recorded(
-    model: nn.Module, names: list[str], given: dict[str, torch.Tensor] | None = None
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Record first argument and output of modules over one forward; modules in `given` get that argument instead."""
-    inputs: dict[str, torch.Tensor] = {}
+    model: nn.Module, names: list[str], given: Given | None = None
+) -> Iterator[tuple[Given, dict[str, torch.Tensor]]]:
+    """Record streams and output of modules over one forward; modules in `given` get those streams instead."""
+    inputs: Given = {}
     outputs: dict[str, torch.Tensor] = {}
     instead = given or {}
 
     def before(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> Any:
-            inputs[name] = args[0]
-            if name in instead:
-                own = instead[name].to(args[0].device, args[0].dtype)
-                return (own, *args[1:])
-            return None
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            inputs[name] = streams = _streams(args, kwargs)
+            if name not in instead:
+                return None
+            own = {place: instead[name][place].to(x) for place, x in streams.items()}
+            args = tuple(own.pop(place, x) for place, x in enumerate(args))
+            return args, {**kwargs, **own}
 
         return hook
 
     def after(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            outputs[name] = output.detach()
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            parts = [output] if isinstance(output, torch.Tensor) else output
+            whole = torch.cat([part for part in parts if part is not None], dim=1)
+            outputs[name] = whole.detach()
 
         return hook
 
     hooks = []
     for name in names:
         module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(before(name)))
+        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         hooks.append(module.register_forward_hook(after(name)))
     try:
         yield inputs, outputs
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str | int, torch.Tensor]:
+    """The tokens that a module is given: image, and text where it has any; by position or by name."""
+    found: dict[str | int, torch.Tensor] = {0: args[0]} if args else {}
+    return found | {name: kwargs[name] for name in STREAMS if kwargs.get(name) is not None}

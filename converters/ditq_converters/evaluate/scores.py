@@ -74,10 +74,10 @@ def decode(
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return None
-    place = next(vae.parameters())
+    place, shift = next(vae.parameters()), getattr(vae.config, "shift_factor", None) or 0.0
     images = {}
     for name, values in latents.items():
-        scaled = (values / vae.config.scaling_factor).to(place.device, place.dtype)
+        scaled = (values / vae.config.scaling_factor + shift).to(place.device, place.dtype)
         parts = [vae.decode(part).sample for part in scaled.split(batch)]
         images[name] = torch.cat(parts).float().clamp(-1, 1).cpu()
     return images

@@ -1,0 +1,39 @@
+"""What a pipeline passed to its transformer last: inputs for a report where the family table has none."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ditq_runtime.families import family_of
+
+
+class LastInputs:
+    """Notes the inputs of a transformer's forwards while a pipeline samples.
+
+    Attributes:
+        inputs: keyword arguments of the last forward; None before it, and where `execution_report` needs none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note nothing yet."""
+        self.inputs: dict[str, Any] | None = None
+        self._model, self._hook = model, None
+        self._wanted = family_of(type(model).__name__).example_inputs is None
+
+    def __enter__(self) -> LastInputs:
+        """Listen."""
+        if self._wanted:
+            self._hook = self._model.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        self.inputs = {name: value for name, value in bound.arguments.items() if name != "self"}
