@@ -149,8 +149,6 @@ def draw(pipe: Any, wanted: Wishes, seed: int, batch: int) -> list[Any]:
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         made = pipe(**{wanted.argument: part}, generator=generators, **wanted.options)
         if not hasattr(made, "images"):
-            raise ValueError(
-                f"{type(pipe).__name__} makes no images; call the pipeline in Python"
-            )
+            raise ValueError(f"{type(pipe).__name__} makes no images; call the pipeline in Python")
         images += made.images
     return images

@@ -5,7 +5,6 @@ import json
 import pytest
 from PIL import Image
 
-
 # diffusers' DPM-Solver copies a tensor by np.array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FAMILIES = ["pixart-sigma", "sd3", "flux"]
@@ -37,14 +36,18 @@ def test_sample_draws_from_text(ditq, packed_folder, prompts_file, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_eval_judges_text_pipelines(ditq, packed_folder, float_folder, prompts_file, tmp_path, name):
+def test_eval_judges_text_pipelines(
+    ditq, packed_folder, float_folder, prompts_file, tmp_path, name
+):
     told = ("--reference", float_folder(name), "--prompts", prompts_file)
     plan = ("--steps", 1, "--samples", 2, "--cfg", 2)
     assert ditq("eval", packed_folder(name), *told, *plan, "--out", tmp_path / "report") == 0
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
     assert figures["settings"]["sampler"] == ("ddim" if name.startswith("pixart") else "flow")
     assert figures["sqnr"]["free"] == figures["sqnr"]["forced"]  # one step, from equal noise
-    assert figures["sqnr"]["forced"]["mean_db"] > 30  # an error of 1 % is 40 dB, and guidance 2 adds to it
+    assert (
+        figures["sqnr"]["forced"]["mean_db"] > 30
+    )  # an error of 1 % is 40 dB, and guidance 2 adds to it
     for errors in figures["layers"].values():
         assert errors
         assert all(0 < error < 0.1 for error in errors.values())
@@ -64,7 +67,10 @@ def test_classes_and_prompts_are_not_confused(
 ):
     flux, out = packed_folder("flux"), ("--out", tmp_path / "never.png")
     for command, sentence in (
-        ((flux, "--class-labels", "3"), "FluxPipeline draws from text and has no classes; give --prompt"),
+        (
+            (flux, "--class-labels", "3"),
+            "FluxPipeline draws from text and has no classes; give --prompt",
+        ),
         ((flux,), "FluxPipeline draws from text; give --prompt TEXT, or --prompts FILE"),
         ((digits, "--prompt", "a fox"), "DiTPipeline draws classes, not text; give --class-labels"),
         ((digits, "--prompts", prompts_file), "DiTPipeline draws classes, not text"),
@@ -75,7 +81,10 @@ def test_classes_and_prompts_are_not_confused(
     report = ("--out", tmp_path / "report", "--quick")
     reference = ("--reference", float_folder("flux"))
     for command, sentence in (
-        ((flux, *reference), "evaluate: FluxTransformer2DModel is conditioned on text; pass prompts"),
+        (
+            (flux, *reference),
+            "evaluate: FluxTransformer2DModel is conditioned on text; pass prompts",
+        ),
         (
             (flux, *reference, "--prompts", prompts_file, "--halves"),
             "halves need guidance above 1 in two forwards, and this model is told its guidance",

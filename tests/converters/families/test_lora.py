@@ -1,0 +1,143 @@
+"""LoRA on packed PixArt, SD3 and Flux: the float model's update through every kind of fold. PEFT is the oracle."""
+
+import copy
+
+import pytest
+import torch
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, convert
+from ditq_converters.fold import block_linears, fold_block, stored_folds
+from ditq_converters.methods import Transform
+from ditq_converters.pack import make_scheme, pack_model
+from ditq_converters.quantize import store_table
+from ditq_runtime.families import AdaLN, OnTheFly, family_of
+from ditq_runtime.folds import FOLDS
+from ditq_runtime.scheme import LayerFormat
+
+peft = pytest.importorskip("peft")
+NAMES = ["pixart-sigma", "sd3.5", "flux-dev"]
+GROUPS, BOUNDS = 3, (250.0, 600.0)
+
+
+def random_transforms(block, table, generator):
+    """Factors on every site with a producer, as far as that reaches; shifts per group on AdaLN, one through V."""
+    made = {}
+    for site in table.sites:
+        if isinstance(site.producer, OnTheFly):
+            continue
+        width = block.get_submodule(site.consumers[0]).in_features
+        adaln = isinstance(site.producer, AdaLN)
+        reach = width if adaln else block.get_submodule(site.producer.values[0]).out_features
+        smooth = torch.ones(width, dtype=torch.float64)
+        smooth[:reach] = 0.2 + 5 * torch.rand(reach, generator=generator, dtype=torch.float64)
+        shift = torch.zeros(GROUPS if adaln else 1, width, dtype=torch.float64)
+        shift[:, :reach] = torch.randn(len(shift), reach, generator=generator, dtype=torch.float64)
+        made[site.name] = Transform(smooth, shift)
+    return made
+
+
+def fold_exactly(model):
+    """A packed model with random folds in three timestep groups and unquantized weights."""
+    family, generator = family_of(type(model).__name__), torch.Generator().manual_seed(0)
+    tensors, formats, folds = {}, {}, {}
+    for block, table in family.block_tables(model).items():
+        module = model.get_submodule(block)
+        linears, transforms = (
+            block_linears(module, table),
+            random_transforms(module, table, generator),
+        )
+        fold_block(linears, table, transforms)
+        for name, linear in linears.items():
+            linear.bias = linear.bias.flip(0)
+            if name in table.tables:
+                stored = store_table(linear)
+            else:
+                bias = linear.bias.float()
+                stored = {
+                    "weight": linear.weight.float(),
+                    "bias": bias if len(bias) > 1 else bias[0],
+                }
+                formats[f"{block}.{name}"] = LayerFormat("fp32", "none", groups=len(bias))
+            tensors |= {f"{block}.{name}.{field}": tensor for field, tensor in stored.items()}
+        for site, stored in stored_folds(linears, table, transforms).items():
+            tensors |= {f"{block}.{FOLDS}.{site}.{f}": t for f, t in stored.items()}
+            folds[f"{block}.{site}"] = len(stored.get("shift", ()))
+        bounds = family.timestep_scale * torch.tensor(BOUNDS)
+        tensors[f"{block}.timestep_groups.bounds"] = bounds
+    return pack_model(model, make_scheme(model, family, formats, folds), tensors, {})
+
+
+def linears_of(model):
+    """Every linear of the blocks, and one outside of them."""
+    family = family_of(type(model).__name__)
+    inside = [f"{b}.{n}" for b, t in family.block_tables(model).items() for n in t.linears]
+    return [*inside, "proj_out"]
+
+
+def with_peft(model, targets):
+    """The float model with a strong random adapter, and that adapter as a file would hold it."""
+    tuned = copy.deepcopy(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets), tuned)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    state = peft.get_peft_model_state_dict(tuned)
+    layers = {key.rpartition(".lora_")[0] for key in state}
+    return tuned.eval(), state | {f"{layer}.alpha": torch.tensor(6.0) for layer in layers}
+
+
+def error_of(got, truth):
+    return float((got - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_passes_every_fold(make_case, run, name):
+    model, inputs = make_case(name)
+    packed = fold_exactly(model)
+    before = run(model, inputs)
+    # fp32 through two to four blocks with factors up to 5: some hundred roundings of 6e-8
+    assert error_of(run(packed, inputs), before) < 1e-5
+    targets = linears_of(model)
+    tuned, state = with_peft(model, targets)
+    expected = run(tuned, inputs)
+    assert error_of(before, expected) > 0.1
+    assert sorted(ditq.load_lora(packed, state)) == sorted(targets)
+    assert error_of(run(packed, inputs), expected) < 3e-5
+    ditq.unload_lora(packed)
+    assert error_of(run(packed, inputs), before) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaving_out_the_folds_shows(make_case, run, name, monkeypatch):
+    model, inputs = make_case(name)
+    packed = fold_exactly(model)
+    tuned, state = with_peft(model, linears_of(model))
+    monkeypatch.setattr("ditq_runtime.lora._fold", lambda *args: args[4:])
+    ditq.load_lora(packed, state)
+    assert error_of(run(packed, inputs), run(tuned, inputs)) > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_model_follows_the_tuned_one(make_case, run, name):
+    """Data-free W8A8: an error of 1 % without the adapter, which quantizes no worse with it."""
+    model, inputs = make_case(name)
+    packed = convert(model, Recipe("linear"), quiet=True)
+    targets = [t for t in linears_of(model) if "norm" not in t]
+    tuned, state = with_peft(model, targets)
+    expected = run(tuned, inputs)
+    plain = run(packed, inputs)
+    ditq.load_lora(packed, state)
+    assert error_of(run(packed, inputs), expected) < 0.03 < error_of(plain, expected)
+    report = ditq.execution_report(packed, inputs)
+    assert report.totals["integer_linears"] == sum(not n.endswith("linear") for n in targets) - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_peft_is_refused_on_folded_linears(make_case, name):
+    model, _ = make_case(name)
+    packed = fold_exactly(model)
+    config = peft.LoraConfig(r=4, target_modules=["to_q"])
+    with pytest.raises(ValueError, match=r"silently wrong; use ditq\.load_lora"):
+        peft.inject_adapter_in_model(config, packed)
