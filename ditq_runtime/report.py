@@ -26,6 +26,7 @@ from ditq_runtime.report_fused import BlockRun
 from ditq_runtime.report_watch import Watch
 
 FUSED = "fused"
+ATTENTION_KWARGS = "cross_attention_kwargs"  # a fused block calls no attention that could take them
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,11 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     _check_in_place(model, scheme.layers)
     check_attention_in_place(model, scheme.attention)
     attentions = family.attention_names(model)
-    watch = Watch(model, attentions)
+    inputs = inputs or _example_inputs(model, family)
+    told = bool(inputs.get(ATTENTION_KWARGS))
+    watch = Watch(model, attentions, f"{ATTENTION_KWARGS} were given" if told else "")
     with watch, torch.no_grad():
-        model(**(inputs or _example_inputs(model, family)))
+        model(**inputs)
     watch.finish()
     layers = []
     for name in watch.order:

@@ -30,10 +30,10 @@ class Watch(TorchDispatchMode):
         fused_ops: name of a linear in such a block -> the ops it took part in; after `finish`.
     """
 
-    def __init__(self, model: nn.Module, attentions: list[str]) -> None:
-        """Watch nothing yet."""
+    def __init__(self, model: nn.Module, attentions: list[str], unfused: str = "") -> None:
+        """Watch nothing yet; `unfused` says why no block will run fused in this forward, whatever it could."""
         super().__init__()
-        reasons = {name: why_not(block) for name, block in fusible_blocks(model).items()}
+        reasons = {name: unfused or why_not(block) for name, block in fusible_blocks(model).items()}
         self.blocks = [BlockRun(name, not reason, reason) for name, reason in reasons.items()]
         self.fused = {
             run.name: FusedBlock(run.name, model.get_submodule(run.name))

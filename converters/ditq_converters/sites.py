@@ -33,11 +33,19 @@ def site_data(
         row_calls: tuple[int, ...] = ()
         if recipe.needs_rows:
             rows, row_calls = stats.rows(f"{block}.{site.name}")
+        low, high = stats.ranges(f"{block}.{site.name}")
+        weight = site_weight(linears, site)
+        if low.shape[1] != weight.shape[1]:
+            raise StatisticsError(
+                f"{stats.folder}: {block}.{site.name} has {low.shape[1]} channels, and its linears read "
+                f"{weight.shape[1]}; another ditq recorded it, calibrate again into a new folder"
+            )
         sites.append(
             SiteData(
                 site.name,
-                *stats.ranges(f"{block}.{site.name}"),
-                weight=site_weight(linears, site),
+                low,
+                high,
+                weight=weight,
                 foldable=not isinstance(site.producer, OnTheFly),
                 grouped=isinstance(site.producer, AdaLN),
                 rows=rows,

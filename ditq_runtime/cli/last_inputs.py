@@ -20,7 +20,8 @@ class LastInputs:
     def __init__(self, model: nn.Module) -> None:
         """Note nothing yet."""
         self.inputs: dict[str, Any] | None = None
-        self._model, self._hook = model, None
+        self._model = model
+        self._hook: Any = None
         self._wanted = family_of(type(model).__name__).example_inputs is None
 
     def __enter__(self) -> LastInputs:

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
 from ditq_runtime import QuantLinear, execution_report
@@ -258,3 +260,33 @@ def test_a_killed_conversion_leaves_all_or_nothing(killable, pipe, stats, tmp_pa
         assert digest(DiffusionPipeline.from_pretrained(out).transformer) == expected
     assert cut_short >= 5  # the kills met half-written folders
     assert sorted(os.listdir(folder)) == sorted(["whole", *(f"out{i}" for i in range(10))])
+
+
+def recorded_otherwise(stats, folder, change):
+    """A copy of statistics whose shards another ditq wrote: the same model, other tensors."""
+    shutil.copytree(stats.folder, folder)
+    for path in folder.glob("call_*.safetensors"):
+        save_file(change(load_file(path)), path)
+    return CalibrationStats.open(folder)
+
+
+@pytest.mark.parametrize("activations", ["static", "token"])
+def test_statistics_of_an_older_layout_are_refused_by_a_sentence(
+    pipe, stats, tmp_path, activations
+):
+    """A site that had another name then, and one that was recorded less wide."""
+    site = "transformer_blocks.1.o_proj"
+    recipe = Recipe("smoothquant", "w8", activations)
+    renamed = recorded_otherwise(
+        stats, tmp_path / "a", lambda t: {k.replace("1.o_proj", "1.out"): v for k, v in t.items()}
+    )
+    with pytest.raises(StatisticsError, match=rf"cannot read {site} .*; calibrate again"):
+        convert(pipe, recipe, renamed, tmp_path / "out", quiet=True)
+    narrow = recorded_otherwise(
+        stats,
+        tmp_path / "b",
+        lambda t: {k: v[..., :32].contiguous() if site in k else v for k, v in t.items()},
+    )
+    with pytest.raises(StatisticsError, match=rf"{site} has 32 channels, .* read 64; another ditq"):
+        convert(pipe, recipe, narrow, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()

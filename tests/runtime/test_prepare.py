@@ -34,6 +34,29 @@ def _sample(pipe, labels=(3, 7), guidance=1.5, steps=STEPS):
     return torch.from_numpy(result.images)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_one_compiled_graph_serves_all_steps_and_groups(folders):
+    model, graphs = _open(folders["grouped"]).transformer, []
+    inputs = {"hidden_states": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))}
+    inputs["class_labels"] = torch.tensor([3, 1000])
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    groups = set()
+    for times in ((999, 999), (500, 1), (1, 999), (500, 500)):
+        told = {**inputs, "timestep": torch.tensor(times)}
+        with torch.no_grad():
+            assert torch.equal(compiled(**told).sample, model(**told).sample)
+        groups |= set(model.transformer_blocks[0].timestep_groups.current.value.tolist())
+    torch.compiler.reset()
+    assert groups == {0, 1, 2}
+    assert len(graphs) == 1
+
+
 def _near(got, expected):
     # rows summed in another batch differ by 1e-7, which moves a few int8 codes by one
     assert (got - expected).norm() / expected.norm() < 1e-3

@@ -128,6 +128,17 @@ def test_given_inputs_are_used_and_nothing_stays_hooked(model):
         assert not module._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:cross_attention_kwargs")
+def test_attention_arguments_keep_a_block_unfused_and_the_report_says_so(model):
+    """diffusers' processors ignore what they do not know; a fused block would have nobody to pass it to."""
+    inputs = {**example_inputs(model), "cross_attention_kwargs": {"strength": 1.0}}
+    plain, told = execution_report(model, example_inputs(model)), execution_report(model, inputs)
+    assert plain.totals["fused_blocks"] == BLOCKS
+    assert [row.note for row in told.blocks] == ["cross_attention_kwargs were given"] * BLOCKS
+    assert told.totals["integer_flops_share"] == plain.totals["integer_flops_share"]
+    assert execution_report(model, {**inputs, "cross_attention_kwargs": {}}).totals == plain.totals
+
+
 def test_hooks_are_removed_also_when_the_forward_fails(model, monkeypatch):
     def fail(x):
         raise ZeroDivisionError

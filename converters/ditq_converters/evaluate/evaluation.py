@@ -126,8 +126,8 @@ def evaluate(
         All figures, curves, samples and images.
 
     Raises:
-        ValueError: the models are no twins, a count is below one, an unknown sampler, halves without guidance, prompts that
-            are missing or do not fit.
+        ValueError: the models are no twins, a count is below one, an unknown sampler, halves without guidance,
+            prompts that are missing or do not fit.
         FileExistsError: `out` is in use.
         ImportError: LPIPS or FID was asked for and its package is missing.
     """

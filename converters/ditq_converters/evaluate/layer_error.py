@@ -172,9 +172,11 @@ def _recorded(
             inputs[name] = streams = _streams(args, kwargs)
             if name not in instead:
                 return None
-            own = {place: instead[name][place].to(x) for place, x in streams.items()}
+            own: dict[Any, torch.Tensor] = {
+                place: instead[name][place].to(x) for place, x in streams.items()
+            }
             args = tuple(own.pop(place, x) for place, x in enumerate(args))
-            return args, {**kwargs, **own}
+            return args, kwargs | own
 
         return hook
 
@@ -201,4 +203,5 @@ def _recorded(
 def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str | int, torch.Tensor]:
     """The tokens that a module is given: image, and text where it has any; by position or by name."""
     found: dict[str | int, torch.Tensor] = {0: args[0]} if args else {}
-    return found | {name: kwargs[name] for name in STREAMS if kwargs.get(name) is not None}
+    found.update((name, kwargs[name]) for name in STREAMS if kwargs.get(name) is not None)
+    return found

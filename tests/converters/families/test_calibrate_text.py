@@ -125,6 +125,30 @@ def test_timestep_groups_survive_disk_and_know_the_models_unit(
     assert block.timestep_groups.current.value.tolist() == [int(g) for g in groups]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_one_compiled_graph_serves_all_steps_and_groups(calibrated, run, make_case):
+    """Also a batch whose samples are in different groups; the model's forward notes the timestep for its blocks."""
+    model, _, stats = calibrated("pixart-sigma")
+    _, inputs = make_case("pixart-sigma")
+    packed = convert(model, Recipe("htg", num_groups=2), stats, quiet=True)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(packed, backend=backend, fullgraph=True)
+    groups, largest = set(), inputs["timestep"].max()
+    for times in (inputs["timestep"], inputs["timestep"] * 0 + largest, inputs["timestep"] * 0):
+        told = {**inputs, "timestep": times}
+        assert torch.equal(run(compiled, told), run(packed, told))
+        groups.add(tuple(packed.transformer_blocks[0].timestep_groups.current.value.tolist()))
+    torch.compiler.reset()
+    assert len(groups) == 3
+    assert len(graphs) == 1
+
+
 def test_beyond_the_values_flux_keeps_what_the_method_leaves(calibrated):
     """HTG and PTQ4DiT leave the GELU half alone; SmoothQuant smooths it on the fly, the attention half through V."""
     model, _, stats = calibrated("flux-dev")
