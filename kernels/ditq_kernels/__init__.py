@@ -34,6 +34,7 @@ from ditq_kernels.ops import (
 )
 from ditq_kernels.packing import expand_w4g, expand_w4p, pack_int4, unpack_int4
 from ditq_kernels.per_group import gemm_w4a8_per_group, linear_w4_per_group
+from ditq_kernels.qkv_fused import gemm_qkv_quantize
 from ditq_kernels.row_fused import adaln_quantize, gelu_quantize
 from ditq_kernels.weights import (
     W4P,
@@ -64,6 +65,7 @@ __all__ = [
     "fits_w4g",
     "gelu_quantize",
     "gemm_gelu_quantize",
+    "gemm_qkv_quantize",
     "gemm_residual",
     "gemm_w4a8",
     "gemm_w4a8_per_group",

@@ -24,6 +24,7 @@ TRITON_OPS = frozenset(
         "gemm_w4a8_per_group",
         "gemm_residual",
         "gemm_gelu_quantize",
+        "gemm_qkv_quantize",
         "linear_w8",
         "linear_w4",
         "lora_down",

@@ -53,7 +53,7 @@ def gemm_residual(
     """
     op = "gemm_residual"
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
-    parts = _checked_parts(op, q, weight, stages)
+    parts = checked_parts(op, q, weight, stages)
     shape = (q.shape[0], parts[0].shape[0])
     checks.check_matrix(op, "residual", residual, checks.FLOATS, "[T, N]")
     named = [("residual", residual, shape[0])]
@@ -117,7 +117,7 @@ def gemm_gelu_quantize(
     """
     op = "gemm_gelu_quantize"
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
-    parts = _checked_parts(op, q, weight, stages)
+    parts = checked_parts(op, q, weight, stages)
     checks.check_vector(op, "out_scale", out_scale, torch.float32, (1,), like=q)
     checks.check_vector(op, "out_zero_point", out_zero_point, torch.int32, (1,), like=q)
     if out_smooth_inv is not None:
@@ -126,7 +126,7 @@ def gemm_gelu_quantize(
     return _gemm_gelu_quantize(q, *parts, out_scale, out_zero_point, out_smooth_inv, *stages)
 
 
-def _checked_parts(
+def checked_parts(
     op: str, q: torch.Tensor, weight: W8 | W4P, stages: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Codes, group scales and group offsets of the weights, after checks of all that GEMMs share."""

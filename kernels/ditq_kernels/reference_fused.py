@@ -1,10 +1,13 @@
 """Fused ops in plain torch, as `reference`: every line is one correctly rounded fp32 step, GELU aside."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ditq_kernels import numerics, packing, reference
+
+ALIGNED_TOKENS = 16  # codes that one instruction loads or stores
 
 
 def gemm(
@@ -58,6 +61,55 @@ def gemm_gelu_quantize(
     if out_smooth_inv is not None:
         y = y * out_smooth_inv
     return numerics.quantize_asymmetric(y, out_scale, out_zero_point)
+
+
+def gemm_qkv_quantize(
+    q: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    group_scales: Sequence[torch.Tensor],
+    group_offsets: Sequence[torch.Tensor],
+    head_scales: Sequence[torch.Tensor],
+    v_zero_point: torch.Tensor | None,
+    batch: int,
+    heads: int,
+    scale: torch.Tensor,
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    zero_point: torch.Tensor | None,
+    weight_sums: Sequence[torch.Tensor],
+    bias_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Int8 codes [B, H, T, D] of three GEMMs, laid out as `new_heads` says."""
+    out = new_heads(q, batch, heads, weights[0].shape[0] // heads)
+    zero = q.new_zeros(1, dtype=torch.int32)
+    zero_points = (zero, zero, zero if v_zero_point is None else v_zero_point)
+    for i, codes in enumerate(out):
+        group = (group_scales[i], group_offsets[i]) if group_scales else (None, None)
+        bias, weight_sum = (three[i] if three else None for three in (biases, weight_sums))
+        y = gemm(
+            q, weights[i], *group, scale, weight_scales[i], bias, zero_point, weight_sum, bias_index
+        )
+        by_head = y.view(batch, -1, heads, codes.shape[3]).transpose(1, 2)
+        per_head = (v[:, None, None] for v in (head_scales[i], zero_points[i]))
+        codes.copy_(numerics.quantize_asymmetric(by_head, *per_head))
+    return out
+
+
+def new_heads(
+    like: torch.Tensor, batch: int, heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unwritten int8 [B, H, T, D] three times for the B * T rows of `like`, as the attention reads them.
+
+    Queries and keys over [B, T, H, D] memory; values over [B, H, D, T'], T padded to aligned rows.
+    """
+    tokens = len(like) // batch
+    padded = -(-tokens // ALIGNED_TOKENS) * ALIGNED_TOKENS
+    codes: dict[str, Any] = {"dtype": torch.int8, "device": like.device}
+    query, key = (
+        torch.empty((batch, tokens, heads, head_dim), **codes).transpose(1, 2) for _ in "qk"
+    )
+    values = torch.empty((batch, heads, head_dim, padded), **codes)
+    return query, key, values[..., :tokens].transpose(2, 3)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

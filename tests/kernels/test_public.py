@@ -29,6 +29,7 @@ EXPORTED = [
     "fits_w4g",
     "gelu_quantize",
     "gemm_gelu_quantize",
+    "gemm_qkv_quantize",
     "gemm_residual",
     "gemm_w4a8",
     "gemm_w4a8_per_group",

@@ -62,17 +62,14 @@ def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _gemm_w4a8_kernel(
-    q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
-    epilogue,  # an Epilogue, or None: sums are stored as they are
-    T, N, K, stride_qt, stride_sn, stride_ot,
-    EVEN_K: tl.constexpr,  # K is a multiple of UNIT
-    SPLITS: tl.constexpr,  # programs that share a tile, see split_k
+def sums_w4a8(
+    q_ptr, split_ptr, groups_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+    EVEN_K: tl.constexpr, SPLITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A tile of weight @ q.T, int32 [BLOCK_N, BLOCK_T], or this program's part of the sums."""
     HALF: tl.constexpr = UNIT // 2
-    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, HALF)
@@ -113,6 +110,24 @@ def _gemm_w4a8_kernel(
         total = tl.dot(high, q_high, total, out_dtype=tl.int32)
         split_at += HALF
         q_at += UNIT
+    return total
+
+
+@triton.jit
+def _gemm_w4a8_kernel(
+    q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
+    epilogue,  # an Epilogue, or None: sums are stored as they are
+    T, N, K, stride_qt, stride_sn, stride_ot,
+    EVEN_K: tl.constexpr,  # K is a multiple of UNIT
+    SPLITS: tl.constexpr,  # programs that share a tile, see split_k
+    GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    total = sums_w4a8(
+        q_ptr, split_ptr, groups_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+        EVEN_K, SPLITS, GROUP_SIZE, UNIT, INLINE_ASM, BLOCK_T, BLOCK_N,
+    )  # fmt: skip
     if SPLITS > 1:
         write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=1)
     else:

@@ -17,15 +17,12 @@ from ditq_kernels._triton.split_k import inputs_of_program, write_sums
 
 
 @triton.jit
-def _gemm_w8a8_kernel(
-    q_ptr, weight_ptr, out_ptr,  # [T, K] int8, [N, K] int8, [T, N] float; or sums, see split_k
-    epilogue,  # an Epilogue, or None: sums are stored as they are
-    T, N, K, stride_qt, stride_wn, stride_ot,
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
-    SPLITS: tl.constexpr,  # programs that share a tile
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+def sums_w8a8(
+    q_ptr, weight_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_wn,
+    EVEN_K: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    """A tile of q @ weight.T, int32 [BLOCK_T, BLOCK_N], or this program's part of the sums."""
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -50,6 +47,23 @@ def _gemm_w8a8_kernel(
         total = tl.dot(q, weight, total, out_dtype=tl.int32)
         q_at += BLOCK_K
         weight_at += BLOCK_K
+    return total
+
+
+@triton.jit
+def _gemm_w8a8_kernel(
+    q_ptr, weight_ptr, out_ptr,  # [T, K] int8, [N, K] int8, [T, N] float; or sums, see split_k
+    epilogue,  # an Epilogue, or None: sums are stored as they are
+    T, N, K, stride_qt, stride_wn, stride_ot,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    SPLITS: tl.constexpr,  # programs that share a tile
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    total = sums_w8a8(
+        q_ptr, weight_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_wn,
+        EVEN_K, SPLITS, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if SPLITS > 1:
         write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=0)
     else:

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from ditq_kernels import tuning
 from ditq_kernels._triton import (
     adaln_quantize,
+    gemm_qkv_quantize,
     gemm_w4a8,
     gemm_w4a8_per_group,
     gemm_w8a8,
@@ -223,6 +224,20 @@ def _w4a8_kernel(op, problem, config):
     return gemm_w4a8._gemm_w4a8_kernel, constants | _gemm_constants(op, problem, config)
 
 
+def _qkv_w8a8_kernel(op, problem, config):
+    _, constants = _w8a8_kernel("gemm_w8a8", problem, config)
+    weights = {"weights": offline_epilogue.three("*i8")}
+    stages = offline_epilogue.qkv_stages(op.partition("+")[0], problem)
+    return gemm_qkv_quantize._gemm_qkv_w8a8_kernel, constants | weights | stages
+
+
+def _qkv_w4a8_kernel(op, problem, config):
+    _, constants = _w4a8_kernel("gemm_w4a8", problem, config)
+    weights = {"splits": offline_epilogue.three("*u8"), "groups": offline_epilogue.three("*i32")}
+    stages = offline_epilogue.qkv_stages(op.partition("+")[0], problem)
+    return gemm_qkv_quantize._gemm_qkv_w4a8_kernel, constants | weights | stages
+
+
 def _lora_down_kernel(_, problem, config):
     constants = {
         "BLOCK_T": config.block_t, "BLOCK_R": min(32, config.block_n), "BLOCK_K": config.block_k,
@@ -268,6 +283,7 @@ REAL_GROUPS = (*GEMMS[:4], *(Problem(8192, 1152, g, z) for g in (32, 64, 128) fo
 HEADS = tuple(
     Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
 )
+QKVS = (Problem(8192, zero_point=True), Problem(256, zero_point=True))
 MODULATIONS = (Problem(16), Problem(64))
 KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
@@ -281,6 +297,8 @@ KERNELS = {
     "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, _w8a8_kernel),
     "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, _w4a8_kernel),
     "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
+    "gemm_w8a8+qkv_quantize": OfflineKernel(QKVS, offline_epilogue.tiles_of, _qkv_w8a8_kernel, {"T": "i32:16"}),
+    "gemm_w4a8+qkv_quantize": OfflineKernel(QKVS, offline_epilogue.tiles_of, _qkv_w4a8_kernel, {"T": "i32:16"}),
     "lora_down": OfflineKernel((GEMMS[0], GEMMS[1]), tuning.tile_config, _lora_down_kernel),
     "linear_w8": OfflineKernel(MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32"}),
     "linear_w4": OfflineKernel(

@@ -18,6 +18,7 @@ from ditq_kernels._triton.epilogue import (
     Residual,
     Scales,
 )
+from ditq_kernels._triton.gemm_qkv_quantize import Heads
 
 ALIGNED = [["tt.divisibility", 16]]
 RANK = 32
@@ -57,10 +58,29 @@ def epilogue_of_real_groups(op: str, zero_point: bool) -> Epilogue:
     return epilogue_of(op, zero_point)._replace(scales=scales)
 
 
+def qkv_stages(op: str, problem: Any) -> dict[str, Any]:
+    """Epilogue and heads of the GEMM of three weights: grouped biases, one scale a head, of 72 or 64 outputs."""
+    epilogue = epilogue_of(f"{op}+grouped", problem.zero_point)
+    scales, bias = epilogue.scales, epilogue.bias
+    weight_sum = three(scales.weight_sum) if problem.zero_point else None
+    scales = scales._replace(weight_scale=three(scales.weight_scale), weight_sum=weight_sum)
+    head_dim = 72 if problem.in_features % 72 == 0 else 64
+    heads = Heads(
+        three("*i8"), three("*fp32"), three(tl.constexpr(1)), None, None,
+        tl.constexpr(head_dim), "i32:16", "i32:16",
+    )  # fmt: skip
+    return {"epilogue": Epilogue(scales, bias=bias._replace(table=three(bias.table))), "heads": heads}
+
+
+def three(kind: Any) -> tuple[Any, Any, Any]:
+    """The same type for queries, keys and values."""
+    return kind, kind, kind
+
+
 def tiles_of(op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.TileConfig:
     """The launch of an offline GEMM with stages."""
     gemm, _, stages = op.partition("+")
-    name = f"{gemm}_epilogue" if STAGES[stages][1] else gemm
+    name = f"{gemm}_epilogue" if stages not in STAGES or STAGES[stages][1] else gemm
     return tuning.tile_config(name, tables, num_tokens, in_features)
 
 
@@ -69,7 +89,8 @@ def signature_of(value: Any, path: tuple[int, ...]) -> tuple[Any, dict, dict]:
     if isinstance(value, tuple):
         parts = [signature_of(part, (*path, i)) for i, part in enumerate(value)]
         kinds, constants, attributes = zip(*parts, strict=True)
-        return type(value)(*kinds), _merged(constants), _merged(attributes)
+        made = type(value)(*kinds) if hasattr(value, "_fields") else kinds
+        return made, _merged(constants), _merged(attributes)
     if isinstance(value, str):
         kind, _, multiple = value.partition(":")
         return kind, {}, {path: ALIGNED} if kind.startswith("*") or multiple else {}
