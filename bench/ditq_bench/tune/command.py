@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ def tune(
         typer.Option(help="Launch table to write; default: the package's, for this GPU."),
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 300.0,
+    compile_budget: Annotated[
+        float, typer.Option(help="Seconds of compiling; launches not reached are not timed.")
+    ] = 240.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be timed; needs no GPU.")
     ] = False,
@@ -33,8 +37,9 @@ def tune(
 ) -> None:
     """Time launches of every kernel on this GPU and write its table; nothing is timed at run time.
 
-    Launches that spill, or that a static model rules out, are not timed. Without a table of its own a GPU uses
-    that of its architecture.
+    Launches that spill, or that a static model rules out, are not timed. Without a table of its own a GPU uses that of
+    its architecture, and so it does for ops that the table does not have. A dry run compiles and prunes as a run on the
+    GPU does; --no-prune lists launches at once.
 
     Example: ditq tune --ops gemm_w8a8 --dry-run --target 89
     """
@@ -62,45 +67,52 @@ def tune(
     total = sum(len(space.launches(bucket, target)) for bucket in wanted)
     pruned: list[tuple[space.Bucket, list[Any]]]
     if prune:
+        end = time.perf_counter() + compile_budget
         with progress_bar("pruning", total) as advance:
-            pruned = [(bucket, space.prune(bucket, target, advance, slack)) for bucket in wanted]
+            pruned = []
+            for index, b in enumerate(wanted):
+                now = time.perf_counter()
+                share = now + (end - now) / (
+                    len(wanted) - index
+                )  # what one bucket leaves, the next ones have
+                pruned.append((b, space.prune(b, target, advance, slack, share)))
     else:
         pruned = [(b, [(config, None) for config in space.launches(b, target)]) for b in wanted]
+    for b, kept in pruned:
+        kept += [(config, None) for config in space.variants(b, kept[0][0], target)]
     if dry_run:
         rows = [
-            (
-                b.op,
-                b.num_tokens,
-                b.in_features,
-                str(tuple(vars(config).values())),
-                "" if predicted is None else 1e6 * predicted,
-            )
+            (b.op, b.num_tokens, b.in_features, tuning.launch_text(vars(config)),
+             "" if predicted is None else 1e6 * predicted)
             for b, kept in pruned
             for config, predicted in kept
-        ]
+        ]  # fmt: skip
         if json:
             print_json({"target": target, "tried": total, "launches": rows})
             return
         columns = ("op", "tokens", "inputs", "launch", "model us")
-        print_table(f"sm_{target}: {len(rows)} of {total} launches would be timed", columns, rows)
+        print_table(f"sm_{target}: {len(rows)} launches would be timed", columns, rows)
         return
     device = torch.device("cuda", torch.cuda.current_device())
     plan = [(bucket, [config for config, _ in kept]) for bucket, kept in pruned]
+    refused: list[str] = []
     with progress_bar("timing", len(plan)) as advance:
         found = []
-        for pair in run.tune(plan, device, budget):
+        for pair in run.tune(plan, device, budget, refused.append):
             found.append(pair)
             advance()
     own = tuning.own_table(device)
     path = out or Path(tuning.__file__).parent / "tuned" / f"{own}.json"
     run.write_table(path, run.table_of(found, f"sm_{target}", torch.cuda.get_device_name(device)))
     best = [
-        (b.op, b.num_tokens, b.in_features, str(tuple(vars(t[0].config).values())), 1e6 * t[0].median,
+        (b.op, b.num_tokens, b.in_features, tuning.launch_text(vars(t[0].config)), 1e6 * t[0].median,
          next(item.median for item in t if item.config == b.default) / t[0].median)
         for b, t in found
     ]  # fmt: skip
     if json:
-        print_json({"table": str(path), "launches": best})
+        print_json({"table": str(path), "launches": best, "refused": refused})
         return
     print_table(f"{own}", ("op", "tokens", "inputs", "launch", "median us", "x default"), best)
+    for reason in refused:
+        say(f"refused: {reason}")
     say(f"{path}: {len(found)} of {len(plan)} rows timed")

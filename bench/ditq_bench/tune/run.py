@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
-import ditq_kernels as k
 from ditq_bench.results import commit
 from ditq_bench.timing import time_in_turn
+from ditq_bench.tune.problems import PROBLEMS
 from ditq_bench.tune.space import Bucket
+from ditq_kernels.tuning import UNSAID
 from ditq_runtime.files import atomic_file
 
 
@@ -32,18 +32,40 @@ class Timed:
 
 
 def time_launches(
-    bucket: Bucket, configs: list[Any], device: torch.device, budget: float
+    bucket: Bucket,
+    configs: list[Any],
+    device: torch.device,
+    budget: float,
+    refused: Callable[[str], None] | None = None,
 ) -> list[Timed]:
     """Check every launch against the default one, exactly, then time them in turn; the fastest first.
+
+    Args:
+        bucket: the problem.
+        configs: launches to time.
+        device: where.
+        budget: seconds of timing.
+        refused: told of each launch that the compiler or the GPU refuses, which is then left out; without it, the
+            error is raised.
 
     Raises:
         RuntimeError: a launch gives another result than the default: integers are exact, so one is wrong.
     """
     run = PROBLEMS[bucket.op](bucket, device)
     expected = run(bucket.default)
+    running = []
     for config in configs:
-        if not _equal(run(config), expected):
+        try:
+            got = run(config)
+        except Exception as error:  # the compiler has errors of many classes
+            if refused is None:
+                raise
+            refused(f"{bucket.op} with {config}: {' '.join(str(error).split())[:200]}")
+            continue
+        if not _equal(got, expected):
             raise RuntimeError(f"tune: {bucket.op} with {config} differs from {bucket.default}")
+        running.append(config)
+    configs = running
     candidates: dict[str, Callable[[], object]] = {
         str(index): functools.partial(run, config) for index, config in enumerate(configs)
     }
@@ -56,24 +78,39 @@ def time_launches(
 
 
 def tune(
-    plan: list[tuple[Bucket, list[Any]]], device: torch.device, budget: float
+    plan: list[tuple[Bucket, list[Any]]],
+    device: torch.device,
+    budget: float,
+    refused: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Bucket, list[Timed]]]:
-    """Time bucket after bucket within a budget of seconds; what it does not reach keeps its default."""
+    """Time bucket after bucket within a budget of seconds; what it does not reach keeps its default.
+
+    With `refused`, as in `time_launches`, a bucket with a wrong result is told of and left out.
+    """
     end = time.perf_counter() + budget
     for index, (bucket, configs) in enumerate(plan):
         left = end - time.perf_counter()
         if left <= 0:
             return
-        yield bucket, time_launches(bucket, configs, device, left / (len(plan) - index))
+        try:
+            timed = time_launches(bucket, configs, device, left / (len(plan) - index), refused)
+        except RuntimeError as error:
+            if refused is None:
+                raise
+            refused(str(error))
+            continue
+        yield bucket, timed
 
 
 def table_of(
     found: list[tuple[Bucket, list[Timed]]], architecture: str, device: str
 ) -> dict[str, Any]:
     """A launch table as in `tuned/`: per op, rows with their limits."""
-    ops: dict[str, list[dict[str, int]]] = {}
+    ops: dict[str, list[dict[str, Any]]] = {}
     for bucket, timed in found:
-        row = bucket.limits | dataclasses.asdict(timed[0].config)
+        fields = dataclasses.asdict(timed[0].config).items()
+        said = {name: value for name, value in fields if value not in _unsaid(name)}
+        row = bucket.limits | said
         ops.setdefault(bucket.op, []).append(row)
     return {
         "architecture": architecture, "device": device, "triton": version("triton"),
@@ -81,64 +118,15 @@ def table_of(
     }  # fmt: skip
 
 
+def _unsaid(name: str) -> tuple[Any, ...]:
+    """Defaults of a field; "auto" is not one."""
+    return tuple(value for value in UNSAID.get(name, ()) if value != "auto")
+
+
 def write_table(path: Path, table: dict[str, Any]) -> None:
     """Write a launch table atomically."""
     with atomic_file(path) as part:
         part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _launch(op: str) -> Callable[..., Any]:
-    return importlib.import_module(f"ditq_kernels._triton.{op}").launch
-
-
-def _rows(bucket: Bucket, device: torch.device) -> Callable[[Any], Any]:
-    x = torch.randn(bucket.num_tokens, bucket.in_features, device=device).bfloat16()
-    if bucket.op == "quantize_per_token":
-        return lambda config: _launch(bucket.op)(x, None, config=config)
-    scale, zero = torch.full((1,), 0.03, device=device), torch.zeros(1, device=device).int()
-    return lambda config: _launch(bucket.op)(x, scale, zero, None, config=config)
-
-
-def _gemm(bucket: Bucket, device: torch.device) -> Callable[[Any], Any]:
-    q, scale = k.quantize_per_token(
-        torch.randn(bucket.num_tokens, bucket.in_features, device=device)
-    )
-    weight = torch.randn(bucket.out_features, bucket.in_features, device=device)
-    bias = torch.randn(bucket.out_features, device=device)
-    tail = (bias, None, None, torch.bfloat16)
-    if bucket.op == "gemm_w8a8":
-        w8 = k.quantize_weight_w8(weight)
-        return lambda config: _launch(bucket.op)(
-            q, w8.qweight, scale, w8.scale, *tail, config=config
-        )
-    w4 = k.quantize_weight_w4p(weight, 64)
-    parts = (w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale)
-    return lambda config: _launch(bucket.op)(q, *parts, *tail, config=config)
-
-
-def _attention(bucket: Bucket, device: torch.device) -> Callable[[Any], Any]:
-    size = (1, bucket.heads, bucket.num_tokens, bucket.in_features)
-    q, key, v = (torch.randint(-127, 128, size, dtype=torch.int8, device=device) for _ in range(3))
-    scales = torch.full((2, *size[:3]), 1 / 74, device=device)
-    softmax_scale = bucket.in_features**-0.5
-    tail = (softmax_scale, None, torch.bfloat16)
-    if bucket.op == "attention_qk_int8_pv_bf16":
-        half = v.bfloat16()
-        return lambda config: _launch(bucket.op)(q, key, half, *scales, *tail, config=config)
-    v_scale = torch.full((1,), 1 / 74, device=device)
-    return lambda config: _launch(bucket.op)(
-        q, key, v, *scales, v_scale, None, *tail, config=config
-    )
-
-
-PROBLEMS: dict[str, Callable[[Bucket, torch.device], Callable[[Any], Any]]] = {
-    "quantize_per_token": _rows,
-    "quantize_static": _rows,
-    "gemm_w8a8": _gemm,
-    "gemm_w4a8": _gemm,
-    "attention_qk_int8_pv_int8": _attention,
-    "attention_qk_int8_pv_bf16": _attention,
-}
 
 
 def _equal(one: Any, other: Any) -> bool:
