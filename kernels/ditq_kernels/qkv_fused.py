@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ditq_kernels import checks, reference_fused
-from ditq_kernels.backend import load_kernel
+from ditq_kernels.backend import implementation
 from ditq_kernels.gemm_fused import checked_parts
 from ditq_kernels.weights import W4P, W8
 
@@ -126,15 +126,11 @@ def _gemm_qkv_quantize(
     weight_sums: list[torch.Tensor],
     bias_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference_fused.gemm_qkv_quantize(
+    run = implementation("gemm_qkv_quantize", q.device, reference_fused.gemm_qkv_quantize)
+    return run(
         q, weights, group_scales, group_offsets, head_scales, v_zero_point, batch, heads,
         scale, weight_scales, biases, zero_point, weight_sums, bias_index,
     )  # fmt: skip
-
-
-@_gemm_qkv_quantize.register_kernel("cuda")
-def _(*arguments):
-    return load_kernel("gemm_qkv_quantize").launch(*arguments)
 
 
 @_gemm_qkv_quantize.register_fake

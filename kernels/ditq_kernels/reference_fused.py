@@ -1,6 +1,6 @@
 """Fused ops in plain torch, as `reference`: every line is one correctly rounded fp32 step, GELU aside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,17 +78,19 @@ def gemm_qkv_quantize(
     zero_point: torch.Tensor | None,
     weight_sums: Sequence[torch.Tensor],
     bias_index: torch.Tensor | None,
+    multiply: Callable[..., torch.Tensor] = gemm,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Int8 codes [B, H, T, D] of three GEMMs, laid out as `new_heads` says."""
+    """Int8 codes [B, H, T, D] of three GEMMs, laid out as `new_heads` says; `multiply` runs one, as `gemm` does."""
     out = new_heads(q, batch, heads, weights[0].shape[0] // heads)
     zero = q.new_zeros(1, dtype=torch.int32)
     zero_points = (zero, zero, zero if v_zero_point is None else v_zero_point)
     for i, codes in enumerate(out):
         group = (group_scales[i], group_offsets[i]) if group_scales else (None, None)
         bias, weight_sum = (three[i] if three else None for three in (biases, weight_sums))
-        y = gemm(
-            q, weights[i], *group, scale, weight_scales[i], bias, zero_point, weight_sum, bias_index
-        )
+        y = multiply(
+            q, weights[i], *group, scale, weight_scales[i], bias, zero_point, weight_sum, bias_index,
+            None, None,
+        )  # fmt: skip
         by_head = y.view(batch, -1, heads, codes.shape[3]).transpose(1, 2)
         per_head = (v[:, None, None] for v in (head_scales[i], zero_points[i]))
         codes.copy_(numerics.quantize_asymmetric(by_head, *per_head))

@@ -149,6 +149,27 @@ def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
         assert (got.int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["w8", "w4p"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("small_blocks", "poisoned")
+def test_queries_keys_and_values_equal_the_reference_bit_for_bit(kind, case, generator):
+    tokens, outputs, inputs, heads = 70, 40, 96, 5
+    stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
+    scale, weight_scale, bias, zero_point, weight_sum, bias_index, *_ = stages
+    three = [weights(kind, outputs, inputs, generator) for _ in range(3)]
+    arguments = (
+        int8((tokens, inputs), generator),
+        *([part for part in parts if part is not None] for parts in zip(*three, strict=True)),
+        [torch.rand(heads, generator=generator) / 10 + 0.01 for _ in range(3)], None, 7, heads,
+        scale, [weight_scale * (1 + i) for i in range(3)], [] if bias is None else [bias, -bias, 2 * bias],
+        zero_point, [] if weight_sum is None else [weight_sum] * 3, bias_index,
+    )  # fmt: skip
+    expected = reference_fused.gemm_qkv_quantize(*arguments)
+    for mine, theirs in zip(_cpu.gemm_qkv_quantize(*arguments), expected, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.stride() == theirs.stride()
+
+
 def test_no_tokens_give_none(generator):
     weight, options = int8((3, 32), generator), epilogues(0, 3, generator)["per token"]
     y = _cpu.gemm_w8a8(int8((0, 32), generator), weight, **options, out_dtype=torch.bfloat16)
@@ -220,6 +241,11 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
             q, w4, scale, residual=torch.ones(4, 3), gate=torch.ones(1, 3)
         ),
         "gemm_gelu_quantize": lambda: k.gemm_gelu_quantize(q, w8, scale, **out),
+        "gemm_qkv_quantize": lambda: torch.stack(
+            k.gemm_qkv_quantize(
+                q, (w4,) * 3, scale, batch=2, heads=1, head_scales=(torch.ones(1),) * 3
+            )
+        ),
     }
     assert set(calls) == backend.CPU_OPS
     for op, call in calls.items():

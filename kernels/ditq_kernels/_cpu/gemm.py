@@ -3,6 +3,7 @@
 Results are the reference's to the bit; where torch splits work among threads, GELU keeps its promise of `ops` only.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,16 @@ def gemm_gelu_quantize(
     return out
 
 
+def _gemm(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    *dequantize: Any,
+) -> torch.Tensor:
+    return _linear(product(q, weight, group_scale, group_offset), torch.float32, *dequantize)
+
+
 def _linear(total: torch.Tensor, out_dtype: torch.dtype, *dequantize: Any) -> torch.Tensor:
     out = total.new_empty(total.shape, dtype=out_dtype)
     in_place = out_dtype == torch.float32
@@ -104,3 +115,6 @@ def _linear(total: torch.Tensor, out_dtype: torch.dtype, *dequantize: Any) -> to
         if not in_place:
             out[rows] = y
     return out
+
+
+gemm_qkv_quantize = partial(reference_fused.gemm_qkv_quantize, multiply=_gemm)
