@@ -1,11 +1,18 @@
 """configure and prepare: switches that exist, modulation computed once per run, the same images."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
+from ditq_kernels import reference
+from ditq_runtime.cuda_graph import GraphedForward
+from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE, HoistedModulation
+from ditq_runtime.hoist import _position
 
 STEPS = 4
 
@@ -57,19 +64,143 @@ def test_one_compiled_graph_serves_all_steps_and_groups(folders):
     assert len(graphs) == 1
 
 
-def _near(got, expected):
-    # rows summed in another batch differ by 1e-7, which moves a few int8 codes by one
-    assert (got - expected).norm() / expected.norm() < 1e-3
+@pytest.fixture
+def row_by_row(monkeypatch):
+    """Float products that do not depend on their batch, so that hoisted modulation has the bits of every step's own."""
+
+    def by_row(plain):
+        def split(x, *rest):
+            return (
+                torch.cat([plain(row[None], *rest) for row in x])
+                if x.dim() == 2
+                else plain(x, *rest)
+            )
+
+        return split
+
+    for place, name in ((torch.nn.functional, "linear"), (reference, "linear_w8")):
+        monkeypatch.setattr(place, name, by_row(getattr(place, name)))
 
 
+@pytest.fixture(scope="module")
+def pixarts(pixart, tmp_path_factory):
+    """Width -> a packed PixArt with three timestep groups; 96 is told resolution and aspect ratio."""
+    root, made = tmp_path_factory.mktemp("pixart"), {}
+
+    def get(width):
+        if width not in made:
+            case = pixart(width)
+            plan = {"steps": STEPS, "samples": 2, "prompts": case.prompts, "quiet": True}
+            stats = calibrate(case.model, root / str(width), **plan)
+            made[width] = convert(case.model, Recipe("htg", num_groups=3), stats, quiet=True)
+        return made[width]
+
+    return get
+
+
+def _randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+CAPTIONS = {
+    "negative_prompt": None,
+    "prompt_embeds": _randn(2, 6, 32, seed=2),
+    "prompt_attention_mask": torch.tensor([[1] * 6, [1] * 2 + [0] * 4]),
+    "negative_prompt_embeds": _randn(2, 6, 32, seed=3),
+    "negative_prompt_attention_mask": torch.ones(2, 6, dtype=torch.long),
+}
+
+
+def _sample_pixart(model, steps=STEPS, prepared=False):
+    """Latents of two guided samples, and what `prepare` installed."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipe = PixArtSigmaPipeline(None, None, None, model, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    done = ditq.prepare(pipe) if prepared else None
+    options = {
+        "num_inference_steps": steps,
+        "use_resolution_binning": False,
+        "output_type": "latent",
+    }
+    return pipe(**CAPTIONS, latents=_randn(2, 1, 8, 8, seed=1), **options).images, done
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_hoisted_pixart_gives_the_same_bits(pixarts):
+    model, rows, tables = pixarts(64), [], []
+    expected, _ = _sample_pixart(model)
+    shared, table = model.adaln_single.linear, model.transformer_blocks[1].scale_shift_table
+    hooks = [
+        module.register_forward_hook(lambda module, args, out, seen=seen: seen.append(len(out)))
+        for module, seen in ((shared, rows), (table, tables))
+    ]
+    got, prepared = _sample_pixart(model, prepared=True)
+    assert torch.equal(got, expected)
+    # the warm-up's one row, then all steps of two guided samples at once
+    assert rows == tables == [1, STEPS * 4]
+    assert (prepared.hoist.tables, prepared.hoist.hits) == (1, STEPS)
+    prepared.undo()
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(_sample_pixart(model)[0], expected)
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_conditions_of_pixart_are_noticed(pixarts):
+    """Another resolution is another modulation; one that changes between two steps, too."""
+    model = pixarts(96)
+    batch = {
+        "encoder_hidden_states": _randn(2, 6, 32, seed=2),
+        "added_cond_kwargs": {
+            "resolution": torch.tensor([[64.0, 64.0], [32.0, 128.0]]),
+            "aspect_ratio": torch.tensor([[1.0], [0.25]]),
+        },
+    }
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+
+    def run():
+        outputs = []
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 2:
+                batch["added_cond_kwargs"]["resolution"][0] = 512
+            x = scheduler.scale_model_input(_randn(2, 1, 8, 8, seed=i), t)
+            with torch.no_grad():
+                outputs.append(model(x, timestep=t.expand(2), **batch).sample)
+        batch["added_cond_kwargs"]["resolution"][0] = 64
+        return torch.stack(outputs)
+
+    expected = run()
+    prepared = ditq.prepare(SimpleNamespace(transformer=model, scheduler=scheduler))
+    assert torch.equal(run(), expected)
+    assert (prepared.hoist.tables, prepared.hoist.hits) == (2, 3)
+    prepared.undo()
+
+
+def test_a_timestep_is_found_by_its_place_or_its_value():
+    steps = torch.tensor([900, 500, 100])
+    assert [_position(steps, t) for t in steps] == [0, 1, 2]
+    assert [_position(steps, t) for t in (500, torch.tensor(100), torch.tensor([900.0]))] == [
+        1,
+        2,
+        0,
+    ]
+    assert _position(steps, 123) == _position(steps, torch.tensor(123)) == -1
+    backward = torch.tensor([[900, 7], [500, 7]])[
+        :, 0
+    ]  # a place in memory is no place in the schedule
+    assert [_position(backward, t) for t in backward] == [0, 1]
+
+
+@pytest.mark.usefixtures("row_by_row")
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
 def test_hoisted_modulation_gives_the_same_images(folders, kind):
     pipe = _open(folders[kind])
     expected = _sample(pipe), _sample(pipe, (5,), guidance=1.0, steps=2)
     prepared = ditq.prepare(pipe)
-    _near(_sample(pipe), expected[0])
+    assert torch.equal(_sample(pipe), expected[0])
     assert (prepared.hoist.tables, prepared.hoist.hits) == (1, STEPS)
-    _near(_sample(pipe, (5,), guidance=1.0, steps=2), expected[1])
+    assert torch.equal(_sample(pipe, (5,), guidance=1.0, steps=2), expected[1])
     assert (prepared.hoist.tables, prepared.hoist.hits) == (2, STEPS + 2)
     prepared.undo()
     assert torch.equal(_sample(pipe), expected[0])
@@ -100,6 +231,7 @@ def test_forwards_of_ones_own_compute_their_own_modulation(folders, forward, kin
     assert prepared.hoist.hits == hits
 
 
+@pytest.mark.usefixtures("row_by_row")
 def test_changed_labels_are_noticed(folders):
     """Also when the same tensor is changed in place between two steps."""
     pipe = _open(folders["plain"])
@@ -121,7 +253,7 @@ def test_changed_labels_are_noticed(folders):
 
     expected = run(pipe)
     prepared = ditq.prepare(pipe)
-    _near(run(pipe), expected)
+    assert torch.equal(run(pipe), expected)
     assert prepared.hoist.tables == 2
 
 
@@ -191,6 +323,73 @@ def test_the_cpu_backend_gives_the_same_bits_and_the_report_names_it(folders, pr
         backends[name] = {row.backend for row in report.layers if row.integer}
     assert torch.equal(outputs["cpu"], outputs["reference"])
     assert backends == {"cpu": {"cpu"}, "reference": {"reference"}}
+
+
+class _Replayed:
+    """Stands in for a CUDA graph: replays one call on the memory that it was recorded with, into the same output."""
+
+    def __init__(self, forward, places):
+        self.forward = forward
+        self.held = [(p, name, getattr(p, name).value) for p, name in places if hasattr(p, name)]
+        self.output = forward()
+
+    def replay(self):
+        for place, name, tensor in self.held:
+            getattr(place, name).value = tensor
+        for name, value in self.forward().items():
+            self.output[name].copy_(value)
+
+
+def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
+    """Also conditions inside of a dictionary, the noted timestep and the hoisted modulation, at other addresses."""
+    model, graphs = pixarts(96), []
+
+    def record(forward):
+        graphs.append(_Replayed(forward, product(model.modules(), (HOISTED, TIMESTEP_NOTE))))
+        return graphs[-1], graphs[-1].output
+
+    monkeypatch.setattr("ditq_runtime.cuda_graph._record", record)
+
+    def call(seed):
+        added = {"resolution": _randn(2, 2, seed=seed).abs() * 64, "aspect_ratio": torch.ones(2, 1)}
+        with torch.no_grad():
+            return model(
+                _randn(2, 1, 8, 8, seed=seed),
+                encoder_hidden_states=_randn(2, 6, 32, seed=seed),
+                encoder_attention_mask=torch.ones(2, 6),
+                timestep=torch.tensor([(10, 900), (900, 500), (500, 10)][seed]),
+                added_cond_kwargs=added,
+            ).sample
+
+    places = [*model.transformer_blocks, model.adaln_single]
+
+    def hoist(seed):
+        """Another value than the modulation of the call."""
+        for place, parts in zip(places, (6, 6, 7), strict=True):
+            setattr(place, HOISTED, HoistedModulation())
+            getattr(place, HOISTED).value = _randn(2, parts * 96, seed=seed)
+
+    def calls():
+        own = [call(seed) for seed in range(3)]
+        for seed in range(2):
+            hoist(seed)
+            own.append(call(0))
+        for place in places:
+            delattr(place, HOISTED)
+        return torch.stack(own)
+
+    expected = calls()
+    assert len({tuple(x.flatten().tolist()) for x in expected}) == 5
+    graphed = GraphedForward(model)
+    assert torch.equal(calls(), expected)
+    assert len(graphs) == 2
+    graphed.remove()
+    assert torch.equal(calls(), expected)
+
+
+def _near(got, expected):
+    # rows summed in another batch differ by 1e-7, which moves a few int8 codes by one
+    assert (got - expected).norm() / expected.norm() < 1e-3
 
 
 @pytest.mark.gpu
