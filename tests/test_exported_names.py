@@ -34,6 +34,7 @@ EXPORTED = {
         "StatisticsError",
         "calibrate",
         "convert",
+        "evaluate",
         "open_model",
     ],
 }
