@@ -90,6 +90,9 @@ def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
             if name in table.modulations:
                 weights, activations = choice.modulation or choice.weights, "none"
             named[layer] = _format(model, layer, weights, activations, choice)
+    if family.final_modulation is not None:
+        name = family.final_modulation
+        named[name] = _format(model, name, "w8", "none", choice)
     attentions = [] if choice.attention == "none" else family.attention_names(model)
     known = [*named, *attentions]
     for pattern in choice.keep:

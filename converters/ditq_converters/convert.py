@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ditq_converters.attention import attention_formats
-from ditq_converters.convert_block import PackedBlock, convert_block
+from ditq_converters.convert_block import PackedBlock, convert_block, convert_final_modulation
 from ditq_converters.memory import give_back
 from ditq_converters.methods import METHODS
 from ditq_converters.models import open_model, transformer_of
@@ -84,17 +84,19 @@ def convert(
     attention = attention_formats(model, family, recipe, quiet)
 
     @torch.no_grad()
-    def one_block(block: str) -> PackedBlock:
-        with weights_of(model, block):
-            return convert_block(model, family, block, recipe, stats, by_name, attention)
+    def one_part(name: str) -> PackedBlock:
+        if name == family.final_modulation:
+            return convert_final_modulation(model, by_name[name])
+        with weights_of(model, name):
+            return convert_block(model, family, name, recipe, stats, by_name, attention)
 
     made = provenance(recipe, stats)
     if on_disk:
         assert out is not None
         return convert_on_disk(
-            pipe, model, one_block, attention, made, Path(out), max_shard_size, quiet
+            pipe, model, one_part, attention, made, Path(out), max_shard_size, quiet
         )
-    packed = convert_in_memory(model, one_block, attention, made, quiet)
+    packed = convert_in_memory(model, one_part, attention, made, quiet)
     if out is not None:
         save(pipe, packed, Path(out), max_shard_size)
     return packed
@@ -102,21 +104,21 @@ def convert(
 
 def convert_in_memory(
     model: nn.Module,
-    one_block: Callable[[str], PackedBlock],
+    one_part: Callable[[str], PackedBlock],
     attention: dict[str, AttentionFormat],
     made: dict[str, Any],
     quiet: bool,
 ) -> nn.Module:
-    """Convert all blocks and assemble the packed transformer."""
+    """Convert all parts and assemble the packed transformer."""
     tensors: dict[str, torch.Tensor] = {}
     formats: dict[str, LayerFormat] = {}
     family = family_of(type(model).__name__)
-    blocks = family.block_names(model)
-    with progress_bar("converting", len(blocks), quiet=quiet) as advance:
-        for block in blocks:
-            packed_block = one_block(block)
-            tensors |= packed_block.tensors
-            formats |= packed_block.formats
+    parts = family.part_names(model)
+    with progress_bar("converting", len(parts), quiet=quiet) as advance:
+        for name in parts:
+            packed_part = one_part(name)
+            tensors |= packed_part.tensors
+            formats |= packed_part.formats
             advance()
     folds = folds_in({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     scheme = make_scheme(model, family, formats, folds, attention)
@@ -126,28 +128,28 @@ def convert_in_memory(
 def convert_on_disk(
     pipe: Any,
     model: nn.Module,
-    one_block: Callable[[str], PackedBlock],
+    one_part: Callable[[str], PackedBlock],
     attention: dict[str, AttentionFormat],
     made: dict[str, Any],
     out: Path,
     max_shard_size: str,
     quiet: bool,
 ) -> nn.Module:
-    """Convert the blocks that an earlier run did not, one in memory at a time, then write the folder from disk."""
+    """Convert the parts that an earlier run did not, one in memory at a time, then write the folder from disk."""
     family = family_of(type(model).__name__)
-    blocks = family.block_names(model)
+    parts = family.part_names(model)
     done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(model)})
     earlier = done.names()
-    with progress_bar("converting", len(blocks), len(earlier), quiet) as advance:
-        for block in blocks:
-            if block not in earlier:
-                packed_block = one_block(block)
-                done.save(block, packed_block.tensors, packed_block.formats)
-                del packed_block
+    with progress_bar("converting", len(parts), len(earlier), quiet) as advance:
+        for name in parts:
+            if name not in earlier:
+                packed_part = one_part(name)
+                done.save(name, packed_part.tensors, packed_part.formats)
+                del packed_part
                 give_back()
                 advance()
     folds = folds_in(done.shapes())
-    scheme = make_scheme(model, family, done.formats(blocks), folds, attention)
+    scheme = make_scheme(model, family, done.formats(parts), folds, attention)
     return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
 
 

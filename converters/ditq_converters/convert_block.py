@@ -18,14 +18,14 @@ from ditq_converters.sites import Observed, group_bounds, observe, restrict, sit
 from ditq_converters.stats import CalibrationStats
 from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import Family
-from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.families.sites import TIMESTEP_GROUPS, get_linear
 from ditq_runtime.folds import FOLDS
 from ditq_runtime.scheme import LayerFormat
 
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """One converted block: full tensor name -> tensor, full layer name -> its final format."""
+    """One converted block, or the final modulation: full tensor name -> tensor, full layer name -> its final format."""
 
     tensors: dict[str, torch.Tensor]
     formats: dict[str, LayerFormat]
@@ -77,6 +77,15 @@ def convert_block(
         module = model.get_submodule(block)
         tensors |= static_scales(module, block, table, attention, recipe, needed, choice)
     return PackedBlock(tensors, formats)
+
+
+def convert_final_modulation(model: nn.Module, planned: LayerPlan) -> PackedBlock:
+    """The linear that modulates the last norm: quantized as it is, nothing folds into it."""
+    assert planned.format is not None
+    linear = LinearTensors.of(get_linear(model, planned.name))
+    stored = quantize_linear(linear, planned.format, None, None)
+    tensors = {f"{planned.name}.{field}": tensor for field, tensor in stored.items()}
+    return PackedBlock(tensors, {planned.name: planned.format})
 
 
 def convert_linear(

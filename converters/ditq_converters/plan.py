@@ -66,6 +66,8 @@ def plan_layers(model: nn.Module, family: Family, recipe: Recipe) -> list[LayerP
         plans += [
             _modulation(model, f"{block}.{name}", table, recipe) for name in table.modulations
         ]
+    if family.final_modulation is not None:
+        plans.append(_final_modulation(model, family.final_modulation, recipe))
     known = {plan.name for plan in plans}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in known:
@@ -129,6 +131,14 @@ def _modulation(model: nn.Module, name: str, table: BlockTable, recipe: Recipe) 
     direct = table.use_direct_multiplier is not None
     layer_format = LayerFormat(weights, "none", group, bias=direct or linear.bias is not None)
     what = "weight-only; " + ("emits the AdaLN multiplier" if direct else "one row per sample")
+    return _plan(linear, name, "modulation", "-", layer_format, what)
+
+
+def _final_modulation(model: nn.Module, name: str, recipe: Recipe) -> LayerPlan:
+    linear = get_linear(model, name)
+    weights = "fp32" if recipe.keeps(name) else "w8"
+    layer_format = LayerFormat(weights, "none", bias=linear.bias is not None)
+    what = "weight-only, in 8 bits: no block follows; one row per sample"
     return _plan(linear, name, "modulation", "-", layer_format, what)
 
 

@@ -127,10 +127,10 @@ DIT = Family(
     block_tables=blocks_in(transformer_blocks=lambda block: BLOCK),
     kept={
         "norm1.emb": "timestep and label embedder: one row per image, kept float",
-        "proj_out_1": "modulation of the final layer, kept float",
         "proj_out_2": "final projection, kept float",
     },
     example_inputs=example_inputs,
     shared_embedder="norm1.emb",
     hoistable=Hoistable(_labels, lambda model: list(model.transformer_blocks), _hoist),
+    final_modulation="proj_out_1",
 )

@@ -83,6 +83,8 @@ class Family:
         shared_embedder: prefix, inside a block, of an embedder that may be equal in all blocks; None if none.
         timestep_scale: the model's `timestep` argument is this times the scheduler's timestep.
         hoistable: how its modulation can be computed before the sampling loop; None: it cannot.
+        final_modulation: the linear outside the blocks that modulates the last norm; weight-only, in 8 bits whatever
+            the others have: no block comes after it to drown its error. None if there is none.
     """
 
     architecture: str
@@ -92,10 +94,16 @@ class Family:
     shared_embedder: str | None = None
     timestep_scale: float = 1.0
     hoistable: Hoistable | None = None
+    final_modulation: str | None = None
 
     def block_names(self, model: nn.Module) -> list[str]:
         """`blocks.0`, `blocks.1`, ... of a model."""
         return list(self.block_tables(model))
+
+    def part_names(self, model: nn.Module) -> list[str]:
+        """What converts by itself: the blocks, then the final modulation."""
+        last = [] if self.final_modulation is None else [self.final_modulation]
+        return [*self.block_names(model), *last]
 
     def attention_names(self, model: nn.Module) -> list[str]:
         """The attention modules of a model that can run quantized, in the order they run."""

@@ -156,9 +156,9 @@ FLUX = Family(
         "time_text_embed": "timestep, guidance and pooled text embedder: one row per image, kept float",
         "context_embedder": "caption projection: outside the blocks, kept float",
         "x_embedder": "patch embedding, kept float",
-        "norm_out": "modulation of the final layer, kept float",
         "proj_out": "final projection, kept float",
     },
     example_inputs=example_inputs,
+    final_modulation="norm_out.linear",
     timestep_scale=1e-3,  # the pipeline passes sigma in [0, 1]
 )

@@ -119,8 +119,8 @@ SD3 = Family(
     kept={
         "time_text_embed": "timestep and pooled text embedder: one row per image, kept float",
         "context_embedder": "caption projection: outside the blocks, kept float",
-        "norm_out": "modulation of the final layer, kept float",
         "proj_out": "final projection, kept float",
     },
     example_inputs=example_inputs,
+    final_modulation="norm_out.linear",
 )

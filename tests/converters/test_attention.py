@@ -223,7 +223,7 @@ def test_keeping_one_attention_float(model, stats):
     assert (
         report.totals["integer_linears"] == 12
     )  # a pattern for the attention is not one for its linears
-    with pytest.raises(ValueError, match="matches none of the 14 quantized modules"):
+    with pytest.raises(ValueError, match="matches none of the 15 quantized modules"):
         convert(model, Recipe("linear", keep=("transformer_blocks.0.attn1",)), quiet=True)
 
 

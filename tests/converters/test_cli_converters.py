@@ -155,7 +155,7 @@ def test_keep_is_repeatable(ditq, tmp_path):
     assert result.exit_code == 0, result.output
     model = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer
     weights = {
-        name.partition(".")[2].partition(".")[2]: layer.format.weights
+        name.partition(".")[2].partition(".")[2] or name: layer.format.weights
         for name, layer in model.named_modules()
         if isinstance(layer, QuantLinear)
     }
@@ -167,6 +167,7 @@ def test_keep_is_repeatable(ditq, tmp_path):
         "ff.net.0.proj": "w8",
         "ff.net.2": "fp32",
         "norm1.linear": "w4p",
+        "proj_out_1": "w8",
     }
 
 
@@ -230,7 +231,10 @@ def test_inspect_a_packed_model(ditq, stats, tmp_path):
         assert report["shared_embedder"] is True
         assert sum(report["bytes_by_category"].values()) == report["bytes"]
         layers = {entry["format"]: entry["layers"] for entry in report["formats"]}
-        assert layers == {"w4p64_token": 30, "w4p64_token_smooth": 6, "w4p64_weight_only": 6}
+        final = {"w8_weight_only": 1}
+        assert (
+            layers == {"w4p64_token": 30, "w4p64_token_smooth": 6, "w4p64_weight_only": 6} | final
+        )
     table = ditq("inspect", out)
     assert table.exit_code == 0
     assert "packed with smoothquant" in table.stdout

@@ -119,6 +119,12 @@ def test_what_is_read_back_is_the_fake_quantized_folded_weight(packed, calibrate
             layer = loaded.get_submodule(f"{block}.{name}")
             assert torch.equal(layer.dequantized_weight(), fake_quantized(weight, recipe)), name
             assert torch.equal(layer.bias, bias.float()), name
+    final, theirs = loaded.proj_out_1, pipe.transformer.proj_out_1
+    weight = k.quantize_weight_w8(
+        theirs.weight
+    ).dequantize()  # 8 bits whatever the recipe, unfolded
+    assert torch.equal(final.dequantized_weight(), weight)
+    assert torch.equal(final.bias, theirs.bias)
 
 
 def test_memory_and_disk_agree(packed):
@@ -205,7 +211,7 @@ def test_every_layer_runs_as_its_simulation(packed, inputs):
             )
     with torch.no_grad():
         loaded(**inputs(loaded))
-        assert len(seen) == 14
+        assert len(seen) == 15
         for name, (x, output) in seen.items():
             expected = FakeLinear(loaded.get_submodule(name))(x)
             assert (output - expected).norm() < 1e-5 * expected.norm(), name
@@ -251,14 +257,16 @@ def test_sizes_add_up_to_the_bytes_on_disk(packed):
     modulations = 2 * WIDTH * 6 * WIDTH
     bytes_of = {"w8": 1, "w4p": 0.5, "w4g": 0.5}
     assert sizes["block weights"] == linears * bytes_of[recipe.weights]
-    assert sizes["modulation weights"] == modulations * bytes_of[recipe.modulation_weights]
+    final = WIDTH * 2 * WIDTH  # w8
+    assert sizes["modulation weights"] == modulations * bytes_of[recipe.modulation_weights] + final
     per_group = {"w8": 0, "w4p": 2, "w4g": 5}  # scale and offset; fp32 scale and zero point
     groups = linears * per_group[recipe.weights] // recipe.group_size
     groups += modulations * per_group[recipe.modulation_weights] // recipe.group_size
     if (recipe.weights, recipe.activations) == ("w4g", "static"):
         groups += 4 * linears // recipe.group_size  # an int32 sum
     assert sizes["group scales and offsets"] == groups
-    assert sizes["biases"] == 2 * 4 * (3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH + 6 * WIDTH)
+    biases = 2 * (3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH + 6 * WIDTH) + 2 * WIDTH
+    assert sizes["biases"] == 4 * biases
     entries = {n: e["data_offsets"] for n, e in header(file).items() if n != "__metadata__"}
     floats = sum(end - start for n, (start, end) in entries.items() if ".norm1.emb." in n)
     assert sizes["timestep and label embedder"] == floats
@@ -278,9 +286,8 @@ def test_what_is_not_listed_is_copied(make_dit):
     model = make_dit()
     packed = convert(model, Recipe(method="linear"), quiet=True)
     stored = packed.state_dict()
-    copied = [
-        n for n in model.state_dict() if ".norm1.emb." in n or not n.startswith("transformer_")
-    ]
+    listed = ("transformer_", "proj_out_1.")
+    copied = [n for n in model.state_dict() if ".norm1.emb." in n or not n.startswith(listed)]
     assert "proj_out_2.weight" in copied
     for name in copied:
         assert torch.equal(stored[name], model.state_dict()[name]), name

@@ -14,8 +14,11 @@ MODULATION = 6 * D * D
 OUTPUTS = 4 * D + 4 * D + D  # outputs of the same linears: 4 of D, fc1 4 D, fc2 D
 # embedder: 256 -> D -> D for the timestep, a table of 1001 labels, all fp32
 EMBEDDER = 4 * ((256 * D + D) + (D * D + D) + 1001 * D)
-# patch embedding 2x2 of one channel, final modulation D -> 2 D, final projection D -> 4
-OTHER = 4 * ((4 * D + D) + (2 * D * D + 2 * D) + (4 * D + 4))
+FINAL = (
+    2 * D * D
+)  # final modulation D -> 2 D, in w8 everywhere; a scale and a bias for each of its outputs
+# patch embedding 2x2 of one channel, final projection D -> 4
+OTHER = 4 * ((4 * D + D) + (4 * D + 4))
 BIASES = 4 * (OUTPUTS + 6 * D)
 
 
@@ -26,11 +29,12 @@ BIASES = 4 * (OUTPUTS + 6 * D)
             "w8_static",  # an embedder in each block
             {
                 "block weights": BLOCKS * LINEARS,
-                "modulation weights": BLOCKS * MODULATION,
+                "modulation weights": BLOCKS * MODULATION + FINAL,
                 "group scales and offsets": 0,
                 # weight_scale and weight_sum, act_scale and act_zero of six linears, smooth_inv of fc2
-                "channel and activation scales": BLOCKS * 4 * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D),
-                "biases": BLOCKS * BIASES,
+                "channel and activation scales": 4
+                * (BLOCKS * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D) + 2 * D),
+                "biases": BLOCKS * BIASES + 4 * 2 * D,
                 "low-rank branches": 0,
                 "folds": BLOCKS * 3 * 4 * D,
                 "timestep and label embedder": BLOCKS * EMBEDDER,
@@ -41,10 +45,11 @@ BIASES = 4 * (OUTPUTS + 6 * D)
             "w4p_static",  # one embedder for both blocks, groups of 32
             {
                 "block weights": BLOCKS * LINEARS // 2,
-                "modulation weights": BLOCKS * MODULATION // 2,
+                "modulation weights": BLOCKS * MODULATION // 2 + FINAL,
                 "group scales and offsets": BLOCKS * 2 * (LINEARS + MODULATION) // 32,
-                "channel and activation scales": BLOCKS * 4 * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D),
-                "biases": BLOCKS * BIASES,
+                "channel and activation scales": 4
+                * (BLOCKS * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D) + 2 * D),
+                "biases": BLOCKS * BIASES + 4 * 2 * D,
                 "low-rank branches": 0,
                 "folds": BLOCKS * 3 * 4 * D,
                 "timestep and label embedder": EMBEDDER,

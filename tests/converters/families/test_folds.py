@@ -164,11 +164,13 @@ def test_every_table_lists_every_linear_of_its_blocks_once(make_case, name):
             widths = {block.get_submodule(n).in_features for n in site.consumers}
             assert len(widths) == 1
             assert set(site.observed) <= set(site.consumers)
-    outside = [
+    outside = {
         n
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear) and not n.startswith(tuple(f"{b}." for b in tables))
-    ]
+    }
+    assert family.final_modulation is None or family.final_modulation in outside
+    outside -= {family.final_modulation}
     assert outside
     assert all(any(part in n for part in family.kept) for n in outside)
 
