@@ -26,7 +26,10 @@ from ditq_runtime.report_fused import BlockRun
 from ditq_runtime.report_watch import Watch
 
 FUSED = "fused"
-ATTENTION_KWARGS = "cross_attention_kwargs"  # a fused block calls no attention that could take them
+UNFUSING = (
+    "cross_attention_kwargs",
+    "attention_mask",
+)  # a fused block calls no attention that could take them
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,8 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     check_attention_in_place(model, scheme.attention)
     attentions = family.attention_names(model)
     inputs = inputs or _example_inputs(model, family)
-    told = bool(inputs.get(ATTENTION_KWARGS))
-    watch = Watch(model, attentions, f"{ATTENTION_KWARGS} were given" if told else "")
+    given = next((n for n in UNFUSING if inputs.get(n) is not None and inputs[n] != {}), None)
+    watch = Watch(model, attentions, "" if given is None else f"{given} given to the model")
     with watch, torch.no_grad():
         model(**inputs)
     watch.finish()

@@ -142,6 +142,16 @@ def test_fused_pixart_equals_stock_to_the_bit(make, recipe):
     assert torch.equal(fused, stock)
 
 
+def test_a_mask_over_image_tokens_keeps_pixart_unfused_and_the_report_says_so(make):
+    model, mask = make(CROSS_INT8, "pixart"), torch.ones(B, TOKENS)
+    mask[:, 9:] = 0
+    inputs = batch_for(model) | {"attention_mask": mask}
+    report = ditq.execution_report(model, inputs)
+    assert [row.note for row in report.blocks] == ["attention_mask given to the model"] * BLOCKS
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).sample, run(model))
+
+
 def test_the_caption_and_its_mask_count(make):
     model = make(STATIC, "pixart")
     inputs, plain = batch_for(model), run(model)

@@ -134,7 +134,9 @@ def test_attention_arguments_keep_a_block_unfused_and_the_report_says_so(model):
     inputs = {**example_inputs(model), "cross_attention_kwargs": {"strength": 1.0}}
     plain, told = execution_report(model, example_inputs(model)), execution_report(model, inputs)
     assert plain.totals["fused_blocks"] == BLOCKS
-    assert [row.note for row in told.blocks] == ["cross_attention_kwargs were given"] * BLOCKS
+    assert [row.note for row in told.blocks] == [
+        "cross_attention_kwargs given to the model"
+    ] * BLOCKS
     assert told.totals["integer_flops_share"] == plain.totals["integer_flops_share"]
     assert execution_report(model, {**inputs, "cross_attention_kwargs": {}}).totals == plain.totals
 
