@@ -4,9 +4,10 @@
 #     bench/gpu_run.sh OUT              # leaves CSV, JSON, logs and summary.md in OUT
 #     bench/gpu_run.sh --dry-run OUT    # no GPU: the same stages at tiny shapes, kernels interpreted; times mean nothing
 #
-# Each stage has a time limit, is skipped with a reason where it cannot run, and does not stop the next one.
-# Exit code: 1 if a stage failed. PYTHON names the interpreter; STAGES, comma-separated, picks stages; TOTAL_SECONDS
-# (580) ends the run with a GPU: what has not begun by then is skipped.
+# Each stage has a time limit, is skipped with a reason where it cannot run, and does not stop the next one. What they
+# leave is written as they go. The most telling stages come first: when TOTAL_SECONDS (580; 3600 for a dry run) are over,
+# the running stage is ended and the rest is listed as not run.
+# Exit code: 1 if a stage failed. PYTHON names the interpreter; STAGES, comma-separated, picks stages.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,8 +19,8 @@ out=$(cd "$1" && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH="$root:$root/kernels:$root/converters:$root/bench${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
-deadline=$((SECONDS + ${TOTAL_SECONDS:-580}))
-if [ -n "$dry_run" ]; then deadline=$((SECONDS + 3600)); fi
+if [ -n "$dry_run" ]; then total=3600; else total=580; fi
+deadline=$((SECONDS + ${TOTAL_SECONDS:-$total}))
 : > "$out/stages.tsv"
 
 record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$out/stages.tsv"; echo "$1: $2 $4"; }
@@ -31,7 +32,7 @@ stage() {
     local name=$1 limit=$2 begin=$SECONDS code reason=""
     shift 2
     wanted "$name" || return 0
-    if [ $((deadline - begin)) -lt 5 ]; then record "$name" skipped 0 "no time left"; return 0; fi
+    if [ $((deadline - begin)) -lt 5 ]; then record "$name" "not run" 0 "no time left"; return 0; fi
     if [ $((deadline - begin)) -lt "$limit" ]; then limit=$((deadline - begin)); fi
     timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1
     code=$?
@@ -59,32 +60,35 @@ else skip machine "no nvidia-smi"; fi
 pack='import sys; from ditq_converters import Recipe, convert; convert("demo:digits", Recipe(method="linear", weights=sys.argv[2], modulation="w8"), out=sys.argv[1], quiet=True)'
 
 if [ -n "$dry_run" ]; then
-    stage census 300 env -u TRITON_INTERPRET $(bench census --check --kernel gemm_w8a8 --target 80 --out "$out/census.csv")
+    stage census 300 env -u TRITON_INTERPRET $(bench census --check --kernel gemm_w8a8,gemm_w8a8+split_k --target 80 --out "$out/census.csv")
+    stage tune 300 env -u TRITON_INTERPRET $(bench tune --dry-run --compile-budget 10 --target 90)
     export TRITON_INTERPRET=1
     skip tests "no GPU"
     skip sanitizer "no GPU"
-    stage small 120 "$python" -m ditq_bench.gpu_run.small --dry-run
-    stage questions 240 "$python" -m ditq_bench.gpu_run.questions --dry-run --out "$out"
-    stage kernels 120 $(bench kernels --shapes digits --budget 0 --device cpu --out "$out/kernels")
-    stage pack_w8 120 "$python" -c "$pack" "$out/digits-w8" w8
-    stage model_w8 120 $(bench model "$out/digits-w8" --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_w8")
-    stage tune 60 $(bench tune --dry-run --no-prune --ops gemm_w8a8 --target 90)
+    stage small 300 "$python" -m ditq_bench.gpu_run.small --dry-run
+    stage questions 300 "$python" -m ditq_bench.gpu_run.questions --dry-run --out "$out"
+    stage kernels_digits 300 $(bench kernels --shapes digits --budget 0 --device cpu --out "$out/kernels_digits")
+    stage pack_w8 300 "$python" -c "$pack" "$out/digits-w8" w8
+    stage model_w8 300 $(bench model "$out/digits-w8" --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_w8")
+    stage model_float 300 $(bench model demo:digits --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_float")
 else
     target=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-    stage census 60 $(bench census --check --target "$target" --out "$out/census.csv")
-    stage tests 120 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
-    stage small 60 "$python" -m ditq_bench.gpu_run.small
+    stage small 90 "$python" -m ditq_bench.gpu_run.small
+    stage questions 170 "$python" -m ditq_bench.gpu_run.questions --out "$out" --budget 150
+    stage tests 100 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
+    for shapes in dit-xl-256 pixart-1024; do
+        stage "kernels_$shapes" 60 $(bench kernels --shapes $shapes --batch 1,16 --budget 2 --against compiled,int_mm,int_mm+dequant --out "$out/kernels_$shapes")
+    done
+    for weights in w8 w4p; do
+        stage "pack_$weights" 40 "$python" -c "$pack" "$out/digits-$weights" "$weights"
+        stage "model_$weights" 50 $(bench model "$out/digits-$weights" --images 16 --steps 20 --budget 8 --out "$out/model_$weights")
+    done
+    stage model_float 50 $(bench model demo:digits --images 16 --steps 20 --budget 8 --out "$out/model_float")
     if command -v compute-sanitizer > /dev/null; then
         stage sanitizer 60 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small
     else skip sanitizer "no compute-sanitizer in PATH"; fi
-    stage questions 120 "$python" -m ditq_bench.gpu_run.questions --out "$out" --budget 100
-    stage kernels 120 $(bench kernels --shapes dit-xl-256,pixart-1024 --batch 1,16 --budget 3 --against compiled,int_mm,int_mm+dequant --out "$out/kernels")
-    for weights in w8 w4p; do
-        stage "pack_$weights" 60 "$python" -c "$pack" "$out/digits-$weights" "$weights"
-        stage "model_$weights" 60 $(bench model "$out/digits-$weights" --images 16 --steps 20 --budget 10 --out "$out/model_$weights")
-    done
-    stage model_float 60 $(bench model demo:digits --images 16 --steps 20 --budget 10 --out "$out/model_float")
-    stage tune 120 $(bench tune --ops gemm_w8a8 --budget 40 --out "$out/tuned.json")
+    stage tune 90 $(bench tune --ops gemm_w8a8,gemm_w8a8_epilogue --compile-budget 30 --budget 30 --out "$out/tuned.json")
+    stage census 60 $(bench census --check --target "$target" --kernel gemm_w8a8,gemm_w4a8 --out "$out/census.csv")
 fi
 
 "$python" -m ditq_bench.gpu_run.summary "$out" && echo "$out/summary.md"

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditq_bench.gpu_run import questions, summary
+from ditq_bench.gpu_run import questions, small, summary
+from ditq_bench.gpu_run.place import Place
+from ditq_kernels import backend, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 # Triton 3.6's interpreter takes range() over one-element arrays, which numpy 2.4 will refuse
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *gpu_run.summary*) exec {python} "$@" ;;
+  *gpu_run.summary*) [ -n "${{NO_SUMMARY:-}}" ] || exec {python} "$@" ;;
   *" kernels "*) echo "the third tile is wrong"; exit 7 ;;
   *gpu_run.questions*) sleep 60 ;;
 esac
@@ -44,36 +46,45 @@ def stages_of(out):
 
 
 def test_a_failing_stage_is_named_and_the_next_ones_run(tmp_path, fake_python):
-    chosen = "tests,sanitizer,kernels,pack_w8,model_w8,tune"
+    chosen = "tune,tests,sanitizer,kernels_digits,pack_w8,model_w8"
     done = run_script(tmp_path, "--dry-run", "out", PYTHON=fake_python, STAGES=chosen)
     assert done.returncode == 1, done.stderr
     stages = stages_of(tmp_path / "out")
     assert list(stages) == chosen.split(",")
-    assert stages["kernels"] == ("failed", "exit code 7: the third tile is wrong")
+    assert stages["kernels_digits"] == ("failed", "exit code 7: the third tile is wrong")
     assert stages["tests"] == ("skipped", "no GPU")
     assert stages["tune"] == ("ok", "")
     page = (tmp_path / "out" / "summary.md").read_text()
-    assert "| kernels | failed |" in page
+    assert "| kernels_digits | failed |" in page
 
 
 def test_a_hanging_stage_is_ended(tmp_path, fake_python):
     script = (ROOT / "bench" / "gpu_run.sh").read_text()
     path = tmp_path / "bench" / "gpu_run.sh"
     path.parent.mkdir()
-    path.write_text(script.replace("stage questions 240", "stage questions 1"))
+    path.write_text(script.replace("stage questions 300", "stage questions 1"))
     for room in ("kernels", "converters", "ditq_runtime"):
         (tmp_path / room).symlink_to(ROOT / room)
     (tmp_path / "bench" / "ditq_bench").symlink_to(ROOT / "bench" / "ditq_bench")
     done = subprocess.run(
         ["bash", str(path), "--dry-run", str(tmp_path / "out")],
-        env=os.environ | {"PYTHON": fake_python, "STAGES": "questions,tune"},
+        env=os.environ | {"PYTHON": fake_python, "STAGES": "questions,pack_w8", "NO_SUMMARY": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert stages_of(tmp_path / "out") == {
         "questions": ("failed", "ran past 1 seconds"),
-        "tune": ("ok", ""),
+        "pack_w8": ("ok", ""),
     }
+
+
+def test_what_no_time_is_left_for_is_listed_as_not_run(tmp_path):
+    chosen = {"PYTHON": "true", "STAGES": "small,tune", "TOTAL_SECONDS": "4"}
+    done = run_script(tmp_path, "--dry-run", "out", **chosen)
+    assert done.returncode == 0
+    assert stages_of(tmp_path / "out") == dict.fromkeys(
+        ("small", "tune"), ("not run", "no time left")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -84,6 +95,38 @@ def test_without_a_gpu_one_sentence(tmp_path):
     assert run_script(tmp_path).returncode == 2
 
 
+def test_every_kernel_has_a_small_problem():
+    names = {name for name, _ in small.cases(Place(torch.device("cpu"), dry_run=True))}
+    assert names >= backend.TRITON_OPS
+    assert names >= set(tuning.load_table("sm_90")["ops"])
+
+
+@pytest.mark.parametrize("name", sorted([*small.WITHOUT_TABLE, *small.VARIANTS]))
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_small_problems_run(name):
+    """Those of the launch tables run in the tests of the tuner."""
+    (call,) = (
+        call for op, call in small.cases(Place(torch.device("cpu"), dry_run=True)) if op == name
+    )
+    assert small._fault(call()) == ""
+
+
+def test_a_failing_kernel_does_not_hide_the_others(monkeypatch, capsys):
+    def broken():
+        raise ValueError("no such tile")
+
+    made = [
+        ("first", broken),
+        ("second", lambda: torch.full((1,), torch.nan)),
+        ("third", lambda: torch.ones(1)),
+    ]
+    monkeypatch.setattr(small, "cases", lambda place: made)
+    monkeypatch.setattr(sys, "argv", ["small", "--dry-run"])
+    with pytest.raises(SystemExit, match="first: no such tile; second: an output is not finite"):
+        small.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "third "
+
+
 def test_questions_are_answered_and_a_failing_one_does_not_stop_the_others(tmp_path, monkeypatch):
     def broken(place):
         """Does it break?"""
@@ -91,17 +134,22 @@ def test_questions_are_answered_and_a_failing_one_does_not_stop_the_others(tmp_p
         raise RuntimeError("no such tile")
 
     monkeypatch.setitem(questions.QUESTIONS, "broken", broken)
-    place = questions.Place(torch.device("cpu"), dry_run=True)
-    report = questions.ask(place, ["broken", "rows", "tile_depth"], budget=600)
+    place = Place(torch.device("cpu"), dry_run=True)
+    seen = []
+    names = ["broken", "rows", "split"]
+    report = questions.ask(
+        place, names, 600, lambda partial: seen.append(len(partial["questions"]))
+    )
+    assert seen == [1, 2, 3, 3]
     found = report["questions"]
     assert found["broken"]["error"] == "no such tile"
     assert len(found["broken"]["answers"]) == 1
-    assert [len(found[name]["answers"]) for name in ("rows", "tile_depth")] == [4, 4]
+    assert [len(found[name]["answers"]) for name in ("rows", "split")] == [4, 4]
     assert all(answer["median_us"] > 0 for answer in found["rows"]["answers"])
     assert questions.ask(place, ["rows"], budget=-1)["questions"]["rows"]["error"] == "no time left"
     (tmp_path / "questions.json").write_text(json.dumps(report))
     (tmp_path / "stages.tsv").write_text("questions\tok\t3\t\n")
     page = summary.summary(tmp_path)
-    assert "### tile_depth" in page
+    assert "### split" in page
     assert "Failed: no such tile" in page
     assert "these times mean nothing" in page

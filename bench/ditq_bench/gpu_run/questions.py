@@ -8,44 +8,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from ditq_bench.ceilings import measure_ceilings
+from ditq_bench.gpu_run.place import Answer, Place, compare, times_of
 from ditq_bench.results import origin_of
-from ditq_bench.timing import time_in_turn
-from ditq_bench.tune.run import PROBLEMS, time_launches
-from ditq_bench.tune.space import Bucket
+from ditq_bench.tune.problems import PROBLEMS
+from ditq_bench.tune.space import BY_TMA, STAYING
 from ditq_kernels import tuning
 from ditq_runtime.files import atomic_file
-
-BUDGET = 6.0  # seconds a comparison
-Answer = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where questions are asked, and how large their shapes are."""
-
-    device: torch.device
-    dry_run: bool
-
-    def bucket(
-        self, op: str, num_tokens: int, in_features: int, out_features: int = 4608
-    ) -> Bucket:
-        """A problem of a DiT, or a tiny one of the same kind; with the launch that would be used."""
-        attention = op.startswith("attention")
-        if self.dry_run:
-            num_tokens, out_features = 32, 32
-            in_features = in_features if attention else 128
-        default = _lookup(op)(op, tuning.tables_of(self.device), num_tokens, in_features)
-        heads = 1 if self.dry_run else 32
-        return Bucket(op, {}, num_tokens, in_features, default, out_features, heads)
 
 
 def ceilings(place: Place) -> Iterator[Answer]:
@@ -56,26 +36,11 @@ def ceilings(place: Place) -> Iterator[Answer]:
         yield {"case": kind, "operations_per_second": rate}
 
 
-def tile_depth(place: Place) -> Iterator[Answer]:
-    """W8A8: how much does each look at the tensor cores' result cost? Deeper tiles look less often."""
-    tiles = [
-        (128, 128, 64, 4, 4),
-        (128, 128, 128, 4, 3),
-        (128, 256, 64, 8, 3),
-        (128, 256, 128, 8, 3),
-    ]
-    if place.dry_run:
-        tiles = [(32, 32, 64, 4, 2), (32, 32, 128, 4, 2)]
-    for inputs, outputs in ((1152, 4608), (4608, 1152)):
-        bucket = place.bucket("gemm_w8a8", 8192, inputs, outputs)
-        yield from _compare(place, bucket, [tuning.TileConfig(*tile) for tile in tiles])
-
-
 def four_bits(place: Place) -> Iterator[Answer]:
     """W4A8 beside W8A8, where compute binds and where weights do."""
     for tokens in (16, 512, 8192):
         for op in ("gemm_w8a8", "gemm_w4a8"):
-            yield from _compare(place, place.bucket(op, tokens, 1152), [])
+            yield from compare(place, place.bucket(op, tokens, 1152), [])
 
 
 def values(place: Place) -> Iterator[Answer]:
@@ -85,23 +50,29 @@ def values(place: Place) -> Iterator[Answer]:
             if place.dry_run and keys > 256:
                 continue
             for op in ("attention_qk_int8_pv_int8", "attention_qk_int8_pv_bf16"):
-                yield from _compare(place, place.bucket(op, keys, head_dim), [])
+                yield from compare(place, place.bucket(op, keys, head_dim), [])
 
 
 def rows(place: Place) -> Iterator[Answer]:
     """Quantizers: rows per program and warps, against the copy above."""
     launches = [tuning.RowConfig(r, w) for r, w in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8))]
     for op in ("quantize_per_token", "quantize_static"):
-        yield from _compare(
+        yield from compare(
             place, place.bucket(op, 32768, 1152), launches[: 1 if place.dry_run else None]
         )
 
 
 def graph(place: Place) -> Iterator[Answer]:
-    """One block's GEMMs and quantizers at two images: launched from Python, and replayed from a CUDA graph."""
-    shapes = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
-    buckets = [place.bucket("gemm_w8a8", 1024, inputs, outputs) for inputs, outputs in shapes]
-    buckets += [place.bucket("quantize_per_token", 1024, inputs) for inputs, _ in shapes]
+    """The seven launches of a DiT-XL/2 block at one guided image: from Python, and replayed from a CUDA graph."""
+    buckets = [
+        place.bucket("adaln_quantize", 512, 1152),
+        place.bucket("gemm_w8a8", 512, 1152, 3456),
+        place.bucket("attention_qk_int8_pv_int8", 256, 72),
+        place.bucket("gemm_w8a8_epilogue", 512, 1152, 1152),
+        place.bucket("adaln_quantize", 512, 1152),
+        place.bucket("gemm_w8a8_epilogue", 512, 1152, 4608),
+        place.bucket("gemm_w8a8_epilogue", 512, 4608, 1152),
+    ]
     calls = [(PROBLEMS[b.op](b, place.device), b.default) for b in buckets]
 
     def block() -> None:
@@ -115,49 +86,113 @@ def graph(place: Place) -> Iterator[Answer]:
         with torch.cuda.graph(replayed):
             block()
         candidates["replayed"] = replayed.replay
-    for name, t in time_in_turn(candidates, place.device, budget=BUDGET, rounds=30).items():
-        yield {
-            "case": name,
-            "p20_us": 1e6 * t.p20,
-            "median_us": 1e6 * t.median,
-            "p80_us": 1e6 * t.p80,
-        }
+    yield from times_of(place, candidates)
 
 
-def _lookup(op: str) -> Callable[..., Any]:
-    for prefix, find in (("quantize", tuning.row_config), ("attention", tuning.attention_config)):
-        if op.startswith(prefix):
-            return find
-    return tuning.tile_config
+def variants(place: Place) -> Iterator[Answer]:
+    """W8A8 by pointers, TMA, programs that stay, specialized warps, 64 to 256 inputs at once: what hides the waits?"""
+    shallow = [(128, 128, 64, 4, 4), (128, 256, 64, 8, 3)]
+    tiles = [(128, 128, 128, 4, 3), (128, 256, 128, 8, 3), (128, 128, 256, 8, 2)]
+    shapes = [(8192, 1152, 4608), (8192, 4608, 1152), (4096, 4096, 4096)]
+    if place.dry_run:
+        shallow, tiles, shapes = [], [(16, 16, 64, 4, 2)], shapes[:1]
+    plain = [tuning.TileConfig(*tile) for tile in tiles]
+    fields = [*STAYING[:1], *(BY_TMA if place.hopper else ())]
+    launches = [*plain, *(tuning.TileConfig(*tile) for tile in shallow)]
+    launches += [dataclasses.replace(tile, **field) for tile in plain for field in fields]
+    for shape in shapes:
+        yield from compare(place, place.bucket("gemm_w8a8", *shape), launches)
+
+
+def split(place: Place) -> Iterator[Answer]:
+    """How many programs should share a tile? fc2 and the attention's projection of DiT-XL/2 at 1 to 4 guided images."""
+    for op in ("gemm_w8a8_epilogue", "gemm_w4a8_epilogue"):
+        for tokens in (512, 2048):
+            for inputs in (4608, 1152):
+                bucket = place.bucket(op, tokens, inputs, 1152)
+                counts = [
+                    dataclasses.replace(bucket.default, split_k=count) for count in (1, 2, 3, 4)
+                ]
+                yield from compare(place, bucket, counts)
+                if place.dry_run:
+                    return
+
+
+def unpack(place: Place) -> Iterator[Answer]:
+    """W4A8: assembly for four weights at once, plain Triton, or int8 weights made first?"""
+    bucket = place.bucket("gemm_w4a8", 8192, 1152)
+    w8 = place.bucket("gemm_w8a8", 8192, 1152)
+    expand = place.bucket("w4_expand", 8192, 1152)
+    runs = {b.op: PROBLEMS[b.op](b, place.device) for b in (bucket, w8, expand)}
+
+    def plain() -> None:
+        with mock.patch.object(gemm_w4a8(), "INTERPRETED", True):
+            runs["gemm_w4a8"](bucket.default)
+
+    def expanded() -> None:
+        runs["w4_expand"](expand.default)
+        runs["gemm_w8a8"](w8.default)
+
+    yield from times_of(place, {
+        "assembly": lambda: runs["gemm_w4a8"](bucket.default),
+        "plain Triton": plain,
+        "expanded first": expanded,
+    })  # fmt: skip
+
+
+def gemm_w4a8() -> Any:
+    """The kernel's module, which imports Triton."""
+    return importlib.import_module("ditq_kernels._triton.gemm_w4a8")
+
+
+def padded_rows(place: Place) -> Iterator[Answer]:
+    """Quantizers of 1152 inputs: two blocks of 1024 and 128, or one of 2048?"""
+    for op in ("quantize_static", "adaln_quantize"):
+        bucket = place.bucket(op, 32768, 1152)
+        run = PROBLEMS[op](bucket, place.device)
+        module = importlib.import_module(f"ditq_kernels._triton.{op}")
+
+        def padded(run: Any = run, module: Any = module, launch: Any = bucket.default) -> None:
+            with mock.patch.object(module, "row_parts", _one_part):
+                run(launch)
+
+        split_row = functools.partial(run, bucket.default)
+        yield from times_of(place, {f"{op}, two blocks": split_row, f"{op}, padded": padded})
+
+
+def _one_part(in_features: int) -> tuple[int, int]:
+    return 1 << (in_features - 1).bit_length(), 0
 
 
 QUESTIONS: dict[str, Callable[[Place], Iterator[Answer]]] = {
     "ceilings": ceilings,
-    "tile_depth": tile_depth,
+    "variants": variants,
+    "split": split,
     "four_bits": four_bits,
+    "unpack": unpack,
     "values": values,
+    "padded_rows": padded_rows,
     "rows": rows,
     "graph": graph,
 }
 
 
-def _compare(place: Place, bucket: Bucket, configs: list[Any]) -> Iterator[Answer]:
-    others = [config for config in configs if config != bucket.default]
-    budget = 0.0 if place.dry_run else BUDGET
-    for timed in time_launches(bucket, [bucket.default, *others], place.device, budget):
-        case = f"{bucket.op} {bucket.num_tokens} x {bucket.in_features}"
-        launch = ", ".join(f"{name} {value}" for name, value in vars(timed.config).items())
-        yield {
-            "case": case, "out_features": bucket.out_features, "launch": launch,
-            "default": timed.config == bucket.default, "p20_us": 1e6 * timed.p20,
-            "median_us": 1e6 * timed.median, "p80_us": 1e6 * timed.p80,
-        }  # fmt: skip
+def ask(
+    place: Place,
+    names: list[str],
+    budget: float,
+    done: Callable[[Answer], None] = lambda report: None,
+) -> dict[str, Any]:
+    """All answers, JSON-safe; a question that fails says so and does not stop the others.
 
-
-def ask(place: Place, names: list[str], budget: float) -> dict[str, Any]:
-    """All answers, JSON-safe; a question that fails says so and does not stop the others."""
+    Args:
+        place: where.
+        names: in QUESTIONS.
+        budget: seconds; what has not begun by then is not asked.
+        done: is given the report after every question, so that a killed run leaves what it has.
+    """
     report: dict[str, Any] = {"origin": origin_of(place.device), "dry_run": place.dry_run}
-    answers: dict[str, Any] = {}
+    answers = report["questions"] = {}
     end = time.perf_counter() + budget
     for name in names:
         if time.perf_counter() > end:
@@ -167,9 +202,11 @@ def ask(place: Place, names: list[str], budget: float) -> dict[str, Any]:
         try:
             for answer in QUESTIONS[name](place):
                 answers[name]["answers"].append(answer)
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # the compiler has errors of many classes
             answers[name]["error"] = " ".join(str(error).split())[:300]
-    return report | {"questions": answers}
+        done(report)
+    done(report)
+    return report
 
 
 def main() -> None:
@@ -183,9 +220,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     place = Place(torch.device("cpu" if args.dry_run else "cuda"), args.dry_run)
-    report = ask(place, args.only.split(","), args.budget)
-    with atomic_file(args.out / "questions.json") as part:
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def write(report: Answer) -> None:
+        with atomic_file(args.out / "questions.json") as part:
+            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    report = ask(place, args.only.split(","), args.budget, write)
     if any(question["error"] for question in report["questions"].values()):
         raise SystemExit(1)
 

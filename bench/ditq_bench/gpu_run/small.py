@@ -3,28 +3,113 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from ditq_bench.gpu_run.questions import Place
-from ditq_bench.tune.run import PROBLEMS
+import ditq_kernels as k
+from ditq_bench.gpu_run.place import Place
+from ditq_bench.tune.problems import PROBLEMS, launch_of
 
-TOKENS, INPUTS, HEAD_DIM = 33, 128, 72
+TOKENS, INPUTS, OUTPUTS, HEADS, HEAD_DIM = 33, 128, 40, 5, 72
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gemm_w8a8, split": {"split_k": 2},
+    "gemm_w4a8, split": {"split_k": 2},
+    "gemm_w8a8, persistent": {"split_k": 1, "programs_per_sm": 1},
+    "gemm_w8a8, tma": {"split_k": 1, "loads": "tma"},
+    "gemm_w8a8, tma persistent": {"split_k": 1, "loads": "tma", "programs_per_sm": 1},
+}
+
+
+def cases(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(op, a call of its kernel): every op of `backend.TRITON_OPS`, every launch table, every variant."""
+    for op, problem in PROBLEMS.items():
+        bucket = place.bucket(
+            op, TOKENS, HEAD_DIM if op.startswith("attention") else INPUTS, OUTPUTS
+        )
+        yield op, functools.partial(_table_op, problem, bucket, place.device)
+    for op, call in WITHOUT_TABLE.items():
+        yield op, functools.partial(call, place.device)
+    for name, fields in VARIANTS.items():
+        if "tma" in name and not place.hopper:
+            continue
+        op = name.partition(",")[0]
+        bucket = place.bucket(op, TOKENS, 2 * INPUTS, OUTPUTS)
+        other = dataclasses.replace(bucket, default=dataclasses.replace(bucket.default, **fields))
+        yield name, functools.partial(_table_op, PROBLEMS[op], other, place.device)
+
+
+def _table_op(problem: Any, bucket: Any, device: torch.device) -> Any:
+    return problem(bucket, device)(bucket.default)
+
+
+def _gelu_quantize(device: torch.device) -> Any:
+    x = torch.randn(TOKENS, INPUTS, device=device).bfloat16()
+    return launch_of("gelu_quantize")(x, None, *_quantizer(device))[0]
+
+
+def _gemm_residual(device: torch.device) -> Any:
+    q, scale, weight = _operands(device)
+    stream = torch.randn(TOKENS, OUTPUTS, device=device).bfloat16()
+    tail = (scale, weight.scale, *[None] * 6)
+    return launch_of("gemm_residual")(q, weight.qweight, None, None, stream, None, *tail)
+
+
+def _gemm_gelu_quantize(device: torch.device) -> Any:
+    q, scale, weight = _operands(device)
+    tail = (*_quantizer(device), None, scale, weight.scale, *[None] * 6)
+    return launch_of("gemm_gelu_quantize")(q, weight.qweight, None, None, *tail)
+
+
+def _gemm_qkv_quantize(device: torch.device) -> Any:
+    q, scale, weight = _operands(device)
+    steps = [torch.full((1,), 0.1, device=device)] * 3
+    three = [weight.qweight] * 3
+    return launch_of("gemm_qkv_quantize")(
+        q, three, [], [], steps, None, 3, HEADS, scale, [weight.scale] * 3, [], None, [], None
+    )[:2]  # values are written with padding between images, which stays undefined
+
+
+def _operands(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, k.W8]:
+    q, scale = k.quantize_per_token(torch.randn(TOKENS, INPUTS, device=device))
+    return q, scale, k.quantize_weight_w8(torch.randn(OUTPUTS, INPUTS, device=device))
+
+
+def _quantizer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((1,), 0.03, device=device), torch.zeros(1, device=device).int()
+
+
+WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
+    "gelu_quantize": _gelu_quantize,
+    "gemm_residual": _gemm_residual,
+    "gemm_gelu_quantize": _gemm_gelu_quantize,
+    "gemm_qkv_quantize": _gemm_qkv_quantize,
+}
 
 
 def main() -> None:
-    """Launch each kernel; prints their names. Exit code 1 if an output is not finite."""
+    """Launch each kernel; prints their names. Exit code 1 if one fails or an output is not finite; all are tried."""
     parser = argparse.ArgumentParser(description="launch every kernel once")
     parser.add_argument("--dry-run", action="store_true", help="interpreted on the CPU")
     dry_run = parser.parse_args().dry_run
-    place = Place(torch.device("cpu" if dry_run else "cuda"), dry_run)
-    for op in PROBLEMS:
-        bucket = place.bucket(op, TOKENS, HEAD_DIM if op.startswith("attention") else INPUTS, 40)
-        out = PROBLEMS[op](bucket, place.device)(bucket.default)
-        parts = out if isinstance(out, tuple) else (out,)
-        if not all(bool(part.isfinite().all()) for part in parts):
-            raise SystemExit(f"{op}: an output is not finite")
-        print(op)  # noqa: T201
+    failed = []
+    for name, call in cases(Place(torch.device("cpu" if dry_run else "cuda"), dry_run)):
+        try:
+            problem = _fault(call())
+        except Exception as error:  # a kernel that fails must not hide the others
+            problem = " ".join(str(error).split())[:200]
+        print(name, problem)  # noqa: T201
+        failed += [f"{name}: {problem}"] if problem else []
+    if failed:
+        raise SystemExit("; ".join(failed))
+
+
+def _fault(out: Any) -> str:
+    parts = out if isinstance(out, tuple) else (out,)
+    return "" if all(bool(part.isfinite().all()) for part in parts) else "an output is not finite"
 
 
 if __name__ == "__main__":

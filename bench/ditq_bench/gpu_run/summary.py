@@ -35,7 +35,8 @@ def summary(out: Path) -> str:
             parts += _table(question.get("answers", []))
             if question["error"]:
                 parts += [f"Failed: {question['error']}", ""]
-    parts += _file(out / "kernels" / "kernels.csv", "## Kernels", KERNEL_COLUMNS)
+    for path in sorted(out.glob("kernels*/kernels.csv")):
+        parts += _file(path, f"## {path.parent.name}", KERNEL_COLUMNS)
     for path in sorted(out.glob("model*/model.csv")):
         parts += _file(path, f"## {path.parent.name}", MODEL_COLUMNS)
     return "\n".join(parts)
