@@ -79,6 +79,76 @@ def _randn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def relative(got, expected):
+    """Relative error of an output, in the norm."""
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+def cost_of_noise(make, run, hook):
+    """Relative error of a model's output when a hook disturbs it: what errors of that size do to this very model.
+
+    Args:
+        make: gives a fresh model.
+        run: its output.
+        hook: model, noise -> registers hooks that add it; `noise(x)` is uniform in [-1, 1], of the shape of x.
+    """
+    model, generator = make(), torch.Generator().manual_seed(0)
+    expected = run(model)
+
+    def noise(x):
+        return (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device)
+
+    hook(model, noise)
+    return relative(run(model), expected)
+
+
+@pytest.fixture(scope="session")
+def cost_of_rounding():
+    """Fresh models, their run, dtype -> relative error by one rounding to the dtype behind every module.
+
+    A run in that dtype rounds there too, and between modules: residual sums, norms, modulation. With at most four
+    independent roundings in the place of each one here, the errors of code and float parts alike grow by sqrt(4).
+    """
+
+    def cost(make, run, dtype):
+        unit = torch.finfo(dtype).eps / 2  # 2**-8 for the 8 bits of bf16, 2**-11 for the 11 of fp16
+
+        def hook(model, noise):
+            def disturb(module, args, output):
+                if isinstance(output, torch.Tensor) and output.is_floating_point():
+                    return output * (1 + unit * noise(output))
+                return None
+
+            for module in model.modules():
+                module.register_forward_hook(disturb)
+
+        return cost_of_noise(make, run, hook)
+
+    return cost
+
+
+@pytest.fixture(scope="session")
+def cost_of_sums():
+    """Fresh models, their run, unit -> relative error when the input of every quantizer behind a norm or GELU is off.
+
+    By the unit times the largest of its token, uniformly.
+    """
+
+    def cost(make, run, unit):
+        def hook(model, noise):
+            def disturb(module, args):
+                (x,) = args
+                return x + unit * noise(x) * x.abs().amax(-1, keepdim=True)
+
+            for name, module in model.named_modules():
+                if name.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v", "net.0.proj", "net.2")):
+                    module.register_forward_pre_hook(disturb)
+
+        return cost_of_noise(make, run, hook)
+
+    return cost
+
+
 @pytest.fixture(scope="session")
 def pixart(tmp_path_factory):
     """Width -> a random PixArt with 16 tokens, and a file of three prompts of 6 tokens, 32 wide, to calibrate it.
