@@ -64,11 +64,14 @@ def bench_gemm(
     Raises:
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
     """
+    return measure(candidates(shape, device, against), shape.operations, device, budget, ceilings)
+
+
+def candidates(shape: GemmShape, device: torch.device, against: tuple[str, ...]) -> list[Candidate]:
+    """Torch in fp32 and bf16, baselines in BASELINES, and ours."""
     operands = _operands(shape, device)
-    candidates = [*_floats(operands)]
-    candidates += [BASELINES[name](operands) for name in against]
-    candidates += _ours(operands)
-    return measure(candidates, shape.operations, device, budget, ceilings)
+    others = [BASELINES[name](operands) for name in against]
+    return [*_floats(operands), *others, *_ours(operands)]
 
 
 def _operands(shape: GemmShape, device: torch.device) -> Operands:

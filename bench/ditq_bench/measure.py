@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,14 +67,15 @@ def measure(
     device: torch.device,
     budget: float,
     ceilings: Ceilings | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
-    """Check, then time. The first candidate is the fp32 baseline, the second that in bf16.
+    """Check, then time. The first candidate is the fp32 baseline, the second that in bf16; clock as in `time_in_turn`.
 
     Raises:
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
     """
     errors = {candidate.name: _checked(candidate) for candidate in candidates}
-    timings = time_in_turn({c.name: c.run for c in candidates}, device, budget=budget)
+    timings = time_in_turn({c.name: c.run for c in candidates}, device, budget=budget, clock=clock)
     first, second = (timings[c.name].median for c in candidates[:2])
     return [
         Row(

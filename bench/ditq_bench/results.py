@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from ditq_bench.measure import Row
 from ditq_bench.shapes import AttentionShape, GemmShape
+from ditq_kernels import cpu_features
 from ditq_runtime.files import atomic_file
 
 Shape = GemmShape | AttentionShape
@@ -24,10 +24,10 @@ FIELDS = (
 
 
 def device_name(device: torch.device) -> str:
-    """What a result is labelled with: the GPU's name, or the processor and the thread count."""
+    """What a result is labelled with: the GPU's name, or the processor, its instructions and the thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{cpu_features.describe()}, {torch.get_num_threads()} threads"
 
 
 def row_fields(shape: Shape, row: Row, origin: tuple[str, ...], backend: str) -> dict[str, str]:
@@ -75,12 +75,3 @@ def _triton() -> str:
         return version("triton")
     except ImportError:
         return "not installed"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,154 @@
+"""What the linears and a whole step of DiT-XL/2-256 cost on a CPU: torch in fp32 and bf16 against ours.
+
+    OMP_NUM_THREADS=1 python -m ditq_bench.cpu --out bench/results/cpu.csv
+
+Seconds are those of this process (`time.process_time`), so that others on the machine disturb less; those of all its
+threads count, so run it with one. The model is random: real in sizes, meaningless in its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+import ditq_kernels as k
+import ditq_runtime as ditq
+from ditq_bench.gemm import candidates
+from ditq_bench.measure import measure
+from ditq_bench.results import origin_of
+from ditq_bench.shapes import SHAPES
+from ditq_bench.timing import Timing, time_in_turn
+from ditq_bench.xl_model import DIT_XL_2
+from ditq_runtime.files import atomic_file
+from ditq_runtime.linear import QuantLinear
+from ditq_runtime.on_the_fly import Choice, choose_formats
+from ditq_runtime.skeleton import install
+
+CPU = torch.device("cpu")
+SAMPLES = 2
+LINEARS = ("torch fp32 linear", "torch bf16 linear", "ditq W8A8", "ditq W4A8")
+PACKED = {"ditq W8A8": "w8", "ditq W4A8": "w4p"}
+SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
+DEVIATION = {"w8": 73.5, "w4p": 36.9}  # of the uniform codes below, in steps of the row's scale
+CONSTANT = {"group_scale": 8, "group_offset": -60}  # codes 0..15 stand for -60, -52, ... 60
+FIELDS = (
+    "device", "torch", "triton", "commit", "what", "candidate", "backend", "p20_cpu_ms", "median_cpu_ms", "p80_cpu_ms",
+    "rounds", "speedup_over_fp32", "speedup_over_bf16", "weight_bytes",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def linears(budget: float) -> Iterator[Row]:
+    """Quantization included; results checked against fp64 first."""
+    for shape in SHAPES["dit-xl-256"]:
+        chosen = [c for c in candidates(shape, CPU, ()) if c.name in LINEARS]
+        for row in measure(chosen, shape.operations, CPU, budget, clock=time.process_time):
+            speedups = row.speedup, row.speedup_bf16
+            name = row.candidate.removesuffix(" linear")
+            yield _row(shape.name, name, row.timing, speedups, "")
+
+
+def steps(config: dict[str, Any], rounds: int) -> list[Row]:
+    """One forward of a model at each precision, float attention, fused blocks, in turn."""
+    models = {
+        "torch fp32": _random(config),
+        "torch bf16": _random(config).to(torch.bfloat16),
+        **{name: _random(config, weights) for name, weights in PACKED.items()},
+    }
+    runs = {name: _step(model) for name, model in models.items()}
+    timings = time_in_turn(runs, CPU, rounds, clock=time.process_time)
+    fp32, bf16, *_ = (timing.median for timing in timings.values())
+    what = f"dit-xl-256 step, batch {SAMPLES}"
+    return [
+        _row(
+            what, name, timing, (fp32 / timing.median, bf16 / timing.median),
+            sum(p.numel() * p.element_size() for p in models[name].parameters()),
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+def _random(config: dict[str, Any], weights: str = "") -> Any:
+    """A float model, or one in a packed format, with random weights and codes."""
+    with init_empty_weights():
+        model: Any = DiTTransformer2DModel(**config)
+    if weights:
+        install(model, choose_formats(model, Choice(weights)), torch.float32)
+    model.to_empty(device="cpu").eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        _fill(module, generator)
+    if weights:
+        ditq.configure(model, fuse=True)
+    return model
+
+
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, tensor in own:
+        if tensor.dtype == torch.int8 and name == "weight":
+            tensor.random_(-127, 128, generator=generator)
+        elif tensor.dtype == torch.uint8 and name == "weight":
+            tensor.random_(0, 256, generator=generator)
+        elif name in CONSTANT:
+            tensor.fill_(CONSTANT[name])
+        elif tensor.is_floating_point():
+            inputs = tensor.shape[1] if tensor.dim() > 1 else 1024
+            tensor.normal_(std=SPREAD / inputs**0.5, generator=generator)
+    if isinstance(module, QuantLinear):
+        step = SPREAD / module.in_features**0.5 / DEVIATION[module.format.weights]
+        module.weight_scale.data.fill_(step)
+
+
+def _step(model: Any) -> Callable[[], Any]:
+    size, dtype = model.config.sample_size, model.dtype
+    latents = torch.randn(
+        SAMPLES, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
+    ).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    labels, timestep = torch.tensor([3, 7]), torch.tensor([500, 500])
+
+    def run() -> Any:
+        with torch.no_grad():
+            out = model(latents, timestep=timestep, class_labels=labels).sample
+        if not bool(torch.isfinite(out).all()):
+            raise RuntimeError("cpu: a step gave values that are not finite; no time is reported")
+        return out
+
+    return run
+
+
+def _row(
+    what: str, name: str, t: Timing, speedups: tuple[float, float], weight_bytes: int | str
+) -> Row:
+    backend = k.backend_of("gemm_w8a8", CPU) if name.startswith("ditq") else "torch"
+    times = (f"{1e3 * seconds:.2f}" for seconds in (t.p20, t.median, t.p80))
+    ratios = (f"{ratio:.3f}" for ratio in speedups)
+    values = (*origin_of(CPU), what, name, backend, *times, t.rounds, *ratios, weight_bytes)
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/cpu.csv"))
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each linear")
+    parser.add_argument("--rounds", type=int, default=3, help="of the whole step")
+    arguments = parser.parse_args()
+    rows = [*linears(arguments.budget), *steps(DIT_XL_2, arguments.rounds)]
+    with atomic_file(arguments.out) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
