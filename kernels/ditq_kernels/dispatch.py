@@ -5,7 +5,7 @@ Arguments are those of the public ops in `ops.py`, which document and check them
 
 import torch
 
-from ditq_kernels import reference
+from ditq_kernels import reference, reference_attention
 from ditq_kernels.backend import implementation
 
 
@@ -174,7 +174,8 @@ def attention_qk_int8_pv_int8(
     out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_int8`."""
-    run = implementation("attention_qk_int8_pv_int8", q.device, reference.attention_qk_int8_pv_int8)
+    op = "attention_qk_int8_pv_int8"
+    run = implementation(op, q.device, reference_attention.attention_qk_int8_pv_int8)
     return run(
         q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv,
@@ -204,7 +205,8 @@ def attention_qk_int8_pv_bf16(
     out_smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.attention_qk_int8_pv_bf16`."""
-    run = implementation("attention_qk_int8_pv_bf16", q.device, reference.attention_qk_int8_pv_bf16)
+    op = "attention_qk_int8_pv_bf16"
+    run = implementation(op, q.device, reference_attention.attention_qk_int8_pv_bf16)
     return run(
         q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv,

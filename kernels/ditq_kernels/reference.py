@@ -4,7 +4,6 @@ Floats are fp32 and every line is one correctly rounded step, so a kernel can ma
 Arguments are trusted: `ops.py` checked them.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def quantize_per_token(
     x: torch.Tensor, smooth_inv: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Int8 codes [T, K] and one symmetric scale a row [T]."""
-    x = _smoothed(x, smooth_inv)
+    x = smoothed(x, smooth_inv)
     scale = numerics.symmetric_scale(x.abs().amax(dim=1))
     return numerics.quantize_symmetric(x, scale[:, None]).contiguous(), scale
 
@@ -33,7 +32,7 @@ def quantize_static(
     smooth_inv: torch.Tensor | None,
 ) -> torch.Tensor:
     """Int8 codes [T, K] with one given asymmetric scale."""
-    return numerics.quantize_asymmetric(_smoothed(x, smooth_inv), scale, zero_point).contiguous()
+    return numerics.quantize_asymmetric(smoothed(x, smooth_inv), scale, zero_point).contiguous()
 
 
 def gemm_w8a8(
@@ -182,7 +181,7 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     bf16 passes), 1024 inputs at a time sum to at most 2**24: every partial sum is an integer that fp32 holds, so the
     order of summation cannot matter, and int32 adds the parts. Elsewhere fp64 does the same up to 2**53.
     """
-    if q.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision not in IEEE:  # type: ignore[attr-defined]
+    if exact_dtype(q.device, 2**24) == torch.float64:
         return (q.double() @ weight.double().t()).to(torch.int32)
     parts = zip(q.split(EXACT_FP32_INPUTS, 1), weight.split(EXACT_FP32_INPUTS, 1), strict=True)
     first, *others = ((a.float() @ b.float().t()).to(torch.int32) for a, b in parts)
@@ -191,102 +190,14 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return first
 
 
-def _smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:
+def exact_dtype(device: torch.device, largest: int) -> torch.dtype:
+    """The type in which a product of integer matrices is exact, where no sum exceeds `largest` and 2**53."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    ieee = device.type == "cpu" and precision in IEEE
+    return torch.float32 if ieee and largest <= 2**24 else torch.float64
+
+
+def smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:
+    """Activations in fp32, smoothed if the scheme says so."""
     x = x.float()
     return x if smooth_inv is None else x * smooth_inv
-
-
-def attention_qk_int8_pv_int8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_scale: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_zero_point: torch.Tensor | None,
-    softmax_scale: float,
-    key_mask: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    out_scale: torch.Tensor | None = None,
-    out_zero_point: torch.Tensor | None = None,
-    out_smooth_inv: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention [B, H, Tq, D] on int8 codes; probabilities are codes 0 to 255 of the row maximum."""
-    p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
-    codes = (p.double() * numerics.INT8_LEVELS).round()  # ties to even, of the exact product
-    values = v.double()
-    if v_zero_point is not None:
-        values = values - v_zero_point[:, None, None]
-    code_sum = codes.sum(dim=3, keepdim=True).clamp_min(1).float()  # no keys: 0 / 1
-    # integers below 2**31 all the way: fp64 sums them exactly
-    y = (codes @ values).float() * (v_scale[..., None, None] / code_sum)
-    return _attention_output(y, out_dtype, out_scale, out_zero_point, out_smooth_inv)
-
-
-def attention_qk_int8_pv_bf16(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_scale: torch.Tensor,
-    k_scale: torch.Tensor,
-    softmax_scale: float,
-    key_mask: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    out_scale: torch.Tensor | None = None,
-    out_zero_point: torch.Tensor | None = None,
-    out_smooth_inv: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention [B, H, Tq, D] on int8 queries and keys, bf16 probabilities and values."""
-    p = _unnormalized_probabilities(q, k, q_scale, k_scale, softmax_scale, key_mask)
-    p_sum = p.double().sum(dim=3, keepdim=True).float()
-    inv_sum = 1 / torch.where(p_sum > 0, p_sum, 1.0)  # no keys: 0 / 1
-    y = (p.bfloat16().double() @ v.double()).float() * inv_sum
-    return _attention_output(y, out_dtype, out_scale, out_zero_point, out_smooth_inv)
-
-
-def _unnormalized_probabilities(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_scale: torch.Tensor,
-    k_scale: torch.Tensor,
-    softmax_scale: float,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """exp2(logit - row maximum), fp32 [B, H, Tq, Tk]; rows without keys are zero."""
-    total = (q.double() @ k.double().transpose(2, 3)).float()  # integers up to 2**21
-    softmax_step = torch.tensor(softmax_scale * math.log2(math.e), dtype=torch.float32)
-    row_step = _per_row(q_scale) * softmax_step.to(q.device)
-    logits = total * (row_step * _per_row(k_scale).transpose(-2, -1))
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-    top = logits.amax(dim=3, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    return torch.exp2((logits - top).double()).float()  # correctly rounded on any device
-
-
-def _per_row(scale: torch.Tensor) -> torch.Tensor:
-    """[1], [H] or [B, H, T] as something that broadcasts against [B, H, T, 1]."""
-    return scale[..., None] if scale.dim() == 3 else scale[:, None, None]
-
-
-def _attention_output(
-    y: torch.Tensor,
-    out_dtype: torch.dtype,
-    out_scale: torch.Tensor | None,
-    out_zero_point: torch.Tensor | None,
-    out_smooth_inv: torch.Tensor | None,
-) -> torch.Tensor:
-    if out_scale is None or out_zero_point is None:
-        return _by_token(y.to(out_dtype))
-    heads, head_dim = y.shape[1], y.shape[3]
-    smooth_inv = None if out_smooth_inv is None else out_smooth_inv.view(heads, 1, head_dim)
-    return _by_token(
-        numerics.quantize_asymmetric(_smoothed(y, smooth_inv), out_scale, out_zero_point)
-    )
-
-
-def _by_token(y: torch.Tensor) -> torch.Tensor:
-    """The same values over [B, T, H, D] memory."""
-    batch, heads, num_tokens, head_dim = y.shape
-    out = y.new_empty((batch, num_tokens, heads, head_dim)).transpose(1, 2)
-    return out.copy_(y)

@@ -15,7 +15,7 @@ from ditq_converters.attention import plan_attention
 from ditq_converters.fold import block_linears
 from ditq_converters.methods import METHODS
 from ditq_converters.sites import site_data
-from ditq_kernels import reference
+from ditq_kernels import reference_attention as reference
 from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import family_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
+from ditq_kernels import reference_attention as reference
 
 HEAD_DIMS = (32, 64, 72, 88, 96, 128)
 
@@ -149,3 +149,36 @@ def test_codes_are_what_the_quantizer_makes_of_the_outputs(op, attention_problem
     expected = k.quantize_static(rows, scale, zero_point, smooth_inv=smooth_inv)
     assert torch.equal(codes.transpose(1, 2).reshape(10, 64), expected)
     assert codes.stride() == y.stride()
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 1000])
+@pytest.mark.parametrize("scales", ["static", "per_head", "per_token"])
+def test_the_reference_takes_any_number_of_heads_at_a_time(
+    at_once, scales, attention_problem, generator, monkeypatch
+):
+    p = attention_problem(5, 6, 32, generator, scales=scales, heads=3)
+    expected = [reference.attention_qk_int8_pv_int8(*int8_arguments(p), torch.float32)]
+    expected += [reference.attention_qk_int8_pv_bf16(*bf16_arguments(p), torch.float32)]
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", at_once)
+    assert torch.equal(
+        reference.attention_qk_int8_pv_int8(*int8_arguments(p), torch.float32), expected[0]
+    )
+    assert torch.equal(
+        reference.attention_qk_int8_pv_bf16(*bf16_arguments(p), torch.float32), expected[1]
+    )
+
+
+@pytest.mark.parametrize("keys", [258, 259])
+def test_sums_of_values_are_exact_where_fp32_ends(keys):
+    """All keys alike: 255 times (127 - -128) from each; 258 of them are the most that fp32 holds."""
+    ones = torch.ones(1, 1, keys, 32, dtype=torch.int8)
+    v = torch.full_like(ones, 127)
+    v[0, 0, 0] = 126  # an odd sum, which fp32 could not hold above 2**24
+    one = torch.ones(1)
+    y = reference.attention_qk_int8_pv_int8(
+        ones[:, :, :1], ones, v, one, one, one, torch.tensor([-128], dtype=torch.int32), 1.0, None,
+        torch.float32,
+    )  # fmt: skip
+    total = 255 * (255 * keys - 1)
+    expected = torch.tensor(total).float() * (one / torch.tensor(255.0 * keys))
+    assert torch.equal(y.flatten(), expected.expand(32))

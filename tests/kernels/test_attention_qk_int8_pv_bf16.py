@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
+from ditq_kernels import reference_attention as reference
 from ditq_kernels._triton import attention_qk_int8_pv_bf16 as kernel
 from ditq_kernels.tuning import AttentionConfig
 
@@ -89,7 +89,7 @@ def test_codes_of_the_outputs(device, attention_problem, generator):
     y = kernel.launch(*arguments(p, device), torch.float32)
     codes = (torch.tensor([0.004]), torch.tensor([100], dtype=torch.int32), torch.rand(144) + 0.5)
     got = kernel.launch(*arguments(p, device), torch.float32, *(x.to(device) for x in codes))
-    expected = reference.quantize_static(y.cpu().transpose(1, 2).reshape(5, 144), *codes)
+    expected = k.quantize_static(y.cpu().transpose(1, 2).reshape(5, 144), *codes)
     assert torch.equal(got.cpu().transpose(1, 2).reshape(5, 144), expected)
 
 

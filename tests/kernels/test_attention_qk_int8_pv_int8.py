@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
+from ditq_kernels import reference_attention as reference
 from ditq_kernels._triton import attention_qk_int8_pv_int8 as kernel
 from ditq_kernels.tuning import AttentionConfig
 
@@ -191,7 +191,7 @@ def test_codes_of_the_outputs(device, attention_problem, generator):
         got = kernel.launch(*arguments(p, device), torch.float32, *codes)
         assert got.transpose(1, 2).is_contiguous()
         rows = y.cpu().transpose(1, 2).reshape(18, 144)
-        expected = reference.quantize_static(rows, scale, zero_point, smooth_inv)
+        expected = k.quantize_static(rows, scale, zero_point, smooth_inv)
         assert torch.equal(got.cpu().transpose(1, 2).reshape(18, 144), expected)
         assert 0 < (expected == 127).sum() < expected.numel() / 2
 
