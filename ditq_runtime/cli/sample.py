@@ -10,6 +10,7 @@ import typer
 
 from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
+from ditq_runtime.cli.schedulers import SAMPLERS, set_sampler
 from ditq_runtime.cli.wishes import Sizes, draw, wishes
 from ditq_runtime.files import atomic_file
 from ditq_runtime.images import grid
@@ -45,6 +46,9 @@ def sample(
     width: Annotated[
         int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
     ] = None,
+    sampler: Annotated[
+        str, typer.Option(help=f"{', '.join(SAMPLERS)}; default: the pipeline's scheduler.")
+    ] = "",
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")
     ] = 0,
@@ -57,6 +61,12 @@ def sample(
     backend: Annotated[
         str, typer.Option(help="auto, reference, or insist on cpu or triton.")
     ] = "auto",
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph", help="Warm up, compute modulation once, replay one CUDA graph a step."
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Print the execution report.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -71,16 +81,23 @@ def sample(
     import torch
 
     from ditq_kernels.backend import CHOICES
+    from ditq_runtime.prepare import prepare
 
     if backend not in CHOICES:
         raise typer.BadParameter(f"--backend must be one of {', '.join(CHOICES)}, got {backend!r}.")
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     used = check_backend(backend, place)
+    if cuda_graph and place.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {place}; leave it out")
     begin = time.perf_counter()
     pipe = load(path, getattr(torch, dtype), place)
+    set_sampler(pipe, sampler)
+    if cuda_graph:
+        prepare(pipe, cuda_graph=True)
     loaded = time.perf_counter() - begin
     wanted = wishes(pipe, class_labels, prompt, prompts, Sizes(steps, cfg, height, width))
+    torch.manual_seed(seed)  # diffusers gives a sampler that draws noise at every step no generator
     begin = time.perf_counter()
     with LastInputs(pipe.transformer) as last:
         images = draw(pipe, wanted, seed, batch)

@@ -7,16 +7,19 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 import typer
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import ditq_kernels as k
 from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
+from ditq_runtime.cli.schedulers import SAMPLERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -200,6 +203,26 @@ def test_sample_draws_the_classes_the_pipeline_names_and_repeats_itself(ditq, fo
         assert np.abs(expected - got).max() <= 2
 
 
+def test_sample_with_another_sampler(ditq, folder, tmp_path):
+    """The same image as a pipeline with that scheduler of diffusers, through the PNG, exactly."""
+    names = [name for name in SAMPLERS if name != "flow"]
+    for name in names:
+        code, _, err = ditq(
+            "sample", folder, "--steps", 3, "--sampler", name, "--class-labels", "3",
+            "--out", tmp_path / f"{name}.png",
+        )  # fmt: skip
+        assert code == 0, err
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.scheduler = getattr(diffusers, SAMPLERS[name]).from_config(pipe.scheduler.config)
+        generator = [torch.Generator().manual_seed(0)]
+        options = {"guidance_scale": 1.5, "num_inference_steps": 3}
+        torch.manual_seed(0)
+        (image,) = pipe([3], generator=generator, **options).images
+        with Image.open(tmp_path / f"{name}.png") as png:
+            assert np.array_equal(np.asarray(png), np.asarray(image))
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in names}) == len(names)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sample_in_half_precision(ditq, folder, tmp_path, dtype):
     code, out, _ = ditq(
@@ -247,6 +270,13 @@ def test_sample_refuses_what_this_machine_cannot_do(ditq, folder, tmp_path):
     line = _refused(ditq, tmp_path, folder, "--backend", "triton")
     assert "--backend: 'triton' needs CUDA tensors, and these are on cpu" in line
     assert "cuda" in _refused(ditq, tmp_path, folder, "--device", "cuda").lower()
+    assert "--cuda-graph needs a CUDA GPU" in _refused(ditq, tmp_path, folder, "--cuda-graph")
+
+
+def test_sample_refuses_a_sampler_that_does_not_fit(ditq, folder, tmp_path):
+    assert "--sampler must be one of ddim" in _refused(ditq, tmp_path, folder, "--sampler", "heun")
+    line = _refused(ditq, tmp_path, folder, "--sampler", "flow")
+    assert "trained with diffusion; take ddim or ddpm" in line
 
 
 def test_sample_refuses_a_device_that_does_not_exist(ditq, folder, tmp_path):
