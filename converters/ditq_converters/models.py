@@ -13,6 +13,7 @@ from torch import nn
 from ditq_converters.demo import DEMO_MODELS, open_demo
 from ditq_converters.facebook_dit import open_facebook_dit
 from ditq_converters.streaming.opening import fits, open_in_pieces
+from ditq_runtime.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
@@ -36,6 +37,7 @@ def open_model(
     Raises:
         ValueError: nothing of that name, an unknown demo, a packed model, a `.pt` file of something else; within a
             memory budget also weights that are no safetensors.
+        OSError: a hub id that is not there, or cannot be reached and is not in the cache.
     """
     if model.startswith("demo:"):
         pipe = open_demo(model)
@@ -49,9 +51,12 @@ def open_model(
         raise ValueError(
             f"{model}: not a diffusers folder, not a hub id, and not one of {', '.join(DEMO_MODELS)}"
         )
-    if memory_budget is None:
-        return _from_pretrained("DiffusionPipeline", model, torch_dtype)
-    return _open_folder(_download(model), torch_dtype, memory_budget)
+    if memory_budget is not None or not is_pipeline(model):
+        return _open_folder(snapshot(model), torch_dtype, memory_budget)
+    opened = _from_pretrained("DiffusionPipeline", model, torch_dtype)
+    if getattr(transformer_of(opened).config, "quantization_config", None):
+        raise ValueError(_packed(model))
+    return opened
 
 
 def open_skeleton(model: str) -> nn.Module:
@@ -103,18 +108,14 @@ def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None
 
 def _refuse_packed(config: Path) -> None:
     if config.exists() and json.loads(config.read_text()).get("quantization_config"):
-        raise ValueError(
-            f"{config.parent}: is quantized already; give the float model it was made from"
-        )
+        raise ValueError(_packed(str(config.parent)))
+
+
+def _packed(name: str) -> str:
+    return f"{name}: is quantized already; give the float model it was made from"
 
 
 def _from_pretrained(kind: str, source: str, torch_dtype: torch.dtype) -> Any:
     import diffusers
 
     return getattr(diffusers, kind).from_pretrained(source, dtype=torch_dtype)
-
-
-def _download(model: str) -> Path:
-    import diffusers
-
-    return Path(diffusers.DiffusionPipeline.download(model))

@@ -19,7 +19,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def sample(
-    path: Annotated[str, typer.Argument(help="A pipeline folder written by `ditq convert`.")],
+    path: Annotated[
+        str, typer.Argument(help="A pipeline folder written by `ditq convert`, or a hub id.")
+    ],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("sample.png"),
     class_labels: Annotated[
         str, typer.Option(help="Class ids or names, comma-separated; for DiT.")
@@ -137,11 +139,13 @@ def load(path: str, dtype: Any, device: Any) -> Any:
 
     import ditq_runtime  # noqa: F401  registers the backend
     from ditq_runtime.folder import open_folder
+    from ditq_runtime.hub_cache import local
 
     if path.startswith("demo:"):
         raise ValueError(
             f"{path} is a built-in float model, not a packed folder; `ditq convert {path} OUT` makes one"
         )
+    path = local(path)
     folder = open_folder(path)
     if folder.scheme is None:
         raise ValueError(

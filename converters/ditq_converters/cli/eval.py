@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 PackedArgument = Annotated[
-    str, typer.Argument(metavar="OUT", help="A folder written by `ditq convert`.")
+    str, typer.Argument(metavar="OUT", help="A folder written by `ditq convert`, or a hub id.")
 ]
 ReferenceOption = Annotated[
     str, typer.Option(metavar="MODEL", help="The float model it was made from, as for convert.")
@@ -126,8 +126,10 @@ def _run(
     from ditq_converters.evaluate.scores import NO_IMAGES
     from ditq_converters.models import open_model
     from ditq_runtime.files import check_new
+    from ditq_runtime.hub_cache import local
 
     check_new(out)
+    packed = local(packed)
     packed_pipe, float_pipe = open_packed(packed), open_model(reference)
     if npz is not None and not hasattr(judge_pipe(packed_pipe, float_pipe), "vae"):
         raise ValueError(f"--npz: there will be no images, because {NO_IMAGES}")

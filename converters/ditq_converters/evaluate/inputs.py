@@ -14,7 +14,7 @@ IGNORED = ("quantization_config",)
 
 
 def open_packed(path: str | Path) -> Any:
-    """Open what `ditq convert` wrote: a pipeline, or a transformer alone, in fp32.
+    """Open what `ditq convert` wrote: a pipeline, or a transformer alone, in fp32; a folder, or a hub id.
 
     Raises:
         ValueError: a built-in model, a float model.
@@ -24,10 +24,12 @@ def open_packed(path: str | Path) -> Any:
 
     import ditq_runtime  # noqa: F401  registers the backend
     from ditq_runtime.folder import open_folder
+    from ditq_runtime.hub_cache import local
 
     how = "packed folders are made by `ditq convert MODEL OUT`"
     if str(path).startswith("demo:"):
         raise ValueError(f"{path} is a built-in float model, not a packed folder; {how}")
+    path = local(str(path))
     folder = open_folder(path)
     if folder.scheme is None:
         raise ValueError(f"{path}: a float model, not a packed one; {how}")
