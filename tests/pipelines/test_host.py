@@ -1,0 +1,141 @@
+"""What diffusers' own model and pipeline tests ask of any transformer and pipeline, of quantized PixArt, SD3 and Flux.
+
+For DiT see tests/runtime/test_host_matrix.py.
+"""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+# diffusers' DPM-Solver copies a tensor by np.array
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+CASES = {  # PixArt with folds and timestep groups, the others as conversion without data makes them
+    "pixart-sigma": ("htg", "static"),
+    "sd3": ("linear", "token"),
+    "flux": ("linear", "token"),
+}
+
+
+@pytest.fixture(scope="module")
+def case(packed_folder, transformer_inputs):
+    """Family -> (folder, packed pipeline, keyword arguments of one forward of its transformer, its images)."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = packed_folder(name, *CASES[name])
+            pipe = DiffusionPipeline.from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            calls, images = transformer_inputs(pipe)
+            made[name] = folder, pipe, calls[-1], images
+        return made[name]
+
+    return get
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+def near(got, expected, bound):
+    error = float((got.float() - expected.float()).norm() / expected.float().norm())
+    assert error < bound, f"relative error {error:.1e}"
+
+
+def rows(inputs, part):
+    """Some samples of a batch; what all samples share (ids of tokens) stays."""
+    count = len(inputs["hidden_states"])
+    return {
+        key: value[part] if isinstance(value, torch.Tensor) and len(value) == count and "ids" not in key else value
+        for key, value in inputs.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_is_deterministic_and_of_the_right_shape(case, name):
+    _, pipe, inputs, _ = case(name)
+    model = pipe.transformer
+    assert not model.training
+    output = run(model, inputs)
+    channels = inputs["hidden_states"].shape[1] * (
+        2 if name == "pixart-sigma" else 1
+    )  # a learned variance
+    assert output.shape[:2] == (len(inputs["hidden_states"]), channels)
+    assert output.shape[2:] == inputs["hidden_states"].shape[2:]
+    assert bool(torch.isfinite(output).all())
+    assert torch.equal(run(model, inputs), output)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).sample, output)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_of_a_batch_do_not_mix(case, name):
+    _, pipe, inputs, _ = case(name)
+    whole = run(pipe.transformer, inputs)
+    for i in range(len(whole)):
+        alone = run(pipe.transformer, rows(inputs, slice(i, i + 1)))
+        # float sums may be ordered by batch size, which moves a few int8 codes by one
+        near(alone, whole[i : i + 1], 2e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_transformer_survives_saving_shards_and_a_variant(case, name, tmp_path):
+    folder, pipe, inputs, _ = case(name)
+    model = pipe.transformer
+    expected = run(model, inputs)
+    model.save_pretrained(tmp_path / "saved", variant="int8", max_shard_size="100KB")
+    names = [path.name for path in (tmp_path / "saved").iterdir()]
+    assert sum(name.endswith(".safetensors") for name in names) > 2
+    again = type(model).from_pretrained(tmp_path / "saved", variant="int8")
+    assert torch.equal(run(again, inputs), expected)
+    other = type(model).from_pretrained(folder, subfolder="transformer")
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(run(other, inputs), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_keeps_fp32_scales_and_stays_close(case, float_folder, name):
+    """To the float model in bf16: Flux rounds its timesteps to bf16, which alone moves the float output by a third."""
+    folder, pipe, inputs, _ = case(name)
+    half = type(pipe.transformer).from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    scales = [p for n, p in half.named_parameters() if n.endswith("weight_scale")]
+    assert scales
+    assert {p.dtype for p in scales} == {torch.float32}
+    told = {
+        key: value.bfloat16()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "timestep"
+        else value
+        for key, value in inputs.items()
+    }
+    truth = type(half).from_pretrained(
+        float_folder(name), subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    # both round to 2**-9 through two to four blocks, and the codes err by 1 %, 3 % with static ranges
+    near(run(half, told), run(truth, told), 0.06)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipeline_survives_saving_and_keeps_its_results(case, call_of, name, tmp_path):
+    _, pipe, _, images = case(name)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(5)
+    (same,) = again(generator=seed, return_dict=False, **call_of(again))
+    assert (same == images).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_prompt_is_drawn_alike_alone_and_in_a_batch(case, call_of, name):
+    _, pipe, _, _ = case(name)
+    call = call_of(pipe)
+    seeds = lambda *numbers: [torch.Generator().manual_seed(n) for n in numbers]  # noqa: E731
+    both = pipe(generator=seeds(1, 2), **call).images
+    alone = pipe(generator=seeds(2), **{**call, "prompt": call["prompt"][1]}).images
+    near(torch.tensor(alone[0]), torch.tensor(both[1]), 1e-2)
+    several = pipe(num_images_per_prompt=2, generator=seeds(1, 3, 2, 4), **call).images
+    assert several.shape == (4, *both.shape[1:])
+    near(torch.tensor(several[::2]), torch.tensor(both), 1e-2)
