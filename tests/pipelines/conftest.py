@@ -218,7 +218,7 @@ def packed_folder(float_folder, prompts_file, ditq, tmp_path_factory):
             command = ["convert", float_folder(name), made[key], "--method", method]
             command += ["--activations", activations]
             if key[1:] != ("linear", "token"):
-                command += ["--stats", calibrate(name)]
+                command += ["--stats", calibrate(name), "--groups", 2]
             assert ditq(*command) == 0
         return made[key]
 

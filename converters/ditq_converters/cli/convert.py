@@ -13,6 +13,7 @@ from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
     from ditq_converters.recipe import Recipe
+    from ditq_runtime.scheme import Scheme
 
 
 def convert(
@@ -145,4 +146,12 @@ def _print(out: Path, seconds: float, json: bool) -> None:
     print_table(
         "transformer on disk", ("category", "size"), [*rows, ("total", mebibytes(folder.nbytes))]
     )
-    say(f"{out}: written in {seconds:.1f} s; sample from it with `ditq sample {out} --out x.png`")
+    say(f"{out}: written in {seconds:.1f} s; {_next_step(out, folder.scheme)}")
+
+
+def _next_step(out: Path, scheme: Scheme | None) -> str:
+    """What to do with a folder that was just written."""
+    if not (out / "model_index.json").exists():
+        return "load it with its diffusers class, after `import ditq_runtime`"
+    told = "" if scheme and scheme.architecture == "DiTTransformer2DModel" else ' --prompt "TEXT"'
+    return f"sample from it with `ditq sample {out}{told} --out x.png`"
