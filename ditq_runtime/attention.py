@@ -53,6 +53,7 @@ class QuantAttention(Pinned):
         key: torch.Tensor,
         value: torch.Tensor,
         key_mask: torch.Tensor | None = None,
+        **out: Any,
     ) -> torch.Tensor:
         """Attend.
 
@@ -61,23 +62,44 @@ class QuantAttention(Pinned):
             key: [B, Tk, H, D].
             value: [B, Tk, H, D].
             key_mask: [B, Tk] bool, True where a key is attended.
+            out: `QuantLinear.static_input` of the layer behind, for int8 codes.
 
         Returns:
-            [B, Tq, H, D] in the dtype of the query.
+            [B, Tq, H, D] in the dtype of the query, or int8 codes.
         """
         (q, q_scale), (keys, k_scale) = self._codes(query, "q_scale"), self._codes(key, "k_scale")
         rest: dict[str, Any] = {
             "softmax_scale": self.softmax_scale,
             "key_mask": key_mask,
-            "out_dtype": query.dtype,
+            **(out or {"out_dtype": query.dtype}),
         }
         if self.format.values == "bf16":
             v = value.to(torch.bfloat16).transpose(1, 2)
-            out = k.attention_qk_int8_pv_bf16(q, keys, v, q_scale, k_scale, **rest)
+            made = k.attention_qk_int8_pv_bf16(q, keys, v, q_scale, k_scale, **rest)
         else:
             v, v_scale = self._value_codes(value, key_mask)
-            out = k.attention_qk_int8_pv_int8(q, keys, v, q_scale, k_scale, v_scale, **rest)
-        return out.transpose(1, 2)
+            made = k.attention_qk_int8_pv_int8(q, keys, v, q_scale, k_scale, v_scale, **rest)
+        return made.transpose(1, 2)
+
+    def of_codes(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **out: Any
+    ) -> torch.Tensor:
+        """Attend to what is quantized already, with int8 values and static scales.
+
+        Args:
+            query: [B, H, Tq, D] int8.
+            key: [B, H, Tk, D] int8.
+            value: [B, H, Tk, D] int8; tokens contiguous save a pass.
+            out: as in `forward`, or `out_dtype`.
+
+        Returns:
+            [B, Tq, H, D] out_dtype, or int8 codes.
+        """
+        scales = self.q_scale.data, self.k_scale.data, self.v_scale.data
+        made = k.attention_qk_int8_pv_int8(
+            query, key, value, *scales, softmax_scale=self.softmax_scale, **out
+        )
+        return made.transpose(1, 2)
 
     def _codes(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes int8 [B, H, T, D] of x [B, T, H, D], and their scale: [B, H, T], or the stored [H]."""

@@ -34,6 +34,11 @@ class AttentionFormat:
                 )
 
     @property
+    def all_static(self) -> bool:
+        """Queries, keys and values are int8 codes with scales that do not depend on them."""
+        return (self.values, self.scales) == ("int8", "static")
+
+    @property
     def ops(self) -> tuple[str, ...]:
         """The `ditq::` ops one forward runs between the projections, in order."""
         product = f"attention_qk_int8_pv_{self.values}"

@@ -103,7 +103,7 @@ class QuantLinear(Pinned, nn.Linear):
     def multiply(self, codes: Codes, out_dtype: torch.dtype) -> torch.Tensor:
         """The layer [T, N] of a quantized input, with its branch and bias."""
         q, scale = codes
-        options: dict[str, Any] = {**self._epilogue(codes), "out_dtype": out_dtype}
+        options: dict[str, Any] = {**self.epilogue(codes), "out_dtype": out_dtype}
         if self.format.weights == "w8":
             return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
         if self.format.weights == "w4g":
@@ -121,38 +121,39 @@ class QuantLinear(Pinned, nn.Linear):
         """
         return k.gemm_residual(
             codes.q,
-            self._packed(),
+            self.packed(),
             codes.scale,
             self.bias,
             residual=residual,
             gate=gate,
-            **self._epilogue(codes),
+            **self.epilogue(codes),
         )
 
     def gelu_codes(self, consumer: QuantLinear, codes: Codes) -> Codes:
         """The quantized input of `consumer`, which reads GELU (tanh form) of this layer, for `w8` and `w4p`."""
-        smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
         if consumer.format.activations == "token":
+            smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
             return Codes(*k.gelu_quantize(self.multiply(codes, self.compute_dtype), smooth_inv))
-        out_scale = consumer.act_scale.data
-        q = k.gemm_gelu_quantize(
-            codes.q,
-            self._packed(),
-            codes.scale,
-            self.bias,
-            out_scale=out_scale,
-            out_zero_point=consumer.act_zero,
-            out_smooth_inv=smooth_inv,
-            **self._epilogue(codes),
-        )
-        return Codes(q, out_scale)
+        out = consumer.static_input()
+        options = {**out, **self.epilogue(codes)}
+        q = k.gemm_gelu_quantize(codes.q, self.packed(), codes.scale, self.bias, **options)
+        return Codes(q, out["out_scale"])
 
-    def _packed(self) -> k.W8 | k.W4P:
+    def static_input(self) -> dict[str, Any]:
+        """Arguments of an op that leaves the codes this layer reads, where its activations are static."""
+        return {
+            "out_scale": self.act_scale.data,
+            "out_zero_point": self.act_zero,
+            "out_smooth_inv": self.smooth_inv if self.format.smooth else None,
+        }
+
+    def packed(self) -> k.W8 | k.W4P:
+        """The weights of a `w8` or `w4p` layer, for ops that take either."""
         if self.format.weights == "w8":
             return k.W8(self.weight, self.weight_scale)
         return k.W4P(self.weight, self.group_scale, self.group_offset, self.weight_scale)
 
-    def _epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
+    def epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
         """What a GEMM adds to its product: zero point, bias per timestep group, low-rank branch."""
         q, scale = codes
         options: dict[str, torch.Tensor] = {}

@@ -164,7 +164,9 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         raise FallbackError(
             f"{idle[0]}: listed in the scheme, but no operator ran in it during a forward"
         )
-    runs = attention_runs(model, attentions, scheme.attention, watch.products)
+    runs = attention_runs(
+        model, attentions, scheme.attention, watch.products, watch.fused_attentions
+    )
     return ExecutionReport(layers, runs, watch.blocks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ def attention_runs(
     names: Iterable[str],
     listed: Mapping[str, AttentionFormat],
     ran: Mapping[str, list[Operation]],
+    fused: Collection[str] = (),
 ) -> list[AttentionRun]:
     """One row per attention.
 
@@ -105,6 +106,8 @@ def attention_runs(
         names: of its attention modules.
         listed: those that the scheme promises quantized.
         ran: module name -> what ran in it outside its linears.
+        fused: those in fused blocks, whose operators were held to the steps of the block: their quantizers may be
+            in the GEMM before.
 
     Raises:
         FallbackError: a listed attention did not run, or ran something else.
@@ -113,23 +116,30 @@ def attention_runs(
     for name in names:
         operations = ran.get(name, [])
         if name in listed:
-            rows.append(_quantized(name, model.get_submodule(name), listed[name], operations))
+            rows.append(
+                _quantized(name, model.get_submodule(name), listed[name], operations, name in fused)
+            )
         elif operations:
             rows.append(_float(name, operations))
     return rows
 
 
 def _quantized(
-    name: str, attn: nn.Module, promised: AttentionFormat, ran: list[Operation]
+    name: str,
+    attn: nn.Module,
+    promised: AttentionFormat,
+    ran: list[Operation],
+    in_block: bool,
 ) -> AttentionRun:
     expected, names = [f"ditq.{op}" for op in promised.ops], [operation.name for operation in ran]
-    if not ran or names != expected * (len(ran) // len(expected)):
+    whole = names == expected * (len(ran) // len(expected))
+    if not ran or not (whole or (in_block and names == expected[-1:])):
         raise FallbackError(
             f"{name}: expected {' + '.join(expected)}, but {' + '.join(names) or 'nothing'} ran"
         )
     return AttentionRun(
         name=name,
-        op=" + ".join(dict.fromkeys(promised.ops)),
+        op=" + ".join(dict.fromkeys(op.removeprefix("ditq.") for op in names)),
         scores="int8",
         values=promised.values,
         scales=promised.scales,

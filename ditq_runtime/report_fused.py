@@ -37,11 +37,11 @@ class Ran:
 
     Attributes:
         operation: what it was.
-        owner: full name of the linear whose weights it read; empty for other operators.
+        owners: full names of the linears whose weights it read; none for other operators.
     """
 
     operation: Operation
-    owner: str
+    owners: tuple[str, ...]
 
 
 class FusedBlock:
@@ -63,13 +63,14 @@ class FusedBlock:
                 if held is not None:
                     self._owners[held.untyped_storage().data_ptr()] = f"{name}.{linear}"
 
-    def note(self, operation: Operation, args: tuple[Any, ...]) -> str:
-        """An operator with these arguments runs in the block; returns the linear whose weights it reads, or ''."""
-        second, owner = args[1] if len(args) > 1 else None, ""
-        if isinstance(second, torch.Tensor) and operation.name.startswith("ditq."):
-            owner = self._owners.get(second.untyped_storage().data_ptr(), "")
-        self.ran.append(Ran(operation, owner))
-        return owner
+    def note(self, operation: Operation, args: tuple[Any, ...]) -> tuple[str, ...]:
+        """An operator with these arguments runs in the block; returns the linears whose weights it reads."""
+        second = args[1] if operation.name.startswith("ditq.") and len(args) > 1 else None
+        weights = second if isinstance(second, list) else [second]
+        held = [w.untyped_storage().data_ptr() for w in weights if isinstance(w, torch.Tensor)]
+        owners = tuple(self._owners[at] for at in held if at in self._owners)
+        self.ran.append(Ran(operation, owners))
+        return owners
 
     def ops_of_linears(self) -> dict[str, list[str]]:
         """Full name of each linear -> the ops of `ditq::` that it took part in.
@@ -80,15 +81,17 @@ class FusedBlock:
         linears = layout_of(self.block).linears
         ops: dict[str, list[str]] = {}
         for op, part, ran in self._matched():
-            if part not in linears:
+            parts = (part,) if isinstance(part, str) else part
+            if parts[0] not in linears:
                 continue
-            name = f"{self.name}.{part}"
-            owner = ran[0].owner
-            if owner not in ("", name) or (op.startswith(("gemm", "lora")) and not owner):
+            names, owners = tuple(f"{self.name}.{one}" for one in parts), ran[0].owners
+            if owners not in ((), names) or (op.startswith(("gemm", "lora")) and not owners):
                 raise FallbackError(
-                    f"{name}: its {op} ran on the weights of {owner or 'no linear of the block'}"
+                    f"{', '.join(names)}: its {op} ran on the weights of "
+                    f"{', '.join(owners) or 'no linear of the block'}"
                 )
-            ops.setdefault(name, []).append(op)
+            for name in names:
+                ops.setdefault(name, []).append(op)
         return ops
 
     def attentions(self) -> dict[str, list[Operation]]:
@@ -103,8 +106,8 @@ class FusedBlock:
                 found.setdefault(f"{self.name}.{part}", []).extend(r.operation for r in ran)
         return found
 
-    def _matched(self) -> list[tuple[str, str, list[Ran]]]:
-        """What ran for each promised step: its op and owner, and one operator, or several for a float attention."""
+    def _matched(self) -> list[tuple[str, str | tuple[str, ...], list[Ran]]]:
+        """What ran for each promised step: its op and owners, and one operator, or several for a float attention."""
         expected = layout_of(self.block).steps(self.block)
         matched, left = [], list(self.ran)
         for op, part in expected:

@@ -28,6 +28,7 @@ class Watch(TorchDispatchMode):
         blocks: how each block that could be fused runs.
         fused: name of a block that runs fused -> what ran in it.
         fused_ops: name of a linear in such a block -> the ops it took part in; after `finish`.
+        fused_attentions: names of attentions in such blocks; after `finish`.
     """
 
     def __init__(self, model: nn.Module, attentions: list[str], unfused: str = "") -> None:
@@ -55,6 +56,7 @@ class Watch(TorchDispatchMode):
         self.ran: dict[str, list[str]] = {}
         self.rows: dict[str, int] = {}
         self.fused_ops: dict[str, list[str]] = {}
+        self.fused_attentions: set[str] = set()
         self.order: list[str] = []
         self._inside: list[str] = []
         self._hooks: list[Any] = []
@@ -96,10 +98,10 @@ class Watch(TorchDispatchMode):
         if inside in self.products:
             self.products[inside].append(product)
             return
-        owner = self.fused[inside].note(product, args)
-        if owner and owner not in self.rows:
-            self.order.append(owner)
-            self.rows[owner] = args[0].shape[0]
+        for owner in self.fused[inside].note(product, args):
+            if owner not in self.rows:
+                self.order.append(owner)
+                self.rows[owner] = args[0].shape[0]
 
     def finish(self) -> None:
         """Give the operators of fused blocks to their linears and attentions.
@@ -109,7 +111,9 @@ class Watch(TorchDispatchMode):
         """
         for block in self.fused.values():
             self.fused_ops |= block.ops_of_linears()
-            self.products |= block.attentions()
+            attentions = block.attentions()
+            self.products |= attentions
+            self.fused_attentions |= attentions.keys()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()

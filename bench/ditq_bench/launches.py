@@ -3,8 +3,8 @@
     python -m ditq_bench.launches
 
 Every operator that torch dispatches counts as one kernel, except those that make a view, reserve memory or return no
-tensor. Each op of ours is one kernel on CUDA, but for attention with int8 values, which is two; a compiler may leave
-fewer of torch's own.
+tensor. Each op of ours is one kernel on CUDA, but for attention whose int8 values come with tokens apart, which is two;
+a compiler may leave fewer of torch's own.
 """
 
 from __future__ import annotations

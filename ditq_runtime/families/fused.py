@@ -11,9 +11,8 @@ from torch import nn
 from ditq_runtime.families.adaln import Modulation
 from ditq_runtime.linear import QuantLinear
 
-Step = tuple[
-    str, str
-]  # an op of `ditq::`, and the linear or attention inside the block that it belongs to
+# an op of `ditq::`, and the linear, linears or attention inside the block that it belongs to
+Step = tuple[str, str | tuple[str, ...]]
 FLOAT_ATTENTION = "attention"  # in place of an op: whatever torch runs for one
 
 
@@ -99,3 +98,21 @@ class Layout:
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """[B, T, D] as [B * T, D], contiguous: patch embeddings are transposed."""
     return x.contiguous().view(-1, x.shape[-1])
+
+
+def packed_linear(module: nn.Module, name: str) -> QuantLinear:
+    """A linear inside of a block or attention."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, QuantLinear)
+    return linear
+
+
+def quantizer_step(block: nn.Module, name: str) -> list[Step]:
+    """What quantizes the input of a linear by itself."""
+    return [(packed_linear(block, name).format.ops[0], name)]
+
+
+def product_steps(block: nn.Module, name: str, fused: str = "") -> list[Step]:
+    """What a linear runs behind its quantizer, its GEMM replaced by a fused one."""
+    *low_rank, gemm = packed_linear(block, name).format.ops[1:]
+    return [(op, name) for op in (*low_rank, fused or gemm)]

@@ -76,7 +76,7 @@ def _moved(block: Any, layout: Layout) -> str:
         kind = type(part)
         if kind is not layout.parts[name]:
             return f"{name} is a {kind.__name__}"
-        if part._forward_hooks or part._forward_pre_hooks or _has_own_forward(part):
+        if is_hooked(part):
             return f"{name} has a hook (an adapter, offloading or a probe) and must run by itself"
         if kind is nn.Dropout and part.training and part.p:
             return f"{name} drops values in training"
@@ -90,6 +90,11 @@ def _moved(block: Any, layout: Layout) -> str:
         if type(attn.processor) is not processor:
             return f"{name} has a processor {type(attn.processor).__name__}"
     return ""
+
+
+def is_hooked(part: nn.Module) -> bool:
+    """Somebody wants to see or change what the module does when it is called."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or _has_own_forward(part))
 
 
 def _has_own_forward(part: nn.Module) -> bool:

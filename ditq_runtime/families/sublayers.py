@@ -2,8 +2,7 @@
 
     stock                                             fused
     layer norm, modulate, quantize for each of q k v  adaln_quantize, once
-    to_q, to_k, to_v                                  three GEMMs
-    attention                                         the same
+    to_q, to_k, to_v, quantize each, attention        three GEMMs and the same; see `attend` where those are static
     quantize, to_out, gate, add                       quantize, gemm_residual
     cross-attention: quantize for each of q k v       quantize the stream, and the caption once
     to_q, to_k, to_v, attention                       the same
@@ -29,11 +28,25 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.attention_install import PLAIN, not_plain
-from ditq_runtime.attention_processor import CORE, key_mask_of
-from ditq_runtime.families.fused import FLOAT_ATTENTION, Call, Step, as_rows
+from ditq_runtime.families.attend import (
+    QKV,
+    add_output,
+    attend,
+    attend_to_itself,
+    project,
+    steps_behind_projections,
+    steps_of_one_input,
+)
+from ditq_runtime.families.fused import (
+    Call,
+    Step,
+    as_rows,
+    packed_linear,
+    product_steps,
+    quantizer_step,
+)
 from ditq_runtime.linear import Codes, QuantLinear
 
-QKV = ("to_q", "to_k", "to_v")
 ATTENTION = {
     "": Attention,
     **dict.fromkeys((f".{name}" for name in (*QKV, "to_out.0")), QuantLinear),
@@ -71,20 +84,11 @@ class SelfAttention:
         attn: Any = block.get_submodule(self.attn)
         norm, m = block.get_submodule(self.norm), call.m
         codes = _adaln_codes(attn.to_q, rows, norm, m.scale_msa, m.shift_msa)
-        query, key, value = (
-            _project(attn, linear, codes, call.shape)
-            for linear in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        context = _attend(attn, query, key, value, None)
-        return _add_output(attn, rows, m.gate_msa, context)
+        return add_output(attn, rows, m.gate_msa, attend_to_itself(attn, codes, call.shape))
 
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
-        to_q, to_k, to_v = (f"{self.attn}.{name}" for name in QKV)
-        found = [("adaln_quantize", to_q)]
-        for name in (to_q, to_k, to_v):
-            found += _product(block, name)
-        return found + _rest_of_attention(block, self.attn)
+        return [("adaln_quantize", f"{self.attn}.to_q"), *steps_of_one_input(block, self.attn)]
 
 
 class CrossAttention:
@@ -105,20 +109,24 @@ class CrossAttention:
         attn: Any = block.get_submodule(self.attn)
         caption = call.caption
         assert caption is not None
-        query = _project(attn, attn.to_q, attn.to_q.quantize(rows), call.shape)
+        query = project(attn, attn.to_q, attn.to_q.quantize(rows), call.shape)
         codes = attn.to_k.quantize(as_rows(caption))
         key, value = (
-            _project(attn, linear, codes, caption.shape) for linear in (attn.to_k, attn.to_v)
+            project(attn, linear, codes, caption.shape) for linear in (attn.to_k, attn.to_v)
         )
-        context = _attend(attn, query, key, value, call.caption_mask)
-        return _add_output(attn, rows, None, context)
+        context = attend(attn, query, key, value, call.caption_mask)
+        return add_output(attn, rows, None, context)
 
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
         to_q, to_k, to_v = (f"{self.attn}.{name}" for name in QKV)
-        found = [*_quantizer(block, to_q), *_product(block, to_q)]
-        found += [*_quantizer(block, to_k), *_product(block, to_k), *_product(block, to_v)]
-        return found + _rest_of_attention(block, self.attn)
+        found = [*quantizer_step(block, to_q), *product_steps(block, to_q)]
+        found += [
+            *quantizer_step(block, to_k),
+            *product_steps(block, to_k),
+            *product_steps(block, to_v),
+        ]
+        return found + steps_behind_projections(block, self.attn)
 
 
 class FeedForwardLayer:
@@ -148,22 +156,16 @@ class FeedForwardLayer:
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
         fc1, fc2 = f"{self.ff}.net.0.proj", f"{self.ff}.net.2"
-        found = [("adaln_quantize", fc1)]
-        if _packed(block, fc2).format.activations == "static":
-            found += _product(block, fc1, "gemm_gelu_quantize")
+        found: list[Step] = [("adaln_quantize", fc1)]
+        if packed_linear(block, fc2).format.activations == "static":
+            found += product_steps(block, fc1, "gemm_gelu_quantize")
         else:
-            found += [*_product(block, fc1), ("gelu_quantize", fc2)]
-        return found + _product(block, fc2, "gemm_residual")
+            found += [*product_steps(block, fc1), ("gelu_quantize", fc2)]
+        return found + product_steps(block, fc2, "gemm_residual")
 
 
 def _under(prefix: str, parts: dict[str, type]) -> dict[str, type]:
     return {f"{prefix}{name}": kind for name, kind in parts.items()}
-
-
-def _packed(block: nn.Module, name: str) -> QuantLinear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, QuantLinear)
-    return linear
 
 
 def _affine(block: nn.Module, name: str) -> str:
@@ -173,7 +175,7 @@ def _affine(block: nn.Module, name: str) -> str:
 
 def _unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
     """Why linears of an attention cannot read one quantized input; empty if they can."""
-    first, *others = (_packed(block, f"{attn}.{name}") for name in names)
+    first, *others = (packed_linear(block, f"{attn}.{name}") for name in names)
     which = f"{', '.join(names[:-1])} and {names[-1]} of {attn}"
     for other in others:
         same_kind = [(layer.format.activations, layer.format.smooth) for layer in (first, other)]
@@ -204,54 +206,3 @@ def _adaln_codes(
     smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
     q, scale, _ = k.adaln_quantize(rows, multiplier, shift, smooth_inv, eps=norm.eps, **static)
     return Codes(q, scale)
-
-
-def _project(attn: Any, linear: QuantLinear, codes: Codes, shape: torch.Size) -> torch.Tensor:
-    """The heads [B, T, H, D] that a projection makes of the codes of [B, T, K]."""
-    return linear.multiply(codes, linear.compute_dtype).view(*shape[:2], attn.heads, -1)
-
-
-def _attend(
-    attn: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """What the attention's processor does between the projections; all [B, T, H, D]."""
-    batch, keys, heads, _ = key.shape
-    core = getattr(attn, CORE, None)
-    if core is not None:
-        return core(query, key, value, key_mask_of(mask, batch, keys))
-    if mask is not None:
-        mask = attn.prepare_attention_mask(mask, keys, batch).view(batch, heads, -1, keys)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
-
-
-def _add_output(
-    attn: Any, rows: torch.Tensor, gate: torch.Tensor | None, context: torch.Tensor
-) -> torch.Tensor:
-    """The stream [B * T, D] + gate * to_out(context [B, T, H, D])."""
-    to_out = attn.to_out[0]
-    added: torch.Tensor = to_out.add_to(rows, gate, to_out.quantize(context.reshape(len(rows), -1)))
-    return added
-
-
-def _quantizer(block: nn.Module, name: str) -> list[Step]:
-    return [(_packed(block, name).format.ops[0], name)]
-
-
-def _product(block: nn.Module, name: str, fused: str = "") -> list[Step]:
-    """What a linear runs behind its quantizer, its GEMM replaced by a fused one."""
-    *low_rank, gemm = _packed(block, name).format.ops[1:]
-    return [(op, name) for op in (*low_rank, fused or gemm)]
-
-
-def _rest_of_attention(block: nn.Module, name: str) -> list[Step]:
-    """What runs behind the projections: the attention itself, and its output projection."""
-    core: Any = getattr(block.get_submodule(name), CORE, None)
-    ops = (FLOAT_ATTENTION,) if core is None else core.format.ops
-    to_out = f"{name}.to_out.0"
-    found = [*((op, name) for op in ops), *_quantizer(block, to_out)]
-    return found + _product(block, to_out, "gemm_residual")

@@ -511,6 +511,8 @@ def test_compiled_whole_it_is_one_graph_of_fused_ops(make, family, recipe):
     count = {op: sum(op in t for t in graphs[0]) for op in ("adaln_quantize", "gemm_residual")}
     residuals = 2 if family == "dit" else 3
     assert count == {"adaln_quantize": 2 * BLOCKS, "gemm_residual": residuals * BLOCKS}
+    one_gemm = sum("gemm_qkv_quantize" in target for target in graphs[0])
+    assert one_gemm == (BLOCKS if recipe is CROSS_INT8 else 0)
 
 
 def _float_residual(self, residual, gate, codes):
