@@ -203,6 +203,7 @@ def test_sample_draws_the_classes_the_pipeline_names_and_repeats_itself(ditq, fo
         assert np.abs(expected - got).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 def test_sample_with_another_sampler(ditq, folder, tmp_path):
     """The same image as a pipeline with that scheduler of diffusers, through the PNG, exactly."""
     names = [name for name in SAMPLERS if name != "flow"]
