@@ -20,7 +20,8 @@ class Hoist:
 
     The scheduler is asked to scale the model's input right before the model is called: its place in the schedule is
     known there, and no device has to be waited for. A forward whose timestep was not announced so, is none of the
-    scheduler's, or differs from it, computes its modulation as ever.
+    scheduler's, or differs from it, computes its modulation as ever; so does one whose weights still wait on another
+    device, as offloading moves them after this.
 
     Attributes:
         tables: how often modulation was computed for a whole schedule.
@@ -69,14 +70,14 @@ class Hoist:
         contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
         key = (contents, id(steps), batch, timestep.dtype, hidden.dtype)
         if key != self._key:
+            if _elsewhere(self._holders, hidden.device):
+                return
             timesteps = steps.to(timestep).repeat_interleave(batch)
             rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
             with torch.no_grad():
                 self._values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
-            self._key, self._held = (
-                key,
-                (conditions, steps),
-            )  # held, so that an id is not used again
+            self._held = conditions, steps  # so that an id is not used again
+            self._key = key
             self.tables += 1
         now = slice(step * batch, (step + 1) * batch)
         for module, values in zip(self._holders, self._values, strict=True):
@@ -86,6 +87,12 @@ class Hoist:
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for module in self._holders:
             getattr(module, HOISTED).value = None
+
+
+def _elsewhere(modules: list[nn.Module], device: torch.device) -> bool:
+    """Weights wait on another device; those on meta come with hooks of their own when a module is called."""
+    places = {p.device for module in modules for p in module.parameters()}
+    return bool(places - {device, torch.device("meta")})
 
 
 def _position(steps: torch.Tensor, timestep: Any) -> int:

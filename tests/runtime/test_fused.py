@@ -493,6 +493,16 @@ def test_offloaded_layer_by_layer_it_runs_as_ever(make, family):
     assert torch.equal(run(model), expected)
 
 
+@pytest.mark.parametrize(("level", "fused"), [("block_level", BLOCKS), ("leaf_level", 0)])
+def test_offloaded_in_groups_pixart_fuses_where_a_block_is_whole(make, level, fused):
+    model = make(STATIC, "pixart")
+    expected = run(model)
+    size = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), offload_type=level, **size)
+    assert ditq.execution_report(model).totals["fused_blocks"] == fused
+    assert torch.equal(run(model), expected)
+
+
 @pytest.mark.parametrize(("family", "recipe"), [("dit", TOKEN), ("pixart", CROSS_INT8)])
 def test_compiled_whole_it_is_one_graph_of_fused_ops(make, family, recipe):
     model, graphs = make(recipe, family), []

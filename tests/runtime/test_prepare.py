@@ -12,7 +12,7 @@ from ditq_converters import Recipe, calibrate, convert
 from ditq_kernels import reference
 from ditq_runtime.cuda_graph import GraphedForward
 from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE, HoistedModulation
-from ditq_runtime.hoist import _position
+from ditq_runtime.hoist import _elsewhere, _position
 
 STEPS = 4
 
@@ -175,6 +175,13 @@ def test_conditions_of_pixart_are_noticed(pixarts):
     assert torch.equal(run(), expected)
     assert (prepared.hoist.tables, prepared.hoist.hits) == (2, 3)
     prepared.undo()
+
+
+def test_weights_on_another_device_are_not_hoisted(pixarts):
+    model, cpu = pixarts(64), torch.device("cpu")
+    assert not _elsewhere(list(model.transformer_blocks), cpu)
+    assert _elsewhere(list(model.transformer_blocks), torch.device("cuda"))
+    assert not _elsewhere([torch.nn.Linear(2, 2, device="meta")], cpu)  # loaded by its own hook
 
 
 def test_a_timestep_is_found_by_its_place_or_its_value():
