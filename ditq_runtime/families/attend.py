@@ -30,8 +30,8 @@ QKV = ("to_q", "to_k", "to_v")
 
 def has_one_gemm(attn: nn.Module) -> bool:
     """Whether Q, K and V of one input come from one GEMM: static scales, layers of one format, no low-rank branch."""
-    core: Any = attn._modules.get(CORE)
-    if core is None or not core.format.all_static or is_hooked(core):
+    core = _own_core(attn)
+    if core is None or not core.format.all_static:
         return False
     first, *others = (packed_linear(attn, name).format for name in QKV)
     return not first.lora_rank and all(other == first for other in others)
@@ -110,9 +110,14 @@ def _output_steps(block: nn.Module, name: str) -> list[Step]:
 def _static_output(attn: nn.Module) -> dict[str, Any]:
     """Arguments for a quantized attention to leave the codes that `to_out` reads; none where a scale per token does."""
     to_out = packed_linear(attn, "to_out.0")
-    if attn._modules.get(CORE) is None or to_out.format.activations != "static":
-        return {}
-    return to_out.static_input()
+    coded = _own_core(attn) is not None and to_out.format.activations == "static"
+    return to_out.static_input() if coded else {}
+
+
+def _own_core(attn: nn.Module) -> Any:
+    """What attends in integers; None where nothing does, or where somebody wants to see it called as ever."""
+    core = attn._modules.get(CORE)
+    return None if core is None or is_hooked(core) else core
 
 
 def _codes_of_heads(attn: Any, codes: Codes, batch: int) -> Any:

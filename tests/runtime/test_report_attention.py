@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from ditq_runtime import FallbackError, execution_report
+from ditq_runtime import FallbackError, configure, execution_report
 from ditq_runtime.attention_processor import QuantAttnProcessor
 
 D, TOKENS, BLOCKS, HEADS = 64, 16, 2, 2
@@ -15,7 +15,7 @@ FLOPS = 4 * TOKENS * TOKENS * D  # two products of T x T x D multiply-adds
 
 ROWS = {  # recipe -> op, scores, values, scales, bytes
     "attention_static": (
-        "quantize_static + attention_qk_int8_pv_int8", "int8", "int8", "static", 3 * HEADS * 4,
+        "attention_qk_int8_pv_int8", "int8", "int8", "static", 3 * HEADS * 4,
     ),
     "attention_token": (
         "quantize_per_token + attention_qk_int8_pv_bf16", "int8", "bf16", "token", 0,
@@ -105,10 +105,21 @@ def _nothing(query, key, value, mask):
 
 
 @pytest.mark.parametrize(
-    ("bypass", "ran"), [(_sdpa, "_scaled_dot_product"), (_bmm, "bmm"), (_nothing, "nothing")]
+    ("bypass", "in_block", "ran"),
+    [
+        (_sdpa, "_scaled_dot_product", "_scaled_dot_product"),
+        (_bmm, "bmm", "bmm"),
+        (_nothing, r"gemm_w8a8 \+ ditq\.quantize_static \+ ditq\.gemm_residual", "nothing"),
+    ],
 )
-def test_a_bypassed_op_is_a_fallback(model, monkeypatch, bypass, ran):
+def test_a_bypassed_op_is_a_fallback(model, monkeypatch, bypass, in_block, ran):
+    """In a block that runs fused too, which may be held to more steps."""
     monkeypatch.setattr(model.transformer_blocks[0].attn1.core, "forward", bypass)
+    with pytest.raises(
+        FallbackError, match=rf"blocks\.0: fused, expected .*pv_int8 .*, but .*{in_block}"
+    ):
+        execution_report(model)
+    configure(model, fuse=False)
     with pytest.raises(
         FallbackError,
         match=rf"{ATTENTION}: expected ditq\.quantize_static \+ .*pv_int8, but .*{ran}",
@@ -124,8 +135,10 @@ def test_both_ops_side_by_side_are_a_fallback(model, monkeypatch):
         return real(core, *operands) + 0 * _sdpa(*operands)
 
     monkeypatch.setattr(core, "forward", both)
-    with pytest.raises(FallbackError, match=rf"{ATTENTION}: expected .*_scaled_dot_product"):
-        execution_report(model)
+    for fuse, where in ((True, r"blocks\.0: fused"), (False, ATTENTION)):
+        configure(model, fuse=fuse)
+        with pytest.raises(FallbackError, match=rf"{where}.* expected .*_scaled_dot_product"):
+            execution_report(model)
 
 
 def test_another_format_than_the_scheme_says_is_a_fallback(packed_folder, load, model):
