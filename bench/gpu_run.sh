@@ -81,9 +81,9 @@ else
     done
     for weights in w8 w4p; do
         stage "pack_$weights" 40 "$python" -c "$pack" "$out/digits-$weights" "$weights"
-        stage "model_$weights" 50 $(bench model "$out/digits-$weights" --images 16 --steps 20 --budget 8 --out "$out/model_$weights")
+        stage "model_$weights" 50 $(bench model "$out/digits-$weights" --images 16 --steps 20 --modes eager,hoisted,graph --budget 8 --out "$out/model_$weights")
     done
-    stage model_float 50 $(bench model demo:digits --images 16 --steps 20 --budget 8 --out "$out/model_float")
+    stage model_float 80 $(bench model demo:digits --images 16 --steps 20 --modes eager,compiled --budget 8 --out "$out/model_float")
     if command -v compute-sanitizer > /dev/null; then
         stage sanitizer 60 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small
     else skip sanitizer "no compute-sanitizer in PATH"; fi

@@ -136,21 +136,38 @@ def _int_mm_dequantized(o: Operands) -> Candidate:
     return _integer("torch._int_mm + dequantize", o, run, o.w8.dequantize())
 
 
-def _torchao(o: Operands) -> Candidate:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+def _torchao_int8(o: Operands) -> Candidate:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    # int8 steps of both operands, each uniform within half a step of about 1/30 standard deviations
+    return _torchao(
+        o, "torchao int8 dynamic", Int8DynamicActivationInt8WeightConfig(), 0.03, "int8"
+    )
+
+
+def _torchao_fp8(o: Operands) -> Candidate:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+    # e4m3 keeps 4 bits of each operand: errors up to 2**-4 of it, uniform, so 2**-4 / sqrt(3) each; and sqrt(2) of both
+    return _torchao(
+        o, "torchao fp8 dynamic", Float8DynamicActivationFloat8WeightConfig(), 0.055, "int8"
+    )
+
+
+def _torchao(o: Operands, name: str, config: Any, tolerance: float, kind: str) -> Candidate:
+    from torchao.quantization import quantize_
 
     layer = torch.nn.Linear(
         o.shape.inputs, o.shape.outputs, device=o.x.device, dtype=torch.bfloat16
     )
     layer.weight.data.copy_(o.weight)
     layer.bias.data.copy_(o.bias)
-    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    quantize_(layer, config)
     compiled = torch.compile(layer, dynamic=False)
     x = o.x.bfloat16()
-    # int8 steps of both operands, each uniform within half a step of about 1/30 standard deviations
     return Candidate(
-        "torchao int8 dynamic", lambda: compiled(x),
-        lambda y: relative_error(y.detach(), o.truth), 0.03, "int8", _bytes(o, 2),
+        name, lambda: compiled(x),
+        lambda y: relative_error(y.detach(), o.truth), tolerance, kind, _bytes(o, 2),
     )  # fmt: skip
 
 
@@ -158,7 +175,8 @@ BASELINES: dict[str, Callable[[Operands], Candidate]] = {
     "compiled": _compiled,
     "int_mm": _int_mm,
     "int_mm+dequant": _int_mm_dequantized,
-    "torchao": _torchao,
+    "torchao": _torchao_int8,
+    "torchao-fp8": _torchao_fp8,
 }
 
 

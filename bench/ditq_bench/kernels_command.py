@@ -16,7 +16,7 @@ def kernels(
     against: Annotated[
         str,
         typer.Option(
-            help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao."
+            help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao, torchao-fp8."
         ),
     ] = "int_mm,int_mm+dequant",
     attention: Annotated[bool, typer.Option(help="Also time attention.")] = True,
@@ -48,11 +48,11 @@ def kernels(
 
     names = _chosen("--shapes", shapes, SHAPES)
     others = tuple(_chosen("--against", against, BASELINES)) if against else ()
-    if "torchao" in others:
+    if any(name.startswith("torchao") for name in others):
         _check_torchao()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backend = k.backend_of("gemm_w8a8", place)
-    ceilings = measure_ceilings(place)
+    ceilings = measure_ceilings(place, min(budget, 5.0))
     rows: list[tuple[Shape, Row]] = []
     for images in _batches(batch):
         for name in names:

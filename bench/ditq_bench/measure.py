@@ -75,7 +75,8 @@ def measure(
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
     """
     errors = {candidate.name: _checked(candidate) for candidate in candidates}
-    timings = time_in_turn({c.name: c.run for c in candidates}, device, budget=budget, clock=clock)
+    calls = {c.name: c.run for c in candidates}
+    timings = time_in_turn(calls, device, budget=budget, clock=clock, graphs=True)
     first, second = (timings[c.name].median for c in candidates[:2])
     return [
         Row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class ModelRow:
 
     Attributes:
         what: "step" or "run".
-        mode: "eager", "compiled" or "graph".
+        mode: "eager", "compiled", "graph"; of a run also "hoisted", and a graph is hoisted too (`ditq.prepare`).
         warm_up: seconds of the first call: compilation, capture, caches.
         timing: seconds of later calls; None where the mode cannot run.
         skipped: why it did not run; "" if it did.
@@ -59,7 +59,7 @@ def sample_once(pipe: Any, images: int, steps: int, size: dict[str, int] | None 
     return pipe(**asked, generator=generators, num_inference_steps=steps, **(size or {}))
 
 
-def recorded_step(pipe: Any, images: int) -> Step:
+def recorded_step(pipe: Any, images: int, size: dict[str, int] | None = None) -> Step:
     """The last transformer call of a short run."""
     calls: list[Step] = []
 
@@ -68,7 +68,7 @@ def recorded_step(pipe: Any, images: int) -> Step:
 
     handle = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        sample_once(pipe, images, WARM_UP_STEPS)
+        sample_once(pipe, images, WARM_UP_STEPS, size)
     finally:
         handle.remove()
     return calls[-1]
@@ -92,18 +92,37 @@ def bench_step(
         yield ModelRow("step", mode, warm_up, timing)
 
 
-def bench_run(pipe: Any, images: int, steps: int, device: torch.device, budget: float) -> ModelRow:
-    """Time whole sampling runs, decoding included."""
+@dataclass(frozen=True)
+class Sampling:
+    """Whole sampling runs, decoding included."""
 
-    def run() -> Any:
-        return sample_once(pipe, images, steps)
+    pipe: Any
+    images: int
+    steps: int
+    size: dict[str, int] | None = None
 
-    begin = time.perf_counter()
-    run()
-    _wait(device)
-    warm_up = time.perf_counter() - begin
-    timing = time_in_turn({"run": run}, device, rounds=5, budget=budget)["run"]
-    return ModelRow("run", "eager", warm_up, timing)
+    def __call__(self) -> Any:
+        """Sample once."""
+        return sample_once(self.pipe, self.images, self.steps, self.size)
+
+
+def bench_run(
+    sampling: Sampling, device: torch.device, modes: tuple[str, ...], budget: float
+) -> Iterator[ModelRow]:
+    """Time sampling runs in every mode; a mode that this model or device does not have says why."""
+    for mode in modes:
+        begin = time.perf_counter()
+        try:
+            with RUN_MODES[mode](sampling.pipe, device):
+                sampling()
+                _wait(device)
+                warm_up = time.perf_counter() - begin
+                share = budget / len(modes)
+                timing = time_in_turn({mode: sampling}, device, rounds=5, budget=share)[mode]
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            yield ModelRow("run", mode, 0.0, None, " ".join(str(error).split())[:200])
+            continue
+        yield ModelRow("run", mode, warm_up, timing)
 
 
 @contextmanager
@@ -147,6 +166,42 @@ MODES: dict[str, Callable[[Step, torch.device], Callable[[], Any]]] = {
     "eager": _eager,
     "compiled": _compiled,
     "graph": _graph,
+}
+
+
+@contextmanager
+def _run_eager(*_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _run_compiled(pipe: Any, _: torch.device) -> Iterator[None]:
+    pipe.transformer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        pipe.transformer._compiled_call_impl = None
+
+
+def _run_prepared(cuda_graph: bool) -> Callable[[Any, torch.device], AbstractContextManager]:
+    @contextmanager
+    def prepared(pipe: Any, _: torch.device) -> Iterator[None]:
+        import ditq_runtime as ditq
+
+        handle = ditq.prepare(pipe, cuda_graph=cuda_graph)
+        try:
+            yield
+        finally:
+            handle.undo()
+
+    return prepared
+
+
+RUN_MODES: dict[str, Callable[[Any, torch.device], AbstractContextManager]] = {
+    "eager": _run_eager,
+    "compiled": _run_compiled,
+    "hoisted": _run_prepared(cuda_graph=False),
+    "graph": _run_prepared(cuda_graph=True),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,14 @@ def model(
     images: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")] = 50,
     modes: Annotated[
-        str, typer.Option(help="Of one step: eager, compiled, graph; default: those that can run.")
+        str,
+        typer.Option(
+            help="eager, compiled, graph, and of a run hoisted; default: those that can run."
+        ),
     ] = "",
+    size: Annotated[
+        int, typer.Option(min=0, help="Pixels of an image's side; default: the pipeline's own.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 60.0,
@@ -32,32 +39,44 @@ def model(
 ) -> None:
     """Time one denoising step and a whole sampling run; warm-up apart, with the peak of memory.
 
-    On a CPU the integer ops of a packed model run on the exact reference, which is slow and says so. Peak memory is
-    that of the CUDA allocator, or of the whole process on a CPU.
+    Hoisted and graph runs are those of `ditq.prepare`, for packed models. What a run has compiled, its step finds
+    compiled. Peak memory is that of the CUDA allocator, or of the whole process on a CPU.
 
     Example: ditq bench model demo:digits --images 4 --steps 10
     """
     import torch
 
-    from ditq_bench.model import MODES, bench_run, bench_step, peak_memory, recorded_step
+    from ditq_bench.model import (
+        MODES,
+        RUN_MODES,
+        Sampling,
+        bench_run,
+        bench_step,
+        peak_memory,
+        recorded_step,
+    )
     from ditq_bench.results import origin_of
     from ditq_runtime.cli.output import print_json, print_table, say
     from ditq_runtime.files import atomic_file
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    usual = "eager,compiled,graph" if place.type == "cuda" else "eager"
+    usual = "eager,compiled,hoisted,graph" if place.type == "cuda" else "eager"
     names = tuple(name.strip() for name in (modes or usual).split(","))
-    unknown = [name for name in names if name not in MODES]
+    unknown = [name for name in names if name not in RUN_MODES]
     if unknown:
-        raise typer.BadParameter(f"--modes: unknown {unknown}; choose from {', '.join(MODES)}.")
+        raise typer.BadParameter(f"--modes: unknown {unknown}; choose from {', '.join(RUN_MODES)}.")
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise typer.BadParameter(f"--dtype: float32, bfloat16 or float16, got {dtype!r}.")
     pipe = open_pipeline(model, kind, place)
+    sides = {"height": size, "width": size} if size else None
+    if sides and "height" not in inspect.signature(pipe.__call__).parameters:
+        raise typer.BadParameter(f"--size: {type(pipe).__name__} takes none; leave it out.")
     with peak_memory(place) as memory:
-        step = recorded_step(pipe, images)
-        measured = [bench_run(pipe, images, steps, place, budget / 2)]
-        measured += bench_step(step, place, names, budget / 2)
+        step = recorded_step(pipe, images, sides)
+        measured = [*bench_run(Sampling(pipe, images, steps, sides), place, names, budget / 2)]
+        of_step = tuple(name for name in names if name in MODES)
+        measured += bench_step(step, place, of_step, budget / 2)
     origin = origin_of(place)
     rows = [_fields(row, origin, model, images, steps, memory["peak_bytes"]) for row in measured]
     with atomic_file(out / "model.csv") as part, part.open("w", newline="") as file:

@@ -18,8 +18,8 @@ Shape = GemmShape | AttentionShape
 
 FIELDS = (
     "device", "torch", "triton", "commit", "shape", "operations", "candidate", "backend",
-    "p20_us", "median_us", "p80_us", "rounds", "tops", "bytes", "roof", "speedup_over_fp32", "speedup_over_bf16",
-    "relative_error",
+    "timed_by", "p20_us", "median_us", "p80_us", "rounds", "tops", "bytes", "roof",
+    "speedup_over_fp32", "speedup_over_bf16", "relative_error",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def row_fields(shape: Shape, row: Row, origin: tuple[str, ...], backend: str) ->
     values = (
         *origin, shape.name, shape.operations, row.candidate,
         backend if row.candidate.startswith("ditq") else "torch",
-        *times, t.rounds, f"{row.tops:.4f}", row.num_bytes, "" if row.roof is None else f"{row.roof:.3f}",
+        t.how, *times, t.rounds, f"{row.tops:.4f}", row.num_bytes, "" if row.roof is None else f"{row.roof:.3f}",
         f"{row.speedup:.3f}", f"{row.speedup_bf16:.3f}", f"{row.error:.2e}",
     )  # fmt: skip
     return dict(zip(FIELDS, map(str, values), strict=True))

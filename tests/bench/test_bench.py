@@ -32,7 +32,17 @@ def test_candidates_run_in_turn_after_a_warm_up():
     )
     assert order == ["a", "b"] * 5
     assert timings["a"].rounds == 4
+    assert timings["a"].how == "clock"
     assert timings["a"].p20 <= timings["a"].median <= timings["a"].p80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_kernels_are_replayed_and_what_waits_for_the_gpu_is_not():
+    a = torch.randn(256, 256, device="cuda")
+    calls = {"product": lambda: a @ a, "waits": lambda: (a @ a).sum().item()}
+    timings = time_in_turn(calls, torch.device("cuda"), rounds=3, graphs=True)
+    assert {name: t.how for name, t in timings.items()} == {"product": "graph", "waits": "events"}
 
 
 def test_a_spent_budget_still_gives_three_rounds():

@@ -61,10 +61,14 @@ def compare(place: Place, bucket: Bucket, configs: list[Any]) -> Iterator[Answer
         yield {"case": case, "out_features": bucket.out_features, "launch": f"refused: {reason}"}
 
 
-def times_of(place: Place, candidates: Mapping[str, Callable[[], object]]) -> Iterator[Answer]:
-    """Other calls, each timed in turn."""
+def times_of(
+    place: Place, candidates: Mapping[str, Callable[[], object]], graphs: bool = True
+) -> Iterator[Answer]:
+    """Other calls, each timed in turn; without `graphs` as they are."""
     budget = 0.0 if place.dry_run else BUDGET
-    for name, t in time_in_turn(candidates, place.device, budget=budget, rounds=30).items():
+    for name, t in time_in_turn(
+        candidates, place.device, budget=budget, rounds=30, graphs=graphs
+    ).items():
         times = {"p20_us": t.p20, "median_us": t.median, "p80_us": t.p80}
         yield {"case": name} | {unit: 1e6 * seconds for unit, seconds in times.items()}
 
