@@ -15,6 +15,7 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
+from ditq_runtime.families.adaln import HOISTED
 from ditq_runtime.linear import QuantLinear
 from ditq_runtime.lora import ADAPTER_OPS, ADAPTERS
 from ditq_runtime.report_attention import (
@@ -62,11 +63,16 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class ExecutionReport:
-    """All linears of a transformer, in the order they ran, its attentions, and its blocks that have a fused forward."""
+    """All linears of a transformer, in the order they ran, its attentions, and its blocks that have a fused forward.
+
+    `hoisted` counts the blocks that take the modulation of a sampling run from `ditq.prepare`; the observed forward
+    belongs to no run and computes its own.
+    """
 
     layers: list[LayerRun] = field(default_factory=list)
     attention: list[AttentionRun] = field(default_factory=list)
     blocks: list[BlockRun] = field(default_factory=list)
+    hoisted: int = 0
 
     @property
     def totals(self) -> dict[str, float]:
@@ -84,6 +90,7 @@ class ExecutionReport:
             "integer_attentions": sum(row.integer for row in self.attention),
             "blocks": len(self.blocks),
             "fused_blocks": sum(row.fused for row in self.blocks),
+            "hoisted_blocks": self.hoisted,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,11 +115,12 @@ class ExecutionReport:
         ]
         rows += [f"{r.name:<44} not fused: {r.note}" for r in self.blocks if not r.fused]
         t = self.totals
+        hoisted = f"modulation of {self.hoisted} hoisted, " if self.hoisted else ""
         last = (
             f"{t['integer_linears']:.0f} of {t['linears']:.0f} linears in integers, "
             f"{t['weight_only_linears']:.0f} weight-only, {100 * t['integer_flops_share']:.1f} % of linear FLOPs "
             f"in integers, {t['integer_attentions']:.0f} of {t['attentions']:.0f} attentions in integers, "
-            f"{t['fused_blocks']:.0f} of {t['blocks']:.0f} blocks fused, "
+            f"{t['fused_blocks']:.0f} of {t['blocks']:.0f} blocks fused, {hoisted}"
             f"{t['bytes'] / 2**20:.2f} MiB"
         )
         return "\n".join([header, *rows, last])
@@ -167,7 +175,9 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     runs = attention_runs(
         model, attentions, scheme.attention, watch.products, watch.fused_attentions
     )
-    return ExecutionReport(layers, runs, watch.blocks)
+    blocks = (model.get_submodule(name) for name in family.block_names(model))
+    hoisted = sum(hasattr(block, HOISTED) for block in blocks)
+    return ExecutionReport(layers, runs, watch.blocks, hoisted)
 
 
 def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:

@@ -139,7 +139,11 @@ def test_hoisted_pixart_gives_the_same_bits(pixarts):
     # the warm-up's one row, then all steps of two guided samples at once
     assert rows == tables == [1, STEPS * 4]
     assert (prepared.hoist.tables, prepared.hoist.hits) == (1, STEPS)
+    report = ditq.execution_report(model)
+    assert report.totals["hoisted_blocks"] == 2
+    assert "2 of 2 blocks fused, modulation of 2 hoisted, " in str(report)
     prepared.undo()
+    assert ditq.execution_report(model).totals["hoisted_blocks"] == 0
     for hook in hooks:
         hook.remove()
     assert torch.equal(_sample_pixart(model)[0], expected)
