@@ -24,7 +24,7 @@ import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_bench.gemm import candidates
 from ditq_bench.measure import measure
-from ditq_bench.results import origin_of
+from ditq_bench.results import commit, origin_of
 from ditq_bench.shapes import SHAPES
 from ditq_bench.timing import Timing, time_in_turn
 from ditq_bench.xl_model import DIT_XL_2
@@ -34,8 +34,9 @@ from ditq_runtime.on_the_fly import Choice, choose_formats
 from ditq_runtime.skeleton import install
 
 CPU = torch.device("cpu")
+COMMIT = commit()  # of the code that was imported, whatever is checked out before the last row
 SAMPLES = 2
-LINEARS = ("torch fp32 linear", "torch bf16 linear", "ditq W8A8", "ditq W4A8")
+LINEARS = ("torch fp32 linear", "torch bf16 linear", "torch._int_mm", "ditq W8A8", "ditq W4A8")
 PACKED = {"ditq W8A8": "w8", "ditq W4A8": "w4p"}
 SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
 DEVIATION = {"w8": 73.5, "w4p": 36.9}  # of the uniform codes below, in steps of the row's scale
@@ -48,9 +49,9 @@ Row = dict[str, Any]
 
 
 def linears(budget: float) -> Iterator[Row]:
-    """Quantization included; results checked against fp64 first."""
+    """Quantization included, but for `torch._int_mm`, the bare product; results checked against fp64 first."""
     for shape in SHAPES["dit-xl-256"]:
-        chosen = [c for c in candidates(shape, CPU, ()) if c.name in LINEARS]
+        chosen = [c for c in candidates(shape, CPU, ("int_mm",)) if c.name in LINEARS]
         for row in measure(chosen, shape.operations, CPU, budget, clock=time.process_time):
             speedups = row.speedup, row.speedup_bf16
             name = row.candidate.removesuffix(" linear")
@@ -132,7 +133,17 @@ def _row(
     backend = k.backend_of("gemm_w8a8", CPU) if name.startswith("ditq") else "torch"
     times = (f"{1e3 * seconds:.2f}" for seconds in (t.p20, t.median, t.p80))
     ratios = (f"{ratio:.3f}" for ratio in speedups)
-    values = (*origin_of(CPU), what, name, backend, *times, t.rounds, *ratios, weight_bytes)
+    values = (
+        *origin_of(CPU)[:3],
+        COMMIT,
+        what,
+        name,
+        backend,
+        *times,
+        t.rounds,
+        *ratios,
+        weight_bytes,
+    )
     return dict(zip(FIELDS, values, strict=True))
 
 

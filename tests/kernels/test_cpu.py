@@ -258,3 +258,23 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
             assert ran == [op]
             ran.clear()
     torch.compiler.reset()
+
+
+def test_the_number_of_threads_does_not_show(generator):
+    tokens, outputs, inputs = 96, 400, 64  # above torch's grain of 2**15 elements
+    options = epilogues(tokens, outputs, generator)["everything"]
+    (
+        options.pop("lora_x"),
+        options.pop("lora_up"),
+    )  # a float product, which torch may sum in another order
+    options |= {"q": int8((tokens, inputs), generator), "out_dtype": torch.float32}
+    weight, before, results = int8((outputs, inputs), generator), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results += [
+                run(weight=weight, **options) for run in (_cpu.gemm_w8a8, reference.gemm_w8a8)
+            ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
