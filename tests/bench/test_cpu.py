@@ -29,7 +29,7 @@ def test_random_codes_have_the_spread_of_random_weights():
     for weights in cpu.PACKED.values():
         model = cpu._random(TINY, weights)
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-        assert len(layers) == 7
+        assert len(layers) >= 7  # modulation, q, k, v, out, fc1, fc2
         for layer in layers:
             spread = layer.dequantized_weight().std() * layer.in_features**0.5
             assert abs(spread / cpu.SPREAD - 1) < 0.05
