@@ -35,12 +35,14 @@ def test_sample_draws_from_text(ditq, packed_folder, prompts_file, tmp_path, cap
     assert max(abs(a - b) for a, b in zip(*(i.tobytes() for i in images), strict=True)) <= 3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["pixart-sigma", "flux"]
+)  # guided in two halves, and told its guidance
 def test_eval_judges_text_pipelines(
     ditq, packed_folder, float_folder, prompts_file, tmp_path, name
 ):
     told = ("--reference", float_folder(name), "--prompts", prompts_file)
-    plan = ("--steps", 1, "--samples", 2, "--cfg", 2)
+    plan = ("--steps", 1, "--samples", 1, "--cfg", 2)
     assert ditq("eval", packed_folder(name), *told, *plan, "--out", tmp_path / "report") == 0
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
     assert figures["settings"]["sampler"] == ("ddim" if name.startswith("pixart") else "flow")
