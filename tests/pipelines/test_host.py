@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+import ditq_runtime as ditq
+
 # diffusers' DPM-Solver copies a tensor by np.array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 CASES = {  # PixArt with folds and timestep groups, the others as conversion without data makes them
@@ -139,3 +141,18 @@ def test_a_prompt_is_drawn_alike_alone_and_in_a_batch(case, call_of, name):
     several = pipe(num_images_per_prompt=2, generator=seeds(1, 3, 2, 4), **call).images
     assert several.shape == (4, *both.shape[1:])
     near(torch.tensor(several[::2]), torch.tensor(both), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:cross_attention_kwargs")
+@pytest.mark.parametrize("given", ["cross_attention_kwargs", "attention_mask"])
+def test_the_report_follows_pixart_with_attention_arguments(case, given):
+    """On a real caption mask; a block that is given them runs unfused, with equal integers."""
+    _, pipe, inputs, _ = case("pixart-sigma")
+    latents = inputs["hidden_states"]
+    mask = torch.ones(len(latents), latents.shape[-1] ** 2 // 4)  # every token may be seen
+    told = {"cross_attention_kwargs": {"strength": 1.0}, "attention_mask": mask}
+    plain = ditq.execution_report(pipe.transformer, inputs)
+    report = ditq.execution_report(pipe.transformer, {**inputs, given: told[given]})
+    assert (plain.totals["fused_blocks"], report.totals["fused_blocks"]) == (2, 0)
+    assert report.totals["integer_flops_share"] == plain.totals["integer_flops_share"]
+    assert {row.note for row in report.blocks} == {f"{given} given to the model"}
