@@ -82,7 +82,7 @@ def run(
 
 
 def schedule(config: tuning.TileConfig, two_products: bool) -> dict[str, bool]:
-    """Constants of the kernel. Triton 3.6 cannot specialize warps if an epilogue has products of its own."""
+    """Constants of the kernel. Triton 3.6 cannot specialize warps if an epilogue has products of its own, 3.7 never."""
     specialize = config.specialize and not two_products
     return {
         "TMA": config.loads == "tma",
