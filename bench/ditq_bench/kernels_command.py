@@ -29,8 +29,8 @@ def kernels(
 ) -> None:
     """Latency of the quantized linears and attentions against torch's, and their share of a measured roofline.
 
-    Every row is checked against fp64 first; a wrong answer gets no time. On a CPU the integer ops run on
-    the exact reference backend, which is slow and says so.
+    Every row is checked against fp64 first; a wrong answer gets no time. On a CPU without
+    int8 dot products the integer ops run on the exact reference, slower than fp32, and the table says so.
 
     Example: ditq bench kernels --shapes dit-xl-256 --batch 1,16 --out runs/bench
     """
