@@ -1,8 +1,8 @@
 """The front desk: public ops document and check, then torch's dispatcher picks the implementation.
 
-T tokens, K inputs, N outputs. On the CPU an op runs `reference.py`, or torch's int8 product where the processor has int8 dot
-products; on CUDA its Triton kernel. All must agree bit for bit. `backend_of` tells which runs. Custom ops are opaque to torch.compile and safe in
-CUDA graphs after a warm-up call.
+T tokens, K inputs, N outputs. On the CPU an op runs `reference.py`, or torch's int8 product where the processor has
+int8 dot products; on CUDA its Triton kernel. All must agree bit for bit. `backend_of` tells which runs. Custom ops are
+opaque to torch.compile and safe in CUDA graphs after a warm-up call.
 """
 
 import torch
