@@ -13,6 +13,9 @@ import torch
 
 FEW_TILES = 0.7  # of the multiprocessors; with more tiles nothing is shared
 MAX_SPLITS = 4
+WORTH = (
+    0.9  # of the clocks of one program a tile; a smaller gain is within what the model does not see
+)
 L2_BYTES = 64  # a clock and multiprocessor
 REDUCE_CLOCKS = 3600  # a second launch inside of a replayed graph, about 2 us at 1.8 GHz
 INT8_PER_CLOCK = {
@@ -77,7 +80,8 @@ def best_splits(work: Work, gpu: Gpu | None) -> int:
     if gpu is None or work.tiles >= FEW_TILES * gpu.multiprocessors:
         return 1
     splits = range(1, min(MAX_SPLITS, work.iterations) + 1)
-    return min(splits, key=lambda count: clocks(work, count, gpu))
+    best = min(splits, key=lambda count: clocks(work, count, gpu))
+    return best if clocks(work, best, gpu) <= WORTH * clocks(work, 1, gpu) else 1
 
 
 @functools.cache
