@@ -1,5 +1,6 @@
 """`user/name` instead of a folder: repositories in a local hub cache, with the network switched off."""
 
+import json
 import shutil
 
 import diffusers
@@ -72,6 +73,17 @@ def test_a_float_repository_converts(hub, float_folder, packed_folder, tmp_path,
     file = "transformer/diffusion_pytorch_model.safetensors"
     packed = tmp_path / "out" / file.removeprefix(f"{part}/" if part else "")
     assert packed.read_bytes() == (packed_folder("sd3") / file).read_bytes()
+
+
+def test_inspect_takes_ids_and_weights_that_are_no_safetensors(
+    hub, ditq, packed_folder, build_pipe, capsys, tmp_path
+):
+    capsys.readouterr()
+    assert ditq("inspect", hub(packed_folder("sd3"), "packed"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["method"] == "linear"
+    build_pipe("sd3").transformer.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert ditq("inspect", tmp_path / "old", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["architecture"] == "SD3Transformer2DModel"
 
 
 def test_an_id_that_is_nowhere_is_refused_by_a_sentence(hub, ditq, capsys, tmp_path):

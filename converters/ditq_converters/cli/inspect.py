@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from json import loads as parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ def inspect(
 
     Example: ditq inspect demo:digits --weights w4p
     """
+    from ditq_runtime.hub_cache import local
+
+    path = local(path)
     if _is_packed(path):
         _show_packed(inspect_packed(path), json)
         return
@@ -134,9 +138,17 @@ def _runs(ops: tuple[str, ...], device: torch.device) -> str:
 
 
 def _is_packed(path: str) -> bool:
-    from ditq_runtime.folder import open_folder
-
-    return Path(path).is_dir() and open_folder(path).quantization is not None
+    """Whether a folder's config.json says so; a damaged one counts, as `open_folder` names what is wrong with it."""
+    folder = Path(path)
+    inside = folder / "transformer" if (folder / "model_index.json").exists() else folder
+    config = inside / "config.json"
+    if not config.exists():
+        return False
+    try:
+        parsed = parse(config.read_text())
+    except ValueError:
+        return True
+    return not isinstance(parsed, dict) or bool(parsed.get("quantization_config"))
 
 
 def _show_float(report: dict[str, Any], json: bool) -> None:
