@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import waves
+from ditq_kernels import reference, waves
 from ditq_kernels._triton import gemm_residual, gemm_w8a8, gemm_w8a8_persistent
 from ditq_kernels.tuning import TileConfig
 
@@ -101,3 +101,17 @@ def test_rows_that_tma_cannot_read_are_refused(generator, device):
             q, weight, scale, weight_scale, bias, None, None, torch.float32,
             config=replace(PLAIN, loads="tma"),
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", VARIANTS[:4], ids=str)
+@pytest.mark.parametrize("tile", [(128, 128, 64, 8, 3), (128, 128, 128, 8, 3)])
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(512, 4608, 1152), (1000, 1000, 1008)])
+def test_on_a_gpu(fields, tile, tokens, outputs, inputs, generator, device):
+    if not runs_here(fields):
+        pytest.skip("TMA needs sm_90")
+    arguments = operands(tokens, outputs, inputs, generator, device)
+    tail = (None, None, torch.float32)
+    config = replace(TileConfig(*tile), **fields)
+    expected = reference.gemm_w8a8(*arguments, *tail)
+    assert torch.equal(gemm_w8a8.launch(*arguments, *tail, config=config), expected)

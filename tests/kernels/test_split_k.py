@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
+from ditq_kernels import reference
 from ditq_kernels._triton import gemm_gelu_quantize, gemm_residual, gemm_w4a8, gemm_w8a8
 from ditq_kernels.tuning import TileConfig
 
@@ -95,3 +96,20 @@ def test_gelu_codes(weights, inputs, splits, operands, generator, device):
     assert got.dtype == torch.int8
     assert len(got.unique()) > 20
     assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [2, 3, 4, "auto"])
+@pytest.mark.parametrize(("weights", "warps"), [("w8", 4), ("w8", 8), ("w4p", 8)])
+def test_fc2_on_a_gpu(weights, warps, splits, generator, device):
+    q = torch.randint(-128, 128, (512, 4608), generator=generator, dtype=torch.int8).to(device)
+    w4 = k.quantize_weight_w4p(torch.randn(1152, 4608, generator=generator).to(device), 64)
+    scale = torch.rand(512, generator=generator).to(device) / 100
+    config = TileConfig(128, 128, 64 if weights == "w8" else 128, warps, 3, split_k=splits)
+    tail = (None, None, None, torch.float32)
+    if weights == "w8":
+        got = gemm_w8a8.launch(q, w4.expand(), scale, w4.scale, *tail, config=config)
+    else:
+        parts = (w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale)
+        got = gemm_w4a8.launch(q, *parts, *tail, config=config)
+    assert torch.equal(got, reference.gemm_w8a8(q, w4.expand(), scale, w4.scale, *tail))

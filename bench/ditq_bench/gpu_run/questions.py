@@ -22,7 +22,7 @@ import torch
 from ditq_bench.ceilings import measure_ceilings
 from ditq_bench.gpu_run.place import Answer, Place, compare, times_of
 from ditq_bench.results import origin_of
-from ditq_bench.tune.problems import PROBLEMS
+from ditq_bench.tune.problems import PROBLEMS, unswapped
 from ditq_bench.tune.space import BY_TMA, STAYING
 from ditq_kernels import tuning
 from ditq_runtime.files import atomic_file
@@ -119,10 +119,11 @@ def split(place: Place) -> Iterator[Answer]:
 
 
 def unpack(place: Place) -> Iterator[Answer]:
-    """W4A8: assembly for four weights at once, plain Triton, or int8 weights made first?"""
+    """W4A8: weights as first operand, expanded four at once in assembly? Or in plain Triton, second, or ahead?"""
     bucket = place.bucket("gemm_w4a8", 8192, 1152)
     w8 = place.bucket("gemm_w8a8", 8192, 1152)
     expand = place.bucket("w4_expand", 8192, 1152)
+    second = unswapped(bucket, place.device)
     runs = {b.op: PROBLEMS[b.op](b, place.device) for b in (bucket, w8, expand)}
 
     def plain() -> None:
@@ -136,6 +137,7 @@ def unpack(place: Place) -> Iterator[Answer]:
     yield from times_of(place, {
         "assembly": lambda: runs["gemm_w4a8"](bucket.default),
         "plain Triton": plain,
+        "weights second": lambda: second(bucket.default),
         "expanded first": expanded,
     })  # fmt: skip
 

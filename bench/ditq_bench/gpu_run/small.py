@@ -12,7 +12,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_bench.gpu_run.place import Place
-from ditq_bench.tune.problems import PROBLEMS, launch_of
+from ditq_bench.tune.problems import PROBLEMS, launch_of, unswapped
 
 TOKENS, INPUTS, OUTPUTS, HEADS, HEAD_DIM = 33, 128, 40, 5, 72
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,6 +33,8 @@ def cases(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield op, functools.partial(_table_op, problem, bucket, place.device)
     for op, call in WITHOUT_TABLE.items():
         yield op, functools.partial(call, place.device)
+    bucket = place.bucket("gemm_w4a8", TOKENS, INPUTS, OUTPUTS)
+    yield "gemm_w4a8_unswapped", functools.partial(_table_op, unswapped, bucket, place.device)
     for name, fields in VARIANTS.items():
         if "tma" in name and not place.hopper:
             continue

@@ -55,6 +55,15 @@ def _gemm(bucket: Bucket, device: torch.device) -> Call:
     return lambda config: launch(q, *parts, *tail, config=config)
 
 
+def unswapped(bucket: Bucket, device: torch.device) -> Call:
+    """W4A8 with the activations first; no op runs it."""
+    q, scale = _activations(bucket, device)
+    w4 = _w4p(bucket, device)
+    parts = (w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale)
+    tail = (_bias(bucket, device), HALF)
+    return lambda config: launch_of("gemm_w4a8_unswapped")(q, *parts, *tail, config=config)
+
+
 def _gemm_epilogue(bucket: Bucket, device: torch.device) -> Call:
     """With a gated residual, as fc2 and the attention's projection."""
     q, scale = _activations(bucket, device)
