@@ -43,9 +43,8 @@ def test_three_weights_cost_the_loop_of_one_and_no_bytewise_access(censuses):
     for gemm in GEMMS:
         one, three = (found[f"{gemm}+{stage}"] for stage in ("residual", "qkv_quantize"))
         assert one["config"] == three["config"]
-        slack = (
-            16 if gemm == "gemm_w4a8" else 0
-        )  # group words of a selected pointer, scheduled otherwise
+        # group words of a selected pointer, scheduled otherwise: 2 more with Triton 3.6.0, 8 with 3.9.0
+        slack = 8 if gemm == "gemm_w4a8" else 0
         assert sum(three["loop"].values()) <= sum(one["loop"].values()) + slack, (gemm, target)
         loads = {name for name in three["loop_opcodes"] if name.startswith("LDGSTS")}
         assert loads == {name for name in one["loop_opcodes"] if name.startswith("LDGSTS")}
