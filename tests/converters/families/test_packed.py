@@ -82,7 +82,8 @@ def test_half_precision_keeps_scales_and_multipliers_in_fp32(packed, run, name):
             assert tensor.dtype == torch.float32, key
     for key, module in half.named_modules():
         if isinstance(module, QuantLinear):
-            assert module.wide_output == ("norm" in key), key
+            # diffusers' own last norm takes its modulation in the model's dtype
+            assert module.wide_output == ("norm" in key and "transformer_blocks" in key), key
 
     def cast(value):
         if isinstance(value, dict):
