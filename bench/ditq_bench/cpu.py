@@ -20,11 +20,10 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_bench.gemm import candidates
 from ditq_bench.measure import measure
-from ditq_bench.results import commit, origin_of
+from ditq_bench.results import backend_of, commit, origin_of
 from ditq_bench.shapes import SHAPES
 from ditq_bench.timing import Timing, time_in_turn
 from ditq_bench.xl_model import DIT_XL_2
@@ -130,7 +129,7 @@ def _step(model: Any) -> Callable[[], Any]:
 def _row(
     what: str, name: str, t: Timing, speedups: tuple[float, float], weight_bytes: int | str
 ) -> Row:
-    backend = k.backend_of("gemm_w8a8", CPU) if name.startswith("ditq") else "torch"
+    backend = backend_of(name, CPU)
     times = (f"{1e3 * seconds:.2f}" for seconds in (t.p20, t.median, t.p80))
     ratios = (f"{ratio:.3f}" for ratio in speedups)
     values = (

@@ -62,7 +62,7 @@ def kernels(
             for heads in ATTENTION_SHAPES.get(name, ()) if attention else ():
                 shape = heads.batched(images)
                 rows += [(shape, row) for row in bench_attention(shape, place, budget, ceilings)]
-    write_csv(out / "kernels.csv", rows, place, backend)
+    write_csv(out / "kernels.csv", rows, place)
     plot_speedup(out / "speedup.png", rows, device_name(place))
     plot_roofline(out / "roofline.png", rows, ceilings, device_name(place))
     if json:
@@ -72,7 +72,7 @@ def kernels(
                 "device": device_name(place),
                 "backend": backend,
                 "ceilings": {"bytes_per_second": ceilings.bandwidth} | ceilings.rates,
-                "rows": [row_fields(shape, row, origin, backend) for shape, row in rows],
+                "rows": [row_fields(shape, row, origin, place) for shape, row in rows],
             }
         )
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import ditq_kernels as k
 from ditq_bench.measure import Row
 from ditq_bench.shapes import AttentionShape, GemmShape
 from ditq_kernels import cpu_features
@@ -23,6 +24,21 @@ FIELDS = (
 )  # fmt: skip
 
 
+OPS = {  # how a candidate's name begins -> the op whose backend its row names; the first that fits
+    "ditq quantize": "quantize_per_token",
+    "ditq W8A8": "gemm_w8a8",
+    "ditq W4A8 per group": "gemm_w4a8_per_group",
+    "ditq W4A8": "gemm_w4a8",
+    "ditq int8 QK": "attention_qk_int8_pv_int8",
+}
+
+
+def backend_of(candidate: str, device: torch.device) -> str:
+    """The backend that runs a candidate: that of the op of ours it times, "torch" for others."""
+    op = next((op for prefix, op in OPS.items() if candidate.startswith(prefix)), "")
+    return k.backend_of(op, device) if op else "torch"
+
+
 def device_name(device: torch.device) -> str:
     """What a result is labelled with: the GPU's name, or the processor, its instructions and the thread count."""
     if device.type == "cuda":
@@ -30,13 +46,15 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_features.describe()}, {torch.get_num_threads()} threads"
 
 
-def row_fields(shape: Shape, row: Row, origin: tuple[str, ...], backend: str) -> dict[str, str]:
+def row_fields(
+    shape: Shape, row: Row, origin: tuple[str, ...], device: torch.device
+) -> dict[str, str]:
     """One row by name in FIELDS. roof: the time at the ceilings measured in the same run / the median."""
     t = row.timing
     times = (f"{1e6 * seconds:.1f}" for seconds in (t.p20, t.median, t.p80))
     values = (
         *origin, shape.name, shape.operations, row.candidate,
-        backend if row.candidate.startswith("ditq") else "torch",
+        backend_of(row.candidate, device),
         t.how, *times, t.rounds, f"{row.tops:.4f}", row.num_bytes, "" if row.roof is None else f"{row.roof:.3f}",
         f"{row.speedup:.3f}", f"{row.speedup_bf16:.3f}", f"{row.error:.2e}",
     )  # fmt: skip
@@ -48,15 +66,13 @@ def origin_of(device: torch.device) -> tuple[str, ...]:
     return (device_name(device), torch.__version__, _triton(), commit())
 
 
-def write_csv(
-    path: Path, rows: list[tuple[Shape, Row]], device: torch.device, backend: str
-) -> None:
+def write_csv(path: Path, rows: list[tuple[Shape, Row]], device: torch.device) -> None:
     """Write all rows atomically."""
     origin = origin_of(device)
     with atomic_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(row_fields(shape, row, origin, backend) for shape, row in rows)
+        writer.writerows(row_fields(shape, row, origin, device) for shape, row in rows)
 
 
 def commit() -> str:

@@ -12,7 +12,7 @@ import ditq_kernels as k
 from ditq_bench import SHAPES, GemmShape
 from ditq_bench.cli import bench
 from ditq_bench.gemm import BASELINE, bench_gemm
-from ditq_bench.results import FIELDS
+from ditq_bench.results import FIELDS, backend_of
 from ditq_bench.timing import time_in_turn
 
 SMALL = GemmShape("small", 8, 128, 32)
@@ -94,3 +94,17 @@ def test_unknown_shapes_are_misuse(app, tmp_path):
     assert result.exit_code == 2
     assert "dit-xl-256" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_name_the_backend_of_their_own_op(processor):
+    processor(avx_vnni=True)
+    names = {
+        "torch bf16 linear": "torch",
+        "torch._int_mm": "torch",
+        "ditq W8A8": "cpu",
+        "ditq W4A8, GEMM alone": "cpu",
+        "ditq W4A8 per group, GEMM alone": "reference",
+        "ditq quantize per token": "reference",
+        "ditq int8 QK, int8 PV": "reference",
+    }
+    assert {name: backend_of(name, CPU) for name in names} == names
