@@ -76,8 +76,8 @@ else
     stage small 90 "$python" -m ditq_bench.gpu_run.small
     stage questions 170 "$python" -m ditq_bench.gpu_run.questions --out "$out" --budget 150
     stage tests 100 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
-    for shapes in dit-xl-256 pixart-1024; do
-        stage "kernels_$shapes" 60 $(bench kernels --shapes $shapes --batch 1,16 --budget 2 --against compiled,int_mm,int_mm+dequant --out "$out/kernels_$shapes")
+    for shapes in dit-xl-256:1,16 pixart-1024:1; do
+        stage "kernels_${shapes%:*}" 60 $(bench kernels --shapes "${shapes%:*}" --batch "${shapes#*:}" --budget 2 --against compiled,int_mm,int_mm+dequant --out "$out/kernels_${shapes%:*}")
     done
     for weights in w8 w4p; do
         stage "pack_$weights" 40 "$python" -c "$pack" "$out/digits-$weights" "$weights"
