@@ -128,7 +128,10 @@ def test_four_bytes_at_once_never_carry():
     for high in (False, True):
         word = ((codes << 4 if high else codes) * bytes_to_word).sum(axis=-1)
         nibbles = ((word >> 4) if high else word) & 0x0F0F0F0F
-        biased = (offset + 128)[..., None] * 0x01010101
+        group = scale | (offset + 128) << 8
+        biased = sum((group >> 8 & 255) << shift for shift in (0, 8, 16, 24))[
+            ..., None
+        ]  # prmt 0x1111
         expanded = ((nibbles * scale[..., None] + biased) ^ 0x80808080) & 0xFFFFFFFF
         got = (expanded[..., None] >> np.arange(0, 32, 8) & 255).astype(np.uint8).view(np.int8)
         assert legal.sum() > 5000

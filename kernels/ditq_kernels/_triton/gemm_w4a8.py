@@ -26,14 +26,30 @@ from ditq_kernels._triton.split_k import inputs_of_program, write_sums
 
 
 @triton.jit
-def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
+def offset_of_four(groups, INLINE_ASM: tl.constexpr):
+    """group_offset + 128 in each byte of a word."""
+    if INLINE_ASM:  # one byte permutation instead of a shift and a product
+        offsets = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x1111;", "=r,r", [groups], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        offsets = (groups >> 8) * 0x01010101
+    return offsets
+
+
+@triton.jit
+def expand_nibbles(
+    packed, low_group, high_group, BLOCK_N: tl.constexpr, HALF: tl.constexpr, INLINE_ASM: tl.constexpr
+):
     """Both int8 halves of packed bytes. group words: group_scale | (group_offset + 128) << 8.
 
     INLINE_ASM works on four bytes per register. The plain twin is for the interpreter, which has no
     assembly; compiled, it would cost ten times the instructions.
     """
-    low_scale, low_offset = low_group & 255, low_group >> 8
-    high_scale, high_offset = high_group & 255, high_group >> 8
+    low_scale = tl.broadcast_to(low_group & 255, (BLOCK_N, HALF))
+    high_scale = tl.broadcast_to(high_group & 255, (BLOCK_N, HALF))
+    low_offset = tl.broadcast_to(offset_of_four(low_group, INLINE_ASM), (BLOCK_N, HALF))
+    high_offset = tl.broadcast_to(offset_of_four(high_group, INLINE_ASM), (BLOCK_N, HALF))
     if INLINE_ASM:
         low = tl.inline_asm_elementwise(
             """{ .reg .b32 u;
@@ -41,7 +57,7 @@ def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
             mad.lo.u32 u, u, $2, $6;
             xor.b32 $0, u, 0x80808080; }""",
             "=r,r,r,r,r,r,r,r,r,r",  # $1: 4 bytes; $2..$5: scale, $6..$9: offset, equal in a row
-            [packed, low_scale, low_offset * 0x01010101],
+            [packed, low_scale, low_offset],
             dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
         high = tl.inline_asm_elementwise(
@@ -51,13 +67,13 @@ def expand_nibbles(packed, low_group, high_group, INLINE_ASM: tl.constexpr):
             mad.lo.u32 u, u, $2, $6;
             xor.b32 $0, u, 0x80808080; }""",
             "=r,r,r,r,r,r,r,r,r,r",
-            [packed, high_scale, high_offset * 0x01010101],
+            [packed, high_scale, high_offset],
             dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
         codes = packed.to(tl.int32)
-        low = ((codes & 15) * low_scale + low_offset - 128).to(tl.int8)
-        high = ((codes >> 4) * high_scale + high_offset - 128).to(tl.int8)
+        low = ((codes & 15) * low_scale + (low_offset & 255) - 128).to(tl.int8)
+        high = ((codes >> 4) * high_scale + (high_offset & 255) - 128).to(tl.int8)
     return low, high
 
 
@@ -79,6 +95,9 @@ def sums_w4a8(
     columns = tl.minimum(t, T - 1).to(tl.int64) * stride_qt
     split_at = split_ptr + rows[:, None] + k[None, :]
     q_at = q_ptr + columns[None, :] + k[:, None]
+    groups_at = groups_ptr + real_n
+    # groups of a unit or of half a unit: each unit has those that follow the last one's
+    WALKS: tl.constexpr = EVEN_K and UNIT % GROUP_SIZE == 0
     last_group = K // GROUP_SIZE - 1  # padding of the last unit multiplies zero activations
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.int32)
     first, end = 0, K
@@ -86,6 +105,8 @@ def sums_w4a8(
         first, end = inputs_of_program(K, UNIT, SPLITS)
         split_at += first // 2
         q_at += first
+        if WALKS:
+            groups_at += (first // GROUP_SIZE).to(tl.int64) * N
     for start in range(first, end, UNIT):
         packed = tl.load(split_at)  # padded to whole units: no mask
         if EVEN_K:
@@ -94,18 +115,20 @@ def sums_w4a8(
         else:
             q_low = tl.load(q_at, mask=(start + k < K)[:, None], other=0)
             q_high = tl.load(q_at + HALF, mask=(start + HALF + k < K)[:, None], other=0)
-        low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
-        low_group = tl.load(groups_ptr + low_row + real_n)[:, None]
-        high_group = low_group
-        if GROUP_SIZE % UNIT != 0:
-            high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
-            high_group = tl.load(groups_ptr + high_row + real_n)[:, None]
-        low, high = expand_nibbles(
-            packed,
-            tl.broadcast_to(low_group, (BLOCK_N, HALF)),
-            tl.broadcast_to(high_group, (BLOCK_N, HALF)),
-            INLINE_ASM,
-        )
+        if WALKS:
+            low_group = tl.load(groups_at)[:, None]
+            high_group = low_group
+            if GROUP_SIZE == HALF:
+                high_group = tl.load(groups_at + N)[:, None]
+            groups_at += UNIT // GROUP_SIZE * N
+        else:
+            low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
+            low_group = tl.load(groups_at + low_row)[:, None]
+            high_group = low_group
+            if GROUP_SIZE % UNIT != 0:
+                high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
+                high_group = tl.load(groups_at + high_row)[:, None]
+        low, high = expand_nibbles(packed, low_group, high_group, BLOCK_N, HALF, INLINE_ASM)
         total = tl.dot(low, q_low, total, out_dtype=tl.int32)
         total = tl.dot(high, q_high, total, out_dtype=tl.int32)
         split_at += HALF
