@@ -57,9 +57,16 @@ def test_scores_and_int8_values_run_on_int8_tensor_cores(censuses):
 def test_products_are_not_padded_to_128(censuses):
     """72 is 64 + 32 in each look at the keys and 64 + 16 for values."""
     _, found = censuses
-    for keys, looks in ((256, 1), (1024, 2)):
-        padded, plain = (products(found[INT8, keys, d]["mma"]) for d in (72, 64))
-        assert padded / plain == (96 * looks + 80) / (64 * looks + 64)
+    for keys in (256, 1024):
+        padded, plain = (found[INT8, keys, d] for d in (72, 64))
+        expected = needed(padded["config"], keys, 96, 80) / needed(plain["config"], keys, 64, 64)
+        assert products(padded["mma"]) / products(plain["mma"]) == expected
+
+
+def needed(config, keys, score, value):
+    """Multiplications of a warp for one tile, in one look at the keys or two."""
+    looks = 1 if keys <= config["block_k"] else 2
+    return config["block_q"] * config["block_k"] / config["num_warps"] * (looks * score + value)
 
 
 def products(mma):

@@ -25,12 +25,18 @@ from ditq_kernels._triton.attention import (
 from ditq_kernels._triton.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
 from ditq_kernels.checks_attention import has_tokens_inside
 
+ROUND_TO_STORED = tl.constexpr(ROUND_TO_INTEGER.value - 128)  # even, so that ties stay ties to even
+CODE_BITS = tl.constexpr(0x4B400000 - 128)
+
 
 @triton.jit
-def probability_codes(logits, top):
-    """int32 in 0..255: 255 * exp2(logits - top), ties to even; the fused step rounds only once."""
+def stored_codes(logits, top):
+    """CODE_BITS + 255 * exp2(logits - top), ties to even, int32: the low byte is the code - 128.
+
+    The fused step rounds only once, and to an integer: fp32 has no fraction at this size.
+    """
     p = tl.exp2(logits - top[:, None])
-    return tl.fma(p, 255.0, ROUND_TO_INTEGER).to(tl.int32, bitcast=True) - 0x4B400000
+    return tl.fma(p, 255.0, ROUND_TO_STORED).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -115,6 +121,7 @@ def _attention_qk_int8_pv_int8_kernel(
             STRIDE_KT, D, SCORE_A, SCORE_B, K_SCALE, EVEN_K, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     code_sum = tl.zeros((BLOCK_Q,), tl.int32)
+    EXTRA: tl.constexpr = (BLOCK_K * CODE_BITS + 2**31) % 2**32 - 2**31  # int32 wraps; differences fit
     acc_a = tl.zeros((BLOCK_Q, VALUE_A), tl.int32)
     v_sum_a = tl.zeros((VALUE_A, BLOCK_K // 4), tl.int32)
     if VALUE_B > 0:
@@ -128,9 +135,9 @@ def _attention_qk_int8_pv_int8_kernel(
         logits = logits_of(total, row_step, k_scale_ptr, key_mask_ptr, keys, Tk, K_SCALE, EVEN_K)
         if ONE_TILE:
             top = tl.maximum(tl.max(logits, 1), LOWEST_LOGIT)
-        codes = probability_codes(logits, top)
-        code_sum += tl.sum(codes, 1)
-        stored = (codes - 128).to(tl.int8)
+        codes = stored_codes(logits, top)
+        code_sum += tl.sum(codes, 1) - EXTRA
+        stored = codes.to(tl.int8)
         v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, 0, VALUE_A, BLOCK_K)
         acc_a = tl.dot(stored, v, acc_a, out_dtype=tl.int32)
         if v_sum_ptr is None:

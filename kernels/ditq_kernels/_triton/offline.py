@@ -89,6 +89,7 @@ class OfflineKernel:
         specialize: (op, problem, launch) -> the jit function and its constants.
         types: of arguments that differ from POINTERS.
         targets: architectures it is for; None: all.
+        checked: how many launches, of the first problems, the gate of machine code takes.
     """
 
     problems: tuple[Problem, ...]
@@ -96,6 +97,7 @@ class OfflineKernel:
     specialize: Callable[[str, Problem, Any], tuple[Any, dict[str, Any]]]
     types: dict[str, str] = dataclasses.field(default_factory=dict)
     targets: tuple[int, ...] | None = None
+    checked: int = 1
 
 
 def compile_op(
@@ -322,7 +324,11 @@ KERNELS = {
     for stages in those
 } | {
     op: OfflineKernel(
-        HEADS, offline_attention.config_of, offline_attention.attention_kernel, offline_attention.types_of(op)
+        HEADS,
+        offline_attention.config_of,
+        offline_attention.attention_kernel,
+        offline_attention.types_of(op),
+        checked=2,  # long rows and short ones
     )
     for op in offline_attention.OPS
 } | {
