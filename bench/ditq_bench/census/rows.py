@@ -91,14 +91,16 @@ def kernel_names() -> tuple[str, ...]:
 def cases(
     kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool
 ) -> list[tuple[str, int, Any, Any]]:
-    """(kernel, target, problem, launch): every tuned launch, or only that of each kernel's usual problem."""
+    """(kernel, target, problem, launch): every tuned launch, or only those of each kernel's usual problems."""
     from ditq_kernels._triton import offline
 
     return [
         (kernel, target, problem, config)
         for kernel in kernels
         for target in targets
-        for problem, config in offline.tuned_problems(kernel, target)[: 1 if usual_only else None]
+        for problem, config in offline.tuned_problems(kernel, target)[
+            : offline.KERNELS[kernel].checked if usual_only else None
+        ]
     ]
 
 
