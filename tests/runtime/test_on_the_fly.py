@@ -179,7 +179,7 @@ def test_choices_that_cannot_be_are_refused(choice, sentence):
 
 
 def test_a_pattern_that_matches_nothing_is_refused(float_folder):
-    with pytest.raises(ValueError, match="matches none of the 14 quantized modules"):
+    with pytest.raises(ValueError, match="matches none of the 15 quantized modules"):
         _load(float_folder["own"], {"weights": "w8", "keep": ("*.to_query",)})
 
 
