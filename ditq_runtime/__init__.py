@@ -7,6 +7,7 @@
 Importing touches no GPU and no network, and loads none of our Triton kernels.
 """
 
+from ditq_runtime.attention_backend import register_attention_backends
 from ditq_runtime.checkpoint import FORMAT_VERSION
 from ditq_runtime.configure import configure
 from ditq_runtime.errors import CheckpointError, FallbackError
@@ -20,6 +21,7 @@ from ditq_runtime.report import ExecutionReport, LayerRun, execution_report
 from ditq_runtime.scheme import LayerFormat, Scheme
 
 register()
+register_attention_backends()
 watch_wrapping()
 
 __all__ = [

@@ -67,19 +67,18 @@ class QuantAttention(Pinned):
         Returns:
             [B, Tq, H, D] in the dtype of the query, or int8 codes.
         """
-        (q, q_scale), (keys, k_scale) = self._codes(query, "q_scale"), self._codes(key, "k_scale")
-        rest: dict[str, Any] = {
-            "softmax_scale": self.softmax_scale,
-            "key_mask": key_mask,
-            **(out or {"out_dtype": query.dtype}),
-        }
+        if self.format.scales == "token":
+            values = self.format.values
+            return attend_per_token(query, key, value, key_mask, values, self.softmax_scale, **out)
+        steps: list[torch.Tensor] = [self.q_scale.data, self.k_scale.data]
+        codes = [_static_codes(query, steps[0]), _static_codes(key, steps[1])]
         if self.format.values == "bf16":
-            v = value.to(torch.bfloat16).transpose(1, 2)
-            made = k.attention_qk_int8_pv_bf16(q, keys, v, q_scale, k_scale, **rest)
+            codes.append(_bf16(value))
         else:
-            v, v_scale = self._value_codes(value, key_mask)
-            made = k.attention_qk_int8_pv_int8(q, keys, v, q_scale, k_scale, v_scale, **rest)
-        return made.transpose(1, 2)
+            steps.append(self.v_scale.data)
+            codes.append(_static_codes(value, steps[2]))
+        rest = out or {"out_dtype": query.dtype}
+        return _attend(codes, steps, key_mask, self.softmax_scale, **rest)
 
     def of_codes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **out: Any
@@ -101,34 +100,82 @@ class QuantAttention(Pinned):
         )
         return made.transpose(1, 2)
 
-    def _codes(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int8 [B, H, T, D] of x [B, T, H, D], and their scale: [B, H, T], or the stored [H]."""
-        if self.format.scales == "static":
-            scale: torch.Tensor = getattr(self, name).data
-            return _static_codes(x, scale), scale
-        batch, tokens, heads, head_dim = x.shape
-        codes, scale = k.quantize_per_token(x.reshape(-1, head_dim))
-        by_head = scale.view(batch, tokens, heads).transpose(1, 2).contiguous()
-        return codes.view(x.shape).transpose(1, 2), by_head
-
-    def _value_codes(
-        self, value: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int8 [B, H, T, D], and their scale: [B, H], so that no image depends on its batch, or [H].
-
-        Padding has no say in the scale: masked values may clip, their probability is 0.
-        """
-        if self.format.scales == "static":
-            return self._codes(value, "v_scale")
-        absmax = value.abs().amax(3)  # [B, T, H]
-        if key_mask is not None:
-            absmax = absmax.masked_fill(~key_mask[..., None], 0)
-        scale = k.symmetric_scale(absmax.amax(1))
-        return k.quantize_symmetric(value, scale[:, None, :, None]).transpose(1, 2), scale
-
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"heads={self.heads}, {self.format}"
+
+
+def attend_per_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    values: str,
+    softmax_scale: float,
+    **out: Any,
+) -> torch.Tensor:
+    """Attend with scales of what is there: one per token and head of Q and K, one per image and head of int8 V.
+
+    Args:
+        query: as in `QuantAttention.forward`, like all but the next two.
+        key: the same.
+        value: the same.
+        key_mask: the same.
+        values: `int8` or `bf16`.
+        softmax_scale: multiplies the logits.
+        out: the same.
+
+    Returns:
+        The same.
+    """
+    (q, q_scale), (keys, k_scale) = _token_codes(query), _token_codes(key)
+    codes, steps = [q, keys], [q_scale, k_scale]
+    if values == "bf16":
+        codes.append(_bf16(value))
+    else:
+        v, v_scale = _image_codes(value, key_mask)
+        codes.append(v)
+        steps.append(v_scale)
+    return _attend(codes, steps, key_mask, softmax_scale, **(out or {"out_dtype": query.dtype}))
+
+
+def _attend(
+    codes: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    key_mask: torch.Tensor | None,
+    softmax_scale: float,
+    **out: Any,
+) -> torch.Tensor:
+    """[B, Tq, H, D] of Q, K, V [B, H, T, D]; V is int8 if it has a step, else bf16."""
+    product = k.attention_qk_int8_pv_int8 if len(steps) == 3 else k.attention_qk_int8_pv_bf16
+    made = product(*codes, *steps, softmax_scale=softmax_scale, key_mask=key_mask, **out)
+    return made.transpose(1, 2)
+
+
+def _bf16(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.bfloat16).transpose(1, 2)
+
+
+def _token_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [B, H, T, D] of x [B, T, H, D], and their scale [B, H, T]."""
+    batch, tokens, heads, head_dim = x.shape
+    codes, scale = k.quantize_per_token(x.reshape(-1, head_dim))
+    by_head = scale.view(batch, tokens, heads).transpose(1, 2).contiguous()
+    return codes.view(x.shape).transpose(1, 2), by_head
+
+
+def _image_codes(
+    value: torch.Tensor, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [B, H, T, D], and their scale [B, H], so that no image depends on its batch.
+
+    Padding has no say in the scale: masked values may clip, their probability is 0.
+    """
+    absmax = value.abs().amax(3)  # [B, T, H]
+    if key_mask is not None:
+        absmax = absmax.masked_fill(~key_mask[..., None], 0)
+    scale = k.symmetric_scale(absmax.amax(1))
+    return k.quantize_symmetric(value, scale[:, None, :, None]).transpose(1, 2), scale
 
 
 def _static_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

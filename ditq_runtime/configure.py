@@ -6,6 +6,7 @@ from typing import Any
 
 import ditq_kernels as k
 from ditq_kernels.backend import CHOICES, why_not
+from ditq_runtime.attention_backend import choose_attention, processors_to_choose
 from ditq_runtime.families.fusible import FUSION, examine, fusible_blocks
 from ditq_runtime.families.fusible import why_not as why_not_fused
 from ditq_runtime.linear import QuantLinear
@@ -25,7 +26,9 @@ def configure(
             `auto` what the device runs best: `triton` on CUDA, `cpu` on a processor with int8 dot products. To name
             either insists on it. It holds for all packed models of this process on that type of device, until the
             next call. None: as it is.
-        attention: `auto` is what the checkpoint says.
+        attention: of attentions that ask diffusers' dispatcher (Flux, Qwen, Wan, ...) and that the checkpoint leaves
+            float: `int8` or `bf16` probabilities and values beside int8 scores, with scales computed as they run, in
+            this model only; `native` undoes it; `auto`: as it is. What the checkpoint quantized stays so.
         fuse: True: fused blocks wherever a block can run so, which is the default of every model; False: none;
             None: as it is. A block that cannot runs as ever, and `execution_report` says why.
 
@@ -44,12 +47,10 @@ def configure(
     devices = {m.weight.device for m in layers}
     if linear is not None:
         _check_linear(linear, devices)
-    if attention != "auto":
-        raise ValueError(
-            f"configure: attention must be 'auto', got {attention!r}; a checkpoint decides how its attention runs"
-        )
+    processors = processors_to_choose(model, attention)
     if fuse is not None:
         _switch_fusion(model, fuse)
+    choose_attention(processors, attention)
     if linear is not None:
         for device in devices:
             k.choose_backend(linear, device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_runtime.attention_backend import chosen_attentions
 from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.families.adaln import HOISTED
@@ -153,7 +154,7 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     family = family_of(scheme.architecture)
     _check_in_place(model, scheme.layers)
     check_attention_in_place(model, scheme.attention)
-    attentions = family.attention_names(model)
+    attentions = list(dict.fromkeys([*family.attention_names(model), *chosen_attentions(model)]))
     inputs = inputs or _example_inputs(model, family)
     given = next((n for n in UNFUSING if inputs.get(n) is not None and inputs[n] != {}), None)
     watch = Watch(model, attentions, "" if given is None else f"{given} given to the model")

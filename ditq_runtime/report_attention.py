@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.attention import QuantAttention
-from ditq_runtime.attention_format import AttentionFormat
+from ditq_runtime.attention_format import VALUES, AttentionFormat
 from ditq_runtime.attention_install import PROCESSORS
 from ditq_runtime.attention_processor import CORE
 from ditq_runtime.errors import FallbackError
 
 NOT_LISTED = "float: the scheme does not list it"
+NO_SCALES = nn.Module()
+CHOSEN = "chosen with configure(attention=...) or set_attention_backend, not by the scheme"
 FLOAT_PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "matmul", "linear", "_int_mm"})
 FUSED_FLOAT = (
     "_scaled_dot_product"  # aten's name of every backend of scaled_dot_product_attention begins so
@@ -120,7 +122,7 @@ def attention_runs(
                 _quantized(name, model.get_submodule(name), listed[name], operations, name in fused)
             )
         elif operations:
-            rows.append(_float(name, operations))
+            rows.append(_unlisted(name, model.get_submodule(name), operations))
     return rows
 
 
@@ -143,11 +145,22 @@ def _quantized(
         scores="int8",
         values=promised.values,
         scales=promised.scales,
-        nbytes=sum(p.numel() * p.element_size() for p in attn.get_submodule(CORE).parameters()),
+        nbytes=sum(
+            p.numel() * p.element_size() for p in getattr(attn, CORE, NO_SCALES).parameters()
+        ),
         flops=sum(operation.flops for operation in ran),
         backend=k.backend_of(promised.ops[-1], next(attn.parameters()).device),
         integer=True,
     )
+
+
+def _unlisted(name: str, attn: nn.Module, ran: list[Operation]) -> AttentionRun:
+    """Of an attention that the checkpoint says nothing about."""
+    for values in VALUES:
+        promised = AttentionFormat(values, "token")
+        if ran[-1].name == f"ditq.{promised.ops[-1]}":
+            return replace(_quantized(name, attn, promised, ran, in_block=False), note=CHOSEN)
+    return _float(name, ran)
 
 
 def _float(name: str, ran: list[Operation]) -> AttentionRun:

@@ -312,7 +312,7 @@ def test_switches(folders, pipes, processor):
     for options, sentence in (
         ({"linear": "triton"}, "linear='triton' needs CUDA tensors, and these are on cpu"),
         ({"linear": "cuda"}, "must be one of auto, reference, cpu, triton, got 'cuda'"),
-        ({"attention": "sage"}, "attention must be 'auto', got 'sage'"),
+        ({"attention": "sage"}, "attention must be one of auto, native, int8, bf16, got 'sage'"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ditq.configure(model, **options)
