@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from ditq_converters.evaluate import plots
-from ditq_converters.evaluate.evaluation import Evaluation
 from ditq_converters.evaluate.judges import rgb, to_uint8
 from ditq_converters.evaluate.layer_error import FORCED
 from ditq_converters.evaluate.page import write_page
+from ditq_converters.evaluate.records import Evaluation
 from ditq_runtime.files import atomic_file, atomic_folder, write_json
 from ditq_runtime.images import grid
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from ditq_converters.evaluate import plots
+from ditq_converters.showcase.records import Settings, Study
 from ditq_runtime.images import grid
-
-if TYPE_CHECKING:
-    from ditq_converters.showcase.run import Settings, Study
 
 SHOWN = 40  # samples per model in a grid
 SITES = ("qkv", "o_proj", "fc1", "fc2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import compare_runs, forced_sqnr, layer_errors, run
 from ditq_converters.progress import progress_bar
 from ditq_converters.recipe import Recipe
+from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
 from ditq_converters.stats import CalibrationStats
@@ -24,36 +25,6 @@ from ditq_converters.trajectory import SamplingPlan
 from ditq_runtime.files import write_json
 from ditq_runtime.folder import open_folder, size_by_category
 from ditq_runtime.report import execution_report
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much of everything.
-
-    Attributes:
-        steps: model calls per sample, in calibration and in sampling.
-        guidance: classifier-free guidance weight.
-        calibration_samples: images sampled to calibrate.
-        scored_samples: images per model of `demo:digits`, for free SQNR, PSNR, accuracy and digit-FD.
-        salient_samples: images per model of `demo:digits-salient`, for SQNR.
-        few_samples: images for the forced SQNR and the error per layer.
-        seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
-    """
-
-    steps: int = 50
-    guidance: float = 1.5
-    calibration_samples: int = 32
-    scored_samples: int = 100
-    salient_samples: int = 20
-    few_samples: int = 20
-    seed: int = 0
-
-    @classmethod
-    def quick(cls) -> Settings:
-        """A run of well under a minute; its figures are rougher."""
-        return cls(
-            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, few_samples=5
-        )
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
@@ -84,27 +55,6 @@ def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
     write_json(out / "report.json", report)
     write_page(out, report)
     return report
-
-
-@dataclass(frozen=True)
-class Study:
-    """One demo model and its packed variants.
-
-    Attributes:
-        figures: JSON-safe results.
-        samples: model name -> final latents [S, C, H, W].
-        labels: class of each sample.
-        stats: its calibration.
-        layers: variant -> (layer names, errors [layers, steps]), where measured.
-        decode: latents -> list of PIL images.
-    """
-
-    figures: dict[str, Any]
-    samples: dict[str, torch.Tensor]
-    labels: tuple[int, ...]
-    stats: CalibrationStats
-    layers: dict[str, tuple[list[str], torch.Tensor]]
-    decode: Any
 
 
 def _study(

@@ -1,0 +1,61 @@
+"""What a showcase is asked and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditq_converters.stats import CalibrationStats
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything.
+
+    Attributes:
+        steps: model calls per sample, in calibration and in sampling.
+        guidance: classifier-free guidance weight.
+        calibration_samples: images sampled to calibrate.
+        scored_samples: images per model of `demo:digits`, for free SQNR, PSNR, accuracy and digit-FD.
+        salient_samples: images per model of `demo:digits-salient`, for SQNR.
+        few_samples: images for the forced SQNR and the error per layer.
+        seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
+    """
+
+    steps: int = 50
+    guidance: float = 1.5
+    calibration_samples: int = 32
+    scored_samples: int = 100
+    salient_samples: int = 20
+    few_samples: int = 20
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """A run of well under a minute; its figures are rougher."""
+        return cls(
+            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, few_samples=5
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """One demo model and its packed variants.
+
+    Attributes:
+        figures: JSON-safe results.
+        samples: model name -> final latents [S, C, H, W].
+        labels: class of each sample.
+        stats: its calibration.
+        layers: variant -> (layer names, errors [layers, steps]), where measured.
+        decode: latents -> list of PIL images.
+    """
+
+    figures: dict[str, Any]
+    samples: dict[str, torch.Tensor]
+    labels: tuple[int, ...]
+    stats: CalibrationStats
+    layers: dict[str, tuple[list[str], torch.Tensor]]
+    decode: Any
