@@ -325,6 +325,7 @@ def test_a_hub_model_is_downloaded_and_opened_from_its_folder(source, monkeypatc
         asked.append(name)
         return str(source)
 
+    monkeypatch.setattr("ditq_runtime.hub_cache.is_pipeline", lambda name: True)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     pipe = open_model("someone/a-dit", memory_budget=2**20)
     assert asked == ["someone/a-dit"]

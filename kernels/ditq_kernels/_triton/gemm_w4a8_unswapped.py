@@ -37,12 +37,8 @@ def _gemm_w4a8_unswapped_kernel(
         high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
         low_group = tl.load(groups_ptr + low_row + n)[:, None]
         high_group = tl.load(groups_ptr + high_row + n)[:, None]
-        low, high = expand_nibbles(
-            tl.load(split_at),
-            tl.broadcast_to(low_group, (BLOCK_N, HALF)),
-            tl.broadcast_to(high_group, (BLOCK_N, HALF)),
-            INLINE_ASM,
-        )
+        packed = tl.load(split_at)
+        low, high = expand_nibbles(packed, low_group, high_group, BLOCK_N, HALF, INLINE_ASM)
         total = tl.dot(tl.load(q_at), tl.trans(low), total, out_dtype=tl.int32)
         total = tl.dot(tl.load(q_at + HALF), tl.trans(high), total, out_dtype=tl.int32)
         split_at += HALF
