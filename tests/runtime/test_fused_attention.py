@@ -7,6 +7,7 @@ from diffusers import DiTTransformer2DModel
 import ditq_runtime as ditq
 from ditq_bench.launches import launches_of
 from ditq_converters import Recipe, calibrate, convert
+from ditq_runtime import attention
 from ditq_runtime.attention import QuantAttention
 from ditq_runtime.attention_processor import CORE
 from ditq_runtime.families.attend import has_one_gemm
@@ -176,19 +177,19 @@ def test_in_bf16_codes_differ_by_one_rounding(make, monkeypatch):
     """Stock rounds q, k and v to bf16, 2**-8 of a value: under 128 * 2**-8 = 0.5 steps inside the range, and so at most
     one code. The first block of both reads one stream."""
     model, seen = make(ALL_STATIC, torch_dtype=torch.bfloat16), {"fused": [], "stock": []}
-    of_codes, attend = QuantAttention.of_codes, QuantAttention._codes
+    of_codes, static_codes = QuantAttention.of_codes, attention._static_codes
 
     def fused(self, *codes, **out):
         seen["fused"] += codes
         return of_codes(self, *codes, **out)
 
-    def stock(self, x, name):
-        codes, scale = attend(self, x, name)
+    def stock(x, scale):
+        codes = static_codes(x, scale)
         seen["stock"].append(codes)
-        return codes, scale
+        return codes
 
     monkeypatch.setattr(QuantAttention, "of_codes", fused)
-    monkeypatch.setattr(QuantAttention, "_codes", stock)
+    monkeypatch.setattr(attention, "_static_codes", stock)
     for fuse in (True, False):
         ditq.configure(model, fuse=fuse)
         run(model, torch.bfloat16)
