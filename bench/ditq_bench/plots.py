@@ -15,9 +15,10 @@ MARKS = "os^vDP*Xp"
 
 
 def plot_speedup(path: Path, rows: list[tuple[Shape, Row]], device: str) -> None:
-    """Bars: median of torch bf16 over the candidate's, per shape."""
+    """Bars: median of torch bf16 over the candidate's, per shape; a quantizer alone is no rival and has none."""
     from matplotlib.figure import Figure
 
+    rows = [(shape, row) for shape, row in rows if row.computes]
     shapes = list(dict.fromkeys(shape.name for shape, _ in rows))
     colors = _colors(rows)
     figure = Figure(figsize=(5 + 1.6 * len(shapes), 5), layout="constrained")
