@@ -78,25 +78,12 @@ def sample(
 
     Example: ditq sample out --prompt "a red fox in the snow" --prompt "two boats" --out grid.png
     """
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     import torch
 
-    from ditq_kernels.backend import CHOICES
-    from ditq_runtime.prepare import prepare
-
-    if backend not in CHOICES:
-        raise typer.BadParameter(f"--backend must be one of {', '.join(CHOICES)}, got {backend!r}.")
-
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    used = check_backend(backend, place)
-    if cuda_graph and place.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {place}; leave it out")
+    used = _check(place, dtype, backend, cuda_graph)
     begin = time.perf_counter()
-    pipe = load(path, getattr(torch, dtype), place)
-    set_sampler(pipe, sampler)
-    if cuda_graph:
-        prepare(pipe, cuda_graph=True)
+    pipe = _opened(path, getattr(torch, dtype), place, sampler, cuda_graph)
     loaded = time.perf_counter() - begin
     wanted = wishes(pipe, class_labels, prompt, prompts, Sizes(steps, cfg, height, width))
     torch.manual_seed(seed)  # diffusers gives a sampler that draws noise at every step no generator
@@ -106,6 +93,7 @@ def sample(
     took = time.perf_counter() - begin
     with atomic_file(out) as part:
         grid(images, min(columns, len(images))).save(part, format="PNG")
+    proof = _proof(pipe, last) if report else None
     result: dict[str, Any] = {
         "out": str(out),
         "images": len(images),
@@ -117,20 +105,51 @@ def sample(
         "backend": used,
         "dtype": dtype,
     }
-    if report:
-        from ditq_runtime.report import execution_report
-
-        proof = execution_report(pipe.transformer, last.inputs)
-        result["report"] = proof.to_dict()
-        if not json:
-            say(str(proof))
     if json:
-        print_json(result)
+        print_json(result if proof is None else result | {"report": proof.to_dict()})
     else:
-        say(
-            f"{out}: {len(images)} images, {result['steps']} steps, {took:.2f} s ({took / len(images):.3f} s per "
-            f"image) on {place} ({used}, {dtype}); loaded in {loaded:.2f} s"
-        )
+        _tell(result, proof)
+
+
+def _check(place: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
+    """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
+    from ditq_kernels.backend import CHOICES
+
+    for option, value, choices in (("dtype", dtype, DTYPES), ("backend", backend, CHOICES)):
+        if value not in choices:
+            raise typer.BadParameter(
+                f"--{option} must be one of {', '.join(choices)}, got {value!r}."
+            )
+    used = check_backend(backend, place)
+    if cuda_graph and place.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {place}; leave it out")
+    return used
+
+
+def _opened(path: str, dtype: Any, place: Any, sampler: str, cuda_graph: bool) -> Any:
+    """The pipeline, with the scheduler that was asked for, captured if that was."""
+    from ditq_runtime.prepare import prepare
+
+    pipe = load(path, dtype, place)
+    set_sampler(pipe, sampler)
+    if cuda_graph:
+        prepare(pipe, cuda_graph=True)
+    return pipe
+
+
+def _proof(pipe: Any, last: LastInputs) -> Any:
+    from ditq_runtime.report import execution_report
+
+    return execution_report(pipe.transformer, last.inputs)
+
+
+def _tell(result: dict[str, Any], proof: Any) -> None:
+    if proof is not None:
+        say(str(proof))
+    say(
+        "{out}: {images} images, {steps} steps, {seconds:.2f} s ({seconds_per_image:.3f} s per image) on {device} "
+        "({backend}, {dtype}); loaded in {load_seconds:.2f} s".format(**result)
+    )
 
 
 def load(path: str, dtype: Any, device: Any) -> Any:

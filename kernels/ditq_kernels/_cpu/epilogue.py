@@ -21,9 +21,9 @@ def dequantized_blocks(
     bias: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
-    bias_index: torch.Tensor | None,
-    lora_x: torch.Tensor | None,
-    lora_up: torch.Tensor | None,
+    bias_index: torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_up: torch.Tensor | None = None,
     *,
     into: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:

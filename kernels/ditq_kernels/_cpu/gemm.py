@@ -13,25 +13,9 @@ from ditq_kernels._cpu.epilogue import dequantized_blocks
 from ditq_kernels._cpu.product import product
 
 
-def gemm_w8a8(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    bias_index: torch.Tensor | None = None,
-    lora_x: torch.Tensor | None = None,
-    lora_up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `reference.gemm_w8a8`."""
-    total = product(q, weight)
-    return _linear(
-        total, out_dtype, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x,
-        lora_up,
-    )  # fmt: skip
+def gemm_w8a8(q: torch.Tensor, weight: torch.Tensor, *stages: Any, **named: Any) -> torch.Tensor:
+    """As `reference.gemm_w8a8`; its arguments from `scale` on are `stages`."""
+    return _linear(product(q, weight), *stages, **named)
 
 
 def gemm_w4a8(
@@ -40,21 +24,11 @@ def gemm_w4a8(
     scale: torch.Tensor,
     group_scale: torch.Tensor,
     group_offset: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    bias_index: torch.Tensor | None = None,
-    lora_x: torch.Tensor | None = None,
-    lora_up: torch.Tensor | None = None,
+    *stages: Any,
+    **named: Any,
 ) -> torch.Tensor:
-    """As `reference.gemm_w4a8`."""
-    total = product(q, packed, group_scale, group_offset)
-    return _linear(
-        total, out_dtype, scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x,
-        lora_up,
-    )  # fmt: skip
+    """As `reference.gemm_w4a8`; its arguments from `weight_scale` on are `stages`."""
+    return _linear(product(q, packed, group_scale, group_offset), scale, *stages, **named)
 
 
 def gemm_residual(
@@ -103,15 +77,33 @@ def _gemm(
     weight: torch.Tensor,
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
-    *dequantize: Any,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    *branch: Any,
 ) -> torch.Tensor:
-    return _linear(product(q, weight, group_scale, group_offset), torch.float32, *dequantize)
+    """As `reference_fused.gemm`."""
+    total = product(q, weight, group_scale, group_offset)
+    return _linear(total, scale, weight_scale, bias, zero_point, weight_sum, torch.float32, *branch)
 
 
-def _linear(total: torch.Tensor, out_dtype: torch.dtype, *dequantize: Any) -> torch.Tensor:
+def _linear(
+    total: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    *branch: Any,
+    **named: Any,
+) -> torch.Tensor:
+    dequantize = (scale, weight_scale, bias, zero_point, weight_sum, *branch)
     out = total.new_empty(total.shape, dtype=out_dtype)
     in_place = out_dtype == torch.float32
-    for rows, y in dequantized_blocks(total, *dequantize, into=out if in_place else None):
+    for rows, y in dequantized_blocks(total, *dequantize, **named, into=out if in_place else None):
         if not in_place:
             out[rows] = y
     return out
