@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ditq_kernels import packing
-from ditq_kernels._triton.prepared import prepared
+from ditq_kernels.prepared import prepared
 
 WIDE_UNIT, NARROW_UNIT = 128, 64
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ditq_kernels import packing
-from ditq_kernels._triton.prepared import prepared
+from ditq_kernels.prepared import prepared
 
 HALF_MULTIPLE = 32  # one int8 tensor-core instruction consumes 32 inputs
 
