@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
+import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_bench.gemm import candidates
 from ditq_bench.measure import measure
@@ -38,8 +39,7 @@ SAMPLES = 2
 LINEARS = ("torch fp32 linear", "torch bf16 linear", "torch._int_mm", "ditq W8A8", "ditq W4A8")
 PACKED = {"ditq W8A8": "w8", "ditq W4A8": "w4p"}
 SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
-DEVIATION = {"w8": 73.5, "w4p": 36.9}  # of the uniform codes below, in steps of the row's scale
-CONSTANT = {"group_scale": 8, "group_offset": -60}  # codes 0..15 stand for -60, -52, ... 60
+TILE_ROWS = 64  # of normal weights that are packed; a layer repeats them
 FIELDS = (
     "device", "torch", "triton", "commit", "what", "candidate", "backend", "p20_cpu_ms", "median_cpu_ms", "p80_cpu_ms",
     "rounds", "speedup_over_fp32", "speedup_over_bf16", "weight_bytes",
@@ -94,19 +94,31 @@ def _random(config: dict[str, Any], weights: str = "") -> Any:
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for name, tensor in own:
-        if tensor.dtype == torch.int8 and name == "weight":
-            tensor.random_(-127, 128, generator=generator)
-        elif tensor.dtype == torch.uint8 and name == "weight":
-            tensor.random_(0, 256, generator=generator)
-        elif name in CONSTANT:
-            tensor.fill_(CONSTANT[name])
-        elif tensor.is_floating_point():
+    for _, tensor in own:
+        if tensor.is_floating_point():
             inputs = tensor.shape[1] if tensor.dim() > 1 else 1024
             tensor.normal_(std=SPREAD / inputs**0.5, generator=generator)
     if isinstance(module, QuantLinear):
-        step = SPREAD / module.in_features**0.5 / DEVIATION[module.format.weights]
-        module.weight_scale.data.fill_(step)
+        for name, rows in _packed_tile(module, generator).items():
+            values = getattr(module, name).data
+            repeats = -(-len(values) // len(rows)), *(1 for _ in rows.shape[1:])
+            values.copy_(rows.repeat(repeats)[: len(values)])
+
+
+def _packed_tile(layer: QuantLinear, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Codes and scales of `TILE_ROWS` rows of normal weights."""
+    tile = torch.randn(TILE_ROWS, layer.in_features, generator=generator)
+    tile *= SPREAD / layer.in_features**0.5
+    if layer.format.weights == "w8":
+        w8 = k.quantize_weight_w8(tile)
+        return {"weight": w8.qweight, "weight_scale": w8.scale}
+    w4 = k.quantize_weight_w4p(tile, layer.in_features // layer.group_scale.shape[1])
+    return {
+        "weight": w4.packed,
+        "weight_scale": w4.scale,
+        "group_scale": w4.group_scale,
+        "group_offset": w4.group_offset,
+    }
 
 
 def _step(model: Any) -> Callable[[], Any]:

@@ -66,7 +66,7 @@ def _device(device: str, name: str) -> dict[str, Any]:
 
 WHY = {
     "reference": "plain torch, exact integers; no GPU here",
-    "cpu": "torch's int8 GEMM on int8 dot products",
+    "cpu": "torch's int8 GEMMs, same integers as the reference",
     "triton": "Triton kernel, compiled on first use",
     "torch": "plain torch on the GPU",
 }

@@ -51,7 +51,7 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
         device: where its tensors live.
 
     Returns:
-        "triton": a Triton kernel. "cpu": torch's int8 GEMM, on a processor with int8 dot products. "torch": plain
+        "triton": a Triton kernel. "cpu": torch's int8 GEMMs, on a processor that has fast ones. "torch": plain
         torch, on purpose. "reference": the exact, slow definition.
 
     Raises:
@@ -67,7 +67,7 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
         return "reference"
     if kind == "cuda":
         return "triton" if op_name in TRITON_OPS else "torch"
-    if kind == "cpu" and op_name in CPU_OPS and cpu_features.int8_dot():
+    if kind == "cpu" and op_name in CPU_OPS and cpu_features.int8_gemm():
         return "cpu"
     return "reference"
 
@@ -101,9 +101,10 @@ def why_not(name: str, device: torch.device | str) -> str:
         return f"'triton' needs CUDA tensors, and these are on {device}; move the model, or take 'auto'"
     if name == "cpu" and kind != "cpu":
         return f"'cpu' needs tensors on the CPU, and these are on {device}; move the model, or take 'auto'"
-    if name == "cpu" and not cpu_features.int8_dot():
+    if name == "cpu" and not cpu_features.int8_gemm():
+        able = ", ".join((*cpu_features.INT8_DOT, *cpu_features.PAIRS))
         return (
-            f"'cpu' needs a processor with int8 dot products ({', '.join(cpu_features.INT8_DOT)}), and this is "
+            f"'cpu' needs torch with oneDNN on a processor with one of {able}, and this is "
             f"{cpu_features.describe()}; take 'auto' or 'reference'"
         )
     return ""

@@ -1,10 +1,14 @@
-"""Whether this processor multiplies int8 with instructions of its own, as the `cpu` backend needs."""
+"""Whether torch multiplies int8 faster than fp32 on this processor, as the `cpu` backend needs."""
 
 import torch
 
 # sums of int8 products in int32, without the detour over int16 that saturates
 INT8_DOT = ("amx_int8", "avx512_vnni", "avx_vnni")
-VECTORS = ("avx512_f", "avx2", "neon")  # widest first
+PAIRS = (
+    "avx512_f",
+    "avx2",
+)  # oneDNN has int8 kernels for these too; they need `_cpu.pairs` to be exact
+VECTORS = (*PAIRS, "neon")  # widest first
 
 
 def int8_dot() -> str:
@@ -14,6 +18,15 @@ def int8_dot() -> str:
     """
     found = torch.cpu.get_capabilities()
     return " + ".join(name for name in INT8_DOT if found.get(name))
+
+
+def int8_gemm() -> str:
+    """How torch multiplies int8 here: "dot products", "pairs" (see `_cpu.pairs`), or "" if not faster than fp32."""
+    if int8_dot():
+        return "dot products"
+    found = torch.cpu.get_capabilities()
+    has_pairs = torch.backends.mkldnn.is_available() and any(found.get(name) for name in PAIRS)
+    return "pairs" if has_pairs else ""
 
 
 def describe() -> str:

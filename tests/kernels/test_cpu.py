@@ -1,6 +1,7 @@
 """The `cpu` backend: integers against int64, every option against the reference to the bit, and when it is chosen.
 
-`torch._int_mm` is exact on any processor and slow without int8 dot products: shapes are tiny.
+`torch._int_mm` is exact on any processor and slow without int8 dot products: shapes are tiny. `pairs` is exact on any
+processor whose int8 kernels torch has; with int8 dot products nothing in it could saturate.
 """
 
 import itertools
@@ -10,7 +11,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels import _cpu, backend, cpu_features, reference, reference_fused
-from ditq_kernels._cpu import epilogue, product
+from ditq_kernels._cpu import epilogue, pairs, product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [
@@ -31,18 +32,30 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(product, "EXPANDED_BYTES", 96 * 7)
 
 
+@pytest.fixture(params=["dot products", "pairs"])
+def way(request, processor):
+    """Both ways to multiply, one after the other."""
+    processor(avx_vnni=request.param == "dot products")
+    assert cpu_features.int8_gemm() == request.param
+    return request.param
+
+
 @pytest.mark.parity("P5")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 1, 1), (3, 5, 17), (7, 33, 1000)])
 def test_products_equal_int64(tokens, outputs, inputs, generator):
     wide_q, wide_w = int8((tokens, inputs + 9), generator), int8((outputs, inputs + 4), generator)
     q, weight = wide_q[:, 5 : inputs + 5], wide_w[:, :inputs]  # strided rows
     total = product.product(q, weight)
-    assert total.dtype == torch.int32
+    assert total.is_contiguous()
     assert torch.equal(total.long(), q.long() @ weight.long().t())
 
 
 @pytest.mark.parity("P5")
-@pytest.mark.parametrize(("q_value", "w_value"), [(-128, -128), (-128, 127), (127, 127)])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("q_value", "w_value"), [(-128, -128), (-128, 127), (127, 127), (127, -128)]
+)
 def test_extremes_do_not_saturate(q_value, w_value):
     """Pairs of the largest products pass int16, all of them together come near int32."""
     q = torch.full((2, 131071), q_value, dtype=torch.int8)
@@ -51,8 +64,64 @@ def test_extremes_do_not_saturate(q_value, w_value):
     assert product.product(q, weight).tolist() == [[exact], [exact]]
 
 
+def pair_weights(kind, generator):
+    """Int8 weights [8, 60] of which pairs need no copies, some copies, or more than copies."""
+    weight = torch.randint(-64, 65, (8, 60), generator=generator, dtype=torch.int8)
+    if kind != "none":
+        weight[3, 8:10] = torch.tensor([127, 2], dtype=torch.int8)  # 129: one too many
+        weight[5, 16:18] = torch.tensor([-128, -128], dtype=torch.int8)
+    if kind == "all":
+        weight[2, 16:20] = 127  # 126 too many beside 126: two copies that would saturate
+    return weight
+
+
 @pytest.mark.parity("P5")
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("kind", "copied"), [("none", 0), ("some", 2), ("all", 1)])
+def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
+    weight = pair_weights(kind, generator)
+    grown, every = pairs._grown(weight)
+    assert every == copied
+    assert grown.shape[1] == 60 + (60 // every if every else 0)
+    sums = grown[:, 0::2].int() + grown[:, 1::2]
+    assert 255 * int(sums.abs().max()) < 2**15
+    total = grown[:, :60].int()  # copies add up with the inputs they stand for
+    if every:
+        total[:, ::every] += grown[:, 60:]
+    assert torch.equal(total, weight.int())
+    q = int8((9, 60), generator)
+    q[0], q[1] = 127, -128
+    assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.skipif(bool(cpu_features.int8_dot()), reason="int8 dot products never saturate")
+def test_unguarded_pairs_are_refused(monkeypatch, generator):
+    """Without copies the product is wrong here, and the check at the first use sees it."""
+    monkeypatch.setattr(pairs, "_grown", lambda weight: (weight, 0))
+    with pytest.raises(
+        RuntimeError, match="not exact on this processor; choose the backend 'reference'"
+    ):
+        pairs.product(int8((2, 60), generator), pair_weights("some", generator))
+
+
+@pytest.mark.parity("P5")
+def test_sums_above_fp32_come_from_parts(generator):
+    """2048 products of 127 * 127 and more pass 2**24, where fp32 has no odd integers."""
+    q, weight = (torch.full((1, 4099), 127, dtype=torch.int8) for _ in range(2))
+    total = pairs.product(q, weight)
+    assert total.dtype == torch.int32
+    assert total.item() == 127 * 127 * 4099  # odd
+    assert pairs.product(q[:, :64], weight[:, :64]).dtype == torch.float32
+
+
+def test_changed_weights_are_prepared_anew(generator):
+    q, weight = int8((2, 32), generator), int8((3, 32), generator)
+    pairs.product(q, weight)
+    weight[0] = 1
+    assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.usefixtures("small_blocks", "way")
 def test_expanded_products_equal_int64(generator):
     w = k.quantize_weight_w4p(torch.randn(17, 96, generator=generator), 32)
     q = int8((5, 96), generator)
@@ -111,7 +180,7 @@ def weights(kind, outputs, inputs, generator):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.usefixtures("small_blocks", "poisoned")
+@pytest.mark.usefixtures("small_blocks", "poisoned", "way")
 def test_gemms_equal_the_reference_bit_for_bit(shape, case, out_dtype, generator):
     tokens, outputs, inputs = shape
     options = epilogues(tokens, outputs, generator)[case] | {"out_dtype": out_dtype}
@@ -128,7 +197,7 @@ def test_gemms_equal_the_reference_bit_for_bit(shape, case, out_dtype, generator
 @pytest.mark.parity("P7")
 @pytest.mark.parametrize("kind", ["w8", "w4p"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("small_blocks", "poisoned")
+@pytest.mark.usefixtures("small_blocks", "poisoned", "way")
 def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
     tokens, outputs, inputs = 70, 40, 96
     stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
@@ -151,7 +220,7 @@ def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
 
 @pytest.mark.parametrize("kind", ["w8", "w4p"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("small_blocks", "poisoned")
+@pytest.mark.usefixtures("small_blocks", "poisoned", "way")
 def test_queries_keys_and_values_equal_the_reference_bit_for_bit(kind, case, generator):
     tokens, outputs, inputs, heads = 70, 40, 96, 5
     stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
@@ -170,6 +239,7 @@ def test_queries_keys_and_values_equal_the_reference_bit_for_bit(kind, case, gen
         assert mine.stride() == theirs.stride()
 
 
+@pytest.mark.usefixtures("way")
 def test_no_tokens_give_none(generator):
     weight, options = int8((3, 32), generator), epilogues(0, 3, generator)["per token"]
     y = _cpu.gemm_w8a8(int8((0, 32), generator), weight, **options, out_dtype=torch.bfloat16)
@@ -178,11 +248,12 @@ def test_no_tokens_give_none(generator):
 
 @pytest.mark.parametrize("feature", ["amx_int8", "avx512_vnni", "avx_vnni"])
 def test_int8_dot_products_choose_the_cpu_backend(feature, processor):
-    processor()
+    processor(avx2=False)
     assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"reference"}
     processor(**{feature: True})
     assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"cpu"}
     assert cpu_features.describe() == f"Some CPU with avx2, {feature}"
+    assert cpu_features.int8_gemm() == "dot products"
     assert k.backend_of("quantize_per_token", "cpu") == "reference"
     assert k.backend_of("gemm_w8a8", "cuda") == "triton"
     k.choose_backend("reference", "cpu")
@@ -192,12 +263,21 @@ def test_int8_dot_products_choose_the_cpu_backend(feature, processor):
     assert k.backend_of("gemm_w8a8", "cpu") == "cpu"
 
 
-def test_the_cpu_backend_is_refused_without_int8_dot_products(processor):
-    processor()
+@pytest.mark.parametrize("feature", ["avx2", "avx512_f"])
+def test_pairs_choose_the_cpu_backend_where_torch_has_onednn(feature, processor, monkeypatch):
+    processor(**{"avx2": False, feature: True})
+    assert cpu_features.int8_gemm() == "pairs"
+    assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"cpu"}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert {k.backend_of(op, "cpu") for op in backend.CPU_OPS} == {"reference"}
+
+
+def test_the_cpu_backend_is_refused_on_a_processor_without_int8_kernels(processor):
+    processor(avx2=False)
     k.choose_backend("reference", "cpu")
     sentence = (
-        r"'cpu' needs a processor with int8 dot products \(amx_int8, avx512_vnni, avx_vnni\), and this is "
-        r"Some CPU with avx2, no int8 dot product; take 'auto' or 'reference'"
+        r"'cpu' needs torch with oneDNN on a processor with one of amx_int8, avx512_vnni, avx_vnni, avx512_f, "
+        r"avx2, and this is Some CPU with no known vector instructions, no int8 dot product; take 'auto' or"
     )
     with pytest.raises(ValueError, match=sentence):
         k.choose_backend("cpu", "cpu")
@@ -249,7 +329,7 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
     }
     assert set(calls) == backend.CPU_OPS
     for op, call in calls.items():
-        processor()
+        processor(avx2=False)
         expected = call()
         assert ran == []
         processor(avx_vnni=True)
@@ -260,6 +340,7 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
     torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("way")
 def test_the_number_of_threads_does_not_show(generator):
     tokens, outputs, inputs = 96, 400, 64  # above torch's grain of 2**15 elements
     options = epilogues(tokens, outputs, generator)["everything"]

@@ -86,8 +86,8 @@ def test_importing_loads_neither_triton_nor_cuda():
     ],
 )
 def test_backend_of(op, on_cuda):
-    int8_dot = op in backend.CPU_OPS and cpu_features.int8_dot()  # test_cpu.py has both kinds
-    assert k.backend_of(op, torch.device("cpu")) == ("cpu" if int8_dot else "reference")
+    fast = op in backend.CPU_OPS and cpu_features.int8_gemm()  # test_cpu.py has all kinds
+    assert k.backend_of(op, torch.device("cpu")) == ("cpu" if fast else "reference")
     assert k.backend_of(op, torch.device("cuda", 0)) == on_cuda
 
 

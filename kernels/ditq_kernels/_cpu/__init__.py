@@ -1,4 +1,4 @@
-"""Ops on processors with int8 dot products: torch's int8 GEMM, and the reference's epilogue in blocks of rows."""
+"""Ops on processors that multiply int8 faster than fp32: torch's int8 GEMMs, the reference's epilogue in blocks."""
 
 from ditq_kernels._cpu.gemm import (
     gemm_gelu_quantize,

@@ -30,7 +30,7 @@ def dequantized_blocks(
     """The rows of a block, and their values [rows, N] in fp32, which the caller may overwrite.
 
     Args:
-        total: [T, N] int32, contiguous; overwritten.
+        total: [T, N] int32, or integers in fp32 up to 2**24; contiguous; overwritten.
         scale: as in `ops.gemm_w8a8`, like all that follow.
         weight_scale: the same.
         bias: the same.
@@ -39,7 +39,8 @@ def dequantized_blocks(
         bias_index: the same.
         lora_x: the same.
         lora_up: the same.
-        into: [T, N] fp32, contiguous. If given, the values are written there, and are views of it.
+        into: [T, N] fp32, contiguous, total itself if that is fp32. If given, the values are written there, and
+            are views of it.
     """
     num_tokens, out_features = total.shape
     branch = None
@@ -52,8 +53,8 @@ def dequantized_blocks(
         rows = slice(start, start + step)
         sums = total[rows]
         if zero_point is not None and weight_sum is not None:
-            sums.sub_(_of_rows(zero_point, rows) * weight_sum)
-        y = sums.float() if into is None else into[rows].copy_(sums)
+            sums.sub_(_of_rows(zero_point, rows) * weight_sum)  # fp32: exact terms, so one rounding
+        y = sums.float() if into is None or into is total else into[rows].copy_(sums)
         y.mul_(_of_rows(scale, rows) * weight_scale)
         if branch is not None:
             y.add_(branch[rows])

@@ -1,4 +1,4 @@
-"""The GEMM ops on a processor with int8 dot products; arguments are those of the definitions in `reference`.
+"""The GEMM ops where int8 is multiplied faster than fp32; arguments are those of the definitions in `reference`.
 
 Results are the reference's to the bit; where torch splits work among threads, GELU keeps its promise of `ops` only.
 """
@@ -101,8 +101,9 @@ def _linear(
     **named: Any,
 ) -> torch.Tensor:
     dequantize = (scale, weight_scale, bias, zero_point, weight_sum, *branch)
-    out = total.new_empty(total.shape, dtype=out_dtype)
     in_place = out_dtype == torch.float32
+    reuse = total.dtype == out_dtype
+    out = total if reuse else total.new_empty(total.shape, dtype=out_dtype)
     for rows, y in dequantized_blocks(total, *dequantize, **named, into=out if in_place else None):
         if not in_place:
             out[rows] = y

@@ -1,12 +1,13 @@
-"""Exact integer products of int8 matrices by `torch._int_mm`.
+"""Exact products of int8 matrices, by what the processor multiplies fastest.
 
-Torch hands them to oneDNN, which has kernels for processors with AMX, AVX512-VNNI or AVX-VNNI and sums in int32. Both
-operands are signed. On other processors it is as exact and 30 times slower than fp32, so `backend` asks first.
+With int8 dot products: `torch._int_mm`, for which oneDNN has kernels with AMX, AVX512-VNNI and AVX-VNNI, in int32.
+Without, it is as exact and 30 times slower than fp32, and `pairs` does it.
 """
 
 import torch
 
-from ditq_kernels import packing
+from ditq_kernels import cpu_features, packing
+from ditq_kernels._cpu import pairs
 
 EXPANDED_BYTES = (
     2**24
@@ -19,17 +20,24 @@ def product(
     group_scale: torch.Tensor | None = None,
     group_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`q @ weight.T` as int32 [T, N], contiguous and the caller's own.
+    """`q @ weight.T` [T, N], contiguous and the caller's own: int32, or fp32 if it holds all sums exactly.
 
     Args:
         q: [T, K] int8.
-        weight: [N, K] int8; or [N, K / 2] uint8 with group scales and offsets, expanded a block of rows at a time.
+        weight: [N, K] int8; or [N, K / 2] uint8 with group scales and offsets.
         group_scale: [N, J] uint8.
         group_offset: [N, J] int8.
     """
-    if group_scale is None or group_offset is None:
+    groups = () if group_scale is None or group_offset is None else (group_scale, group_offset)
+    multiply = _by_dot_products if cpu_features.int8_dot() else pairs.product
+    return multiply(q, weight, *groups)
+
+
+def _by_dot_products(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
+    """Progressive int4 is expanded a block of rows at a time."""
+    if not groups:
         return torch._int_mm(q, weight.t())
     rows = max(1, EXPANDED_BYTES // q.shape[1])
-    blocks = zip(*(part.split(rows) for part in (weight, group_scale, group_offset)), strict=True)
+    blocks = zip(*(part.split(rows) for part in (weight, *groups)), strict=True)
     totals = [torch._int_mm(q, packing.expand_w4p(*block).t()) for block in blocks]
     return totals[0] if len(totals) == 1 else torch.cat(totals, dim=1)

@@ -1,0 +1,145 @@
+"""Exact int8 products on processors that add pairs of products in int16: AVX2, and AVX512 without VNNI.
+
+Their instruction (`vpmaddubsw`) takes unsigned activations and signed weights, and a pair of products that passes
+int16 saturates. Activations are shifted to 0..255; then a pair is safe where its two weights sum to at most 128 in
+magnitude. What a pair has above that moves to a copy of its first input, behind all others:
+
+    w0 * x0 + w1 * x1 = (w0 - e) * x0 + w1 * x1  +  e * x0,    |w0 - e + w1| <= 128
+
+So weights grow by half, once, at the first use of a layer, and the product is exact. Where copies do not suffice (codes
+spread evenly over int8), weights are halved, every input twice. oneDNN multiplies, and undoes the shift in int32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ditq_kernels import packing, reference
+from ditq_kernels.prepared import prepared
+
+PAIR_LIMIT = 128  # 255 * 128 < 2**15
+SHIFT = 128  # from int8 to 0..255
+EXACT_FP32 = 2**24  # oneDNN returns fp32: integers up to here are exact
+CODES = (-128, 127)
+
+
+@dataclass(frozen=True)
+class PairedWeights:
+    """Weights in oneDNN's order, inputs in parts whose products fp32 holds exactly."""
+
+    parts: tuple[torch.Tensor, ...]
+    widths: tuple[int, ...]  # columns of the parts
+    in_features: int
+    copied: int  # every how many inputs has a copy behind all inputs; 0: none
+
+
+def product(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
+    """`q @ weight.T` exactly, [T, N], contiguous and the caller's own: fp32 if it holds all sums, else int32.
+
+    Args:
+        q: [T, K] int8.
+        weight: [N, K] int8; or [N, K / 2] uint8, progressive int4.
+        groups: none; or the group scales [N, J] uint8 and offsets [N, J] int8.
+
+    Raises:
+        RuntimeError: oneDNN turns out not to be exact on this processor.
+    """
+    op = "gemm_w4a8" if groups else "gemm_w8a8"
+    return _product(q, prepared(op, (weight, *groups), _prepare))
+
+
+def _product(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
+    shifted = _shifted(q, weights)
+    if len(weights.parts) == 1:
+        return _multiply(shifted, weights.parts[0])
+    columns = shifted.split(weights.widths, dim=1)
+    first, *others = (_multiply(x, w).int() for x, w in zip(columns, weights.parts, strict=True))
+    for other in others:
+        first += other
+    return first
+
+
+def _shifted(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
+    """Codes + 128, and the copies behind them: [T, columns] uint8."""
+    width = weights.in_features
+    out = q.new_empty((len(q), sum(weights.widths)), dtype=torch.uint8)
+    torch.bitwise_xor(q.view(torch.uint8), SHIFT, out=out[:, :width])
+    if weights.copied:
+        out[:, width:] = out[:, : width : weights.copied]
+    return out
+
+
+def _multiply(shifted: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        shifted.contiguous(), 1.0, SHIFT, part, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
+
+
+def _prepare(weight: torch.Tensor, *groups: torch.Tensor) -> PairedWeights:
+    if groups:
+        weight = packing.expand_w4p(weight, *groups)
+    grown, copied = _grown(weight)
+    widths = _widths(grown)
+    parts = tuple(
+        torch.ops.onednn.qlinear_prepack(part.contiguous(), None)
+        for part in grown.split(widths, dim=1)
+    )
+    made = PairedWeights(parts, widths, weight.shape[1], copied)
+    _check(made, weight)
+    return made
+
+
+def _grown(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Safe weights [N, columns] int8, and every how many inputs has a copy."""
+    if _is_safe(weight):
+        return weight, 0
+    wide = weight.to(torch.int16)
+    first, second = wide[:, 0::2], torch.zeros_like(wide[:, 0::2])
+    second[:, : wide.shape[1] // 2] = wide[:, 1::2]
+    both = first + second
+    excess = both - both.clamp(-PAIR_LIMIT, PAIR_LIMIT)
+    wide[:, 0::2] -= excess
+    copies = torch.cat([wide, excess], dim=1).to(torch.int8)
+    if _is_safe(copies):
+        return copies, 2
+    half = weight >> 1
+    return torch.cat([half, weight - half], dim=1), 1
+
+
+def _is_safe(weight: torch.Tensor) -> bool:
+    """Whether no pair of columns can saturate."""
+    even = weight.shape[1] // 2 * 2
+    pairs = weight[:, 0:even:2].to(torch.int16) + weight[:, 1:even:2]
+    return not pairs.numel() or int(pairs.abs().max()) <= PAIR_LIMIT
+
+
+def _widths(weight: torch.Tensor) -> tuple[int, ...]:
+    """Columns of equal parts, pairs together, each with products that fp32 holds."""
+    columns = weight.shape[1]
+    magnitudes = weight.to(torch.int16).abs()
+    for count in range(1, columns + 1):
+        width = -(-columns // count // 4) * 4  # oneDNN goes over four inputs at a time
+        widths = tuple(min(width, columns - start) for start in range(0, columns, width))
+        sums = [part.sum(1).max() for part in magnitudes.split(widths, dim=1)]
+        if not sums or -CODES[0] * int(torch.stack(sums).max()) <= EXACT_FP32:
+            return widths
+    raise AssertionError("four columns always fit")
+
+
+def _check(weights: PairedWeights, weight: torch.Tensor) -> None:
+    """Multiply codes that saturate every pair that can, in either direction.
+
+    Raises:
+        RuntimeError: a product is wrong.
+    """
+    low, high = CODES
+    rows = torch.full((3, weight.shape[1]), high, dtype=torch.int8)
+    rows[1] = low
+    rows[2, ::3] = low
+    expected = reference.integer_matmul(rows, weight)
+    if not torch.equal(_product(rows, weights).int(), expected):
+        raise RuntimeError(
+            "gemm on the CPU: oneDNN's int8 product is not exact on this processor; choose the backend "
+            "'reference', and report the processor (`ditq doctor`)"
+        )
