@@ -43,13 +43,22 @@ def test_three_weights_cost_the_loop_of_one_and_no_bytewise_access(censuses):
     for gemm in GEMMS:
         one, three = (found[f"{gemm}+{stage}"] for stage in ("residual", "qkv_quantize"))
         assert one["config"] == three["config"]
-        # group words of a selected pointer, scheduled otherwise: 2 more with Triton 3.6.0, 8 with 3.9.0
-        slack = 8 if gemm == "gemm_w4a8" else 0
+        # group words of a selected pointer, scheduled otherwise: on sm_89 9 more with Triton 3.6.0
+        slack = 9 if gemm == "gemm_w4a8" else 0
         assert sum(three["loop"].values()) <= sum(one["loop"].values()) + slack, (gemm, target)
         loads = {name for name in three["loop_opcodes"] if name.startswith("LDGSTS")}
         assert loads == {name for name in one["loop_opcodes"] if name.startswith("LDGSTS")}
         stores = {name for name in three["whole_opcodes"] if name.startswith("STG")}
         assert stores == {"STG.E.128"}  # rows of queries and keys, columns of values: 16 codes each
+
+
+def test_three_weights_of_a_symmetric_input_compile(python_without_interpreter):
+    """Without zero points and their sums, as a scale per token has it."""
+    program = (
+        "from ditq_kernels._triton.offline import compile_op;"
+        f"print([compile_op(f'{{gemm}}+qkv_quantize', 80, zero_point=False).spills for gemm in {GEMMS}])"
+    )
+    assert json.loads(python_without_interpreter("-c", program)) == [0] * len(GEMMS)
 
 
 def test_gelu_takes_two_slow_operations_an_output(censuses):

@@ -46,8 +46,8 @@ class Heads(NamedTuple):
 
 @triton.jit
 def of_third(third, three):
-    """One of three pointers or numbers, or None; a select keeps what the compiler knows of their alignment."""
-    return None if three is None else tl.where(third == 0, three[0], tl.where(third == 1, three[1], three[2]))
+    """One of three pointers or numbers; a select keeps what the compiler knows of their alignment."""
+    return tl.where(third == 0, three[0], tl.where(third == 1, three[1], three[2]))
 
 
 @triton.jit
@@ -61,12 +61,15 @@ def third_of_program(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T
 @triton.jit
 def values_of(total, scales, third, t, n, T, N, T_AXIS: tl.constexpr):
     """fp32 tile of the sums of a third."""
-    # a named tuple is made in the call: Triton turns the constants of an assigned one into tensors
+    # a named tuple is made in the call: Triton turns the constants of an assigned one into tensors; and None is said
+    # there, because no function of Triton can return it
     return dequantized(
         total,
         Scales(
-            scales.scale, of_third(third, scales.weight_scale),
-            scales.zero_point, of_third(third, scales.weight_sum),
+            scales.scale,
+            None if scales.weight_scale is None else of_third(third, scales.weight_scale),
+            scales.zero_point,
+            None if scales.weight_sum is None else of_third(third, scales.weight_sum),
             scales.per_token_scale, scales.per_token_zero,
         ),
         t, n, T, N, T_AXIS,
