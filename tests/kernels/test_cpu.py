@@ -65,38 +65,48 @@ def test_extremes_do_not_saturate(q_value, w_value):
 
 
 def pair_weights(kind, generator):
-    """Int8 weights [8, 60] of which pairs need no copies, some copies, or more than copies."""
-    weight = torch.randint(-64, 65, (8, 60), generator=generator, dtype=torch.int8)
+    """Int8 weights [8, 61] of which pairs need no copies, some, or copies of copies."""
+    weight = torch.randint(-64, 65, (8, 61), generator=generator, dtype=torch.int8)
     if kind != "none":
         weight[3, 8:10] = torch.tensor([127, 2], dtype=torch.int8)  # 129: one too many
         weight[5, 16:18] = torch.tensor([-128, -128], dtype=torch.int8)
-    if kind == "all":
-        weight[2, 16:20] = 127  # 126 too many beside 126: two copies that would saturate
+    if kind == "twice":
+        weight[2, 18:22] = 127  # 126 too many beside 126: two copies that would saturate
     return weight
 
 
 @pytest.mark.parity("P5")
-@pytest.mark.parametrize(("kind", "copied"), [("none", 0), ("some", 2), ("all", 1)])
+@pytest.mark.parametrize(
+    ("kind", "copied"), [("none", [0]), ("some", [0, 8, 16]), ("twice", [0, 8, 16, 18, 20, 18, 18])]
+)
 def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
+    """The first copy, of input 0 with zero weights, makes the inputs even; so does the last 18."""
     weight = pair_weights(kind, generator)
-    grown, every = pairs._grown(weight)
-    assert every == copied
-    assert grown.shape[1] == 60 + (60 // every if every else 0)
+    grown, sources = pairs._with_copies(weight)
+    assert sources.tolist() == copied
     sums = grown[:, 0::2].int() + grown[:, 1::2]
     assert 255 * int(sums.abs().max()) < 2**15
-    total = grown[:, :60].int()  # copies add up with the inputs they stand for
-    if every:
-        total[:, ::every] += grown[:, 60:]
+    total = grown[:, :61].int()  # copies add up with the inputs they stand for
+    total.index_add_(1, sources, grown[:, 61:].int())
     assert torch.equal(total, weight.int())
-    q = int8((9, 60), generator)
+    q = int8((9, 61), generator)
     q[0], q[1] = 127, -128
     assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+def test_weights_grow_by_less_than_twice(generator):
+    for value in (127, -128):
+        grown, _ = pairs._with_copies(torch.full((2, 640), value, dtype=torch.int8))
+        assert grown.shape[1] < 2 * 640 + 16
+    normal = k.quantize_weight_w8(torch.randn(64, 640, generator=generator)).qweight
+    assert pairs._with_copies(normal)[0].shape[1] <= 1.5 * 640 + 16
 
 
 @pytest.mark.skipif(bool(cpu_features.int8_dot()), reason="int8 dot products never saturate")
 def test_unguarded_pairs_are_refused(monkeypatch, generator):
     """Without copies the product is wrong here, and the check at the first use sees it."""
-    monkeypatch.setattr(pairs, "_grown", lambda weight: (weight, 0))
+    none = torch.empty(0, dtype=torch.int64)
+    monkeypatch.setattr(pairs, "_with_copies", lambda weight: (weight, none))
     with pytest.raises(
         RuntimeError, match="not exact on this processor; choose the backend 'reference'"
     ):

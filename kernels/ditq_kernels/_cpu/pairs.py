@@ -6,8 +6,9 @@ magnitude. What a pair has above that moves to a copy of its first input, behind
 
     w0 * x0 + w1 * x1 = (w0 - e) * x0 + w1 * x1  +  e * x0,    |w0 - e + w1| <= 128
 
-So weights grow by half, once, at the first use of a layer, and the product is exact. Where copies do not suffice (codes
-spread evenly over int8), weights are halved, every input twice. oneDNN multiplies, and undoes the shift in int32.
+Copies are pairs too, and may need copies in turn, at most half as many each time: weights grow to less than twice their
+size, once, at the first use of a layer (normal weights to 1.5 times, codes spread evenly over int8 to 1.8). The product
+is exact. oneDNN multiplies, and undoes the shift in int32.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,7 @@ class PairedWeights:
 
     parts: tuple[torch.Tensor, ...]
     widths: tuple[int, ...]  # columns of the parts
-    in_features: int
-    copied: int  # every how many inputs has a copy behind all inputs; 0: none
+    copied: torch.Tensor  # int64: inputs that have a copy behind all inputs
 
 
 def product(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
@@ -61,11 +61,10 @@ def _product(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
 
 def _shifted(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
     """Codes + 128, and the copies behind them: [T, columns] uint8."""
-    width = weights.in_features
     out = q.new_empty((len(q), sum(weights.widths)), dtype=torch.uint8)
-    torch.bitwise_xor(q.view(torch.uint8), SHIFT, out=out[:, :width])
-    if weights.copied:
-        out[:, width:] = out[:, : width : weights.copied]
+    inputs, copies = out.tensor_split([q.shape[1]], dim=1)
+    torch.bitwise_xor(q.view(torch.uint8), SHIFT, out=inputs)
+    torch.index_select(inputs, 1, weights.copied, out=copies)
     return out
 
 
@@ -79,39 +78,33 @@ def _multiply(shifted: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def _prepare(weight: torch.Tensor, *groups: torch.Tensor) -> PairedWeights:
     if groups:
         weight = packing.expand_w4p(weight, *groups)
-    grown, copied = _grown(weight)
+    grown, copied = _with_copies(weight)
     widths = _widths(grown)
     parts = tuple(
         torch.ops.onednn.qlinear_prepack(part.contiguous(), None)
         for part in grown.split(widths, dim=1)
     )
-    made = PairedWeights(parts, widths, weight.shape[1], copied)
+    made = PairedWeights(parts, widths, copied)
     _check(made, weight)
     return made
 
 
-def _grown(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Safe weights [N, columns] int8, and every how many inputs has a copy."""
-    if _is_safe(weight):
-        return weight, 0
-    wide = weight.to(torch.int16)
-    first, second = wide[:, 0::2], torch.zeros_like(wide[:, 0::2])
-    second[:, : wide.shape[1] // 2] = wide[:, 1::2]
-    both = first + second
-    excess = both - both.clamp(-PAIR_LIMIT, PAIR_LIMIT)
-    wide[:, 0::2] -= excess
-    copies = torch.cat([wide, excess], dim=1).to(torch.int8)
-    if _is_safe(copies):
-        return copies, 2
-    half = weight >> 1
-    return torch.cat([half, weight - half], dim=1), 1
-
-
-def _is_safe(weight: torch.Tensor) -> bool:
-    """Whether no pair of columns can saturate."""
-    even = weight.shape[1] // 2 * 2
-    pairs = weight[:, 0:even:2].to(torch.int16) + weight[:, 1:even:2]
-    return not pairs.numel() or int(pairs.abs().max()) <= PAIR_LIMIT
+def _with_copies(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N, columns] int8 none of whose pairs can saturate, and the inputs that the added columns copy."""
+    inputs = torch.arange(in_features := weight.shape[1])
+    blocks, sources = [], []
+    while weight.shape[1]:
+        if weight.shape[1] % 2:  # pairs do not reach into the next block
+            weight = torch.nn.functional.pad(weight, (0, 1))
+            inputs = torch.cat([inputs, inputs[:1]])
+        first, second = weight[:, 0::2].to(torch.int16), weight[:, 1::2]
+        both = first + second
+        excess = both - both.clamp(-PAIR_LIMIT, PAIR_LIMIT)
+        blocks.append(torch.stack([first - excess, second], dim=2).flatten(1).to(torch.int8))
+        sources.append(inputs)
+        needed = excess.any(dim=0)
+        weight, inputs = excess[:, needed].to(torch.int8), inputs[0::2][needed]
+    return torch.cat(blocks, dim=1), torch.cat(sources)[in_features:]
 
 
 def _widths(weight: torch.Tensor) -> tuple[int, ...]:
