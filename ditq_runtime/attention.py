@@ -179,13 +179,7 @@ def _image_codes(
 
 
 def _static_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [B, H, T, D] of x [B, T, H, D] with one scale per head.
-
-    The op has one scale for all columns: each column is multiplied by the reciprocal of its head's, and 1 is left.
-    """
-    batch, tokens, heads, head_dim = x.shape
-    inv_scale = (torch.ones_like(scale) / scale).repeat_interleave(head_dim)
-    one = torch.ones(1, dtype=torch.float32, device=x.device)
-    zero = torch.zeros(1, dtype=torch.int32, device=x.device)
-    codes = k.quantize_static(x.reshape(-1, heads * head_dim), one, zero, inv_scale)
-    return codes.view(batch, tokens, heads, head_dim).transpose(1, 2)
+    """Codes int8 [B, H, T, D] of x [B, T, H, D] with one scale per head."""
+    heads, head_dim = x.shape[2:]
+    codes = k.quantize_static(x.reshape(-1, heads * head_dim), scale)
+    return codes.view(x.shape).transpose(1, 2)

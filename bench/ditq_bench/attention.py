@@ -54,7 +54,6 @@ def _floats(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candida
 def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate]:
     softmax_scale, dtype = q.shape[-1] ** -0.5, q.dtype
     v_scale = (v.abs().max().float() / 127).reshape(1)
-    no_zero = torch.zeros(1, dtype=torch.int32, device=v.device)
     half = v.bfloat16()
 
     def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +61,7 @@ def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate
         return code.view(x.shape), scale.view(x.shape[:3])
 
     def value_codes() -> torch.Tensor:
-        return k.quantize_static(v.reshape(-1, v.shape[-1]), v_scale, no_zero).view(v.shape)
+        return k.quantize_static(v.reshape(-1, v.shape[-1]), v_scale).view(v.shape)
 
     def int8(qs: tuple, ks: tuple, vs: torch.Tensor) -> torch.Tensor:
         return k.attention_qk_int8_pv_int8(

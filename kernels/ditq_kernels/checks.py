@@ -55,6 +55,17 @@ def check_vector(
     check_device(op, name, tensor, like)
 
 
+def check_head_scales(op: str, scale: torch.Tensor, like: torch.Tensor) -> None:
+    """One fp32 scale, or one for each head of the columns of [T, K]."""
+    heads, in_features = scale.numel(), like.shape[1]
+    if heads == 0 or in_features % heads:
+        raise ValueError(
+            f"{op}: scale must be [1] or [H] where H divides K={in_features}, got {describe(scale)}; "
+            "pass one value per head"
+        )
+    check_vector(op, "scale", scale, torch.float32, (heads,), like)
+
+
 def check_device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
     """Both tensors on one device."""
     if tensor.device != like.device:

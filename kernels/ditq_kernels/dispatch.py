@@ -27,7 +27,7 @@ def _(x, smooth_inv):
 def quantize_static(
     x: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `ops.quantize_static`."""

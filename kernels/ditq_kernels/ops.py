@@ -36,17 +36,18 @@ def quantize_per_token(
 def quantize_static(
     x: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
     smooth_inv: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize activations to int8 with one calibrated, asymmetric scale.
+    """Quantize activations to int8 with calibrated scales: one, or one for each head.
 
     q = zero_point + round(x * (1 / scale)), clamped to [-128, 127], all fp32, ties to even.
 
     Args:
         x: [T, K] fp32 | fp16 | bf16, rows contiguous, finite. Activations.
-        scale: [1] fp32, positive, in units of x (times smooth_inv).
-        zero_point: [1] int32 in [-128, 127]. The stored code of 0.0.
+        scale: [1] or [H] fp32, positive, in units of x (times smooth_inv). H divides K: each head is K / H
+            neighbouring columns.
+        zero_point: [1] int32 in [-128, 127]. The stored code of 0.0; absent means 0.
         smooth_inv: [K] fp32. If given, x is first multiplied by it, in fp32.
 
     Returns:
@@ -57,8 +58,9 @@ def quantize_static(
     """
     op = "quantize_static"
     _check_activations(op, x, smooth_inv)
-    checks.check_vector(op, "scale", scale, torch.float32, (1,), like=x)
-    checks.check_vector(op, "zero_point", zero_point, torch.int32, (1,), like=x)
+    checks.check_head_scales(op, scale, like=x)
+    if zero_point is not None:
+        checks.check_vector(op, "zero_point", zero_point, torch.int32, (1,), like=x)
     return dispatch.quantize_static(x, scale, zero_point, smooth_inv)
 
 

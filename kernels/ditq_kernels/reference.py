@@ -28,11 +28,14 @@ def quantize_per_token(
 def quantize_static(
     x: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Int8 codes [T, K] with one given asymmetric scale."""
-    return numerics.quantize_asymmetric(smoothed(x, smooth_inv), scale, zero_point).contiguous()
+    """Int8 codes [T, K] with one given scale, or one for each head [H] of K / H columns."""
+    heads = smoothed(x, smooth_inv).unflatten(1, (len(scale), -1))  # [T, H, D]
+    if zero_point is None:
+        zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return numerics.quantize_asymmetric(heads, scale[:, None], zero_point).flatten(1).contiguous()
 
 
 def gemm_w8a8(

@@ -174,8 +174,16 @@ def test_quantizers_refuse():
         k.quantize_per_token(x, torch.ones(63))
     with pytest.raises(ValueError, match=r"^quantize_per_token: K must be at most 131071"):
         k.quantize_per_token(torch.zeros(1, 131072))
-    with pytest.raises(ValueError, match=r"^quantize_static: scale must be \[1\] float32"):
-        k.quantize_static(x, torch.ones(4), zero)
+    with pytest.raises(
+        ValueError, match=r"^quantize_static: scale must be \[1\] or \[H\] where H d.* K=64"
+    ):
+        k.quantize_static(x, torch.ones(3), zero)
+    with pytest.raises(
+        ValueError, match=r"^quantize_static: scale must be \[1\] or \[H\] where H d.* \[0\]"
+    ):
+        k.quantize_static(x, torch.ones(0))
+    with pytest.raises(ValueError, match=r"^quantize_static: scale must be \[4\] float32"):
+        k.quantize_static(x, torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"^quantize_static: zero_point must be \[1\] int32"):
         k.quantize_static(x, one, one)
     with pytest.raises(ValueError, match=r"^quantize_static: rows of x must be contiguous"):

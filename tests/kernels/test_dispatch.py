@@ -47,6 +47,11 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(dispatch, op), arguments(op))
 
 
+def test_opcheck_of_a_scale_for_each_head():
+    x = torch.randn(5, 64)
+    torch.library.opcheck(dispatch.quantize_static, (x, torch.rand(4) / 99, None, None))
+
+
 @pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
 def test_opcheck_of_every_stage(op):
     arguments_ = list(arguments(op, 6))

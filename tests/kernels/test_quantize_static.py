@@ -25,6 +25,37 @@ def test_smooth_inv_multiplies_first(generator):
     assert torch.equal(q, k.quantize_static(x * smooth_inv, torch.tensor([0.01]), int32(-7)))
 
 
+def test_a_scale_for_each_head_by_hand():
+    x = torch.tensor([[1.0, -1.5, 1.0, -1.5], [1e9, 0.0, -1e9, 0.25]])
+    q = k.quantize_static(x, torch.tensor([0.5, 0.25]))
+    assert q.tolist() == [[2, -3, 4, -6], [127, 0, -128, 1]]
+
+
+@pytest.mark.parametrize("zero_point", [None, -128, 33])
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "head_dim"),
+    [(1, 2, 32), (5, 16, 72), (33, 3, 88), (9, 1, 128), (7, 5, 1)],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_quantizes_heads_one_by_one(
+    num_tokens, heads, head_dim, zero_point, device, generator
+):
+    """The kernel and the reference give each head the codes it has alone: reciprocals are rounded once."""
+    x = (torch.randn(num_tokens, heads * head_dim, generator=generator) * 3).to(device)
+    x[0, 0], x[-1, -1] = 1e9, -1e9
+    scale = (torch.rand(heads, generator=generator) * 0.1 + 0.003).to(device)
+    zero = None if zero_point is None else int32(zero_point).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = x.to(dtype)
+        alone = [
+            reference.quantize_static(head, step, int32(zero_point or 0).to(device), None)
+            for head, step in zip(rows.split(head_dim, 1), scale.split(1), strict=True)
+        ]
+        expected = torch.cat(alone, 1)
+        assert torch.equal(kernel.launch(rows, scale, zero, None), expected)
+        assert torch.equal(reference.quantize_static(rows, scale, zero, None), expected)
+
+
 @pytest.mark.parametrize(("num_tokens", "in_features"), [(1, 64), (5, 1152), (33, 1000), (9, 1)])
 @pytest.mark.parametrize("zero_point", [-128, 0, 33, 127])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # 3e38 * 16, interpreted
@@ -63,3 +94,10 @@ def test_op_on_gpu_equals_reference(num_tokens, in_features, generator):
     args = (torch.tensor([0.0317]), int32(-21))
     q = k.quantize_static(x.cuda(), *(arg.cuda() for arg in args))
     assert torch.equal(q.cpu(), k.quantize_static(x, *args))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+def test_a_scale_for_each_head_on_gpu_equals_reference(generator):
+    x, scale = torch.randn(8192, 1152, generator=generator) * 3, torch.rand(16) * 0.1 + 0.003
+    assert torch.equal(k.quantize_static(x.cuda(), scale.cuda()).cpu(), k.quantize_static(x, scale))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 from torch import nn
 
 import ditq_kernels as k
+from ditq_bench.launches import Launches
 from ditq_runtime import CheckpointError
 from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.attention_install import install
@@ -98,6 +100,16 @@ def test_it_is_the_op_on_codes_made_by_hand(attention_format, x):
         )
     expected = attn.to_out[0](out.transpose(1, 2).flatten(2))
     assert torch.equal(attn(x), expected)
+
+
+@pytest.mark.parametrize("attention_format", FORMATS[1::2], ids=IDS[1::2])
+def test_static_scales_launch_one_op_for_each_operand(attention_format, x):
+    """And nothing of torch's: no reciprocals, no constants; bf16 values are the projection's own here."""
+    core = quantized(build(), attention_format, x)["attn"].core
+    query, key, value = torch.randn(3, IMAGES, TOKENS, HEADS, HEAD_DIM).bfloat16()
+    with Launches() as counted:
+        core(query, key, value)
+    assert counted.ops == Counter(f"ditq.{op}" for op in attention_format.ops)
 
 
 @pytest.mark.parametrize("attention_format", FORMATS, ids=IDS)

@@ -48,6 +48,11 @@ def _table_op(problem: Any, bucket: Any, device: torch.device) -> Any:
     return problem(bucket, device)(bucket.default)
 
 
+def _quantize_static_heads(device: torch.device) -> Any:
+    x = torch.randn(TOKENS, HEADS * HEAD_DIM, device=device).bfloat16()
+    return launch_of("quantize_static")(x, torch.full((HEADS,), 0.03, device=device), None, None)
+
+
 def _gelu_quantize(device: torch.device) -> Any:
     x = torch.randn(TOKENS, INPUTS, device=device).bfloat16()
     return launch_of("gelu_quantize")(x, None, *_quantizer(device))[0]
@@ -85,6 +90,7 @@ def _quantizer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
+    "quantize_static, heads": _quantize_static_heads,
     "gelu_quantize": _gelu_quantize,
     "gemm_residual": _gemm_residual,
     "gemm_gelu_quantize": _gemm_gelu_quantize,

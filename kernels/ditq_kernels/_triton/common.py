@@ -39,8 +39,12 @@ def rounded_steps(x, inv_scale, low, high):
 def static_codes(x, scale_ptr, zero_point_ptr):
     """Int32 codes of x with one asymmetric scale."""
     # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
-    inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
-    zero_point = tl.load(zero_point_ptr)
+    return asymmetric_codes(x, tl.div_rn(1.0, tl.load(scale_ptr)), tl.load(zero_point_ptr))
+
+
+@triton.jit
+def asymmetric_codes(x, inv_scale, zero_point):
+    """Int32 codes of x: zero_point + round(x * inv_scale), inside of int8."""
     low = (-zero_point + INT8_MIN).to(tl.float32)
     high = (-zero_point + INT8_MAX).to(tl.float32)
     return rounded_steps(x, inv_scale, low, high) + zero_point

@@ -169,7 +169,15 @@ def _row_kernel(op, problem, config):
     module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[op]
     block_a, block_b = row_parts(problem.in_features)
     constants = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b}
-    return getattr(module, f"_{op}_kernel"), constants | {"smooth_inv_ptr": None, "GELU": False}
+    constants |= {"smooth_inv_ptr": None, "GELU": False}
+    if op == "quantize_static":
+        constants["HEAD_DIM"] = 0
+    return getattr(module, f"_{op}_kernel"), constants
+
+
+def _heads_kernel(_, problem, config):
+    kernel, constants = _row_kernel("quantize_static", problem, config)
+    return kernel, constants | {"zero_point_ptr": None, "HEAD_DIM": HEAD_DIM}
 
 
 def _gelu_kernel(op, problem, config):
@@ -277,6 +285,7 @@ def _source(kernel, constants, types):
     )  # fmt: skip
 
 
+HEAD_DIM = 72  # of DiT-XL and PixArt
 ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
 GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
 GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
@@ -290,6 +299,7 @@ MODULATIONS = (Problem(16), Problem(64))
 KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
     "quantize_static": OfflineKernel(ROWS, tuning.row_config, _row_kernel),
+    "quantize_static+heads": OfflineKernel(ROWS[:2], _same_rows_as("quantize_static"), _heads_kernel),
     "gelu_quantize_per_token": OfflineKernel(
         ROWS, _same_rows_as("quantize_per_token"), _gelu_kernel
     ),

@@ -1,35 +1,51 @@
-"""Activations to int8 with one calibrated, asymmetric scale: one read of x, one write of q."""
+"""Activations to int8 with calibrated scales, one or one for each head: one read of x, one write of q."""
 
 import torch
 import triton
 import triton.language as tl
 
 from ditq_kernels import tuning
-from ditq_kernels._triton.common import on_device_of, static_codes
+from ditq_kernels._triton.common import asymmetric_codes, on_device_of
 from ditq_kernels._triton.rows import load_row_part, row_parts, store_row_part
 
 
 @triton.jit
+def _codes(x, scale_ptr, zero_point_ptr, K, START: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Int32 codes of x [rows, BLOCK], the inputs from START on; HEAD_DIM inputs share a scale, or all if it is 0."""
+    # div_rn, not `/`: on NVIDIA `/` may be 2 ulp off, and the interpreter does not show it
+    if HEAD_DIM == 0:
+        inv_scale = tl.div_rn(1.0, tl.load(scale_ptr))
+    else:
+        k = START + tl.arange(0, BLOCK)
+        scale = tl.load(scale_ptr + k // HEAD_DIM, mask=k < K, other=1.0)
+        inv_scale = tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), scale)[None, :]
+    zero_point = tl.full((), 0, tl.int32)
+    if zero_point_ptr is not None:
+        zero_point = tl.load(zero_point_ptr)
+    return asymmetric_codes(x, inv_scale, zero_point)
+
+
+@triton.jit
 def _quantize_static_kernel(
-    x_ptr, scale_ptr, zero_point_ptr, smooth_inv_ptr, q_ptr,  # float, [1], [1], [K], [T, K] int8
+    x_ptr, scale_ptr, zero_point_ptr, smooth_inv_ptr, q_ptr,  # float, [1] or [H], [1], [K], [T, K] int8
     T, K, stride_xt, stride_qt,
     ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,  # a row is two parts
-    GELU: tl.constexpr,
+    GELU: tl.constexpr, HEAD_DIM: tl.constexpr,  # K / H, 0: one scale
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A, GELU)
-    q_a = static_codes(x_a, scale_ptr, zero_point_ptr)
+    q_a = _codes(x_a, scale_ptr, zero_point_ptr, K, 0, BLOCK_A, HEAD_DIM)
     store_row_part(q_ptr, q_a, t, T, K, stride_qt, 0, BLOCK_A)
     if BLOCK_B > 0:
         x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B, GELU)
-        q_b = static_codes(x_b, scale_ptr, zero_point_ptr)
+        q_b = _codes(x_b, scale_ptr, zero_point_ptr, K, BLOCK_A, BLOCK_B, HEAD_DIM)
         store_row_part(q_ptr, q_b, t, T, K, stride_qt, BLOCK_A, BLOCK_B)
 
 
 def launch(
     x: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
     gelu: bool = False,
     config: tuning.RowConfig | None = None,
@@ -43,11 +59,12 @@ def launch(
         tables = tuning.tables_of(x.device)
         config = tuning.row_config("quantize_static", tables, num_tokens, in_features)
     block_a, block_b = row_parts(in_features)
+    head_dim = in_features // len(scale) if len(scale) > 1 else 0
     with on_device_of(x):
         _quantize_static_kernel[(triton.cdiv(num_tokens, config.rows),)](
             x, scale, zero_point, smooth_inv, q,
             num_tokens, in_features, x.stride(0), q.stride(0),
-            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b, GELU=gelu,
+            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b, GELU=gelu, HEAD_DIM=head_dim,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return q
