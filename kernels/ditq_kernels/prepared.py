@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True)
 class _Entry:
+    prepare: Callable[..., Any]  # interpreted, kernels and the CPU backend meet the same tensors
     parts: tuple[weakref.ref, ...]
     stamps: tuple[tuple[int, int], ...]
     prepared: Any
@@ -35,7 +36,12 @@ def prepared(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., An
     key = parts[0]
     entry = _cache.get(key)
     stamps = None if any(part.is_inference() for part in parts) else _stamps(parts)
-    if entry is not None and entry.stamps == stamps and _same_objects(entry.parts, parts):
+    if (
+        entry is not None
+        and entry.prepare is prepare
+        and entry.stamps == stamps
+        and _same_objects(entry.parts, parts)
+    ):
         return entry.prepared
     if key.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -46,7 +52,7 @@ def prepared(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., An
     if stamps is not None:
         if key.is_cuda:
             torch.cuda.current_stream(key.device).synchronize()  # other streams may read it next
-        _cache[key] = _Entry(tuple(weakref.ref(part) for part in parts), stamps, made)
+        _cache[key] = _Entry(prepare, tuple(weakref.ref(part) for part in parts), stamps, made)
     return made
 
 
