@@ -71,6 +71,7 @@ if [ -n "$dry_run" ]; then
     stage pack_w8 300 "$python" -c "$pack" "$out/digits-w8" w8
     stage model_w8 300 $(bench model "$out/digits-w8" --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_w8")
     stage model_float 300 $(bench model demo:digits --images 1 --steps 2 --budget 0 --device cpu --out "$out/model_float")
+    stage cpu 300 "$python" -m ditq_bench.cpu --shapes digits --budget 0 --rounds 0 --out "$out/cpu.csv"
 else
     target=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
     stage small 90 "$python" -m ditq_bench.gpu_run.small
@@ -88,6 +89,7 @@ else
         stage sanitizer 60 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small
     else skip sanitizer "no compute-sanitizer in PATH"; fi
     stage tune 90 $(bench tune --ops gemm_w8a8,gemm_w8a8_epilogue --compile-budget 30 --budget 30 --out "$out/tuned.json")
+    stage cpu 90 env OMP_NUM_THREADS=2 "$python" -m ditq_bench.cpu --budget 2 --rounds 3 --out "$out/cpu.csv"
     stage census 60 $(bench census --check --target "$target" --kernel gemm_w8a8,gemm_w4a8 --out "$out/census.csv")
 fi
 

@@ -1,9 +1,9 @@
 """What the linears and a whole step of DiT-XL/2-256 cost on a CPU: torch in fp32 and bf16 against ours.
 
-    OMP_NUM_THREADS=1 python -m ditq_bench.cpu --out bench/results/cpu.csv
+    python -m ditq_bench.cpu --out bench/results/cpu.csv
 
-Seconds are those of this process (`time.process_time`), so that others on the machine disturb less; those of all its
-threads count, so run it with one. The model is random: real in sizes, meaningless in its output.
+On a machine shared with others, `--clock process` with OMP_NUM_THREADS=1 counts the seconds of this process alone (all
+its threads together, hence one). The model is random: real in sizes, meaningless in its output.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ LINEARS = ("torch fp32 linear", "torch bf16 linear", "torch._int_mm", "ditq W8A8
 PACKED = {"ditq W8A8": "w8", "ditq W4A8": "w4p"}
 SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
 TILE_ROWS = 64  # of normal weights that are packed; a layer repeats them
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 FIELDS = (
-    "device", "torch", "triton", "commit", "what", "candidate", "backend", "p20_cpu_ms", "median_cpu_ms", "p80_cpu_ms",
+    "device", "torch", "triton", "commit", "what", "candidate", "backend", "clock", "p20_ms", "median_ms", "p80_ms",
     "rounds", "speedup_over_fp32", "speedup_over_bf16", "weight_bytes",
 )  # fmt: skip
 Row = dict[str, Any]
 
 
-def linears(budget: float) -> Iterator[Row]:
+def linears(shapes: str, budget: float, clock: str) -> Iterator[Row]:
     """Quantization included, but for `torch._int_mm`, the bare product; results checked against fp64 first."""
-    for shape in SHAPES["dit-xl-256"]:
+    for shape in SHAPES[shapes]:
         chosen = [c for c in candidates(shape, CPU, ("int_mm",)) if c.name in LINEARS]
-        for row in measure(chosen, shape.operations, CPU, budget, clock=time.process_time):
+        for row in measure(chosen, shape.operations, CPU, budget, clock=CLOCKS[clock]):
             speedups = row.speedup, row.speedup_bf16
             name = row.candidate.removesuffix(" linear")
-            yield _row(shape.name, name, row.timing, speedups, "")
+            yield _row(shape.name, name, clock, row.timing, speedups, "")
 
 
-def steps(config: dict[str, Any], rounds: int) -> list[Row]:
+def steps(config: dict[str, Any], rounds: int, clock: str) -> list[Row]:
     """One forward of a model at each precision, float attention, fused blocks, in turn."""
     models = {
         "torch fp32": _random(config),
@@ -65,12 +66,12 @@ def steps(config: dict[str, Any], rounds: int) -> list[Row]:
         **{name: _random(config, weights) for name, weights in PACKED.items()},
     }
     runs = {name: _step(model) for name, model in models.items()}
-    timings = time_in_turn(runs, CPU, rounds, clock=time.process_time)
+    timings = time_in_turn(runs, CPU, rounds, clock=CLOCKS[clock])
     fp32, bf16, *_ = (timing.median for timing in timings.values())
     what = f"dit-xl-256 step, batch {SAMPLES}"
     return [
         _row(
-            what, name, timing, (fp32 / timing.median, bf16 / timing.median),
+            what, name, clock, timing, (fp32 / timing.median, bf16 / timing.median),
             sum(p.numel() * p.element_size() for p in models[name].parameters()),
         )
         for name, timing in timings.items()
@@ -139,7 +140,12 @@ def _step(model: Any) -> Callable[[], Any]:
 
 
 def _row(
-    what: str, name: str, t: Timing, speedups: tuple[float, float], weight_bytes: int | str
+    what: str,
+    name: str,
+    clock: str,
+    t: Timing,
+    speedups: tuple[float, float],
+    weight_bytes: int | str,
 ) -> Row:
     backend = backend_of(name, CPU)
     times = (f"{1e3 * seconds:.2f}" for seconds in (t.p20, t.median, t.p80))
@@ -150,6 +156,7 @@ def _row(
         what,
         name,
         backend,
+        clock,
         *times,
         t.rounds,
         *ratios,
@@ -160,12 +167,20 @@ def _row(
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/cpu.csv"))
+    parser.add_argument(
+        "--shapes", choices=tuple(SHAPES), default="dit-xl-256", help="of the linears"
+    )
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each linear")
-    parser.add_argument("--rounds", type=int, default=3, help="of the whole step")
+    parser.add_argument("--rounds", type=int, default=3, help="of the whole step; 0: none")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="seconds of what")
     arguments = parser.parse_args()
-    rows = [*linears(arguments.budget), *steps(DIT_XL_2, arguments.rounds)]
+    rows = list(linears(arguments.shapes, arguments.budget, arguments.clock))
+    if arguments.rounds:
+        rows += steps(DIT_XL_2, arguments.rounds, arguments.clock)
     with atomic_file(arguments.out) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -13,7 +13,7 @@ TINY = {
 
 
 def test_a_step_at_each_precision():
-    rows = cpu.steps(TINY, rounds=1)
+    rows = cpu.steps(TINY, 1, "wall")
     assert [row["candidate"] for row in rows] == [
         "torch fp32", "torch bf16", "ditq W8A8", "ditq W4A8",
     ]  # fmt: skip

@@ -20,6 +20,14 @@ KERNEL_COLUMNS = (
     "roof",
     "speedup_over_bf16",
 )
+CPU_COLUMNS = (
+    "what",
+    "candidate",
+    "backend",
+    "median_ms",
+    "speedup_over_fp32",
+    "speedup_over_bf16",
+)
 MODEL_COLUMNS = ("model", "what", "mode", "warm_up_s", "median_ms", "p20_ms", "p80_ms", "skipped")
 
 
@@ -39,6 +47,7 @@ def summary(out: Path) -> str:
         parts += _file(path, f"## {path.parent.name}", KERNEL_COLUMNS)
     for path in sorted(out.glob("model*/model.csv")):
         parts += _file(path, f"## {path.parent.name}", MODEL_COLUMNS)
+    parts += _file(out / "cpu.csv", "## cpu", CPU_COLUMNS)
     return "\n".join(parts)
 
 
