@@ -77,13 +77,16 @@ def pair_weights(kind, generator):
 
 @pytest.mark.parity("P5")
 @pytest.mark.parametrize(
-    ("kind", "copied"), [("none", [0]), ("some", [0, 8, 16]), ("twice", [0, 8, 16, 18, 20, 18, 18])]
+    ("kind", "copied"),
+    [("none", [0, 0, 0]), ("some", [0, 8, 16]), ("twice", [0, 8, 16, 18, 20, 18, 18])],
 )
 def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
-    """The first copy, of input 0 with zero weights, makes the inputs even; so does the last 18."""
+    """The first copy, of input 0 with zero weights, makes the inputs even; so does the last 18. Fours are filled."""
     weight = pair_weights(kind, generator)
     grown, sources = pairs._with_copies(weight)
     assert sources.tolist() == copied
+    assert grown.shape[1] == 61 + len(copied)
+    assert grown.shape[1] % 4 == 0
     sums = grown[:, 0::2].int() + grown[:, 1::2]
     assert 255 * int(sums.abs().max()) < 2**15
     total = grown[:, :61].int()  # copies add up with the inputs they stand for
@@ -92,6 +95,19 @@ def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
     q = int8((9, 61), generator)
     q[0], q[1] = 127, -128
     assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize("inputs", [256, 257, 258, 259])
+def test_random_weights_are_exact_whatever_they_grow_to(inputs, generator):
+    """Rows that end within four inputs, which oneDNN pairs in another way: a pair of them could saturate unseen."""
+    for outputs in (1, 6, 64):
+        weight = (
+            (torch.randn(outputs, inputs, generator=generator) * 40).clamp(-127, 127).to(torch.int8)
+        )
+        q = int8((3, inputs), generator)
+        q[0], q[1] = 127, -128
+        assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
 
 
 def test_weights_grow_by_less_than_twice(generator):

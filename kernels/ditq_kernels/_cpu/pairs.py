@@ -22,6 +22,7 @@ PAIR_LIMIT = 128  # 255 * 128 < 2**15
 SHIFT = 128  # from int8 to 0..255
 EXACT_FP32 = 2**24  # oneDNN returns fp32: integers up to here are exact
 CODES = (-128, 127)
+QUAD = 4  # inputs that oneDNN goes over at a time
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def _with_copies(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sources.append(inputs)
         needed = excess.any(dim=0)
         weight, inputs = excess[:, needed].to(torch.int8), inputs[0::2][needed]
-    return torch.cat(blocks, dim=1), torch.cat(sources)[in_features:]
+    grown, taken = torch.cat(blocks, dim=1), torch.cat(sources)
+    missing = -grown.shape[1] % QUAD  # oneDNN pairs other inputs where a row ends within four
+    grown = torch.nn.functional.pad(grown, (0, missing))
+    return grown, torch.cat([taken, taken[:1].expand(missing)])[in_features:]
 
 
 def _widths(weight: torch.Tensor) -> tuple[int, ...]:
@@ -112,7 +116,7 @@ def _widths(weight: torch.Tensor) -> tuple[int, ...]:
     columns = weight.shape[1]
     magnitudes = weight.to(torch.int16).abs()
     for count in range(1, columns + 1):
-        width = -(-columns // count // 4) * 4  # oneDNN goes over four inputs at a time
+        width = -(-columns // count // QUAD) * QUAD
         widths = tuple(min(width, columns - start) for start in range(0, columns, width))
         sums = [part.sum(1).max() for part in magnitudes.split(widths, dim=1)]
         if not sums or -CODES[0] * int(torch.stack(sums).max()) <= EXACT_FP32:
