@@ -78,15 +78,15 @@ def pair_weights(kind, generator):
 @pytest.mark.parity("P5")
 @pytest.mark.parametrize(
     ("kind", "copied"),
-    [("none", [0, 0, 0]), ("some", [0, 8, 16]), ("twice", [0, 8, 16, 18, 20, 18, 18])],
+    [("none", [0, 0, 0]), ("some", [0, 8, 16]), ("twice", [0, 8, 16, 18, 20, 18, 18, 0, 0, 0, 0])],
 )
 def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
-    """The first copy, of input 0 with zero weights, makes the inputs even; so does the last 18. Fours are filled."""
+    """The first copy, of input 0 with zero weights, makes the inputs even; so does the last 18. Eights are filled."""
     weight = pair_weights(kind, generator)
     grown, sources = pairs._with_copies(weight)
     assert sources.tolist() == copied
     assert grown.shape[1] == 61 + len(copied)
-    assert grown.shape[1] % 4 == 0
+    assert grown.shape[1] % 8 == 0
     sums = grown[:, 0::2].int() + grown[:, 1::2]
     assert 255 * int(sums.abs().max()) < 2**15
     total = grown[:, :61].int()  # copies add up with the inputs they stand for
@@ -108,6 +108,19 @@ def test_random_weights_are_exact_whatever_they_grow_to(inputs, generator):
         q = int8((3, inputs), generator)
         q[0], q[1] = 127, -128
         assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("columns", [512, 750, 770, 1166])
+def test_no_block_of_onednn_starts_amid_a_pair(columns, tokens):
+    """oneDNN halves 257 to 767 inputs: 750 became 2 * 375, and the second half paired other inputs than the first."""
+    weight = torch.tensor([[1, 127], [-1, -127]], dtype=torch.int8).repeat(20, columns // 2)
+    assert pairs._with_copies(weight)[0].shape[1] == columns + -columns % pairs.COLUMNS  # no copies
+    q = torch.full(
+        (tokens, columns), 127, dtype=torch.int8
+    )  # another pairing, 127 + 1 + 127, would saturate
+    assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
 
 
 def test_weights_grow_by_less_than_twice(generator):
