@@ -38,3 +38,24 @@ def processor(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
 
     return has
+
+
+@pytest.fixture
+def row_by_row(monkeypatch):
+    """Float products that do not depend on their batch: every sample (row of a matrix) is multiplied alone.
+
+    Sums are ordered by the number of rows otherwise, the only thing that a sample's bits owe to its batch.
+    """
+    from ditq_kernels import reference
+
+    def alone(plain):
+        def split(x, *rest, **options):
+            if x.dim() < 2 or len(x) < 2:
+                return plain(x, *rest, **options)
+            return torch.cat([plain(row[None], *rest, **options) for row in x])
+
+        return split
+
+    functional = torch.nn.functional
+    for place, name in ((functional, "linear"), (functional, "conv2d"), (reference, "linear_w8")):
+        monkeypatch.setattr(place, name, alone(getattr(place, name)))

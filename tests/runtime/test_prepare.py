@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_kernels import reference
 from ditq_runtime.cuda_graph import GraphedForward
 from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE, HoistedModulation
 from ditq_runtime.hoist import _elsewhere, _position
@@ -62,24 +61,6 @@ def test_one_compiled_graph_serves_all_steps_and_groups(folders):
     torch.compiler.reset()
     assert groups == {0, 1, 2}
     assert len(graphs) == 1
-
-
-@pytest.fixture
-def row_by_row(monkeypatch):
-    """Float products that do not depend on their batch, so that hoisted modulation has the bits of every step's own."""
-
-    def by_row(plain):
-        def split(x, *rest):
-            return (
-                torch.cat([plain(row[None], *rest) for row in x])
-                if x.dim() == 2
-                else plain(x, *rest)
-            )
-
-        return split
-
-    for place, name in ((torch.nn.functional, "linear"), (reference, "linear_w8")):
-        monkeypatch.setattr(place, name, by_row(getattr(place, name)))
 
 
 @pytest.fixture(scope="module")
