@@ -97,6 +97,14 @@ def test_pairs_that_would_saturate_are_copied(kind, copied, generator):
     assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
 
 
+@pytest.mark.parametrize(
+    ("copied", "in_features", "expected"),
+    [([], 6, 0), ([0, 2, 4, 2], 6, 3), ([0, 2, 2], 6, 2), ([2, 4], 6, 0), ([0, 2, 4, 0], 5, 3)],
+)
+def test_leading_copies_of_every_second_input(copied, in_features, expected):
+    assert pairs._every_second(torch.tensor(copied, dtype=torch.int64), in_features) == expected
+
+
 @pytest.mark.parity("P5")
 @pytest.mark.parametrize("inputs", [256, 257, 258, 259])
 def test_random_weights_are_exact_whatever_they_grow_to(inputs, generator):

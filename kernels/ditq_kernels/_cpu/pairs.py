@@ -34,6 +34,7 @@ class PairedWeights:
     parts: tuple[torch.Tensor, ...]
     widths: tuple[int, ...]  # columns of the parts
     copied: torch.Tensor  # int64: inputs that have a copy behind all inputs
+    every_second: int  # of the copies: so many, the first ones, are inputs 0, 2, 4 and so on
 
 
 def product(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
@@ -65,9 +66,11 @@ def _product(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
 def _shifted(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
     """Codes + 128, and the copies behind them: [T, columns] uint8."""
     out = q.new_empty((len(q), sum(weights.widths)), dtype=torch.uint8)
-    inputs, copies = out.tensor_split([q.shape[1]], dim=1)
+    known = weights.every_second
+    inputs, regular, others = out.tensor_split((q.shape[1], q.shape[1] + known), dim=1)
     torch.bitwise_xor(q.view(torch.uint8), SHIFT, out=inputs)
-    torch.index_select(inputs, 1, weights.copied, out=copies)
+    regular.copy_(inputs[:, : 2 * known : 2])  # a quarter of the time of a gather
+    torch.index_select(inputs, 1, weights.copied[known:], out=others)
     return out
 
 
@@ -87,7 +90,7 @@ def _prepare(weight: torch.Tensor, *groups: torch.Tensor) -> PairedWeights:
         torch.ops.onednn.qlinear_prepack(part.contiguous(), None)
         for part in grown.split(widths, dim=1)
     )
-    made = PairedWeights(parts, widths, copied)
+    made = PairedWeights(parts, widths, copied, _every_second(copied, weight.shape[1]))
     _check(made, weight)
     return made
 
@@ -111,6 +114,13 @@ def _with_copies(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     missing = -grown.shape[1] % COLUMNS
     grown = torch.nn.functional.pad(grown, (0, missing))
     return grown, torch.cat([taken, taken[:1].expand(missing)])[in_features:]
+
+
+def _every_second(copied: torch.Tensor, in_features: int) -> int:
+    """How many leading copies are inputs 0, 2, 4 and so on."""
+    regular = torch.arange(0, in_features, 2)[: len(copied)]
+    same = copied[: len(regular)] == regular
+    return len(regular) if bool(same.all()) else int((~same).int().argmax())
 
 
 def _widths(weight: torch.Tensor) -> tuple[int, ...]:
