@@ -1,5 +1,8 @@
 """Tiny random models of every family with a table, and batches of mixed timesteps for them."""
 
+import copy
+import math
+
 import diffusers
 import pytest
 import torch
@@ -126,6 +129,53 @@ def run():
             return model(**inputs, return_dict=False)[0]
 
     return forward
+
+
+@pytest.fixture(scope="session")
+def cost_of_codes(run):
+    """Float model, its packed twin, inputs -> relative error that rounding to the codes of its linears should have.
+
+    Rounding errs by up to half a step, evenly where steps are small beside the values (Bennett, 1948). So the float
+    model runs with uniform noise of half a step on every weight and on every quantized input, in units of its own row,
+    token or group of 32: steps as docs/methods.md has them, without any of our code. Root mean square of four runs.
+    Errors of independent sources add in energy: what comes out may be sqrt(2) times this only if something else errs as
+    much as all roundings together, and 1 / sqrt(2) times only if half of them do not take place.
+    """
+
+    def cost(model, packed, inputs):
+        truth, scheme = run(model, inputs), packed.config.quantization_config.scheme
+        errors = []
+        for seed in range(4):
+            noisy = copy.deepcopy(model)
+            noise = torch.Generator().manual_seed(seed)
+            for name in scheme.layers:
+                _disturb(noisy.get_submodule(name), scheme.format_of(name), noise)
+            errors.append(float((run(noisy, inputs) - truth).norm() / truth.norm()))
+        return math.sqrt(sum(e * e for e in errors) / len(errors))
+
+    return cost
+
+
+def _disturb(linear, layer_format, generator):
+    """Half a step of uniform noise on a linear's weight, in place, and on its input, where that is quantized."""
+
+    def half_a_step(x, step):
+        return step * (torch.rand(x.shape, generator=generator) - 0.5)
+
+    groups = linear.weight.data
+    if layer_format.weights == "w4p":  # 15 steps from the lowest to the highest of a group
+        groups = groups.view(len(groups), -1, 32)
+        step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+    else:
+        step = groups.abs().amax(-1, keepdim=True) / 127
+    groups += half_a_step(groups, step)
+
+    def disturb(module, args):
+        (x,) = args
+        return x + half_a_step(x, x.abs().amax(-1, keepdim=True) / 127)
+
+    if layer_format.integer_gemm:
+        linear.register_forward_pre_hook(disturb)
 
 
 def _embeddings(model):

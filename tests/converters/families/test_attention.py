@@ -1,6 +1,8 @@
 """Quantized attention in every family with a table: what is recorded, stored, runs and is refused."""
 
 import copy
+import functools
+import math
 from types import SimpleNamespace
 
 import diffusers
@@ -84,6 +86,17 @@ def packed(case):
             recipe = Recipe("smoothquant", attention=f.values, attention_scales=f.scales)
             made[f] = convert(case(name).model, recipe, case(name).stats, quiet=True)
         return made[f]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def cost(case, packed, cost_of_codes):
+    """Name -> relative error by the codes of the linears."""
+
+    @functools.cache
+    def get(name):
+        return cost_of_codes(case(name).model, packed(name, FORMATS[0]), case(name).inputs)
 
     return get
 
@@ -259,18 +272,37 @@ def test_near_fp64_attention_on_the_dequantized_operands(
             assert relative(a, b) < bound, attention
 
 
+def unclipped(model, names):
+    """A copy whose static scales grow to what its attentions meet."""
+
+    def grow(core, args):
+        for operand, x in zip("qkv", args, strict=False):
+            scale = getattr(core, f"{operand}_scale", None)
+            if scale is not None:
+                scale.data = torch.maximum(scale.data, x.abs().amax((0, 1, 3)) / 127)
+
+    model = copy.deepcopy(model)
+    for name in names:
+        model.get_submodule(name).core.register_forward_pre_hook(grow)
+    return model
+
+
 @pytest.mark.parametrize("attention_format", FORMATS, ids=IDS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_whole_model_survives_the_disk_and_stays_close(
-    case, packed, run, name, attention_format, tmp_path
+    case, packed, run, cost, name, attention_format, tmp_path
 ):
-    """8-bit linears alone are within 2 % of the float model; 8-bit attention adds no more than as much."""
+    """8-bit attention, in the residual branch of one layer in three, adds at most as much energy as the linears' codes.
+
+    Static ranges are made to hold the batch, which is another than the calibrated one.
+    """
     case, model = case(name), packed(name, attention_format)
     model.save_pretrained(tmp_path)
     loaded = type(case.model).from_pretrained(tmp_path)
     truth, got = run(case.model, case.inputs), run(loaded, case.inputs)
     assert torch.equal(got, run(model, case.inputs))
-    assert 0 < relative(got, truth) < 0.04
+    error = relative(run(unclipped(loaded, case.names), case.inputs), truth)
+    assert 0.5**0.5 < error / cost(name) < 2**0.5
     report = execution_report(loaded, case.inputs)
     assert [row.name for row in report.attention] == case.names
     assert all(row.integer and row.values == attention_format.values for row in report.attention)
@@ -278,10 +310,12 @@ def test_a_whole_model_survives_the_disk_and_stays_close(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_half_precision_costs_what_it_costs_the_float_model(case, packed, run, name, tmp_path):
-    """Quantization adds its own 4 % (above) to what bf16 costs the float model; masks of -9984 included."""
-    case = case(name)
-    packed(name, AttentionFormat("int8", "static")).save_pretrained(tmp_path)
+def test_half_precision_costs_what_it_costs_the_float_model(
+    case, packed, run, cost, name, tmp_path
+):
+    """Codes add their energy to what bf16 costs the float model, masks of -9984 included: no source besides."""
+    case, model = case(name), packed(name, AttentionFormat("int8", "static"))
+    model.save_pretrained(tmp_path)
     half = type(case.model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     narrow = {
         key: value.bfloat16()
@@ -292,7 +326,7 @@ def test_half_precision_costs_what_it_costs_the_float_model(case, packed, run, n
     truth, got = run(case.model, case.inputs), run(half, narrow)
     assert got.dtype == torch.bfloat16
     rounding = relative(run(copy.deepcopy(case.model).bfloat16(), narrow).float(), truth)
-    assert relative(got.float(), truth) < rounding + 0.04
+    assert 0.5**0.5 < relative(got.float(), truth) / math.hypot(rounding, cost(name)) < 2**0.5
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -113,11 +113,13 @@ def test_blocks_are_integers_and_all_else_is_as_it_was(case):
             assert plan.format.activations == "none"
 
 
-def test_one_forward_is_close_to_the_float_model(case):
-    """8-bit weights and activations: errors of 1 / 254 of the row maximum, some sigma / 3, averaged over a row."""
+def test_one_forward_errs_as_its_codes_do(case, cost_of_codes):
+    """No less than sqrt(1 / 2) and no more than sqrt(2) times: see `cost_of_codes`."""
     model, inputs = case
-    expected, got = run(model, inputs), run(convert(model, RECIPE, quiet=True), inputs)
-    assert 0 < float((got - expected).norm() / expected.norm()) < 0.02
+    packed = convert(model, RECIPE, quiet=True)
+    expected, got = run(model, inputs), run(packed, inputs)
+    error = float((got - expected).norm() / expected.norm())
+    assert 0.5**0.5 < error / cost_of_codes(model, packed, inputs) < 2**0.5
 
 
 def test_saved_and_loaded_by_the_stock_class_it_is_the_same_function(case, tmp_path):
