@@ -35,7 +35,14 @@ TRITON_OPS = frozenset(
 )
 TORCH_OPS = frozenset({"linear_w4_per_group"})
 CPU_OPS = frozenset(
-    {"gemm_w8a8", "gemm_w4a8", "gemm_residual", "gemm_gelu_quantize", "gemm_qkv_quantize"}
+    {
+        "gemm_w8a8",
+        "gemm_w4a8",
+        "gemm_w4a8_per_group",
+        "gemm_residual",
+        "gemm_gelu_quantize",
+        "gemm_qkv_quantize",
+    }
 )
 CHOICES = ("auto", "reference", "cpu", "triton")
 ATTENTION = "attention"  # ops whose names begin so are not chosen with those of the linears

@@ -67,6 +67,28 @@ def check_epilogue(
     check_bias_and_branch(op, q, out_features, bias, bias_index, lora_x, lora_up)
 
 
+def check_epilogue_of_groups(
+    op: str,
+    q: torch.Tensor,
+    out_features: int,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias_index: torch.Tensor | None,
+    lora_x: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+) -> None:
+    """The same with real groups, whose scales `checks.check_real_groups` looks at; see `gemm_w4a8_per_group`."""
+    checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
+    checks.check_zero_point(op, zero_point, weight_sum)
+    if zero_point is not None and weight_sum is not None:
+        checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
+        checks.check_group_sums(op, weight_sum, weight_scale, like=q)
+    check_bias_and_branch(op, q, out_features, bias, bias_index, lora_x, lora_up)
+
+
 def check_samples(op: str, name: str, samples: int, num_tokens: int) -> None:
     """Samples of one size: their number divides the number of rows."""
     if samples == 0 or num_tokens % samples:

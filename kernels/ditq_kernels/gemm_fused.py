@@ -1,7 +1,7 @@
 """GEMMs that do the next thing too: add to the residual stream, gated or not, or GELU and quantize.
 
-They take int8 (`W8`) or progressive int4 (`W4P`) weights. Results of the GEMM stay fp32 until the end: nothing is
-rounded to half precision in between.
+They take int8 (`W8`), progressive int4 (`W4P`) or int4 weights with real groups (`W4G`). Results of the GEMM stay fp32
+until the end: nothing is rounded to half precision in between.
 """
 
 from typing import Any
@@ -11,11 +11,15 @@ import torch
 from ditq_kernels import checks, checks_gemm, reference_fused
 from ditq_kernels.backend import implementation
 from ditq_kernels.weights import W4P, W8
+from ditq_kernels.weights_w4g import W4G
+
+Weight = W8 | W4P | W4G
+Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def gemm_residual(
     q: torch.Tensor,
-    weight: W8 | W4P,
+    weight: Weight,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -73,7 +77,7 @@ def gemm_residual(
 
 def gemm_gelu_quantize(
     q: torch.Tensor,
-    weight: W8 | W4P,
+    weight: Weight,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -126,23 +130,29 @@ def gemm_gelu_quantize(
     return _gemm_gelu_quantize(q, *parts, out_scale, out_zero_point, out_smooth_inv, *stages)
 
 
-def checked_parts(
-    op: str, q: torch.Tensor, weight: W8 | W4P, stages: tuple[Any, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Codes, group scales and group offsets of the weights, after checks of all that GEMMs share."""
+def checked_parts(op: str, q: torch.Tensor, weight: Weight, stages: tuple[Any, ...]) -> Parts:
+    """The weights as ops take them, after checks of all that GEMMs share.
+
+    Returns:
+        codes, group_scale, group_offset: of `W8` only codes; of `W4P` all; of `W4G` no group_scale, and in the place
+        of the offset the zero point of each group. The scale of the weights travels in the stages.
+    """
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
-    parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-    if isinstance(weight, W4P):
+    parts: Parts
+    check_stages, codes_a_byte = checks_gemm.check_epilogue, 2
+    if isinstance(weight, W4G):
+        checks.check_real_groups(op, weight.packed, weight.scale, weight.weight_zero, like=q)
+        parts = weight.packed, None, weight.weight_zero
+        check_stages = checks_gemm.check_epilogue_of_groups
+    elif isinstance(weight, W4P):
         checks.check_groups(op, weight.packed, weight.group_scale, weight.group_offset, like=q)
         parts = weight.packed, weight.group_scale, weight.group_offset
-        in_features = 2 * weight.packed.shape[1]
     else:
         checks.check_matrix(op, "weight", weight.qweight, (torch.int8,), "[N, K]")
         checks.check_device(op, "weight", weight.qweight, q)
-        parts = weight.qweight, None, None
-        in_features = weight.qweight.shape[1]
-    checks.check_inner(op, in_features, q.shape[1], "weight")
-    checks_gemm.check_epilogue(op, q, parts[0].shape[0], *stages)
+        parts, codes_a_byte = (weight.qweight, None, None), 1
+    checks.check_inner(op, codes_a_byte * parts[0].shape[1], q.shape[1], "weight")
+    check_stages(op, q, parts[0].shape[0], *stages)
     return parts
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ditq_kernels import checks, reference
 from ditq_kernels.backend import implementation
-from ditq_kernels.checks_gemm import check_bias, check_bias_and_branch
+from ditq_kernels.checks_gemm import check_bias, check_epilogue_of_groups
 
 
 def gemm_w4a8_per_group(
@@ -57,12 +57,9 @@ def gemm_w4a8_per_group(
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=q)
     checks.check_inner(op, 2 * packed.shape[1], q.shape[1], "packed")
-    checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
-    check_bias_and_branch(op, q, packed.shape[0], bias, bias_index, lora_x, lora_up)
-    checks.check_zero_point(op, zero_point, weight_sum)
-    if zero_point is not None and weight_sum is not None:
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
-        checks.check_group_sums(op, weight_sum, weight_scale, like=q)
+    check_epilogue_of_groups(
+        op, q, packed.shape[0], scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up
+    )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
     return _gemm_w4a8_per_group(
         q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,

@@ -6,15 +6,14 @@ import torch
 
 from ditq_kernels import checks, reference_fused
 from ditq_kernels.backend import implementation
-from ditq_kernels.gemm_fused import checked_parts
-from ditq_kernels.weights import W4P, W8
+from ditq_kernels.gemm_fused import Weight, checked_parts
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def gemm_qkv_quantize(
     q: torch.Tensor,
-    weights: tuple[W8 | W4P, W8 | W4P, W8 | W4P],
+    weights: tuple[Weight, Weight, Weight],
     scale: torch.Tensor,
     biases: Three | None = None,
     *,

@@ -22,7 +22,11 @@ def gemm(
     weight_sum: torch.Tensor | None,
     *stages: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Fp32 [T, N] of either GEMM."""
+    """Fp32 [T, N] of any GEMM; the weights as in `gemm_fused.checked_parts`."""
+    if group_scale is None and group_offset is not None:
+        return reference.gemm_w4a8_per_group(
+            q, weight, scale, weight_scale, group_offset, bias, zero_point, weight_sum, torch.float32, *stages
+        )  # fmt: skip
     if group_scale is not None and group_offset is not None:
         weight = packing.expand_w4p(weight, group_scale, group_offset)
     return reference.gemm_w8a8(
@@ -85,11 +89,13 @@ def gemm_qkv_quantize(
     zero = q.new_zeros(1, dtype=torch.int32)
     zero_points = (zero, zero, zero if v_zero_point is None else v_zero_point)
     for i, codes in enumerate(out):
-        group = (group_scales[i], group_offsets[i]) if group_scales else (None, None)
-        bias, weight_sum = (three[i] if three else None for three in (biases, weight_sums))
+        group_scale, group_offset, bias, weight_sum = (
+            three[i] if three else None
+            for three in (group_scales, group_offsets, biases, weight_sums)
+        )
         y = multiply(
-            q, weights[i], *group, scale, weight_scales[i], bias, zero_point, weight_sum, bias_index,
-            None, None,
+            q, weights[i], group_scale, group_offset, scale, weight_scales[i], bias, zero_point, weight_sum,
+            bias_index, None, None,
         )  # fmt: skip
         by_head = y.view(batch, -1, heads, codes.shape[3]).transpose(1, 2)
         per_head = (v[:, None, None] for v in (head_scales[i], zero_points[i]))

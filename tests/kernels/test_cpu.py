@@ -11,7 +11,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels import _cpu, backend, cpu_features, reference, reference_fused
-from ditq_kernels._cpu import epilogue, pairs, product
+from ditq_kernels._cpu import epilogue, pairs, per_group, product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [
@@ -29,6 +29,7 @@ def int8(shape, generator):
 def small_blocks(monkeypatch):
     """Blocks of 32 rows and a few weight rows, so that small shapes have several, and a partial last one."""
     monkeypatch.setattr(epilogue, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(per_group, "BLOCK_ELEMENTS", 70 * 9)
     monkeypatch.setattr(product, "EXPANDED_BYTES", 96 * 7)
 
 
@@ -216,11 +217,25 @@ CASES = tuple(epilogues(2, 1, torch.Generator().manual_seed(0)))
 
 
 def weights(kind, outputs, inputs, generator):
-    """Codes, group scales and group offsets of `w8` or `w4p`."""
+    """Codes, group scales and group offsets of `w8`, `w4p` or `w4g`."""
     if kind == "w8":
         return int8((outputs, inputs), generator), None, None
+    if kind == "w4g":
+        w = k.quantize_weight_w4g(torch.randn(outputs, inputs, generator=generator), 32)
+        return w.packed, None, w.weight_zero
     w = k.quantize_weight_w4p(torch.randn(outputs, inputs, generator=generator), 32)
     return w.packed, w.group_scale, w.group_offset
+
+
+def stages_of(kind, parts, case, tokens, generator):
+    """Values of STAGES; real groups have their own weight scales, and sums that must be those of the codes."""
+    packed, _, zero = parts
+    stages = epilogues(tokens, len(packed), generator)[case]
+    if kind == "w4g":
+        w = k.W4G(packed, torch.rand(zero.shape, generator=generator) / 100, zero)
+        sums = {} if stages["weight_sum"] is None else {"weight_sum": w.weight_sum()}
+        stages = stages | {"weight_scale": w.scale} | sums
+    return [stages[name] for name in STAGES]
 
 
 @pytest.mark.parity("P7")
@@ -239,16 +254,47 @@ def test_gemms_equal_the_reference_bit_for_bit(shape, case, out_dtype, generator
     int4 = (q, packed, options.pop("scale"), *groups)
     expected = reference.gemm_w4a8(*int4, **options)
     assert torch.equal(_cpu.gemm_w4a8(*int4, **options), expected)
+    parts = weights("w4g", outputs, inputs, generator)
+    scale, weight_scale, *stages = stages_of("w4g", parts, case, tokens, generator)
+    arguments = (q, parts[0], scale, weight_scale, parts[2], *stages[:3], out_dtype, *stages[3:])
+    expected = reference.gemm_w4a8_per_group(*arguments)
+    assert torch.equal(_cpu.gemm_w4a8_per_group(*arguments), expected)
+
+
+@pytest.mark.parity("P5")
+def test_the_largest_real_groups_are_exact():
+    """All extremes: 255 * 15 * 4389 passes 2**24 by an odd number; fp32 would lose the sums on the way."""
+    group = 4390
+    assert 255 * 15 * (group - 1) > 2**24
+    codes = torch.full((1, group), 15, dtype=torch.uint8)
+    codes[0, 0] = 0
+    q = torch.full((1, group), 127, dtype=torch.int8)
+    zero = torch.zeros(1, 1, dtype=torch.uint8)
+    zero_point = torch.tensor([-128], dtype=torch.int32)
+    sums = k.W4G(k.pack_int4(codes), torch.ones(1, 1), zero).weight_sum()
+    arguments = (
+        q,
+        k.pack_int4(codes),
+        torch.ones(1),
+        torch.ones(1, 1),
+        zero,
+        None,
+        zero_point,
+        sums,
+    )
+    y = _cpu.gemm_w4a8_per_group(*arguments, torch.float32)
+    assert y.item() == torch.tensor(255 * 15 * (group - 1)).float().item()
 
 
 @pytest.mark.parity("P7")
-@pytest.mark.parametrize("kind", ["w8", "w4p"])
+@pytest.mark.parametrize("kind", ["w8", "w4p", "w4g"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("small_blocks", "poisoned", "way")
 def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
     tokens, outputs, inputs = 70, 40, 96
-    stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
-    parts = int8((tokens, inputs), generator), *weights(kind, outputs, inputs, generator)
+    parts = weights(kind, outputs, inputs, generator)
+    stages = stages_of(kind, parts, case, tokens, generator)
+    parts = int8((tokens, inputs), generator), *parts
     gates = (torch.randn(5, outputs, generator=generator), None)
     for dtype, gate in itertools.product(DTYPES, gates):
         residual = torch.randn(tokens, outputs, generator=generator).to(dtype)
@@ -265,20 +311,21 @@ def test_fused_gemms_equal_the_reference_bit_for_bit(kind, case, generator):
         assert (got.int() - expected.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["w8", "w4p"])
+@pytest.mark.parametrize("kind", ["w8", "w4p", "w4g"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("small_blocks", "poisoned", "way")
 def test_queries_keys_and_values_equal_the_reference_bit_for_bit(kind, case, generator):
     tokens, outputs, inputs, heads = 70, 40, 96, 5
-    stages = [epilogues(tokens, outputs, generator)[case][name] for name in STAGES]
-    scale, weight_scale, bias, zero_point, weight_sum, bias_index, *_ = stages
     three = [weights(kind, outputs, inputs, generator) for _ in range(3)]
+    found = [stages_of(kind, parts, case, tokens, generator) for parts in three]
+    (scale, _, bias, zero_point, weight_sum, bias_index, *_), *_ = found
+    _, weight_scales, biases, _, weight_sums, *_ = map(list, zip(*found, strict=True))
     arguments = (
         int8((tokens, inputs), generator),
         *([part for part in parts if part is not None] for parts in zip(*three, strict=True)),
         [torch.rand(heads, generator=generator) / 10 + 0.01 for _ in range(3)], None, 7, heads,
-        scale, [weight_scale * (1 + i) for i in range(3)], [] if bias is None else [bias, -bias, 2 * bias],
-        zero_point, [] if weight_sum is None else [weight_sum] * 3, bias_index,
+        scale, weight_scales, [] if bias is None else biases, zero_point,
+        [] if weight_sum is None else weight_sums, bias_index,
     )  # fmt: skip
     expected = reference_fused.gemm_qkv_quantize(*arguments)
     for mine, theirs in zip(_cpu.gemm_qkv_quantize(*arguments), expected, strict=True):
@@ -358,11 +405,15 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
         monkeypatch.setattr(_cpu, op, lambda *a, op=op, run=run: ran.append(op) or run(*a))
     q, w8 = int8((4, 64), generator), k.quantize_weight_w8(torch.randn(3, 64))
     w4, scale = k.quantize_weight_w4p(torch.randn(3, 64), 32), torch.rand(4)
+    w4g = k.quantize_weight_w4g(torch.randn(3, 64), 32)
     out = {"out_scale": torch.ones(1), "out_zero_point": torch.zeros(1, dtype=torch.int32)}
     calls = {
         "gemm_w8a8": lambda: k.gemm_w8a8(q, w8.qweight, scale, w8.scale),
         "gemm_w4a8": lambda: k.gemm_w4a8(
             q, w4.packed, scale, w4.group_scale, w4.group_offset, w4.scale
+        ),
+        "gemm_w4a8_per_group": lambda: k.gemm_w4a8_per_group(
+            q, w4g.packed, scale, w4g.scale, w4g.weight_zero
         ),
         "gemm_residual": lambda: k.gemm_residual(
             q, w4, scale, residual=torch.ones(4, 3), gate=torch.ones(1, 3)

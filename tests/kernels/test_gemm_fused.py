@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import gemm_fused, reference
+from ditq_kernels import gemm_fused, reference, reference_fused
 from ditq_kernels._triton import gemm_gelu_quantize, gemm_residual
 from ditq_kernels.tuning import TileConfig
 
@@ -15,13 +15,16 @@ from ditq_kernels.tuning import TileConfig
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WEIGHTS = ("w8", "w4p")
+WEIGHTS = ("w8", "w4p", "w4g")
 
 
-def problem(weights, num_tokens, out_features, in_features, generator):
+def problem(weights, num_tokens, out_features, in_features, generator, group_size=32):
     """q, weight, scale and named stages: a grouped bias and a zero point."""
-    w4 = k.quantize_weight_w4p(torch.randn(out_features, in_features, generator=generator), 32)
-    weight = w4 if weights == "w4p" else k.W8(w4.expand(), w4.scale)
+    floats = torch.randn(out_features, in_features, generator=generator)
+    quantize = k.quantize_weight_w4g if weights == "w4g" else k.quantize_weight_w4p
+    weight = quantize(floats, group_size)
+    if weights == "w8":
+        weight = k.W8(weight.expand(), weight.scale)
     q = torch.randint(-128, 128, (num_tokens, in_features), generator=generator, dtype=torch.int8)
     scale = torch.rand(num_tokens, generator=generator) / 100
     stages = {
@@ -35,16 +38,26 @@ def problem(weights, num_tokens, out_features, in_features, generator):
 
 def plain(q, weight, scale, stages):
     """The same GEMM in fp32, by the op whose bits other tests pin."""
+    if isinstance(weight, k.W4G):
+        groups = weight.scale, weight.weight_zero
+        return k.gemm_w4a8_per_group(q, weight.packed, scale, *groups, **stages)
     return k.gemm_w8a8(q, weight.expand(), scale, weight.scale, **stages)
+
+
+def parts_of(weight):
+    """Codes, group scale and group offset, as launches take them."""
+    if isinstance(weight, k.W8):
+        return weight.qweight, None, None
+    if isinstance(weight, k.W4G):
+        return weight.packed, None, weight.weight_zero
+    return weight.packed, weight.group_scale, weight.group_offset
 
 
 def launch(kernel, device, q, weight, extra, scale, stages, **options):
     """A kernel on the tensors of a public call."""
-    groups = (None, None) if isinstance(weight, k.W8) else (weight.group_scale, weight.group_offset)
-    codes = weight.qweight if isinstance(weight, k.W8) else weight.packed
     names = ("bias", "zero_point", "weight_sum", "bias_index")
     rest = [scale, weight.scale, *(stages.get(name) for name in names), None, None]
-    moved = [None if v is None else v.to(device) for v in (q, codes, *groups, *extra, *rest)]
+    moved = [None if v is None else v.to(device) for v in (q, *parts_of(weight), *extra, *rest)]
     return kernel.launch(*moved, **options).cpu()
 
 
@@ -85,6 +98,42 @@ def test_residual_kernel_equals_reference(
         y = launch(gemm_residual, device, q, weight, (residual, gate), scale, stages)
         expected = k.gemm_residual(q, weight, scale, residual=residual, gate=gate, **stages)
         assert torch.equal(y, expected)
+
+
+# whole and paired spans, an odd number of pairs, one group of any even K, more than a block of inputs
+GROUPS = [(192, 64), (64, 32), (96, 32), (96, 96), (34, 34), (512, 256)]
+
+
+def fp64_of_bytes(q, weight, scale, stages):
+    """The layer from the bytes of w4g: integers of each group in int64, everything real in fp64."""
+    packed = weight.packed.long()
+    codes = torch.stack((packed % 16, packed // 16), dim=2).flatten(1)
+    size = codes.shape[1] // weight.scale.shape[1]
+    steps = codes - weight.weight_zero.long().repeat_interleave(size, dim=1)
+    centred = q.long() - stages["zero_point"].long()
+    parts = zip(
+        centred.split(size, 1), steps.split(size, 1), weight.scale.double().t(), strict=True
+    )
+    groups = [(a @ b.t()).double() * step for a, b, step in parts]
+    magnitude = sum(group.abs() for group in groups) * scale.double()[:, None]
+    bias = stages["bias"].double()[stages["bias_index"]]
+    return sum(groups) * scale.double()[:, None] + bias, magnitude + bias.abs(), len(groups)
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), GROUPS)
+@pytest.mark.usefixtures("poisoned")
+def test_residual_of_every_group_size(in_features, group_size, device, generator):
+    q, weight, scale, stages = problem("w4g", 33, 37, in_features, generator, group_size)
+    residual, gate = stream(33, 37, 3, torch.float32, generator)
+    got = k.gemm_residual(q, weight, scale, residual=residual, gate=gate, **stages)
+    assert torch.equal(
+        launch(gemm_residual, device, q, weight, (residual, gate), scale, stages), got
+    )
+    y, magnitude, groups = fp64_of_bytes(q, weight, scale, stages)
+    gates = reference.by_sample(gate, 33).double()
+    # each group is rounded as fp32, scaled and added; then scale, bias, gate and residual: 2**-24 of at most all terms
+    terms = magnitude * gates.abs() + residual.abs()
+    assert ((got - (residual + gates * y)).abs() <= (3 * groups + 4) * 2.0**-24 * terms).all()
 
 
 def codes_problem(out_features, generator):
@@ -142,8 +191,9 @@ def test_gelu_codes_far_out(device):
     assert public.tolist() == expected
 
 
-def test_the_reference_is_the_unfused_ops_bit_for_bit(generator):
-    q, weight, scale, stages = problem("w4p", 12, 40, 96, generator)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_reference_is_the_unfused_ops_bit_for_bit(weights, generator):
+    q, weight, scale, stages = problem(weights, 12, 40, 96, generator)
     out_scale, out_zero, smooth_inv = codes_problem(40, generator)
     x = torch.nn.functional.gelu(plain(q, weight, scale, stages), approximate="tanh")
     expected = k.quantize_static(x, out_scale, out_zero, smooth_inv)
@@ -157,17 +207,14 @@ def test_the_reference_is_the_unfused_ops_bit_for_bit(generator):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_opcheck(weights, generator):
     q, weight, scale, stages = problem(weights, 6, 8, 64, generator)
-    groups = (None, None) if weights == "w8" else (weight.group_scale, weight.group_offset)
-    codes = weight.qweight if weights == "w8" else weight.packed
+    parts = parts_of(weight)
     rest = (scale, weight.scale, *(stages[n] for n in ("bias", "zero_point", "weight_sum")))
     rest = (*rest, stages["bias_index"], None, None)
     residual, gate = stream(6, 8, 2, torch.bfloat16, generator)
     for gates in (gate, None):
-        torch.library.opcheck(
-            gemm_fused._gemm_residual, (q, codes, *groups, residual, gates, *rest)
-        )
+        torch.library.opcheck(gemm_fused._gemm_residual, (q, *parts, residual, gates, *rest))
     extra = codes_problem(8, generator)
-    torch.library.opcheck(gemm_fused._gemm_gelu_quantize, (q, codes, *groups, *extra, *rest))
+    torch.library.opcheck(gemm_fused._gemm_gelu_quantize, (q, *parts, *extra, *rest))
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 64, 4, 2), (64, 16, 64, 4, 2)])
@@ -217,11 +264,33 @@ def test_what_does_not_fit_is_refused(op, change, sentence, generator):
         getattr(k, op)(q, weight, **arguments | change)
 
 
-def test_weights_of_other_inputs_are_refused(generator):
-    q, weight, scale, stages = problem("w4p", 6, 8, 64, generator)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_of_other_inputs_are_refused(weights, generator):
+    q, weight, scale, stages = problem(weights, 6, 8, 64, generator)
     extra = {"residual": torch.zeros(6, 8), "gate": torch.zeros(1, 8)}
     with pytest.raises(ValueError, match="must share K, got K=32 and K=64"):
         k.gemm_residual(q[:, :32], weight, scale, **extra, **stages)
+
+
+def test_sums_of_rows_in_place_of_groups_are_refused(generator):
+    q, weight, scale, stages = problem("w4g", 6, 8, 64, generator)
+    stages |= {"weight_sum": weight.weight_sum().sum(dim=1, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=r"^gemm_residual: weight_sum must be \[N, J\] int32"):
+        k.gemm_residual(q, weight, scale, residual=torch.zeros(6, 8), **stages)
+
+
+def test_real_groups_without_options_and_with_a_branch(device, generator):
+    """Symmetric tokens without a bias; integers in every factor of the branch, so that no order of sums rounds."""
+    q, weight, _, _ = problem("w4g", 33, 37, 96, generator)
+    weight = k.W4G(weight.packed, torch.ones_like(weight.scale), weight.weight_zero)
+    factors = [torch.randint(-9, 10, (n, 20), generator=generator).bfloat16() for n in (33, 37)]
+    residual, gate = stream(33, 37, 1, torch.float32, generator)
+    tail = (torch.ones(1), weight.scale, None, None, None, None)
+    for branch in ((None, None), factors):
+        arguments = (q, *parts_of(weight), residual, gate, *tail, *branch)
+        moved = [None if v is None else v.to(device) for v in arguments]
+        expected = reference_fused.gemm_residual(*arguments)
+        assert torch.equal(gemm_residual.launch(*moved).cpu(), expected)
 
 
 @pytest.mark.gpu

@@ -11,17 +11,18 @@ from ditq_kernels import qkv_fused
 from ditq_kernels._triton import gemm_qkv_quantize as kernel
 from ditq_kernels.tuning import TileConfig
 
-WEIGHTS = ("w8", "w4p")
+WEIGHTS = ("w8", "w4p", "w4g")
 VALUES = 2
 
 
-def problem(weights, batch, tokens, heads, head_dim, generator, in_features=64):
+def problem(weights, batch, tokens, heads, head_dim, generator, in_features=64, group_size=32):
     """Arguments of the op by name: grouped biases, zero points, scales that clip a few codes at both ends."""
     out_features = heads * head_dim
     made = []
     for _ in range(3):
-        w4 = k.quantize_weight_w4p(torch.randn(out_features, in_features, generator=generator), 32)
-        made.append(w4 if weights == "w4p" else k.W8(w4.expand(), w4.scale))
+        quantize = k.quantize_weight_w4g if weights == "w4g" else k.quantize_weight_w4p
+        w4 = quantize(torch.randn(out_features, in_features, generator=generator), group_size)
+        made.append(k.W8(w4.expand(), w4.scale) if weights == "w8" else w4)
     shape = (batch * tokens, in_features)
     per_head = [torch.rand(heads, generator=generator) / 50 + 0.04 for _ in range(3)]
     return {
@@ -54,8 +55,12 @@ def floats(arguments, i):
     bias, weight_sum = (
         three and three[i] for three in (arguments["biases"], arguments["weight_sums"])
     )
-    y = k.gemm_w8a8(
-        arguments["q"], weight.expand(), arguments["scale"], weight.scale, bias,
+    multiply, parts = k.gemm_w8a8, (weight.expand(), arguments["scale"], weight.scale)
+    if isinstance(weight, k.W4G):
+        multiply = k.gemm_w4a8_per_group
+        parts = (weight.packed, arguments["scale"], weight.scale, weight.weight_zero)
+    y = multiply(
+        arguments["q"], *parts, bias,
         zero_point=arguments["zero_point"], weight_sum=weight_sum, bias_index=arguments["bias_index"],
     )  # fmt: skip
     return y.view(arguments["batch"], -1, arguments["heads"], y.shape[1] // arguments["heads"])
@@ -64,12 +69,16 @@ def floats(arguments, i):
 def operands(arguments):
     """What the op under the public function takes, in its order."""
     weights = arguments["weights"]
-    w4 = isinstance(weights[0], k.W4P)
+    codes, scales, offsets = {
+        k.W8: ("qweight", "", ""),
+        k.W4P: ("packed", "group_scale", "group_offset"),
+        k.W4G: ("packed", "", "weight_zero"),
+    }[type(weights[0])]
     return [
         arguments["q"],
-        [w.packed if w4 else w.qweight for w in weights],
-        [w.group_scale for w in weights] if w4 else [],
-        [w.group_offset for w in weights] if w4 else [],
+        [getattr(w, codes) for w in weights],
+        [getattr(w, scales) for w in weights] if scales else [],
+        [getattr(w, offsets) for w in weights] if offsets else [],
         list(arguments["head_scales"]), arguments["v_zero_point"], arguments["batch"], arguments["heads"],
         arguments["scale"], [w.scale for w in weights], list(arguments["biases"] or ()),
         arguments["zero_point"], list(arguments["weight_sums"] or ()), arguments["bias_index"],
@@ -158,12 +167,19 @@ def test_kernel_of_every_tile(tile, device, generator):
         assert_same(got, k.gemm_qkv_quantize(**arguments))
 
 
+@pytest.mark.parametrize(("in_features", "group_size"), [(192, 64), (96, 32), (96, 96), (34, 34)])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_of_every_group_size(in_features, group_size, device, generator):
+    arguments = problem("w4g", 2, 5, 1, 40, generator, in_features, group_size)
+    assert_same(launch(device, arguments), k.gemm_qkv_quantize(**arguments))
+
+
 def test_no_tokens(device, generator):
     for codes in launch(device, problem("w8", 2, 0, 1, 32, generator)):
         assert codes.shape == (2, 1, 0, 32)
 
 
-@pytest.mark.parametrize(("weights", "options"), [("w8", PLAIN), ("w4p", {})])
+@pytest.mark.parametrize(("weights", "options"), [("w8", PLAIN), ("w4p", {}), ("w4g", {})])
 def test_opcheck(weights, options, generator):
     arguments = problem(weights, 2, 5, 2, 32, generator) | options
     tests = ("test_schema", "test_faketensor")  # compiled blocks have a test of their own
@@ -216,11 +232,19 @@ def _of_another_kind(weights):
     return *weights[:2], k.quantize_weight_w4p(torch.ones(64, 64), 32)
 
 
+def _of_other_groups(weights):
+    return tuple(
+        quantize(torch.ones(64, 64), 32)
+        for quantize in (k.quantize_weight_w4g, k.quantize_weight_w4g, k.quantize_weight_w4p)
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (_narrow, "weights must be of one kind, shape and group size"),
         (_of_another_kind, "weights must be of one kind, shape and group size"),
+        (_of_other_groups, "weights must be of one kind, shape and group size"),
         (_strided, "weights must be contiguous, got strides (65, 1)"),
     ],
 )

@@ -5,7 +5,15 @@ from ditq_kernels._cpu.gemm import (
     gemm_qkv_quantize,
     gemm_residual,
     gemm_w4a8,
+    gemm_w4a8_per_group,
     gemm_w8a8,
 )
 
-__all__ = ["gemm_gelu_quantize", "gemm_qkv_quantize", "gemm_residual", "gemm_w4a8", "gemm_w8a8"]
+__all__ = [
+    "gemm_gelu_quantize",
+    "gemm_qkv_quantize",
+    "gemm_residual",
+    "gemm_w4a8",
+    "gemm_w4a8_per_group",
+    "gemm_w8a8",
+]

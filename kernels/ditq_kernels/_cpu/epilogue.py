@@ -17,7 +17,7 @@ VECTOR = 32  # rows of a block are a multiple: no block ends amid a vector, wher
 def dequantized_blocks(
     total: torch.Tensor,
     scale: torch.Tensor,
-    weight_scale: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
@@ -30,9 +30,9 @@ def dequantized_blocks(
     """The rows of a block, and their values [rows, N] in fp32, which the caller may overwrite.
 
     Args:
-        total: [T, N] int32, or integers in fp32 up to 2**24; contiguous; overwritten.
+        total: [T, N] int32, or integers in fp32 up to 2**24, or sums of `per_group`; contiguous; overwritten.
         scale: as in `ops.gemm_w8a8`, like all that follow.
-        weight_scale: the same.
+        weight_scale: the same; None where the sums have it in them.
         bias: the same.
         zero_point: the same.
         weight_sum: the same.
@@ -55,7 +55,8 @@ def dequantized_blocks(
         if zero_point is not None and weight_sum is not None:
             sums.sub_(_of_rows(zero_point, rows) * weight_sum)  # fp32: exact terms, so one rounding
         y = sums.float() if into is None or into is total else into[rows].copy_(sums)
-        y.mul_(_of_rows(scale, rows) * weight_scale)
+        real_step = _of_rows(scale, rows)
+        y.mul_(real_step if weight_scale is None else real_step * weight_scale)
         if branch is not None:
             y.add_(branch[rows])
         if bias is not None:

@@ -10,6 +10,7 @@ import torch
 
 from ditq_kernels import numerics, reference, reference_fused
 from ditq_kernels._cpu.epilogue import dequantized_blocks
+from ditq_kernels._cpu.per_group import scaled_sums
 from ditq_kernels._cpu.product import product
 
 
@@ -31,6 +32,24 @@ def gemm_w4a8(
     return _linear(product(q, packed, group_scale, group_offset), scale, *stages, **named)
 
 
+def gemm_w4a8_per_group(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    *branch: Any,
+    **named: Any,
+) -> torch.Tensor:
+    """As `reference.gemm_w4a8_per_group`."""
+    total = scaled_sums(q, packed, weight_scale, weight_zero, zero_point)
+    return _linear(total, scale, None, bias, None, None, out_dtype, *branch, **named)
+
+
 def gemm_residual(
     q: torch.Tensor,
     weight: torch.Tensor,
@@ -41,7 +60,7 @@ def gemm_residual(
     *dequantize: Any,
 ) -> torch.Tensor:
     """As `reference_fused.gemm_residual`."""
-    total = product(q, weight, group_scale, group_offset)
+    total, dequantize = _sums(q, weight, group_scale, group_offset, dequantize)
     out = residual.new_empty(residual.shape)
     samples = None if gate is None else reference.by_sample(torch.arange(len(gate)), len(q))
     for rows, y in dequantized_blocks(total, *dequantize):
@@ -62,7 +81,7 @@ def gemm_gelu_quantize(
     *dequantize: Any,
 ) -> torch.Tensor:
     """As `reference_fused.gemm_gelu_quantize`."""
-    total = product(q, weight, group_scale, group_offset)
+    total, dequantize = _sums(q, weight, group_scale, group_offset, dequantize)
     out = q.new_empty(total.shape)
     for rows, y in dequantized_blocks(total, *dequantize):
         y = reference_fused.gelu(y)
@@ -77,22 +96,34 @@ def _gemm(
     weight: torch.Tensor,
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    *branch: Any,
+    *dequantize: Any,
 ) -> torch.Tensor:
     """As `reference_fused.gemm`."""
-    total = product(q, weight, group_scale, group_offset)
-    return _linear(total, scale, weight_scale, bias, zero_point, weight_sum, torch.float32, *branch)
+    total, (*left, bias_index, lora_x, lora_up) = _sums(
+        q, weight, group_scale, group_offset, dequantize
+    )
+    return _linear(total, *left, torch.float32, bias_index, lora_x, lora_up)
+
+
+def _sums(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    group_offset: torch.Tensor | None,
+    dequantize: tuple[Any, ...],
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Sums of weights as in `gemm_fused.checked_parts`, and what `dequantized_blocks` is left to do with them."""
+    if group_scale is None and group_offset is not None:
+        scale, weight_scale, bias, zero_point, _, *branch = dequantize
+        total = scaled_sums(q, weight, weight_scale, group_offset, zero_point)
+        return total, (scale, None, bias, None, None, *branch)
+    return product(q, weight, group_scale, group_offset), dequantize
 
 
 def _linear(
     total: torch.Tensor,
     scale: torch.Tensor,
-    weight_scale: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,

@@ -24,7 +24,9 @@ def launch(
     out = torch.empty((q.shape[0], weight.shape[0]), dtype=torch.int8, device=q.device)
     if out.numel() == 0:
         return out
-    epilogue, config = gemm_any.launch_stages(q, group_scale, dequantize, config)
+    epilogue, config = gemm_any.launch_stages(q, group_scale, group_offset, dequantize, config)
     stage = GeluCodes(out_scale, out_zero_point, out_smooth_inv)
-    gemm_any.run(q, weight, group_scale, group_offset, out, epilogue._replace(gelu=stage), config)
+    gemm_any.run(
+        q, weight, group_scale, group_offset, dequantize, out, epilogue._replace(gelu=stage), config
+    )
     return out

@@ -24,8 +24,10 @@ from ditq_kernels._triton.common import (
 )
 from ditq_kernels._triton.epilogue import Bias, Scales, dequantized, plus_bias
 from ditq_kernels._triton.gemm_w4a8 import sums_w4a8
+from ditq_kernels._triton.gemm_w4a8_per_group import group_constants, sums_w4a8_per_group
 from ditq_kernels._triton.gemm_w8a8 import sums_w8a8
 from ditq_kernels._triton.prepared_w4 import prepared_w4
+from ditq_kernels._triton.prepared_w4g import prepared_w4g
 from ditq_kernels.reference_fused import new_heads
 
 VALUES = tl.constexpr(2)  # the third that is written transposed
@@ -157,6 +159,27 @@ def _gemm_qkv_w4a8_kernel(
     write_heads(total, third, tile_t, tile_n, T, N, epilogue, heads, T_AXIS=1)
 
 
+@triton.jit
+def _gemm_qkv_w4a8_per_group_kernel(
+    q_ptr, splits, weight_scales, weight_zeros, weight_sums,  # three each, see gemm_w4a8_per_group; sums may be None
+    zero_point_ptr, epilogue, heads,
+    T, N, K, stride_qt, stride_sn,
+    PER_TOKEN_ZERO: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of SPAN
+    GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
+    BY_BITS: tl.constexpr, INLINE_ASM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    tile_t, tile_n, third = third_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    total = sums_w4a8_per_group(
+        q_ptr, of_third(third, splits), of_third(third, weight_scales), of_third(third, weight_zeros),
+        None if weight_sums is None else of_third(third, weight_sums), zero_point_ptr,
+        tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+        PER_TOKEN_ZERO, EVEN_K, GROUP_SIZE, SPAN, BY_BITS, INLINE_ASM, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    write_heads(total, third, tile_t, tile_n, T, N, epilogue, heads, T_AXIS=1)
+
+
 Three = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 
@@ -183,7 +206,7 @@ def launch(
     if out[0].numel() == 0:
         return out
     epilogue, config = gemm_any.launch_stages(
-        q, group_scales[0] if group_scales else None,
+        q, group_scales[0] if group_scales else None, group_offsets[0] if group_offsets else None,
         (scale, tuple(weight_scales), tuple(biases) or None, zero_point, tuple(weight_sums) or None,
          bias_index, None, None),
         config,
@@ -193,26 +216,59 @@ def launch(
         v_zero_point, int(v_zero_point is not None and v_zero_point.numel() > 1),
         tl.constexpr(out_features // heads), num_tokens // batch, out[2].stride(3),
     )  # fmt: skip
-    sizes = (num_tokens, out_features, in_features, q.stride(0))
-    tiles: dict[str, int] = {
-        "BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
     programs = 3 * triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
-        if not group_scales:
-            _gemm_qkv_w8a8_kernel[(programs,)](
-                q, tuple(weights), epilogue, stage, *sizes, weights[0].stride(0),
-                EVEN_K=in_features % config.block_k == 0, BLOCK_K=config.block_k,
-                **tiles, enable_fp_fusion=False,
-            )  # fmt: skip
-            return out
-        made = [prepared_w4(*one) for one in zip(weights, group_scales, group_offsets, strict=True)]
-        _gemm_qkv_w4a8_kernel[(programs,)](
-            q, tuple(one.split for one in made), tuple(one.groups for one in made), epilogue, stage,
-            *sizes, made[0].split.stride(0),
-            EVEN_K=in_features % made[0].unit == 0, UNIT=made[0].unit,
-            GROUP_SIZE=in_features // group_scales[0].shape[1], INLINE_ASM=not INTERPRETED,
-            **tiles, enable_fp_fusion=False,
+        if not group_offsets:
+            kernel, parts, constants = _int8(weights, in_features, config)
+        elif group_scales:
+            kernel, parts, constants = _progressive(weights, group_scales, group_offsets, in_features)
+        else:
+            kernel, parts, constants = _real_groups(
+                weights, weight_scales, group_offsets, zero_point, weight_sums, in_features, config
+            )
+        kernel[(programs,)](
+            q, *parts, epilogue, stage,
+            num_tokens, out_features, in_features, q.stride(0), parts[0][0].stride(0),
+            **constants, BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, what it reads of the weights, constants
+
+
+def _int8(weights: Three, in_features: int, config: tuning.TileConfig) -> Launch:
+    constants = {"EVEN_K": in_features % config.block_k == 0, "BLOCK_K": config.block_k}
+    return _gemm_qkv_w8a8_kernel, (tuple(weights),), constants
+
+
+def _progressive(
+    weights: Three, group_scales: Three, group_offsets: Three, in_features: int
+) -> Launch:
+    made = [prepared_w4(*one) for one in zip(weights, group_scales, group_offsets, strict=True)]
+    unit, group_size = made[0].unit, in_features // group_scales[0].shape[1]
+    constants = {"EVEN_K": in_features % unit == 0, "UNIT": unit, "GROUP_SIZE": group_size}
+    parts = (tuple(one.split for one in made), tuple(one.groups for one in made))
+    return _gemm_qkv_w4a8_kernel, parts, constants | {"INLINE_ASM": not INTERPRETED}
+
+
+def _real_groups(
+    weights: Three,
+    weight_scales: Three,
+    weight_zeros: Three,
+    zero_point: torch.Tensor | None,
+    weight_sums: Three,
+    in_features: int,
+    config: tuning.TileConfig,
+) -> Launch:
+    sums: Any = weight_sums or (None,) * 3
+    made = [prepared_w4g(*one) for one in zip(weights, weight_scales, weight_zeros, sums, strict=True)]
+    split, scale, zero = (tuple(getattr(one, n) for one in made) for n in ("split", "scale", "zero"))
+    parts = (split, scale, zero, tuple(one.sums for one in made) if weight_sums else None, zero_point)
+    span, group_size = made[0].span, in_features // weight_scales[0].shape[1]
+    return _gemm_qkv_w4a8_per_group_kernel, parts, {
+        "PER_TOKEN_ZERO": zero_point is not None and zero_point.numel() > 1,
+        "EVEN_K": in_features % span == 0, "INLINE_ASM": not INTERPRETED,
+        **group_constants(group_size, span, config.block_k),
+    }  # fmt: skip

@@ -24,13 +24,12 @@ def launch(
     out = torch.empty(residual.shape, dtype=residual.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    epilogue, config = gemm_any.launch_stages(q, group_scale, dequantize, config)
+    epilogue, config = gemm_any.launch_stages(q, group_scale, group_offset, dequantize, config)
     stage = Residual(residual, residual.stride(0))
     if gate is not None:
         rows_per_sample = q.shape[0] // gate.shape[0]
         one_sample = tl.constexpr(rows_per_sample % config.block_t == 0)
         stage = Residual(*stage[:2], gate, gate.stride(0), rows_per_sample, one_sample)
-    gemm_any.run(
-        q, weight, group_scale, group_offset, out, epilogue._replace(residual=stage), config
-    )
+    stages = epilogue._replace(residual=stage)
+    gemm_any.run(q, weight, group_scale, group_offset, dequantize, out, stages, config)
     return out

@@ -21,9 +21,10 @@ from ditq_kernels._triton.common import (
     on_device_of,
     tile_of_program,
 )
-from ditq_kernels._triton.epilogue import gemm_launch, write_tile
+from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
 from ditq_kernels._triton.prepared_w4g import prepared_w4g
 
+OP = "gemm_w4a8_per_group"
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)  # of fp32 1.5 * 2**23
 LARGEST_PRODUCT = 255 * 15
 
@@ -95,21 +96,16 @@ def scaled_sum(total, weight_scale, BY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _gemm_w4a8_per_group_kernel(
-    q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, padded K / 2] bytes, [T, N] float
-    weight_scale_ptr, weight_zero_ptr, weight_sum_ptr,  # [J', N] fp32, int32, int32 or None
-    zero_point_ptr,  # [T] or [1] int32, or None
-    epilogue,  # an Epilogue whose scales are those of the activations
-    T, N, K, stride_qt, stride_sn, stride_ot,
-    PER_TOKEN_ZERO: tl.constexpr,
-    EVEN_K: tl.constexpr,  # K is a multiple of SPAN
-    GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
+def sums_w4a8_per_group(
+    q_ptr, split_ptr, weight_scale_ptr, weight_zero_ptr, weight_sum_ptr, zero_point_ptr,
+    tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+    PER_TOKEN_ZERO: tl.constexpr, EVEN_K: tl.constexpr, GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
     BY_BITS: tl.constexpr, INLINE_ASM: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A tile of weight @ (q - zero_point).T in real weights, fp32 [BLOCK_N, BLOCK_T], groups in ascending order."""
     HALF: tl.constexpr = SPAN // 2
     PAIRED: tl.constexpr = SPAN == 2 * GROUP_SIZE
-    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -148,6 +144,28 @@ def _gemm_w4a8_per_group_kernel(
             y += scaled_sum(total, weight_scale, BY_BITS)
         split_at += HALF
         q_at += SPAN
+    return y
+
+
+@triton.jit
+def _gemm_w4a8_per_group_kernel(
+    q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, padded K / 2] bytes, [T, N] float or int8
+    weight_scale_ptr, weight_zero_ptr, weight_sum_ptr,  # [J', N] fp32, int32, int32 or None
+    zero_point_ptr,  # [T] or [1] int32, or None
+    epilogue,  # an Epilogue whose scales are those of the activations
+    T, N, K, stride_qt, stride_sn, stride_ot,
+    PER_TOKEN_ZERO: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of SPAN
+    GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
+    BY_BITS: tl.constexpr, INLINE_ASM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
+    y = sums_w4a8_per_group(
+        q_ptr, split_ptr, weight_scale_ptr, weight_zero_ptr, weight_sum_ptr, zero_point_ptr,
+        tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+        PER_TOKEN_ZERO, EVEN_K, GROUP_SIZE, SPAN, BY_BITS, INLINE_ASM, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     write_tile(y, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
 
 
@@ -167,15 +185,30 @@ def launch(
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `per_group.gemm_w4a8_per_group`."""
-    (num_tokens, in_features), out_features = q.shape, packed.shape[0]
-    out = torch.empty((num_tokens, out_features), dtype=out_dtype, device=q.device)
+    out = torch.empty((q.shape[0], packed.shape[0]), dtype=out_dtype, device=q.device)
     if out.numel() == 0:
         return out
     # every group takes out its part of the zero point, so the epilogue gets none
     epilogue, config = gemm_launch(
-        "gemm_w4a8_per_group", q, scale, None, bias, None, None, bias_index, lora_x, lora_up,
-        config=config,
-    )  # fmt: skip
+        OP, q, scale, None, bias, None, None, bias_index, lora_x, lora_up, config=config
+    )
+    run(q, packed, weight_scale, weight_zero, zero_point, weight_sum, out, epilogue, config)
+    return out
+
+
+def run(
+    q: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+    config: tuning.TileConfig,
+) -> None:
+    """Fill `out` with what the epilogue makes of q - zero_point times the real weights."""
+    (num_tokens, in_features), out_features = q.shape, packed.shape[0]
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
         weights = prepared_w4g(packed, weight_scale, weight_zero, weight_sum)
@@ -190,7 +223,6 @@ def launch(
             BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
 
 
 def group_constants(group_size: int, span: int, block_k: int) -> dict[str, int | bool]:

@@ -248,6 +248,16 @@ def _qkv_w4a8_kernel(op, problem, config):
     return gemm_qkv_quantize._gemm_qkv_w4a8_kernel, constants | weights | stages
 
 
+def _qkv_w4a8_per_group_kernel(op, problem, config):
+    gemm = op.partition("+")[0]
+    _, constants = _w4a8_per_group_kernel(gemm, problem, config)
+    three = offline_epilogue.three
+    weights = {"splits": three("*u8"), "weight_scales": three("*fp32"), "weight_zeros": three("*i32")}
+    weights["weight_sums"] = three("*i32") if problem.zero_point else None
+    stages = offline_epilogue.qkv_stages(gemm, problem)
+    return gemm_qkv_quantize._gemm_qkv_w4a8_per_group_kernel, constants | weights | stages
+
+
 def _lora_down_kernel(_, problem, config):
     constants = {
         "BLOCK_T": config.block_t, "BLOCK_R": min(32, config.block_n), "BLOCK_K": config.block_k,
@@ -311,6 +321,9 @@ KERNELS = {
     "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, _w4a8_per_group_kernel),
     "gemm_w8a8+qkv_quantize": OfflineKernel(QKVS, offline_epilogue.tiles_of, _qkv_w8a8_kernel, {"T": "i32:16"}),
     "gemm_w4a8+qkv_quantize": OfflineKernel(QKVS, offline_epilogue.tiles_of, _qkv_w4a8_kernel, {"T": "i32:16"}),
+    "gemm_w4a8_per_group+qkv_quantize": OfflineKernel(
+        QKVS, offline_epilogue.tiles_of, _qkv_w4a8_per_group_kernel, {"T": "i32:16"}
+    ),
     "lora_down": OfflineKernel((GEMMS[0], GEMMS[1]), tuning.tile_config, _lora_down_kernel),
     "linear_w8": OfflineKernel(MODULATIONS, tuning.tile_config, _weight_only_kernel, {"x_ptr": "*fp32"}),
     "linear_w4": OfflineKernel(
@@ -329,7 +342,7 @@ KERNELS = {
     for gemm, kernel, those in (
         ("gemm_w8a8", _w8a8_kernel, offline_epilogue.STAGES),
         ("gemm_w4a8", _w4a8_kernel, offline_epilogue.STAGES),
-        ("gemm_w4a8_per_group", _w4a8_per_group_kernel, offline_epilogue.REAL_GROUP_STAGES),
+        ("gemm_w4a8_per_group", _w4a8_per_group_kernel, offline_epilogue.STAGES),
     )
     for stages in those
 } | {

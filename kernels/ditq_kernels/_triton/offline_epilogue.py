@@ -38,7 +38,6 @@ STAGES: dict[str, tuple[dict[str, Any], bool]] = {
     "ungated_residual": ({"bias": GROUPED, "residual": UNGATED}, True),
     "gelu_quantize": ({"bias": GROUPED, "gelu": GeluCodes("*fp32", "*i32", "*fp32")}, True),
 }
-REAL_GROUP_STAGES = ("grouped", "gathered", "low_rank")  # what the GEMM of real groups has
 OUTPUTS = {"gelu_quantize": {"out_ptr": "*i8"}}  # types that are not those of other GEMMs
 
 
@@ -60,10 +59,13 @@ def epilogue_of_real_groups(op: str, zero_point: bool) -> Epilogue:
 
 def qkv_stages(op: str, problem: Any) -> dict[str, Any]:
     """Epilogue and heads of the GEMM of three weights: grouped biases, one scale a head, of 72 or 64 outputs."""
-    epilogue = epilogue_of(f"{op}+grouped", problem.zero_point)
+    real_groups = op == "gemm_w4a8_per_group"
+    make = epilogue_of_real_groups if real_groups else epilogue_of
+    epilogue = make(f"{op}+grouped", problem.zero_point)
     scales, bias = epilogue.scales, epilogue.bias
-    weight_sum = three(scales.weight_sum) if problem.zero_point else None
-    scales = scales._replace(weight_scale=three(scales.weight_scale), weight_sum=weight_sum)
+    if not real_groups:
+        weight_sum = three(scales.weight_sum) if problem.zero_point else None
+        scales = scales._replace(weight_scale=three(scales.weight_scale), weight_sum=weight_sum)
     head_dim = 72 if problem.in_features % 72 == 0 else 64
     heads = Heads(
         three("*i8"), three("*fp32"), three(tl.constexpr(1)), None, None,
