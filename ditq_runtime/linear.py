@@ -115,10 +115,7 @@ class QuantLinear(Pinned, nn.Linear):
     def add_to(
         self, residual: torch.Tensor, gate: torch.Tensor | None, codes: Codes
     ) -> torch.Tensor:
-        """Residual [T, N] + gate [B, N] fp32 * layer (no gate: + layer), in the dtype of the residual stream.
-
-        For `w8` and `w4p`.
-        """
+        """Residual [T, N] + gate [B, N] fp32 * layer (no gate: + layer), in the dtype of the residual stream."""
         return k.gemm_residual(
             codes.q,
             self.packed(),
@@ -130,7 +127,7 @@ class QuantLinear(Pinned, nn.Linear):
         )
 
     def gelu_codes(self, consumer: QuantLinear, codes: Codes) -> Codes:
-        """The quantized input of `consumer`, which reads GELU (tanh form) of this layer, for `w8` and `w4p`."""
+        """The quantized input of `consumer`, which reads GELU (tanh form) of this layer."""
         if consumer.format.activations == "token":
             smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
             return Codes(*k.gelu_quantize(self.multiply(codes, self.compute_dtype), smooth_inv))
@@ -147,10 +144,12 @@ class QuantLinear(Pinned, nn.Linear):
             "out_smooth_inv": self.smooth_inv if self.format.smooth else None,
         }
 
-    def packed(self) -> k.W8 | k.W4P:
-        """The weights of a `w8` or `w4p` layer, for ops that take either."""
+    def packed(self) -> k.W8 | k.W4P | k.W4G:
+        """The weights of an integer layer, for ops that take any."""
         if self.format.weights == "w8":
             return k.W8(self.weight, self.weight_scale)
+        if self.format.weights == "w4g":
+            return k.W4G(self.weight, self.weight_scale, self.weight_zero)
         return k.W4P(self.weight, self.group_scale, self.group_offset, self.weight_scale)
 
     def epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:

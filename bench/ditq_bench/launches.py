@@ -29,7 +29,11 @@ SAMPLES, CAPTION_TOKENS = 2, 8
 RECIPES = {
     "W8A8 static": Recipe("smoothquant", "w8", "static", attention="none"),
     "W4A8 token": Recipe("smoothquant", "w4p", "token", attention="none"),
+    "W4A8 real groups, token": Recipe("smoothquant", "w4g", "token", attention="none"),
     "W8A8 static, int8 attention": Recipe("smoothquant", "w8", "static", attention="int8"),
+    "W4A8 real groups, static, int8 attention": Recipe(
+        "smoothquant", "w4g", "static", attention="int8"
+    ),
     "W8A8 token, int8 attention": Recipe("smoothquant", "w8", "token", attention="int8"),
     "W4A8 token, low-rank branch": Recipe("smoothquant", "w4p", "token", lora_rank=8),
 }

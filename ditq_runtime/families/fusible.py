@@ -16,7 +16,6 @@ from ditq_runtime.attention_processor import CORE, QuantAttnProcessor
 from ditq_runtime.families.fused import Layout
 
 FUSION = "fusion"  # name of the `Fusion` in a block
-WEIGHTS = ("w8", "w4p")  # those with fused ops
 
 
 class Fusion:
@@ -110,7 +109,7 @@ def _obstacle(block: Any, layout: Layout) -> str:
     """What formats and values of a block whose parts are in place say against fusing it."""
     for name in layout.linears:
         found = block.get_submodule(name).format
-        if not found.integer_gemm or found.weights not in WEIGHTS:
-            return f"{name} is {found.name}, and fused blocks need integers, w8 or w4p"
+        if not found.integer_gemm:
+            return f"{name} is {found.name}, and fused blocks need integers"
     obstacles = (sublayer.obstacle(block) for sublayer in layout.sublayers)
     return next((reason for reason in obstacles if reason), "")

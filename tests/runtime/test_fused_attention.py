@@ -73,6 +73,11 @@ INT8 = "attention_qk_int8_pv_int8"
 CASES = {  # recipe -> ops of q, k, v, out, the attention
     "static": (ALL_STATIC, (*ONE_GEMM, "gemm_residual", INT8)),
     "static w4p": (recipe(weights="w4p"), (*ONE_GEMM, "gemm_residual", INT8)),
+    "static w4g": (recipe(weights="w4g"), (*ONE_GEMM, "gemm_residual", INT8)),
+    "w4g per token": (
+        recipe(weights="w4g", activations="token", attention_scales="static"),
+        (*ONE_GEMM, "quantize_per_token + gemm_residual", INT8),
+    ),
     "three groups": (recipe("htg", num_groups=3), (*ONE_GEMM, "gemm_residual", INT8)),
     "scales of q, k, v per token": (
         recipe(attention_scales="token"),

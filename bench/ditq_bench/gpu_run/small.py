@@ -12,7 +12,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_bench.gpu_run.place import Place
-from ditq_bench.tune.problems import PROBLEMS, launch_of, unswapped
+from ditq_bench.tune.problems import GROUP_SIZE, PROBLEMS, launch_of, unswapped
 
 TOKENS, INPUTS, OUTPUTS, HEADS, HEAD_DIM = 33, 128, 40, 5, 72
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def cases(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(op, a call of its kernel): every op of `backend.TRITON_OPS`, every launch table, every variant."""
+    """(op, a call of its kernel): every op of `backend.TRITON_OPS`, of all weights; every launch table and variant."""
     for op, problem in PROBLEMS.items():
         bucket = place.bucket(
             op, TOKENS, HEAD_DIM if op.startswith("attention") else INPUTS, OUTPUTS
@@ -58,43 +58,59 @@ def _gelu_quantize(device: torch.device) -> Any:
     return launch_of("gelu_quantize")(x, None, *_quantizer(device))[0]
 
 
-def _gemm_residual(device: torch.device) -> Any:
-    q, scale, weight = _operands(device)
+def _gemm_residual(weights: str, device: torch.device) -> Any:
+    q, scale, parts, weight_scale = _operands(weights, device)
     stream = torch.randn(TOKENS, OUTPUTS, device=device).bfloat16()
-    tail = (scale, weight.scale, *[None] * 6)
-    return launch_of("gemm_residual")(q, weight.qweight, None, None, stream, None, *tail)
+    tail = (scale, weight_scale, *[None] * 6)
+    return launch_of("gemm_residual")(q, *parts, stream, None, *tail)
 
 
-def _gemm_gelu_quantize(device: torch.device) -> Any:
-    q, scale, weight = _operands(device)
-    tail = (*_quantizer(device), None, scale, weight.scale, *[None] * 6)
-    return launch_of("gemm_gelu_quantize")(q, weight.qweight, None, None, *tail)
+def _gemm_gelu_quantize(weights: str, device: torch.device) -> Any:
+    q, scale, parts, weight_scale = _operands(weights, device)
+    tail = (*_quantizer(device), None, scale, weight_scale, *[None] * 6)
+    return launch_of("gemm_gelu_quantize")(q, *parts, *tail)
 
 
-def _gemm_qkv_quantize(device: torch.device) -> Any:
-    q, scale, weight = _operands(device)
+def _gemm_qkv_quantize(weights: str, device: torch.device) -> Any:
+    q, scale, parts, weight_scale = _operands(weights, device)
     steps = [torch.full((1,), 0.1, device=device)] * 3
-    three = [weight.qweight] * 3
+    three = ([] if part is None else [part] * 3 for part in parts)
     return launch_of("gemm_qkv_quantize")(
-        q, three, [], [], steps, None, 3, HEADS, scale, [weight.scale] * 3, [], None, [], None
+        q, *three, steps, None, 3, HEADS, scale, [weight_scale] * 3, [], None, [], None
     )[:2]  # values are written with padding between images, which stays undefined
 
 
-def _operands(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, k.W8]:
+def _operands(weights: str, device: torch.device) -> tuple[Any, ...]:
+    """Codes and scales of the activations; the three parts of the weights, and their scales."""
     q, scale = k.quantize_per_token(torch.randn(TOKENS, INPUTS, device=device))
-    return q, scale, k.quantize_weight_w8(torch.randn(OUTPUTS, INPUTS, device=device))
+    floats = torch.randn(OUTPUTS, INPUTS, device=device)
+    if weights == "w8":
+        w8 = k.quantize_weight_w8(floats)
+        return q, scale, (w8.qweight, None, None), w8.scale
+    if weights == "w4g":
+        w4g = k.quantize_weight_w4g(floats, GROUP_SIZE)
+        return q, scale, (w4g.packed, None, w4g.weight_zero), w4g.scale
+    w4p = k.quantize_weight_w4p(floats, GROUP_SIZE)
+    return q, scale, (w4p.packed, w4p.group_scale, w4p.group_offset), w4p.scale
 
 
 def _quantizer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((1,), 0.03, device=device), torch.zeros(1, device=device).int()
 
 
-WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
-    "quantize_static, heads": _quantize_static_heads,
-    "gelu_quantize": _gelu_quantize,
+FUSED = {
     "gemm_residual": _gemm_residual,
     "gemm_gelu_quantize": _gemm_gelu_quantize,
     "gemm_qkv_quantize": _gemm_qkv_quantize,
+}
+WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
+    "gelu_quantize": _gelu_quantize,
+    **{op: functools.partial(call, "w8") for op, call in FUSED.items()},
+    **{
+        f"{op}, {weights}": functools.partial(call, weights)
+        for op, call in FUSED.items()
+        for weights in ("w4p", "w4g")
+    },
 }
 
 

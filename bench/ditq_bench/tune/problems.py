@@ -71,6 +71,9 @@ def _gemm_epilogue(bucket: Bucket, device: torch.device) -> Call:
     if bucket.op.startswith("gemm_w8a8"):
         w8 = k.quantize_weight_w8(_weight(bucket, device))
         parts, weight_scale = (w8.qweight, None, None), w8.scale
+    elif bucket.op.startswith("gemm_w4a8_per_group"):
+        w4g = k.quantize_weight_w4g(_weight(bucket, device), GROUP_SIZE)
+        parts, weight_scale = (w4g.packed, None, w4g.weight_zero), w4g.scale
     else:
         w4 = _w4p(bucket, device)
         parts, weight_scale = (w4.packed, w4.group_scale, w4.group_offset), w4.scale
@@ -82,13 +85,10 @@ def _gemm_epilogue(bucket: Bucket, device: torch.device) -> Call:
 
 
 def _per_group(bucket: Bucket, device: torch.device) -> Call:
-    """Symmetric tokens; the `_epilogue` table with a low-rank branch."""
+    """Symmetric tokens."""
     q, scale = _activations(bucket, device)
     w4g = k.quantize_weight_w4g(_weight(bucket, device), GROUP_SIZE)
-    tail: tuple[Any, ...] = (_bias(bucket, device), None, None, HALF, None)
-    if bucket.op.endswith("_epilogue"):
-        sizes = (bucket.num_tokens, bucket.out_features)
-        tail += tuple(torch.randn(size, RANK, device=device).to(HALF) for size in sizes)
+    tail = (_bias(bucket, device), None, None, HALF)
     launch = launch_of("gemm_w4a8_per_group")
     return lambda config: launch(
         q, w4g.packed, scale, w4g.scale, w4g.weight_zero, *tail, config=config
@@ -158,7 +158,7 @@ PROBLEMS: dict[str, Callable[[Bucket, torch.device], Call]] = {
     "gemm_w8a8_epilogue": _gemm_epilogue,
     "gemm_w4a8_epilogue": _gemm_epilogue,
     "gemm_w4a8_per_group": _per_group,
-    "gemm_w4a8_per_group_epilogue": _per_group,
+    "gemm_w4a8_per_group_epilogue": _gemm_epilogue,
     "linear_w8": _weight_only,
     "linear_w4": _weight_only,
     "lora_down": _lora_down,
