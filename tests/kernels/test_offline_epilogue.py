@@ -5,10 +5,10 @@ import json
 import pytest
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-GEMMS, STAGES = ("gemm_w8a8", "gemm_w4a8"), ("grouped", "low_rank", "residual", "gelu_quantize")
-OPS = [f"{gemm}+{stages}" for gemm in GEMMS for stages in STAGES] + ["lora_down"]
-OPS += ["gemm_w8a8+ungated_residual", "gemm_w8a8+qkv_quantize", "gemm_w4a8+qkv_quantize"]
-OPS += [f"gemm_w4a8_per_group+{stages}" for stages in ("gathered", "low_rank")]
+GEMMS = ("gemm_w8a8", "gemm_w4a8", "gemm_w4a8_per_group")
+STAGES = ("grouped", "low_rank", "residual", "gelu_quantize")
+OPS = [f"{gemm}+{stages}" for gemm in GEMMS for stages in (*STAGES, "qkv_quantize")]
+OPS += ["lora_down", "gemm_w8a8+ungated_residual", "gemm_w4a8_per_group+gathered"]
 
 
 @pytest.fixture(scope="module", params=[80, 89, 90])
