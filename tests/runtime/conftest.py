@@ -84,6 +84,9 @@ def relative(got, expected):
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
+BEHIND_NORMS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "net.0.proj", "net.2")
+
+
 def cost_of_noise(make, run, hook):
     """Relative error of a model's output when a hook disturbs it: what errors of that size do to this very model.
 
@@ -131,17 +134,17 @@ def cost_of_rounding():
 def cost_of_sums():
     """Fresh models, their run, unit -> relative error when the input of every quantizer behind a norm or GELU is off.
 
-    By the unit times the largest of its token, uniformly.
+    By the unit times the largest of its token, uniformly. `ends` are those of the layers' names.
     """
 
-    def cost(make, run, unit):
+    def cost(make, run, unit, ends=BEHIND_NORMS):
         def hook(model, noise):
             def disturb(module, args):
                 (x,) = args
                 return x + unit * noise(x) * x.abs().amax(-1, keepdim=True)
 
             for name, module in model.named_modules():
-                if name.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v", "net.0.proj", "net.2")):
+                if name.endswith(ends):
                     module.register_forward_pre_hook(disturb)
 
         return cost_of_noise(make, run, hook)

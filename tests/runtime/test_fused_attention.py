@@ -208,7 +208,10 @@ def test_in_bf16_codes_differ_by_one_rounding(make, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("weights", ["w8", "w4p"])
-def test_on_a_gpu_one_gemm_is_near_three(make, weights):
+def test_on_a_gpu_one_gemm_is_near_three(make, weights, cost_of_sums):
+    """Norms summed in another order and another GELU move what is quantized by 2**-20 of a token's largest; codes move
+    as often as their input errs, so noise of 16 times that costs 4 times as much."""
+    bound = cost_of_sums(lambda: make(recipe(weights=weights)), run, 16 * 2.0**-20)
     model = make(recipe(weights=weights)).to("cuda")
     outputs = {}
     for fuse in (True, False):
@@ -217,5 +220,4 @@ def test_on_a_gpu_one_gemm_is_near_three(make, weights):
         steps = torch.tensor([10, 900, 500], device="cuda")
         with torch.no_grad():
             outputs[fuse] = model(latents, timestep=steps, class_labels=steps).sample
-    # norms summed in another order and another GELU differ by 1e-7, which moves a few int8 codes by one
-    assert (outputs[True] - outputs[False]).norm() / outputs[False].norm() < 1e-3
+    assert (outputs[True] - outputs[False]).norm() / outputs[False].norm() < bound

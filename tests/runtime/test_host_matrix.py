@@ -66,9 +66,10 @@ def _version(backend):
 class Host:
     """What a cell may ask for: models of one backend, and the fixed batches."""
 
-    def __init__(self, backend, floats, packed_folder, tmp_path, cost_of_rounding):
+    def __init__(self, backend, floats, packed_folder, tmp_path, cost_of_rounding, cost_of_sums):
         self.backend, self.floats, self.tmp_path = backend, floats, tmp_path
         self.packed_folder, self.cost_of_rounding = packed_folder, cost_of_rounding
+        self.cost_of_sums = cost_of_sums
 
     @property
     def config(self):
@@ -156,10 +157,10 @@ def cell(title):
 
     def wrap(check):
         @pytest.mark.parametrize("backend", CONFIGS)
-        def test(backend, floats, packed_folder, tmp_path, cost_of_rounding):
+        def test(backend, floats, packed_folder, tmp_path, cost_of_rounding, cost_of_sums):
             if _version(backend) is None:
                 pytest.skip(f"{backend} is not installed")
-            host = Host(backend, floats, packed_folder, tmp_path, cost_of_rounding)
+            host = Host(backend, floats, packed_folder, tmp_path, cost_of_rounding, cost_of_sums)
             row = OUTCOMES.setdefault(title, {})
             if backend == "ditq":
                 row[backend] = "**no**"
@@ -363,14 +364,18 @@ def test_group_offload_disk(host):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("switch", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_pipeline_offload_on_a_gpu(packed_folder, switch):
+    """The same kernels on the same inputs; weights offloaded layer by layer leave blocks unfused."""
+
     def sample(pipe):
         generator = torch.Generator().manual_seed(0)
         return pipe([3], num_inference_steps=2, generator=generator, output_type="np").images
 
-    expected = sample(DiffusionPipeline.from_pretrained(packed_folder("w8_static")).to("cuda"))
+    stock = DiffusionPipeline.from_pretrained(packed_folder("w8_static")).to("cuda")
+    ditq.configure(stock.transformer, fuse=switch != "enable_sequential_cpu_offload")
+    expected = sample(stock)
     pipe = DiffusionPipeline.from_pretrained(packed_folder("w8_static"))
     getattr(pipe, switch)()
-    assert abs(sample(pipe) - expected).max() < 1e-3
+    assert (sample(pipe) == expected).all()
 
 
 @cell("`torch.compile(fullgraph=True)`: one graph for all steps")
@@ -496,8 +501,12 @@ def test_context_parallel(host):
                 os.killpg(ranks.pid, signal.SIGKILL)
                 ranks.wait()
     assert code == 0, log.read_text().strip().splitlines()[-1]
-    # sums over heads and tokens are ordered differently: 1e-7, and a code may move by one
-    _near(torch.load(host.tmp_path / "out.pt"), expected, 1e-3)
+    # each rank multiplies other rows at once, which orders float sums of 32 terms anew, each rounded to 2**-24
+    ends = (".to_q", ".to_k", ".to_v", "_proj", "to_out.0", "to_add_out", "net.0.proj", "net.2")
+    ends += ("proj_mlp", "blocks.0.proj_out")
+    bound = host.cost_of_sums(host.flux, host.run_flux, 32 * 2.0**-24, ends)
+    out = torch.load(host.tmp_path / "out.pt")
+    _near(out, expected, bound)
     return None
 
 
