@@ -25,7 +25,14 @@ def test_the_demo_converts_and_samples(tmp_path):
     assert 0 < (error**2).mean() < 0.1 * images[0].var()  # 4 bits: another image of the same digits
     report = execution_report(pipe.transformer)
     ran = {layer.op for layer in report.layers if layer.weights == "w4g"}
-    assert ran == {"quantize_per_token + gemm_w4a8_per_group", "linear_w4_per_group"}
+    assert ran == {
+        "adaln_quantize + gemm_w4a8_per_group",
+        "gemm_w4a8_per_group",
+        "quantize_per_token + gemm_residual",
+        "gelu_quantize + gemm_residual",
+        "linear_w4_per_group",
+    }
+    assert report.totals["fused_blocks"] == len(pipe.transformer.transformer_blocks)
     assert report.totals["integer_flops_share"] > 0.9
 
 
