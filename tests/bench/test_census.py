@@ -11,13 +11,15 @@ from ditq_bench.census import gate
 from ditq_bench.census.issue_model import predict
 from ditq_bench.census.rows import FIELDS, CensusRow
 from ditq_bench.cli import bench
+from ditq_kernels._triton import offline
 
+PRODUCTS = {90: "IGMMA.64x128x32.S8.S8"}
 COMMAND = "from ditq_bench.cli import bench; bench()"
 
 
 def row(op="gemm_w8a8", target=80, **changes):
     """A sound row: products and additions, as a disassembled kernel gives them."""
-    product = "IGMMA.64x128x32.S8.S8" if target == 90 else "IMMA.16832.S8.S8.SAT"
+    product = PRODUCTS.get(target, "IMMA.16832.S8.S8.SAT")
     loop = {product: 8, "IADD3": 10}
     census = {
         "op": op, "target": target, "registers": 100, "stack": 0, "spills": 0, "shared": 1024,
@@ -118,6 +120,19 @@ def test_the_gate_is_green_for_the_gemms(python_without_interpreter, tmp_path):
     assert len(table.read_text().splitlines()) == 7
 
 
+BOTH_DISASSEMBLERS = """
+import collections, json, re
+from ditq_kernels._triton import machine_code, offline
+cases = [("quantize_static", 80), ("gemm_w8a8", 90), ("w4_expand", 80), ("transpose_v", 90)]
+made = [offline.binary_of(op, target, *offline.tuned_problems(op, target)[0]) for op, target in cases]
+def alone(binary):
+    text = machine_code._run("cuobjdump", "-sass", contents=binary.cubin)
+    names = re.findall(r"/[*][0-9a-f]{4}[*]/ +(?:@!?U?P[0-9T]+ +)?([A-Z0-9]+)", text)
+    return collections.Counter(names)
+together = [each.whole for each in machine_code.censuses_of(made)]
+print(json.dumps([[whole, alone(binary)] for whole, binary in zip(together, made)]))
+"""
+
 PLAIN_UNPACK = """
 import dataclasses
 from ditq_kernels._triton import offline
@@ -134,7 +149,31 @@ def test_a_real_slow_kernel_fails_the_command(python_without_interpreter):
     arguments = ("census", "--check", "--kernel", "gemm_w4a8", "--target", "80")
     printed = python_without_interpreter("-c", PLAIN_UNPACK + COMMAND, *arguments, expected=1)
     assert "instructions, budget" in printed
-    assert "1 kernels checked, 1 faults" in printed
+    assert "1 kernels checked on sm_80, 1 faults" in printed
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
+    def refuse(*case):
+        raise ValueError("no such layout\nand much more")
+
+    monkeypatch.setattr(offline, "binary_of", refuse)
+    monkeypatch.setattr(offline, "refuse_the_interpreter", lambda: None)
+    arguments = ["census", "--kernel", "transpose_v", "--target", "100"]
+    result = CliRunner().invoke(bench, arguments)
+    assert result.exit_code == 0
+    reason = "does not compile: ValueError: no such layout\n"
+    assert "transpose_v on sm_100 (128, 4 warps) " + reason in result.output
+    result = CliRunner().invoke(bench, [*arguments, "--check"])
+    assert result.exit_code == 1
+    assert "1 kernels checked on sm_100, 1 faults" in result.output
+
+
+def test_counts_are_those_of_the_other_disassembler(python_without_interpreter):
+    """Kernels go through nvdisasm together, without their files; cuobjdump reads one whole file."""
+    printed = python_without_interpreter("-c", BOTH_DISASSEMBLERS)
+    for together, alone in json.loads(printed):
+        assert sum(together.values()) > 100
+        assert together == alone
 
 
 @pytest.mark.parametrize("option", [("--kernel", "gemm_w2"), ("--target", "75")])

@@ -39,15 +39,12 @@ def census(
     from ditq_runtime.cli.output import print_json, print_table, say
 
     kernels = _chosen("--kernel", kernel, rows.kernel_names())
-    targets = tuple(map(int, _chosen("--target", target, _names(rows.TARGETS + rows.UNSERVED))))
+    targets = tuple(map(int, _chosen("--target", target, _names((*rows.TARGETS, *rows.UNSERVED)))))
     if check and not target:
         targets = rows.TARGETS
     found = rows.cases(kernels, targets, usual_only=check)
-    taken = []
     with progress_bar("census", len(found)) as advance:
-        for row in rows.census_rows(found):
-            taken.append(row)
-            advance()
+        taken, refused = rows.census_rows(found, advance)
     if out is not None:
         rows.write_csv(out, taken)
     if update_budget:
@@ -56,6 +53,7 @@ def census(
         gate.update_budget(taken, _triton_version())
     budget = gate.load_budget()["instructions"]
     wrong = [fault for row in taken for fault in gate.faults(row, budget)] if check else []
+    wrong += refused
     if json:
         report: dict[str, Any] = {"triton": _triton_version()}
         report |= {"rows": [row.fields() for row in taken], "faults": wrong}
@@ -66,8 +64,8 @@ def census(
         for fault in wrong:
             say(fault)
         if check:
-            say(f"{len(taken)} kernels checked, {len(wrong)} faults")
-    if wrong:
+            say(f"{len(found)} kernels checked on {_architectures(targets)}, {len(wrong)} faults")
+    if wrong and check:
         raise typer.Exit(1)
 
 
@@ -81,6 +79,10 @@ def _chosen(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def _names(targets: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(map(str, targets))
+
+
+def _architectures(targets: tuple[int, ...]) -> str:
+    return ", ".join(f"sm_{target}" for target in targets)
 
 
 def _cell(value: Any) -> Any:

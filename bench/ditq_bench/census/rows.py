@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ FIELDS = (
     "mma", "scope", "instructions", "products", "others_per_product", "issue_share", "limiter",
     "programs_per_sm", "kept_out_by", "mix",
 )  # fmt: skip
+
+Case = tuple[str, int, Any, Any]  # kernel, target, problem, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +90,7 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(offline.KERNELS)
 
 
-def cases(
-    kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool
-) -> list[tuple[str, int, Any, Any]]:
+def cases(kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool) -> list[Case]:
     """(kernel, target, problem, launch): every tuned launch, or only those of each kernel's usual problems."""
     from ditq_kernels._triton import offline
 
@@ -104,22 +104,47 @@ def cases(
     ]
 
 
-def census_row(kernel: str, target: int, problem: Any, config: Any) -> CensusRow:
-    """Compile one case and count.
+def census_rows(
+    found: Sequence[Case], advance: Callable[[], None]
+) -> tuple[list[CensusRow], list[str]]:
+    """Compile case after case, about a second each, and count.
+
+    Returns:
+        A row for each case that compiles, and a sentence with the compiler's reason for each that does not.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set.
     """
+    from ditq_kernels._triton import machine_code, offline
+
+    offline.refuse_the_interpreter()
+    problems, binaries, refused = [], [], []
+    for case in found:
+        binary = _binary(case)
+        if isinstance(binary, str):
+            refused.append(binary)
+        else:
+            binaries.append(binary)
+            problems.append(dataclasses.asdict(case[2]))
+        advance()
+    censuses = [dataclasses.asdict(each) for each in machine_code.censuses_of(binaries)]
+    made = zip(problems, censuses, strict=True)
+    return [CensusRow(problem, census, predict(census)) for problem, census in made], refused
+
+
+def _binary(case: Case) -> Any:
+    """The compiled kernel, or why there is none."""
     from ditq_kernels._triton import offline
 
-    census = dataclasses.asdict(offline.compile_problem(kernel, target, problem, config))
-    return CensusRow(dataclasses.asdict(problem), census, predict(census))
-
-
-def census_rows(found: list[tuple[str, int, Any, Any]]) -> Iterator[CensusRow]:
-    """Compile case after case, one to two seconds each."""
-    for case in found:
-        yield census_row(*case)
+    try:
+        return offline.binary_of(*case)
+    except Exception as error:  # compilers fail in many ways
+        kernel, target, _, config = case
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        launch = tuning.launch_text(dataclasses.asdict(config))
+        return (
+            f"{kernel} on sm_{target} ({launch}) does not compile: {type(error).__name__}: {reason}"
+        )
 
 
 def write_csv(path: Path, rows: list[CensusRow]) -> None:

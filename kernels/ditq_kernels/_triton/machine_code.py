@@ -1,20 +1,37 @@
 """What a compiled kernel is made of: its machine code, disassembled and counted.
 
-The Triton wheel carries the disassembler, so no GPU and no CUDA toolkit is needed.
+The Triton wheel carries the disassembler, so no GPU and no CUDA toolkit is needed. It takes longer to start
+(0.3 s) than to read a kernel: all kernels of an architecture go through it together, as bare instructions.
 """
 
 import collections
 import dataclasses
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import triton
 
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 # wgmma with its first operand in registers: "IGMMA.64x128x32.S8.S8 R24, R152, gdesc[UR16], R24"
 REGISTER_OPERAND = re.compile(r"^[IHQ]GMMA\S* R\d+, R\d+, gdesc")
+Instructions = list[tuple[int, str]]  # (address, text); addresses count from the first kernel of an architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """A compiled kernel."""
+
+    op: str
+    target: int
+    config: Any  # its launch, a dataclass
+    cubin: bytes
+    shared: int  # bytes a program, dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,28 +58,46 @@ class Census:
         return sum(self.loop.values())
 
 
-def census_of(op, target, config, compiled) -> Census:
-    """Disassemble a kernel that `triton.compile` returned and count.
+def censuses_of(binaries: Sequence[Binary]) -> list[Census]:
+    """Disassemble kernels and count, in their order.
 
     Raises:
-        RuntimeError: the disassembler said nothing about resources.
+        RuntimeError: the disassembler said nothing about resources, or a file has more than one kernel.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        machine_code = _disassemble("-sass", cubin.name)
-        usage = _disassemble("-res-usage", cubin.name)
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if resources is None:
-        raise RuntimeError(f"offline: cuobjdump reported no resource usage for {op}: {usage[-200:]}")
-    instructions = _instructions(machine_code)
+    made: dict[int, Census] = {}
+    for target in {binary.target for binary in binaries}:
+        places = [i for i, binary in enumerate(binaries) if binary.target == target]
+        kernels = [binaries[i] for i in places]
+        codes = _disassembled([code_of(kernel.cubin) for kernel in kernels], target)
+        made |= dict(zip(places, map(_census, kernels, codes), strict=True))
+    return [made[i] for i in range(len(binaries))]
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in an ELF file.
+
+    Raises:
+        RuntimeError: there is another number of kernels.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)  # of sections
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    # name, type, flags, address, offset, size, and four more
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]
+    texts = [each for each in sections if cubin.startswith(b".text", sections[names][4] + each[0])]
+    if len(texts) != 1:
+        raise RuntimeError(f"machine_code: expected one kernel in a cubin, got {len(texts)}")
+    offset, size = texts[0][4:6]
+    return cubin[offset : offset + size]
+
+
+def _census(binary: Binary, instructions: Instructions) -> Census:
+    registers, stack = _resources(binary)
     whole, loop = _count(instructions), _hot_loop(instructions)
     opcodes = [_opcode(text) for _, text in instructions]
     mma = collections.Counter(name for name in opcodes if "MMA" in name.split(".")[0])
     return Census(
-        op=op, target=target, config=dataclasses.asdict(config),
-        registers=int(resources[1]), stack=int(resources[2]),
-        spills=whole["LDL"] + whole["STL"], shared=compiled.metadata.shared,
+        op=binary.op, target=binary.target, config=dataclasses.asdict(binary.config),
+        registers=registers, stack=stack, spills=whole["LDL"] + whole["STL"], shared=binary.shared,
         mma=dict(mma), loop=dict(_count(loop)), whole=dict(whole),
         loop_opcodes=dict(collections.Counter(_opcode(text) for _, text in loop)),
         whole_opcodes=dict(collections.Counter(opcodes)),
@@ -70,18 +105,38 @@ def census_of(op, target, config, compiled) -> Census:
     )  # fmt: skip
 
 
-def _disassemble(what: str, path: str) -> str:
-    done = subprocess.run([DISASSEMBLER, what, path], capture_output=True, text=True, check=True)
+def _resources(binary: Binary) -> tuple[int, int]:
+    """Registers, and bytes of stack, a thread."""
+    usage = _run("cuobjdump", "-res-usage", contents=binary.cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"offline: cuobjdump reported no resource usage for {binary.op}: {usage[-200:]}")
+    return int(found[1]), int(found[2])
+
+
+def _disassembled(codes: Sequence[bytes], target: int) -> list[Instructions]:
+    """Instructions of kernels that lie one behind the other."""
+    family = f"SM{target}a" if target >= 90 else f"SM{target}"
+    text = _run("nvdisasm", "-b", family, contents=b"".join(codes))
+    found = [(int(match[1], 16), match[2].strip()) for match in INSTRUCTION.finditer(text)]
+    split, begin = [], 0
+    for code in codes:
+        end = begin + len(code)
+        split.append([item for item in found if begin <= item[0] < end])
+        begin = end
+    return split
+
+
+def _run(tool: str, *arguments: str, contents: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(contents)
+        file.flush()
+        command = [str(TOOLS / tool), *arguments, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
-def _instructions(machine_code: str) -> list[tuple[int, str]]:
-    """(address, text) of every instruction."""
-    found = re.finditer(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", machine_code, re.MULTILINE)
-    return [(int(match[1], 16), match[2].strip()) for match in found]
-
-
-def _hot_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
+def _hot_loop(instructions: Instructions) -> Instructions:
     """Body of the longest innermost loop with tensor-core instructions; empty if there is none."""
     loops = []
     # behind the last EXIT lie waits for TMA, whose way back into the loop is a backward branch too
@@ -97,7 +152,7 @@ def _hot_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
     return max(innermost, key=len, default=[])
 
 
-def _inside(inner: list[tuple[int, str]], outer: list[tuple[int, str]]) -> bool:
+def _inside(inner: Instructions, outer: Instructions) -> bool:
     return len(inner) < len(outer) and outer[0] <= inner[0] and inner[-1] <= outer[-1]
 
 
@@ -105,5 +160,5 @@ def _opcode(text: str) -> str:
     return re.sub(r"^@!?U?P[T\d]+\s+", "", text).split()[0]
 
 
-def _count(instructions: list[tuple[int, str]]) -> collections.Counter:
+def _count(instructions: Instructions) -> collections.Counter:
     return collections.Counter(_opcode(text).split(".")[0] for _, text in instructions)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from ditq_kernels import tuning
 from ditq_kernels._triton.common import INTERPRETED
-from ditq_kernels._triton.machine_code import Census, census_of
+from ditq_kernels._triton.machine_code import Binary, Census, censuses_of
 from ditq_kernels._triton.offline_kernels import KERNELS
 from ditq_kernels._triton.offline_problem import Config, Problem
 from ditq_kernels._triton.offline_source import source_of
@@ -56,12 +56,18 @@ def compile_op(
     return compile_problem(op, target, problem, config)
 
 
-def compile_problem(
-    op: str, target: int, problem: Problem, config: Config | None = None
-) -> Census:
+def compile_problem(op: str, target: int, problem: Problem, config: Config | None = None) -> Census:
     """As `compile_op`, for a problem."""
-    if INTERPRETED:
-        raise RuntimeError("offline: unset TRITON_INTERPRET, an interpreted kernel has no machine code")
+    return censuses_of([binary_of(op, target, problem, config)])[0]
+
+
+def binary_of(op: str, target: int, problem: Problem, config: Config | None = None) -> Binary:
+    """Compile without counting; `machine_code.censuses_of` counts many kernels faster than one by one.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, or the compiler refuses this kernel.
+    """
+    refuse_the_interpreter()
     config = config or tuned_config(op, target, problem)
     kernel, constants = KERNELS[op].specialize(op, problem, config)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
@@ -70,7 +76,13 @@ def compile_problem(
     source = source_of(kernel, constants, KERNELS[op].types)
     with our_passes():
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return census_of(op, target, config, compiled)
+    return Binary(op, target, config, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def refuse_the_interpreter() -> None:
+    """Raises RuntimeError where TRITON_INTERPRET is set."""
+    if INTERPRETED:
+        raise RuntimeError("offline: unset TRITON_INTERPRET, an interpreted kernel has no machine code")
 
 
 def tuned_config(op: str, target: int, problem: Problem) -> Config:
