@@ -13,7 +13,7 @@ from ditq_bench.census.rows import FIELDS, CensusRow
 from ditq_bench.cli import bench
 from ditq_kernels._triton import offline
 
-PRODUCTS = {90: "IGMMA.64x128x32.S8.S8"}
+PRODUCTS = {90: "IGMMA.64x128x32.S8.S8", 100: "UTCIMMA"}
 COMMAND = "from ditq_bench.cli import bench; bench()"
 
 
@@ -38,7 +38,7 @@ def budget_of(found, slack=0):
     return {census["op"]: {str(census["target"]): cases}}
 
 
-@pytest.mark.parametrize("target", [80, 86, 89, 90])
+@pytest.mark.parametrize("target", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8", "attention_qk_int8_pv_bf16"])
 def test_a_sound_row_passes(op, target):
     found = row(op, target)
@@ -57,6 +57,7 @@ def test_a_sound_row_passes(op, target):
         ("gemm_w8a8", 89, {"loop": {"IMMA": 8, "PRMT": 1}}, "PRMT in the hot loop"),
         ("gemm_w4a8", 90, {"register_operands": 7}, "registers: 7 of 8 products"),
         ("attention_qk_int8_pv_int8", 90, {"mma": {}}, "no IGMMA"),
+        ("gemm_w8a8", 100, {"mma": {"IMMA.16832.S8.S8.SAT": 8}}, "no UTCIMMA on int8, but {'IMMA"),
     ],
 )
 def test_each_condition_can_fail(op, target, changes, fault):

@@ -41,7 +41,7 @@ def census(
     kernels = _chosen("--kernel", kernel, rows.kernel_names())
     targets = tuple(map(int, _chosen("--target", target, _names((*rows.TARGETS, *rows.UNSERVED)))))
     if check and not target:
-        targets = rows.TARGETS
+        targets = rows.gated_targets(_triton_version())
     found = rows.cases(kernels, targets, usual_only=check)
     with progress_bar("census", len(found)) as advance:
         taken, refused = rows.census_rows(found, advance)

@@ -15,11 +15,9 @@ from ditq_bench.census.rows import CensusRow
 from ditq_runtime.files import atomic_file
 
 BUDGET = Path(__file__).with_name("budget.json")
-INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA"}
-CONVERSIONS = (
-    "F2I",
-    "PRMT",
-)  # of floats to integers; of bytes, as in an operand with the wrong layout
+# how their names begin; those of sm_100 do not say the types of operands
+INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
+CONVERSIONS = ("F2I", "PRMT")  # of floats; of bytes, as in an operand with the wrong layout
 
 Budget = dict[str, dict[str, dict[str, int]]]  # kernel -> target -> case -> instructions
 Rule = Callable[[CensusRow], str | None]
@@ -66,7 +64,8 @@ def _spills(row: CensusRow) -> str | None:
 
 def _integer_products(row: CensusRow) -> str | None:
     wanted = INTEGER_PRODUCT[row.census["target"]]
-    if not any(name.startswith(wanted) and "S8.S8" in name for name in row.census["mma"]):
+    kinds = [name for name in row.census["mma"] if name.startswith(wanted)]
+    if not any("S8.S8" in name or name.startswith("UTC") for name in kinds):
         return f"no {wanted} on int8, but {row.census['mma'] or 'no tensor cores at all'}"
     return None
 

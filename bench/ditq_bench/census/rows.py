@@ -13,7 +13,8 @@ from ditq_kernels import tuning
 from ditq_runtime.files import atomic_file
 
 TARGETS = (80, 86, 89, 90)  # the GPUs we run on
-UNSERVED = (100,)  # compiled to see what the compiler makes of it
+# compiled though it has no launch tables; the first Triton release with its int8 products for every kernel
+UNSERVED = {100: (3, 9)}
 MIX = 6  # opcodes shown
 FIELDS = (
     "kernel", "target", "tokens", "inputs", "launch", "registers", "stack", "spills", "shared",
@@ -88,6 +89,14 @@ def kernel_names() -> tuple[str, ...]:
     from ditq_kernels._triton import offline
 
     return tuple(offline.KERNELS)
+
+
+def gated_targets(triton_version: str) -> tuple[int, ...]:
+    """Architectures whose machine code must be sound with a Triton release."""
+    from ditq_kernels._triton.versions import release_of
+
+    release = release_of(triton_version)
+    return TARGETS + tuple(target for target, first in UNSERVED.items() if release >= first)
 
 
 def cases(kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool) -> list[Case]:

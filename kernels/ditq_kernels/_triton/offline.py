@@ -16,14 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ditq_kernels import tuning
+from ditq_kernels._triton import offline_unserved
 from ditq_kernels._triton.common import INTERPRETED
 from ditq_kernels._triton.machine_code import Binary, Census, censuses_of
 from ditq_kernels._triton.offline_kernels import KERNELS
 from ditq_kernels._triton.offline_problem import Config, Problem
 from ditq_kernels._triton.offline_source import source_of
 from ditq_kernels._triton.stages import our_passes
-
-UNSERVED_TARGETS = {100: 90, 120: 89}
 
 
 def compile_op(
@@ -86,9 +85,10 @@ def refuse_the_interpreter() -> None:
 
 
 def tuned_config(op: str, target: int, problem: Problem) -> Config:
-    """The launch of an op's problem on an architecture; sm_100, not served yet, borrows that of sm_90."""
-    tables = tuning.tables_of_architecture(f"sm_{UNSERVED_TARGETS.get(target, target)}")
-    return KERNELS[op].tuned(op, tables, problem.num_tokens, problem.in_features)
+    """The launch of an op's problem on an architecture."""
+    tables = offline_unserved.tables_of(target)
+    found = KERNELS[op].tuned(op, tables, problem.num_tokens, problem.in_features)
+    return offline_unserved.adapted(op, target, found)
 
 
 def tuned_problems(op: str, target: int) -> list[tuple[Problem, Config]]:
