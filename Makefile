@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Other releases of Triton, whose machine code the tests check too. There are wheels for Linux only.
+ifeq ($(shell uname -s),Linux)
+TRITONS := $(patsubst %,.triton/%/.ready,$(shell cat tests/bench/triton_releases.txt))
+endif
 
 .PHONY: demo test check census format bench clean
 
@@ -10,7 +14,7 @@ demo: $(READY)
 	$(BIN)/ditq demo --out runs/demo
 
 # One thread a process: two pytest workers on two cores, and tiny models gain nothing from more.
-test: $(READY)
+test: $(READY) $(TRITONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests
 
 check: $(READY)
@@ -18,7 +22,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Machine code of every kernel on four architectures against its budget; needs no GPU.
+# Machine code of every kernel and architecture against its budget, with the installed Triton; needs no GPU.
 census: $(READY)
 	$(BIN)/ditq bench census --check
 
@@ -34,5 +38,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+.triton/%/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-compile --target $(@D) triton==$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .triton runs build *.egg-info

@@ -1,0 +1,30 @@
+"""The releases whose machine code is checked are the ends of what the package accepts."""
+
+from pathlib import Path
+
+from ditq_bench.census.rows import TARGETS, gated_targets
+from ditq_kernels._triton.versions import FIRST_TRITON, release_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_oldest_is_the_first_that_installs_and_runs(triton_releases):
+    dependencies = (ROOT / "pyproject.toml").read_text()
+    oldest = release_of(triton_releases[0])
+    assert f"triton>={oldest[0]}.{oldest[1]};" in dependencies
+    assert oldest == FIRST_TRITON
+
+
+def test_the_pinned_one_lies_between(triton_releases):
+    (line,) = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.startswith("triton==")
+    ]
+    pinned = release_of(line.removeprefix("triton=="))
+    assert release_of(triton_releases[0]) <= pinned <= release_of(triton_releases[-1])
+
+
+def test_sm_100_is_checked_where_all_kernels_have_its_products():
+    assert gated_targets("3.6.0") == gated_targets("3.8.0") == TARGETS
+    assert gated_targets("3.9.0") == (*TARGETS, 100)
