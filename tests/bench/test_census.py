@@ -26,7 +26,7 @@ def row(op="gemm_w8a8", target=80, **changes):
         "config": {"block_t": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3},
         "mma": {product: 8}, "loop": {name.split(".")[0]: n for name, n in loop.items()},
         "whole": {}, "loop_opcodes": loop, "whole_opcodes": loop,
-        "register_operands": 8 if target == 90 and "w4" in op else 0,
+        "register_operands": 8 if target in PRODUCTS and "w4" in op else 0,
     }  # fmt: skip
     census |= changes
     return CensusRow({"num_tokens": 8192, "in_features": 1152}, census, predict(census))
@@ -56,6 +56,7 @@ def test_a_sound_row_passes(op, target):
         ("gemm_w8a8", 80, {"loop": {"IMMA": 8, "F2I": 1}}, "F2I in the hot loop"),
         ("gemm_w8a8", 89, {"loop": {"IMMA": 8, "PRMT": 1}}, "PRMT in the hot loop"),
         ("gemm_w4a8", 90, {"register_operands": 7}, "registers: 7 of 8 products"),
+        ("gemm_w4a8", 100, {"register_operands": 0}, "registers: 0 of 8 products"),
         ("attention_qk_int8_pv_int8", 90, {"mma": {}}, "no IGMMA"),
         ("gemm_w8a8", 100, {"mma": {"IMMA.16832.S8.S8.SAT": 8}}, "no UTCIMMA on int8, but {'IMMA"),
     ],

@@ -17,6 +17,7 @@ from ditq_runtime.files import atomic_file
 BUDGET = Path(__file__).with_name("budget.json")
 # how their names begin; those of sm_100 do not say the types of operands
 INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
+THROUGH_REGISTERS = (90, 100)  # whose products could also take expanded weights from shared memory
 CONVERSIONS = ("F2I", "PRMT")  # of floats; of bytes, as in an operand with the wrong layout
 
 Budget = dict[str, dict[str, dict[str, int]]]  # kernel -> target -> case -> instructions
@@ -78,9 +79,10 @@ def _conversions(row: CensusRow) -> str | None:
 
 
 def _register_operand(row: CensusRow) -> str | None:
-    products = row.census["loop"].get("IGMMA", 0)
-    if row.census["target"] == 90 and row.census["register_operands"] != products:
-        return f"weights do not come from registers: {row.census['register_operands']} of {products} products"
+    target, found = row.census["target"], row.census["register_operands"]
+    products = row.census["loop"].get(INTEGER_PRODUCT[target], 0)
+    if target in THROUGH_REGISTERS and found != products:
+        return f"weights do not come from registers: {found} of {products} products"
     return None
 
 

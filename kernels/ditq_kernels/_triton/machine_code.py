@@ -18,8 +18,9 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
-# wgmma with its first operand in registers: "IGMMA.64x128x32.S8.S8 R24, R152, gdesc[UR16], R24"
-REGISTER_OPERAND = re.compile(r"^[IHQ]GMMA\S* R\d+, R\d+, gdesc")
+# products whose first operand is not in shared memory: "IGMMA.64x128x32.S8.S8 R24, R152, gdesc[UR16], R24" has it in
+# registers, "UTCIMMA tmem[UR21], gdesc[UR4], ..." in the tensor cores' memory, where registers were stored
+REGISTER_OPERAND = re.compile(r"^(?:@\S+\s+)?(?:[IHQ]GMMA\S* R\d+, R\d+, gdesc|UTC[IHQ]MMA\S* tmem)")
 Instructions = list[tuple[int, str]]  # (address, text); addresses count from the first kernel of an architecture
 
 
@@ -50,7 +51,7 @@ class Census:
     whole: dict[str, int]  # opcodes of the whole kernel
     loop_opcodes: dict[str, int]  # as loop, with suffixes: sizes of products and of loads
     whole_opcodes: dict[str, int]  # as whole, with suffixes
-    register_operands: int  # Hopper products of the hot loop whose first operand comes from registers
+    register_operands: int  # products of the hot loop whose first operand comes from registers; sm_90, sm_100
 
     @property
     def loop_instructions(self) -> int:
