@@ -23,7 +23,7 @@ def censuses(request, python_without_interpreter):
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
         "ops = ('quantize_per_token', 'quantize_static', 'gemm_w8a8', 'gemm_w4a8', 'gemm_w4a8_per_group');"
-        f"found = [offline.compile_op(op, {request.param}) for op in ops];"
+        f"found = offline.compile_ops({request.param}, [(op, {{}}) for op in ops]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
     return request.param, json.loads(python_without_interpreter("-c", program))
@@ -82,9 +82,9 @@ def test_epilogues_do_not_fuse_multiply_and_add(censuses, op):
 def test_real_groups_of_every_common_size_stay_in_registers(target, python_without_interpreter):
     """Of 128, 64 and (in pairs) 32 inputs, symmetric activations and calibrated ones, as formats run them."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton.offline import compile_op;"
-        "cases = [(size, zero) for size in (32, 64, 128) for zero in (False, True)];"
-        f"found = [compile_op('gemm_w4a8_per_group', {target}, group_size=s, zero_point=z) for s, z in cases];"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile_ops;"
+        "cases = [dict(group_size=s, zero_point=z) for s in (32, 64, 128) for z in (False, True)];"
+        f"found = compile_ops({target}, [('gemm_w4a8_per_group', case) for case in cases]);"
         "print(json.dumps([dataclasses.asdict(c) for c in found]))"
     )
     for census in json.loads(python_without_interpreter("-c", program)):

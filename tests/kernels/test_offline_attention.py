@@ -27,8 +27,8 @@ def censuses(request, python_without_interpreter):
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
         f"cases = [(op, keys, d) for op in {(INT8, BF16)} for keys, d in {CASES}];"
-        f"found = [offline.compile_op(op, {request.param}, keys, d, zero_point=True)"
-        " for op, keys, d in cases];"
+        f"found = offline.compile_ops({request.param}, [(op, dict(num_tokens=keys, in_features=d, zero_point=True))"
+        " for op, keys, d in cases]);"
         "print(json.dumps([[case, dataclasses.asdict(c)] for case, c in zip(cases, found)]))"
     )
     printed = python_without_interpreter("-c", program)

@@ -16,7 +16,7 @@ def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
-        f"found = [offline.compile_op(op, {request.param}, zero_point=True) for op in {OPS}];"
+        f"found = offline.compile_ops({request.param}, [(op, dict(zero_point=True)) for op in {OPS}]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
     return request.param, json.loads(python_without_interpreter("-c", program))

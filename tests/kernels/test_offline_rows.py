@@ -21,7 +21,8 @@ def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
         "import dataclasses, json; from ditq_kernels._triton import offline;"
-        f"found = [offline.compile_op(op, {request.param}, 8192, 1152) for op in {OPS}];"
+        f"shape = dict(num_tokens=8192, in_features=1152);"
+        f"found = offline.compile_ops({request.param}, [(op, shape) for op in {OPS}]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
     return json.loads(python_without_interpreter("-c", program))
