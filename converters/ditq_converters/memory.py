@@ -128,7 +128,7 @@ def give_back() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations inside the block make and that are still alive.
+    """Counts the bytes of all tensors that operations inside the block make and that are still alive; meta has none.
 
     Attributes:
         peak: the most at any time.
@@ -147,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {_storage(x) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
         for made in tree_iter(out):
-            if isinstance(made, torch.Tensor) and _storage(made) not in given:
+            if isinstance(made, torch.Tensor) and not made.is_meta and _storage(made) not in given:
                 self._count(made.untyped_storage())
         return out
 
