@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ditq_bench.census.rows import TARGETS, gated_targets
+from ditq_bench.census.rows import TARGETS, gated_cases, gated_targets, kernel_names
 from ditq_kernels._triton.versions import FIRST_TRITON, release_of
 
 ROOT = Path(__file__).parents[2]
@@ -28,3 +28,11 @@ def test_the_pinned_one_lies_between(triton_releases):
 def test_sm_100_is_checked_where_all_kernels_have_its_products():
     assert gated_targets("3.6.0") == gated_targets("3.8.0") == TARGETS
     assert gated_targets("3.9.0") == (*TARGETS, 100)
+
+
+def test_the_gate_takes_all_kernels_where_they_run_and_those_without_stages_on_sm_100():
+    found = {case[:2] for case in gated_cases(kernel_names(), "3.9.0")}
+    plain = {kernel for kernel in kernel_names() if "+" not in kernel}
+    assert {kernel for kernel, target in found if target == 100} == plain
+    assert {kernel for kernel, target in found if target == 90} == set(kernel_names())
+    assert {"gemm_w8a8", "gemm_w4a8", "attention_qk_int8_pv_int8"} < plain

@@ -41,8 +41,9 @@ def census(
     kernels = _chosen("--kernel", kernel, rows.kernel_names())
     targets = tuple(map(int, _chosen("--target", target, _names((*rows.TARGETS, *rows.UNSERVED)))))
     if check and not target:
-        targets = rows.gated_targets(_triton_version())
-    found = rows.cases(kernels, targets, usual_only=check)
+        found = rows.gated_cases(kernels, _triton_version())
+    else:
+        found = rows.cases(kernels, targets, usual_only=check)
     with progress_bar("census", len(found)) as advance:
         taken, refused = rows.census_rows(found, advance)
     if out is not None:
@@ -64,7 +65,7 @@ def census(
         for fault in wrong:
             say(fault)
         if check:
-            say(f"{len(found)} kernels checked on {_architectures(targets)}, {len(wrong)} faults")
+            say(f"{len(found)} kernels checked on {_architectures(found)}, {len(wrong)} faults")
     if wrong and check:
         raise typer.Exit(1)
 
@@ -81,8 +82,8 @@ def _names(targets: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(map(str, targets))
 
 
-def _architectures(targets: tuple[int, ...]) -> str:
-    return ", ".join(f"sm_{target}" for target in targets)
+def _architectures(found: list[tuple[str, int, Any, Any]]) -> str:
+    return ", ".join(f"sm_{target}" for target in sorted({case[1] for case in found}))
 
 
 def _cell(value: Any) -> Any:

@@ -113,6 +113,12 @@ def cases(kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool) 
     ]
 
 
+def gated_cases(kernels: tuple[str, ...], triton_version: str) -> list[Case]:
+    """What the gate takes by default: of architectures without launch tables only kernels without stages, for time."""
+    found = cases(kernels, gated_targets(triton_version), usual_only=True)
+    return [case for case in found if case[1] in TARGETS or "+" not in case[0]]
+
+
 def census_rows(
     found: Sequence[Case], advance: Callable[[], None]
 ) -> tuple[list[CensusRow], list[str]]:
