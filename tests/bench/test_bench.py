@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import ditq_kernels as k
-from ditq_bench import SHAPES, GemmShape
+from ditq_bench import SHAPES, GemmShape, ceilings
 from ditq_bench.cli import bench
 from ditq_bench.gemm import BASELINE, bench_gemm
 from ditq_bench.results import FIELDS, backend_of
@@ -108,3 +108,11 @@ def test_rows_name_the_backend_of_their_own_op(processor):
         "ditq int8 QK, int8 PV": "reference",
     }
     assert {name: backend_of(name, CPU) for name in names} == names
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_the_roof_of_int8_is_an_exact_product(processor, vnni):
+    processor(avx_vnni=vnni)
+    codes = torch.randint(-64, 65, (24, 24), dtype=torch.int8)
+    total = ceilings._int8_product(codes)()
+    assert torch.equal(total.long(), codes.long() @ codes.long().t())
