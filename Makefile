@@ -13,9 +13,6 @@ endif
 demo: $(READY)
 	$(BIN)/ditq demo --out runs/demo
 
-# Releases of Triton are installed side by side.
-MAKEFLAGS += -j2
-
 # One thread a process: two pytest workers on two cores, and tiny models gain nothing from more.
 test: $(READY) $(TRITONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q tests
