@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import _cpu, backend, cpu_features, reference, reference_fused
+from ditq_kernels import _cpu, backend, cpu_features, packing, reference, reference_fused
 from ditq_kernels._cpu import epilogue, pairs, per_group, product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -166,6 +166,19 @@ def test_changed_weights_are_prepared_anew(generator):
     pairs.product(q, weight)
     weight[0] = 1
     assert torch.equal(pairs.product(q, weight).long(), q.long() @ weight.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize("kind", ["w8", "w4p"])
+def test_inference_weights_are_not_prepared_at_every_call(kind, processor, monkeypatch, generator):
+    processor()
+    with torch.inference_mode():
+        weight, *groups = weights(kind, 17, 96, generator)
+    expanded = weight if kind == "w8" else packing.expand_w4p(weight, *groups)
+    q = int8((5, 96), generator)
+    monkeypatch.setattr(pairs, "_prepare", None)  # not callable
+    total = product.product(q, weight, *groups)
+    assert torch.equal(total.long(), q.long() @ expanded.long().t())
 
 
 @pytest.mark.parity("P5")

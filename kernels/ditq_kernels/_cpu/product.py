@@ -1,12 +1,13 @@
 """Exact products of int8 matrices, by what the processor multiplies fastest.
 
 With int8 dot products: `torch._int_mm`, for which oneDNN has kernels with AMX, AVX512-VNNI and AVX-VNNI, in int32.
-Without, it is as exact and 30 times slower than fp32, and `pairs` does it.
+Without, it is as exact and 30 times slower than fp32, and `pairs` does it. That prepares weights once; those made under
+`torch.inference_mode` would be prepared at every call (`prepared`), so the reference multiplies them.
 """
 
 import torch
 
-from ditq_kernels import cpu_features, packing
+from ditq_kernels import cpu_features, packing, reference
 from ditq_kernels._cpu import pairs
 
 EXPANDED_BYTES = (
@@ -29,8 +30,13 @@ def product(
         group_offset: [N, J] int8.
     """
     groups = () if group_scale is None or group_offset is None else (group_scale, group_offset)
-    multiply = _by_dot_products if cpu_features.int8_dot() else pairs.product
-    return multiply(q, weight, *groups)
+    if cpu_features.int8_dot():
+        return _by_dot_products(q, weight, *groups)
+    if weight.is_inference():
+        return reference.integer_matmul(
+            q, packing.expand_w4p(weight, *groups) if groups else weight
+        )
+    return pairs.product(q, weight, *groups)
 
 
 def _by_dot_products(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
