@@ -56,13 +56,10 @@ def check_epilogue(
     lora_up: torch.Tensor | None,
 ) -> None:
     """The arguments that GEMM ops with one weight scale a row share; see `ops.gemm_w8a8`."""
-    num_tokens, in_features = q.shape
-    checks.check_accumulator(op, in_features, asymmetric=zero_point is not None)
-    checks.check_vector(op, "scale", scale, torch.float32, (num_tokens, 1), like=q)
+    checks.check_accumulator(op, q.shape[1], asymmetric=zero_point is not None)
+    _check_scale_and_zero_point(op, q, scale, zero_point, weight_sum)
     checks.check_vector(op, "weight_scale", weight_scale, torch.float32, (out_features,), like=q)
-    checks.check_zero_point(op, zero_point, weight_sum)
-    if zero_point is not None and weight_sum is not None:
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (num_tokens, 1), like=q)
+    if weight_sum is not None:
         checks.check_vector(op, "weight_sum", weight_sum, torch.int32, (out_features,), like=q)
     check_bias_and_branch(op, q, out_features, bias, bias_index, lora_x, lora_up)
 
@@ -81,12 +78,24 @@ def check_epilogue_of_groups(
     lora_up: torch.Tensor | None,
 ) -> None:
     """The same with real groups, whose scales `checks.check_real_groups` looks at; see `gemm_w4a8_per_group`."""
-    checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
-    checks.check_zero_point(op, zero_point, weight_sum)
-    if zero_point is not None and weight_sum is not None:
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
+    _check_scale_and_zero_point(op, q, scale, zero_point, weight_sum)
+    if weight_sum is not None:
         checks.check_group_sums(op, weight_sum, weight_scale, like=q)
     check_bias_and_branch(op, q, out_features, bias, bias_index, lora_x, lora_up)
+
+
+def _check_scale_and_zero_point(
+    op: str,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+) -> None:
+    """Those of the activations: one a row, or one; a zero point comes with sums of weights, which callers check."""
+    checks.check_vector(op, "scale", scale, torch.float32, (q.shape[0], 1), like=q)
+    checks.check_zero_point(op, zero_point, weight_sum)
+    if zero_point is not None:
+        checks.check_vector(op, "zero_point", zero_point, torch.int32, (q.shape[0], 1), like=q)
 
 
 def check_samples(op: str, name: str, samples: int, num_tokens: int) -> None:

@@ -7,8 +7,8 @@ magnitude. What a pair has above that moves to a copy of its first input, behind
     w0 * x0 + w1 * x1 = (w0 - e) * x0 + w1 * x1  +  e * x0,    |w0 - e + w1| <= 128
 
 Copies are pairs too, and may need copies in turn, at most half as many each time: weights grow to less than twice their
-size, once, at the first use of a layer (normal weights to 1.5 times, codes spread evenly over int8 to 1.8). The product
-is exact. oneDNN multiplies, and undoes the shift in int32.
+size, once, at the first use of a layer (normal weights to 1.5 times, codes spread evenly over int8 to 1.75). The
+product is exact. oneDNN multiplies, and undoes the shift in int32.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ PAIR_LIMIT = 128  # 255 * 128 < 2**15
 SHIFT = 128  # from int8 to 0..255
 EXACT_FP32 = 2**24  # oneDNN returns fp32: integers up to here are exact
 CODES = (-128, 127)
-COLUMNS = (
-    8  # a multiple: oneDNN halves 257 to 767 inputs, then takes four at a time; so pairs stay pairs
-)
+# columns are a multiple: oneDNN halves 257 to 767 inputs, then takes four at a time, so pairs stay pairs
+COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _shifted(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
     known = weights.every_second
     inputs, regular, others = out.tensor_split((q.shape[1], q.shape[1] + known), dim=1)
     torch.bitwise_xor(q.view(torch.uint8), SHIFT, out=inputs)
-    regular.copy_(inputs[:, : 2 * known : 2])  # a quarter of the time of a gather
+    regular.copy_(inputs[:, : 2 * known : 2])  # less than half the time of a gather
     torch.index_select(inputs, 1, weights.copied[known:], out=others)
     return out
 
