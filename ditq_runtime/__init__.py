@@ -7,18 +7,18 @@
 Importing touches no GPU and no network, and loads none of our Triton kernels.
 """
 
-from ditq_runtime.attention_backend import register_attention_backends
-from ditq_runtime.checkpoint import FORMAT_VERSION
-from ditq_runtime.configure import configure
+from ditq_runtime.attention.backend import register_attention_backends
 from ditq_runtime.errors import CheckpointError, FallbackError
-from ditq_runtime.guards import watch_wrapping
-from ditq_runtime.hub import push_to_hub
-from ditq_runtime.linear import QuantLinear
-from ditq_runtime.lora import load_lora, unload_lora
-from ditq_runtime.plugin import DitqConfig, DitqQuantizer, register
-from ditq_runtime.prepare import Prepared, prepare
-from ditq_runtime.report import ExecutionReport, LayerRun, execution_report
-from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.format.checkpoint import FORMAT_VERSION
+from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.host.configure import configure
+from ditq_runtime.host.guards import watch_wrapping
+from ditq_runtime.host.hub import push_to_hub
+from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.lora.adapter import load_lora, unload_lora
+from ditq_runtime.report.execution import ExecutionReport, LayerRun, execution_report
+from ditq_runtime.speed.prepare import Prepared, prepare
 
 register()
 register_attention_backends()

@@ -36,7 +36,7 @@ def python_without_interpreter():
 @pytest.fixture
 def processor(monkeypatch):
     """Sets what torch says of this processor; puts that and all choices of backends back at the end."""
-    monkeypatch.setattr("ditq_kernels.backend._reference_on", set())
+    monkeypatch.setattr("ditq_kernels.launch.backend._reference_on", set())
 
     def has(**features):
         found = {"cpu_name": "Some CPU", "avx2": True, "avx512_vnni": False} | features
@@ -51,7 +51,7 @@ def row_by_row(monkeypatch):
 
     Sums are ordered by the number of rows otherwise, the only thing that a sample's bits owe to its batch.
     """
-    from ditq_kernels import reference
+    from ditq_kernels.reference import linear as reference
 
     def alone(plain):
         def split(x, *rest, **options):

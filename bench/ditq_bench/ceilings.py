@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ditq_bench.timing import time_in_turn
-from ditq_kernels import cpu_features
 from ditq_kernels._cpu.product import product
+from ditq_kernels.launch import cpu_features
 
 GPU_SIZE, CPU_SIZE = 4096, 512  # of square products
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}

@@ -29,9 +29,9 @@ from ditq_bench.shapes import SHAPES
 from ditq_bench.timing import Timing, time_in_turn
 from ditq_bench.xl_model import DIT_XL_2
 from ditq_runtime.files import atomic_file
-from ditq_runtime.linear import QuantLinear
-from ditq_runtime.on_the_fly import Choice, choose_formats
-from ditq_runtime.skeleton import install
+from ditq_runtime.host.on_the_fly import Choice, choose_formats
+from ditq_runtime.host.skeleton import install
+from ditq_runtime.layers.linear import QuantLinear
 
 CPU = torch.device("cpu")
 COMMIT = commit()  # of the code that was imported, whatever is checked out before the last row

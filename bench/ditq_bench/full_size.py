@@ -107,7 +107,7 @@ def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
 def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) -> dict[str, Any]:
     """Convert within CONVERSION_BUDGET; where its time went."""
     from ditq_converters import CalibrationStats, Recipe, convert
-    from ditq_runtime.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder, size_by_category
 
     opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
     profile = cProfile.Profile(time.process_time)
@@ -188,7 +188,7 @@ def measure(stage: Stage, connection: Any) -> None:
     import torch
 
     import ditq_converters
-    from ditq_converters.memory import held, peak_rss
+    from ditq_converters.calibrate.memory import held, peak_rss
 
     assert ditq_converters.__all__  # imported before the clock starts
     before = held(torch.device("cpu"))

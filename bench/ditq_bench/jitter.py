@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ditq_bench.methods import ABLATIONS, Subject, prepare, read_rows
-from ditq_converters.convert import convert
+from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import forced_sqnr
 from ditq_converters.methods import METHODS, BlockTransform, Options, SiteData, Transform
-from ditq_converters.recipe import Recipe
+from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.files import atomic_file
 
 CASES = (

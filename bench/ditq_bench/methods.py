@@ -10,18 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ditq_converters.calibrate import calibrate, draw_labels, make_scheduler
-from ditq_converters.convert import convert
+from ditq_converters.calibrate.run import calibrate, draw_labels, make_scheduler
+from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan
+from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
 from ditq_converters.fakequant import simulate
 from ditq_converters.methods.profiles import PROFILES
-from ditq_converters.models import open_model
-from ditq_converters.recipe import Recipe
+from ditq_converters.models.open import open_model
+from ditq_converters.plan.recipe import Recipe
 from ditq_converters.showcase.score import paired_psnr, score_samples
-from ditq_converters.stats import CalibrationStats
-from ditq_converters.trajectory import Call, SamplingPlan
 from ditq_runtime.files import atomic_file
-from ditq_runtime.folder import open_folder
+from ditq_runtime.format.folder import open_folder
 
 MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
 ABLATED = ("demo:digits-salient", "demo:digits-asymmetric")

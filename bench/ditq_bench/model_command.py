@@ -98,9 +98,9 @@ def open_pipeline(model: str, dtype: Any, device: Any) -> Any:
     Raises:
         ValueError: a transformer alone: it cannot sample.
     """
-    from ditq_converters.models import open_model
+    from ditq_converters.models.open import open_model
     from ditq_runtime.cli.sample import load
-    from ditq_runtime.folder import open_folder
+    from ditq_runtime.format.folder import open_folder
 
     if Path(model).is_dir() and open_folder(model).scheme is not None:
         pipe = load(model, dtype, device)

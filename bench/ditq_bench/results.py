@@ -12,7 +12,7 @@ import torch
 import ditq_kernels as k
 from ditq_bench.measure import Row
 from ditq_bench.shapes import AttentionShape, GemmShape
-from ditq_kernels import cpu_features
+from ditq_kernels.launch import cpu_features
 from ditq_runtime.files import atomic_file
 
 Shape = GemmShape | AttentionShape

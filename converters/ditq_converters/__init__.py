@@ -7,12 +7,12 @@ packed = convert(pipe, Recipe(method="smoothquant", weights="w4p"), stats, out="
 evaluate(packed, pipe, out="report")
 """
 
-from ditq_converters.calibrate import calibrate
-from ditq_converters.convert import convert
+from ditq_converters.calibrate.run import calibrate
+from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
+from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import evaluate
-from ditq_converters.models import open_model
-from ditq_converters.recipe import Recipe
-from ditq_converters.stats import CalibrationStats, StatisticsError
+from ditq_converters.models.open import open_model
+from ditq_converters.plan.recipe import Recipe
 
 __all__ = [
     "CalibrationStats",

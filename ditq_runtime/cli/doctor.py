@@ -32,7 +32,7 @@ def examine() -> dict[str, Any]:
     """Everything `doctor` shows, JSON-safe."""
     import torch
 
-    from ditq_kernels import cpu_features
+    from ditq_kernels.launch import cpu_features
 
     devices = [_device("cpu", cpu_features.describe())]
     for index in range(torch.cuda.device_count()):
@@ -51,7 +51,7 @@ def _device(device: str, name: str) -> dict[str, Any]:
     import torch
 
     import ditq_kernels as k
-    from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
+    from ditq_kernels.launch.backend import TORCH_OPS, TRITON_OPS
 
     rows = []
     for op in sorted(TRITON_OPS | TORCH_OPS):

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_runtime.cli.images import grid
 from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
 from ditq_runtime.cli.schedulers import SAMPLERS, set_sampler
 from ditq_runtime.cli.wishes import Sizes, draw, wishes
 from ditq_runtime.files import atomic_file
-from ditq_runtime.images import grid
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -113,7 +113,7 @@ def sample(
 
 def _check(place: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
     """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
-    from ditq_kernels.backend import CHOICES
+    from ditq_kernels.launch.backend import CHOICES
 
     for option, value, choices in (("dtype", dtype, DTYPES), ("backend", backend, CHOICES)):
         if value not in choices:
@@ -128,7 +128,7 @@ def _check(place: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
 
 def _opened(path: str, dtype: Any, place: Any, sampler: str, cuda_graph: bool) -> Any:
     """The pipeline, with the scheduler that was asked for, captured if that was."""
-    from ditq_runtime.prepare import prepare
+    from ditq_runtime.speed.prepare import prepare
 
     pipe = load(path, dtype, place)
     set_sampler(pipe, sampler)
@@ -138,7 +138,7 @@ def _opened(path: str, dtype: Any, place: Any, sampler: str, cuda_graph: bool) -
 
 
 def _proof(pipe: Any, last: LastInputs) -> Any:
-    from ditq_runtime.report import execution_report
+    from ditq_runtime.report.execution import execution_report
 
     return execution_report(pipe.transformer, last.inputs)
 
@@ -157,8 +157,8 @@ def load(path: str, dtype: Any, device: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     import ditq_runtime  # noqa: F401  registers the backend
-    from ditq_runtime.folder import open_folder
-    from ditq_runtime.hub_cache import local
+    from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host.hub_cache import local
 
     if path.startswith("demo:"):
         raise ValueError(
@@ -184,7 +184,7 @@ def check_backend(backend: str, device: Any) -> str:
     import torch
 
     import ditq_kernels as k
-    from ditq_kernels.backend import why_not
+    from ditq_kernels.launch.backend import why_not
 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.prompts import read_prompts
+from ditq_runtime.cli.prompts import read_prompts
 
 CLASS_STEPS, CLASS_GUIDANCE = 50, 1.5  # DiT's; text pipelines have defaults of their own
 BINNED_SIZES = (32, 64, 128, 256)  # latents of the models that diffusers has aspect ratio bins for

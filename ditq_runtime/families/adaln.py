@@ -13,7 +13,9 @@ from torch import nn
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 
 TIMESTEP_NOTE = "timestep_note"
-HOISTED = "hoisted_modulation"  # name of the holder in a module that `ditq_runtime.prepare` reached
+HOISTED = (
+    "hoisted_modulation"  # name of the holder in a module that `ditq_runtime.speed.prepare` reached
+)
 
 
 class Modulation(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.attention_processor import CORE, key_mask_of
+from ditq_runtime.attention.processor import CORE, key_mask_of
 from ditq_runtime.families.fused import (
     FLOAT_ATTENTION,
     Step,
@@ -23,7 +23,7 @@ from ditq_runtime.families.fused import (
     quantizer_step,
 )
 from ditq_runtime.families.fusible import is_hooked
-from ditq_runtime.linear import Codes, QuantLinear
+from ditq_runtime.layers.linear import Codes, QuantLinear
 
 QKV = ("to_q", "to_k", "to_v")
 

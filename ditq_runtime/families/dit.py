@@ -24,7 +24,7 @@ from ditq_runtime.families.fused import Layout
 from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
 from ditq_runtime.families.sublayers import FeedForwardLayer, SelfAttention
-from ditq_runtime.linear import QuantLinear
+from ditq_runtime.layers.linear import QuantLinear
 
 SITES = (
     Site("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), AdaLN("norm1.linear", 0, 1)),

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ditq_runtime.families.adaln import Modulation
-from ditq_runtime.linear import QuantLinear
+from ditq_runtime.layers.linear import QuantLinear
 
 # an op of `ditq::`, and the linear, linears or attention inside the block that it belongs to
 Step = tuple[str, str | tuple[str, ...]]

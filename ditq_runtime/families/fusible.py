@@ -12,7 +12,7 @@ from typing import Any
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from ditq_runtime.attention_processor import CORE, QuantAttnProcessor
+from ditq_runtime.attention.processor import CORE, QuantAttnProcessor
 from ditq_runtime.families.fused import Layout
 
 FUSION = "fusion"  # name of the `Fusion` in a block

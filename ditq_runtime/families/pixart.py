@@ -26,7 +26,7 @@ from ditq_runtime.families.fused import Layout
 from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.sites import BEHIND_GELU, AdaLN, OnTheFly, Site, ValueRows
 from ditq_runtime.families.sublayers import CrossAttention, FeedForwardLayer, SelfAttention
-from ditq_runtime.modulation_table import ModulationTable
+from ditq_runtime.layers.modulation_table import ModulationTable
 
 TABLE = "scale_shift_table"
 CAPTION_TOKENS = 8

@@ -27,7 +27,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.attention_install import PLAIN, not_plain
+from ditq_runtime.attention.install import PLAIN, not_plain
 from ditq_runtime.families.attend import (
     QKV,
     add_output,
@@ -45,7 +45,7 @@ from ditq_runtime.families.fused import (
     product_steps,
     quantizer_step,
 )
-from ditq_runtime.linear import Codes, QuantLinear
+from ditq_runtime.layers.linear import Codes, QuantLinear
 
 ATTENTION = {
     "": Attention,

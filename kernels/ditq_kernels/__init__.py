@@ -9,11 +9,7 @@
 Importing loads neither Triton nor CUDA.
 """
 
-from ditq_kernels.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
-from ditq_kernels.backend import backend_of, choose_backend
-from ditq_kernels.expand import w4_expand
-from ditq_kernels.gemm_fused import gemm_gelu_quantize, gemm_residual
-from ditq_kernels.numerics import (
+from ditq_kernels.codes.numerics import (
     INT8_LEVELS,
     INT8_MAX,
     MIN_SCALE,
@@ -23,7 +19,20 @@ from ditq_kernels.numerics import (
     quantize_symmetric,
     symmetric_scale,
 )
-from ditq_kernels.ops import (
+from ditq_kernels.codes.packing import expand_w4g, expand_w4p, pack_int4, unpack_int4
+from ditq_kernels.codes.weights import (
+    W4P,
+    W8,
+    quantize_weight_w4p,
+    quantize_weight_w8,
+    resolve_group_size,
+)
+from ditq_kernels.codes.weights_w4g import W4G, dequantize_w4g, fits_w4g, quantize_weight_w4g
+from ditq_kernels.launch.backend import backend_of, choose_backend
+from ditq_kernels.ops.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
+from ditq_kernels.ops.expand import w4_expand
+from ditq_kernels.ops.gemm_fused import gemm_gelu_quantize, gemm_residual
+from ditq_kernels.ops.linear import (
     gemm_w4a8,
     gemm_w8a8,
     linear_w4,
@@ -32,18 +41,9 @@ from ditq_kernels.ops import (
     quantize_per_token,
     quantize_static,
 )
-from ditq_kernels.packing import expand_w4g, expand_w4p, pack_int4, unpack_int4
-from ditq_kernels.per_group import gemm_w4a8_per_group, linear_w4_per_group
-from ditq_kernels.qkv_fused import gemm_qkv_quantize
-from ditq_kernels.row_fused import adaln_quantize, gelu_quantize
-from ditq_kernels.weights import (
-    W4P,
-    W8,
-    quantize_weight_w4p,
-    quantize_weight_w8,
-    resolve_group_size,
-)
-from ditq_kernels.weights_w4g import W4G, dequantize_w4g, fits_w4g, quantize_weight_w4g
+from ditq_kernels.ops.per_group import gemm_w4a8_per_group, linear_w4_per_group
+from ditq_kernels.ops.qkv_fused import gemm_qkv_quantize
+from ditq_kernels.ops.row_fused import adaln_quantize, gelu_quantize
 
 __all__ = [
     "INT8_LEVELS",

@@ -11,7 +11,7 @@ from ditq_bench.census import gate
 from ditq_bench.census.issue_model import predict
 from ditq_bench.census.rows import FIELDS, CensusRow
 from ditq_bench.cli import bench
-from ditq_kernels._triton import offline
+from ditq_kernels._triton.offline import compile as offline
 
 PRODUCTS = {90: "IGMMA.64x128x32.S8.S8", 100: "UTCIMMA"}
 COMMAND = "from ditq_bench.cli import bench; bench()"
@@ -124,7 +124,8 @@ def test_the_gate_is_green_for_the_gemms(python_without_interpreter, tmp_path):
 
 BOTH_DISASSEMBLERS = """
 import collections, json, re
-from ditq_kernels._triton import machine_code, offline
+from ditq_kernels._triton.offline import machine_code
+from ditq_kernels._triton.offline import compile as offline
 cases = [("quantize_static", 80), ("gemm_w8a8", 90), ("w4_expand", 80), ("transpose_v", 90)]
 made = [offline.binary_of(op, target, *offline.tuned_problems(op, target)[0]) for op, target in cases]
 def alone(binary):
@@ -137,7 +138,7 @@ print(json.dumps([[whole, alone(binary)] for whole, binary in zip(together, made
 
 PLAIN_UNPACK = """
 import dataclasses
-from ditq_kernels._triton import offline
+from ditq_kernels._triton.offline import compile as offline
 entry = offline.KERNELS["gemm_w4a8"]
 def plain(*arguments):
     kernel, constants = entry.specialize(*arguments)

@@ -10,7 +10,7 @@ from diffusers import DiTPipeline
 from ditq_bench import full_size, full_size_report
 from ditq_bench.xl_model import build, random_tensor
 from ditq_runtime.families import family_of
-from ditq_runtime.skeleton import has_shared_embedder
+from ditq_runtime.host.skeleton import has_shared_embedder
 
 TINY = {
     "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8, "num_layers": 2,

@@ -11,7 +11,7 @@ import torch
 
 from ditq_bench.gpu_run import questions, small, summary
 from ditq_bench.gpu_run.place import Place
-from ditq_kernels import backend, tuning
+from ditq_kernels.launch import backend, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 # Triton 3.6's interpreter takes range() over one-element arrays, which numpy 2.4 will refuse

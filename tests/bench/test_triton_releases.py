@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ditq_bench.census.rows import TARGETS, gated_cases, gated_targets, kernel_names
-from ditq_kernels._triton.versions import FIRST_TRITON, release_of
+from ditq_kernels._triton.parts.versions import FIRST_TRITON, release_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ditq_bench.tune import run, space
 from ditq_bench.tune.command import tune
-from ditq_kernels import tuning
+from ditq_kernels.launch import tuning
 
 CPU = torch.device("cpu")
 # Triton 3.6's interpreter takes range() over one-element arrays, which numpy 2.4 will refuse

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
-from ditq_converters.attention import plan_attention
-from ditq_converters.fold import block_linears
+from ditq_converters.convert.attention import plan_attention
+from ditq_converters.convert.fold import block_linears
 from ditq_converters.methods import METHODS
-from ditq_converters.sites import site_data
-from ditq_kernels import reference_attention as reference
-from ditq_runtime.attention_format import AttentionFormat
+from ditq_converters.sites.sites import site_data
+from ditq_kernels.reference import attention as reference
 from ditq_runtime.families import family_of
+from ditq_runtime.format.attention import AttentionFormat
 
 FAMILY = family_of("DiTTransformer2DModel")
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
@@ -125,7 +125,7 @@ def test_a_manifest_from_before_there_was_the_key_means_without(model, stats, wi
 def test_it_resumes_to_the_same_bytes(model, stats, tmp_path, monkeypatch):
     import sys
 
-    module = sys.modules["ditq_converters.calibrate"]
+    module = sys.modules["ditq_converters.calibrate.run"]
     write = module.write_shard
 
     def stop_after_one(folder, call, *rest):

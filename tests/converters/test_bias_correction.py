@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
-from ditq_converters.bias_correction import CHUNK, SampledRows, corrected_bias
-from ditq_converters.fold import LinearTensors
-from ditq_converters.quantize import quantize_linear
+from ditq_converters.convert.bias_correction import CHUNK, SampledRows, corrected_bias
+from ditq_converters.convert.fold import LinearTensors
+from ditq_converters.convert.quantize import quantize_linear
 from ditq_runtime import QuantLinear
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
 
 K, N = 64, 24
 LIMITS = torch.tensor(-6.0), torch.tensor(9.0)

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from ditq_converters import StatisticsError, calibrate
-from ditq_converters.stats import shard_path
-from ditq_converters.trajectory import SamplingPlan, initial_latents
+from ditq_converters.calibrate.stats import shard_path
+from ditq_converters.calibrate.trajectory import SamplingPlan, initial_latents
 
 CONSUMERS = {
     "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_number_of_calls(make_dit, tmp_path, monke
     """P22: when a call's ranges and rows are stored, those of the calls before are gone."""
     import sys
 
-    module = sys.modules["ditq_converters.calibrate"]
+    module = sys.modules["ditq_converters.calibrate.run"]
     write, alive, counts = module.write_shard, [], []
 
     def spy(folder, call, ranges, rows):

@@ -3,8 +3,8 @@
 import pytest
 
 from ditq_converters import calibrate
-from ditq_converters.calibrate import draw_labels
-from ditq_converters.labels import read_labels
+from ditq_converters.calibrate.labels import read_labels
+from ditq_converters.calibrate.run import draw_labels
 
 
 @pytest.fixture

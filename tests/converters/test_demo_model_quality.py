@@ -3,9 +3,9 @@
 import pytest
 
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.calibrate import draw_labels, make_scheduler
+from ditq_converters.calibrate.run import draw_labels, make_scheduler
+from ditq_converters.calibrate.trajectory import SamplingPlan
 from ditq_converters.evaluate import forced_sqnr, run
-from ditq_converters.trajectory import SamplingPlan
 
 STEPS, SAMPLES, GUIDANCE = 20, 20, 1.5
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan
 from ditq_converters.evaluate import (
     SqnrCurve,
     compare_runs,
@@ -15,7 +16,6 @@ from ditq_converters.evaluate import (
     sqnr_db,
 )
 from ditq_converters.evaluate.layer_error import comparable_layers
-from ditq_converters.trajectory import Call, SamplingPlan
 
 PLAN = SamplingPlan((3, 207, 999), steps=3, guidance=2.0, seed=1, micro_batch=2)
 

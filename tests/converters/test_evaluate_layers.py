@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from ditq_converters.calibrate.trajectory import SamplingPlan
 from ditq_converters.evaluate import cascade_errors, forced_errors, halves_sqnr, run
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
 from ditq_converters.evaluate.sqnr import subset
-from ditq_converters.trajectory import SamplingPlan
 from ditq_runtime import LayerFormat, QuantLinear
 
 PLAN = SamplingPlan((3, 207, 999), steps=2, guidance=2.0, seed=1, micro_batch=2)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
 from ditq_converters import Recipe, convert, open_model
-from ditq_converters.facebook_dit import open_facebook_dit
-from ditq_runtime.timestep_freq import get_timestep_freq, set_timestep_freq
+from ditq_converters.models.facebook_dit import open_facebook_dit
+from ditq_runtime.layers.timestep_freq import get_timestep_freq, set_timestep_freq
 
 D, DEPTH, HEADS, P, C, S, CLASSES = 384, 2, 6, 2, 4, 8, 1000
 

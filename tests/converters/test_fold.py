@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_converters.fold import block_linears, fold_block, site_weight
+from ditq_converters.convert.fold import block_linears, fold_block, site_weight
 from ditq_converters.methods import Transform
 from ditq_runtime.families.dit import BLOCK, DIT
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_converters.fold import LinearTensors, block_linears, fold_block
+from ditq_converters.calibrate.stats import StatisticsError
+from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block
 from ditq_converters.methods import Transform
-from ditq_converters.sites import group_bounds
-from ditq_converters.stats import StatisticsError
+from ditq_converters.sites.sites import group_bounds
 from ditq_runtime.families.dit import BLOCK, DIT
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
-from ditq_runtime.timestep_groups import TimestepGroups
+from ditq_runtime.layers.timestep_groups import TimestepGroups
 
 WIDTH, GROUPS = 64, 3
 BOUNDS = (250.0, 600.0)

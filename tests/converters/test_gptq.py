@@ -6,11 +6,11 @@ import torch
 
 import ditq_kernels as k
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
-from ditq_converters.fold import LinearTensors
-from ditq_converters.gptq import BLOCK, compensated_codes, error_feedback
-from ditq_converters.quantize import quantize_linear
+from ditq_converters.convert.fold import LinearTensors
+from ditq_converters.convert.gptq import BLOCK, compensated_codes, error_feedback
+from ditq_converters.convert.quantize import quantize_linear
 from ditq_runtime import QuantLinear
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
 
 FORMATS = [LayerFormat("w8", "token"), *(LayerFormat(w, "token", 32) for w in ("w4p", "w4g"))]
 

@@ -11,10 +11,10 @@ from torch._dynamo.testing import CompileCounter
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.fold import LinearTensors
+from ditq_converters.convert.fold import LinearTensors
+from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.methods import METHODS
-from ditq_converters.quantize import quantize_linear
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
 
 STEPS = 30  # three timestep groups by default
 

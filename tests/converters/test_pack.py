@@ -13,9 +13,9 @@ import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
-from ditq_runtime.folder import open_folder, size_by_category
-from ditq_runtime.scheme import LayerFormat
-from ditq_runtime.skeleton import has_shared_embedder
+from ditq_runtime.format.folder import open_folder, size_by_category
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.host.skeleton import has_shared_embedder
 
 FAMILY = family_of("DiTTransformer2DModel")
 BLOCK_LINEARS = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.plan import plan_layers, transforms
+from ditq_converters.plan.layers import plan_layers, transforms
 from ditq_runtime.families import family_of
 from ditq_runtime.families.dit import BLOCK
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_converters.fold import LinearTensors
+from ditq_converters.convert.fold import LinearTensors
+from ditq_converters.convert.quantize import quantize_linear, static_range
 from ditq_converters.methods import Transform
-from ditq_converters.quantize import quantize_linear, static_range
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
 
 
 def linear(rows=24, inputs=96, bias=True, seed=0):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ditq_converters import Recipe
-from ditq_runtime.attention_format import AttentionFormat
+from ditq_runtime.format.attention import AttentionFormat
 
 
 def test_defaults():

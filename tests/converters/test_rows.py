@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from ditq_converters import CalibrationStats, StatisticsError, calibrate
-from ditq_converters.rows import RowPlan, evenly_spaced
-from ditq_converters.stats import shard_path
+from ditq_converters.calibrate.rows import RowPlan, evenly_spaced
+from ditq_converters.calibrate.stats import shard_path
 
 TOKENS = 16  # of the tiny DiT
 SITES = [f"transformer_blocks.{b}.{s}" for b in (0, 1) for s in ("qkv", "o_proj", "fc1", "fc2")]
@@ -162,7 +162,7 @@ def test_long_runs_keep_rows_at_50_evenly_spaced_calls():
 def test_only_the_listed_calls_hold_rows(make_pipeline, tmp_path, monkeypatch):
     import sys
 
-    module = sys.modules["ditq_converters.calibrate"]
+    module = sys.modules["ditq_converters.calibrate.run"]
     monkeypatch.setattr(module, "evenly_spaced", lambda calls: (0, calls - 1))
     stats, seen = recording(make_pipeline(), tmp_path, rows=4)
     rows, calls = stats.rows(SITES[2])

@@ -13,8 +13,8 @@ from diffusers import (
 )
 
 from ditq_converters import calibrate
-from ditq_converters.samplers import SAMPLERS, history, make_scheduler
-from ditq_converters.trajectory import SamplingPlan, noise_generator, trajectory
+from ditq_converters.calibrate.samplers import SAMPLERS, history, make_scheduler
+from ditq_converters.calibrate.trajectory import SamplingPlan, noise_generator, trajectory
 
 LABELS = (3, 207, 999)
 

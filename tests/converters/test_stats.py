@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ditq_converters import CalibrationStats, StatisticsError, stats
-from ditq_converters.stats import (
+from ditq_converters import CalibrationStats, StatisticsError
+from ditq_converters.calibrate import stats
+from ditq_converters.calibrate.stats import (
     ResumePoint,
     model_hash,
     read_state,

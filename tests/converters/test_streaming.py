@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.memory import held
-from ditq_converters.models import transformer_of
-from ditq_converters.pipeline_folder import write_pipeline
+from ditq_converters.calibrate.memory import held
+from ditq_converters.convert.pipeline_folder import write_pipeline
+from ditq_converters.models.open import transformer_of
 from ditq_converters.streaming.finished import folder_of
 from ditq_converters.streaming.model import streamed_of
 from ditq_converters.streaming.opening import open_in_pieces
@@ -325,7 +325,7 @@ def test_a_hub_model_is_downloaded_and_opened_from_its_folder(source, monkeypatc
         asked.append(name)
         return str(source)
 
-    monkeypatch.setattr("ditq_runtime.hub_cache.is_pipeline", lambda name: True)
+    monkeypatch.setattr("ditq_runtime.host.hub_cache.is_pipeline", lambda name: True)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     pipe = open_model("someone/a-dit", memory_budget=2**20)
     assert asked == ["someone/a-dit"]

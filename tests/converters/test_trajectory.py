@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ditq_converters.trajectory import (
+from ditq_converters.calibrate.trajectory import (
     SamplingPlan,
     initial_latents,
     predict,

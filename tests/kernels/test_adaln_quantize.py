@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference_fused, row_fused
 from ditq_kernels._triton import adaln_quantize as kernel
-from ditq_kernels.tuning import RowConfig
+from ditq_kernels.launch.tuning import RowConfig
+from ditq_kernels.ops import row_fused
+from ditq_kernels.reference import fused as reference_fused
 
 EPS = 1e-6
 

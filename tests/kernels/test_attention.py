@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference_attention as reference
+from ditq_kernels.reference import attention as reference
 
 HEAD_DIMS = (32, 64, 72, 88, 96, 128)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference_attention as reference
 from ditq_kernels._triton import attention_qk_int8_pv_bf16 as kernel
-from ditq_kernels.tuning import AttentionConfig
+from ditq_kernels.launch.tuning import AttentionConfig
+from ditq_kernels.reference import attention as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # PTX: ex2.approx is within 2**-22; the reference rounds once

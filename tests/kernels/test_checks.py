@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import checks, checks_attention
+from ditq_kernels.checks import attention as checks_attention
+from ditq_kernels.checks import tensors as checks
 
 
 def gemm_arguments():

@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import _cpu, backend, cpu_features, packing, reference, reference_fused
+from ditq_kernels import _cpu
 from ditq_kernels._cpu import epilogue, pairs, per_group, product
+from ditq_kernels.codes import packing
+from ditq_kernels.launch import backend, cpu_features
+from ditq_kernels.reference import fused as reference_fused
+from ditq_kernels.reference import linear as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [

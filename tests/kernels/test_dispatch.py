@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import dispatch
+from ditq_kernels.ops import dispatch
 
 
 def arguments(op, num_tokens=5):

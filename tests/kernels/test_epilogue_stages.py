@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import gemm_w4a8, gemm_w4a8_per_group, gemm_w8a8
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.reference import linear as reference
 
 MODULES = {
     "gemm_w8a8": gemm_w8a8,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import qkv_fused
 from ditq_kernels._triton import gemm_qkv_quantize as kernel
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.ops import qkv_fused
 
 WEIGHTS = ("w8", "w4p", "w4g")
 VALUES = 2

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import gemm_w4a8_per_group as kernel
-from ditq_kernels._triton import prepared_w4g
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels._triton.parts import prepared_w4g
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.reference import linear as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # one group, whole and paired spans, an odd number of pairs, several chunks a half, K that no group divides

@@ -5,7 +5,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels._triton import gemm_w4a8_unswapped
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
 
 
 def operands(in_features, generator, device):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference, waves
 from ditq_kernels._triton import gemm_residual, gemm_w8a8, gemm_w8a8_persistent
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch import waves
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.reference import linear as reference
 
 PLAIN = TileConfig(32, 32, 64, 4, 2)
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import lora_down as kernel
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.reference import linear as reference
 
 
 def problem(num_tokens, rank, in_features, generator, zero="per_token", exact=False):

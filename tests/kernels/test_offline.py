@@ -21,7 +21,7 @@ QUANTIZE_BUDGET = 600  # whole kernel, 4 rows of 1152 by 4 warps: a padded row o
 def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         "ops = ('quantize_per_token', 'quantize_static', 'gemm_w8a8', 'gemm_w4a8', 'gemm_w4a8_per_group');"
         f"found = offline.compile_ops({request.param}, [(op, {{}}) for op in ops]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
@@ -82,7 +82,7 @@ def test_epilogues_do_not_fuse_multiply_and_add(censuses, op):
 def test_real_groups_of_every_common_size_stay_in_registers(target, python_without_interpreter):
     """Of 128, 64 and (in pairs) 32 inputs, symmetric activations and calibrated ones, as formats run them."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton.offline import compile_ops;"
+        "import dataclasses, json; from ditq_kernels._triton.offline.compile import compile_ops;"
         "cases = [dict(group_size=s, zero_point=z) for s in (32, 64, 128) for z in (False, True)];"
         f"found = compile_ops({target}, [('gemm_w4a8_per_group', case) for case in cases]);"
         "print(json.dumps([dataclasses.asdict(c) for c in found]))"
@@ -105,7 +105,13 @@ def test_quantizers_round_without_conversions(censuses, op):
 
 def test_command_prints_json(python_without_interpreter):
     out = python_without_interpreter(
-        "-m", "ditq_kernels._triton.offline", "--op", "quantize_static", "--target", "90", "--json"
+        "-m",
+        "ditq_kernels._triton.offline.compile",
+        "--op",
+        "quantize_static",
+        "--target",
+        "90",
+        "--json",
     )
     census = json.loads(out)
     assert (census["op"], census["target"], census["loop_instructions"]) == (
@@ -117,7 +123,7 @@ def test_command_prints_json(python_without_interpreter):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is compiled here")
 def test_interpreted_kernels_have_no_machine_code():
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         offline.compile_op("gemm_w8a8", 90)

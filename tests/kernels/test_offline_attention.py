@@ -25,7 +25,7 @@ BUDGET = {  # instructions a score, by op, head dimension, keys a tile
 def censuses(request, python_without_interpreter):
     """Census of each op and case for one target, from one process without the interpreter."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         f"cases = [(op, keys, d) for op in {(INT8, BF16)} for keys, d in {CASES}];"
         f"found = offline.compile_ops({request.param}, [(op, dict(num_tokens=keys, in_features=d, zero_point=True))"
         " for op, keys, d in cases]);"

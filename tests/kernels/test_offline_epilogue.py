@@ -15,7 +15,7 @@ OPS += ["lora_down", "gemm_w8a8+ungated_residual", "gemm_w4a8_per_group+gathered
 def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         f"found = offline.compile_ops({request.param}, [(op, dict(zero_point=True)) for op in {OPS}]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"
     )
@@ -55,7 +55,7 @@ def test_three_weights_cost_the_loop_of_one_and_no_bytewise_access(censuses):
 def test_three_weights_of_a_symmetric_input_compile(python_without_interpreter):
     """Without zero points and their sums, as a scale per token has it."""
     program = (
-        "from ditq_kernels._triton.offline import compile_op;"
+        "from ditq_kernels._triton.offline.compile import compile_op;"
         f"print([compile_op(f'{{gemm}}+qkv_quantize', 80, zero_point=False).spills for gemm in {GEMMS}])"
     )
     assert json.loads(python_without_interpreter("-c", program)) == [0] * len(GEMMS)

@@ -20,7 +20,7 @@ BUDGET = {  # whole kernel, 4 rows of 1152 by 4 warps; seen with Triton 3.6.0, p
 def censuses(request, python_without_interpreter):
     """Census of each op for one target, from one process without the interpreter."""
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         f"shape = dict(num_tokens=8192, in_features=1152);"
         f"found = offline.compile_ops({request.param}, [(op, shape) for op in {OPS}]);"
         "print(json.dumps({c.op: dataclasses.asdict(c) for c in found}))"

@@ -10,7 +10,7 @@ OPS = ["linear_w8", "linear_w4"]
 @pytest.mark.parametrize("target", [80, 89, 90])
 def test_products_run_on_bf16_tensor_cores_without_spills(target, python_without_interpreter):
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         f"found = offline.compile_ops({target}, [(op, dict(num_tokens=16)) for op in {OPS}]);"
         "print(json.dumps([dataclasses.asdict(c) for c in found]))"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import packing
+from ditq_kernels.codes import packing
 
 
 def test_golden_bytes():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import backend, cpu_features
+from ditq_kernels.launch import backend, cpu_features
 
 EXPORTED = [
     "INT8_LEVELS",

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import quantize_per_token as kernel
-from ditq_kernels.tuning import RowConfig
+from ditq_kernels.launch.tuning import RowConfig
+from ditq_kernels.reference import linear as reference
 
 
 def hard_activations(num_tokens, in_features, dtype, generator):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import quantize_static as kernel
-from ditq_kernels.tuning import RowConfig
+from ditq_kernels.launch.tuning import RowConfig
+from ditq_kernels.reference import linear as reference
 
 
 def int32(value):

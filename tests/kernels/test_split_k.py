@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import reference
 from ditq_kernels._triton import gemm_gelu_quantize, gemm_residual, gemm_w4a8, gemm_w8a8
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
+from ditq_kernels.reference import linear as reference
 
 TOKENS, OUTPUTS = 21, 33  # off-tile; three samples of seven rows
 TILE = {"w8": (16, 32, 64, 4, 2), "w4p": (16, 32, 128, 4, 2)}

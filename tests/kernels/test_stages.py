@@ -6,7 +6,7 @@ import pytest
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 
-from ditq_kernels._triton import stages
+from ditq_kernels._triton.parts import stages
 
 
 class Backend:
@@ -97,7 +97,8 @@ def test_the_installed_release_still_has_the_pass():
 
 def test_a_real_kernel_compiles_through_the_hook(python_without_interpreter):
     program = (
-        "from ditq_kernels._triton import offline, stages; stages.NEEDED = True\n"
+        "from ditq_kernels._triton.offline import compile as offline\n"
+        "from ditq_kernels._triton.parts import stages; stages.NEEDED = True\n"
         "left_out = []; keep = stages.without_prefetch\n"
         "stages.without_prefetch = lambda stage: left_out.append(stage) or keep(stage)\n"
         "census = offline.compile_op('gemm_w8a8', 80)\n"

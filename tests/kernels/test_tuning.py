@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ditq_kernels import backend, tuning
+from ditq_kernels.launch import backend, tuning
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ditq_kernels._triton.versions import check_versions
+from ditq_kernels._triton.parts.versions import check_versions
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.7.0+git1234", "3.8.0", "3.9.1+cu130"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_kernels import expand
 from ditq_kernels._triton import w4_expand as kernel
+from ditq_kernels.ops import expand
 
 
 def problem(num_rows, in_features, group_size, generator):
@@ -44,7 +44,7 @@ def test_opcheck_and_refusal(generator):
 
 def test_machine_code(python_without_interpreter):
     program = (
-        "import dataclasses, json; from ditq_kernels._triton import offline;"
+        "import dataclasses, json; from ditq_kernels._triton.offline import compile as offline;"
         "found = [offline.compile_op('w4_expand', target) for target in (80, 89, 90)];"
         "print(json.dumps([dataclasses.asdict(c) for c in found]))"
     )

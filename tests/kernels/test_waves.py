@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ditq_kernels import tuning, waves
-from ditq_kernels._triton import split_k
+from ditq_kernels._triton.parts import split_k
+from ditq_kernels.launch import tuning, waves
 
 H200, RTX_4090 = waves.Gpu(132, 4096), waves.Gpu(128, 1024)
 FC2 = waves.Work(512, 4608, 1152, 128, 128, 128)  # DiT-XL/2, 256 pixels, one guided image

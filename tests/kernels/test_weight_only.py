@@ -5,7 +5,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels._triton import linear_w4, linear_w8
-from ditq_kernels.tuning import TileConfig
+from ditq_kernels.launch.tuning import TileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

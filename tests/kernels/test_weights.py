@@ -91,7 +91,7 @@ def test_rows_times_powers_of_two_commute_exactly(quantize, generator):
 
 
 def test_chunks_do_not_show(generator, monkeypatch):
-    from ditq_kernels import weights
+    from ditq_kernels.codes import weights
 
     weight = torch.randn(50, 64, generator=generator)
     whole = k.quantize_weight_w4p(weight, 32)

@@ -12,9 +12,9 @@ from torch import nn
 import ditq_kernels as k
 from ditq_bench.launches import Launches
 from ditq_runtime import CheckpointError
-from ditq_runtime.attention_format import AttentionFormat
-from ditq_runtime.attention_install import install
-from ditq_runtime.attention_processor import QuantAttnProcessor, key_mask_of
+from ditq_runtime.attention.install import install
+from ditq_runtime.attention.processor import QuantAttnProcessor, key_mask_of
+from ditq_runtime.format.attention import AttentionFormat
 
 HEADS, HEAD_DIM, TOKENS, IMAGES = 2, 32, 40, 3
 FORMATS = [AttentionFormat(v, s) for v in ("int8", "bf16") for s in ("token", "static")]

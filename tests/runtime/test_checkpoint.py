@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from ditq_runtime import FORMAT_VERSION, CheckpointError
-from ditq_runtime.checkpoint import check_version, read_headers
+from ditq_runtime.format.checkpoint import check_version, read_headers
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TWINS = {"F32": "I32", "I32": "F32", "I8": "U8", "U8": "I8"}  # other dtypes of the same size

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import ditq_kernels as k
-from ditq_kernels.backend import TORCH_OPS, TRITON_OPS
+from ditq_kernels.launch.backend import TORCH_OPS, TRITON_OPS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
 from ditq_runtime.cli.schedulers import SAMPLERS

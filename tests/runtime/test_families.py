@@ -9,7 +9,7 @@ from torch import nn
 from ditq_runtime.families import FAMILIES, AdaLN, OnTheFly, ValueRows, family_of
 from ditq_runtime.families.adaln import modulate
 from ditq_runtime.families.dit import BLOCK, DIT, use_direct_multiplier
-from ditq_runtime.skeleton import share_embedder
+from ditq_runtime.host.skeleton import share_embedder
 
 WIDTH = 64
 

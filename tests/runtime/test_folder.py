@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ditq_runtime import CheckpointError
-from ditq_runtime.folder import CATEGORIES, open_folder, size_by_category
+from ditq_runtime.format.folder import CATEGORIES, open_folder, size_by_category
 
 D, BLOCKS = 64, 2
 LINEARS = 4 * D * D + 2 * 4 * D * D  # weights of q, k, v, o, fc1, fc2 of a block

@@ -15,8 +15,8 @@ import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.families.adaln import HOISTED, HoistedModulation
 from ditq_runtime.families.fused import Layout
-from ditq_runtime.linear import QuantLinear
-from ditq_runtime.report_fused import BlockRun
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.report.fused import BlockRun
 
 B, TOKENS, D, BLOCKS = 3, 16, 64, 2
 FC1, FC2, TO_Q, TO_OUT = "ff.net.0.proj", "ff.net.2", "attn1.to_q", "attn1.to_out.0"

@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 import ditq_runtime as ditq
-from ditq_runtime.hub import model_card
+from ditq_runtime.host.hub import model_card
 
 
 class Hub:

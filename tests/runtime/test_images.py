@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from ditq_runtime.images import grid
+from ditq_runtime.cli.images import grid
 
 
 def _tile(mode, colour, size=(3, 2)):

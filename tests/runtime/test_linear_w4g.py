@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ditq_runtime import LayerFormat, QuantLinear
-from ditq_runtime.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import GroupIndex
 
 K, N, GROUP = 96, 40, 32
 FORMATS = [

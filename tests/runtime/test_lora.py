@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ditq_runtime as ditq
-from ditq_converters.fold import LinearTensors, block_linears, fold_block, stored_folds
+from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
+from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.methods import Transform
-from ditq_converters.pack import make_scheme, pack_model
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
-from ditq_runtime.folds import FOLDS
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.lora.folds import FOLDS
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
 GROUPS, WIDTH = 3, 64
@@ -113,7 +113,7 @@ def test_leaving_out_the_fold_of_any_linear_shows(peft, build_model, part, monke
     model = build_model()
     packed = _fold_exactly(model, True)
     tuned, _, state = _with_peft(peft, model, targets=[part])
-    monkeypatch.setattr("ditq_runtime.lora._fold", lambda *args: args[4:])
+    monkeypatch.setattr("ditq_runtime.lora.adapter._fold", lambda *args: args[4:])
     ditq.load_lora(packed, _state(state))
     error = _error(_run(packed, [400, 900]), _run(tuned, [400, 900]))
     assert (error < 2e-5) if part == "ff.net.2" else (error > 1e-3)

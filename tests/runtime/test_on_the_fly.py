@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantiza
 
 from ditq_converters import Recipe, convert
 from ditq_runtime import CheckpointError, DitqConfig, QuantLinear, execution_report
-from ditq_runtime.on_the_fly import PackedView
-from ditq_runtime.scheme import LayerFormat, Scheme
+from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.host.on_the_fly import PackedView
 
 FILE = "diffusion_pytorch_model.safetensors"
 CHOICES = {

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_runtime.cuda_graph import GraphedForward
 from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE, HoistedModulation
-from ditq_runtime.hoist import _elsewhere, _position
+from ditq_runtime.speed.cuda_graph import GraphedForward
+from ditq_runtime.speed.hoist import _elsewhere, _position
 
 STEPS = 4
 
@@ -346,7 +346,7 @@ def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
         graphs.append(_Replayed(forward, product(model.modules(), (HOISTED, TIMESTEP_NOTE))))
         return graphs[-1], graphs[-1].output
 
-    monkeypatch.setattr("ditq_runtime.cuda_graph._record", record)
+    monkeypatch.setattr("ditq_runtime.speed.cuda_graph._record", record)
 
     def call(seed):
         added = {"resolution": _randn(2, 2, seed=seed).abs() * 64, "aspect_ratio": torch.ones(2, 1)}

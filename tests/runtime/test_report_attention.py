@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from ditq_runtime import FallbackError, configure, execution_report
-from ditq_runtime.attention_processor import QuantAttnProcessor
+from ditq_runtime import FallbackError, execution_report
+from ditq_runtime.attention.processor import QuantAttnProcessor
+from ditq_runtime.host import configure
 
 D, TOKENS, BLOCKS, HEADS = 64, 16, 2, 2
 ATTENTION = "transformer_blocks.0.attn1"

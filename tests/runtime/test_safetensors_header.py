@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ditq_runtime import CheckpointError
-from ditq_runtime.safetensors_header import read_header
+from ditq_runtime.format.safetensors_header import read_header
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ditq_bench.census.issue_model import Prediction, predict
-from ditq_kernels import tuning
+from ditq_kernels.launch import tuning
 from ditq_runtime.files import atomic_file
 
 TARGETS = (80, 86, 89, 90)  # the GPUs we run on
@@ -30,8 +30,8 @@ class CensusRow:
     """One kernel compiled for one target.
 
     Attributes:
-        problem: see `ditq_kernels._triton.offline.Problem`.
-        census: see `ditq_kernels._triton.machine_code.Census`.
+        problem: see `ditq_kernels._triton.offline.compile.Problem`.
+        census: see `ditq_kernels._triton.offline.machine_code.Census`.
         prediction: of the issue model.
     """
 
@@ -86,14 +86,14 @@ class CensusRow:
 
 def kernel_names() -> tuple[str, ...]:
     """Every kernel that compiles offline."""
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     return tuple(offline.KERNELS)
 
 
 def gated_targets(triton_version: str) -> tuple[int, ...]:
     """Architectures whose machine code must be sound with a Triton release."""
-    from ditq_kernels._triton.versions import release_of
+    from ditq_kernels._triton.parts.versions import release_of
 
     release = release_of(triton_version)
     return TARGETS + tuple(target for target, first in UNSERVED.items() if release >= first)
@@ -101,7 +101,7 @@ def gated_targets(triton_version: str) -> tuple[int, ...]:
 
 def cases(kernels: tuple[str, ...], targets: tuple[int, ...], usual_only: bool) -> list[Case]:
     """(kernel, target, problem, launch): every tuned launch, or only those of each kernel's usual problems."""
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     return [
         (kernel, target, problem, config)
@@ -130,7 +130,8 @@ def census_rows(
     Raises:
         RuntimeError: TRITON_INTERPRET is set.
     """
-    from ditq_kernels._triton import machine_code, offline
+    from ditq_kernels._triton.offline import compile as offline
+    from ditq_kernels._triton.offline import machine_code
 
     offline.refuse_the_interpreter()
     problems, binaries, refused = [], [], []
@@ -149,7 +150,7 @@ def census_rows(
 
 def _binary(case: Case) -> Any:
     """The compiled kernel, or why there is none."""
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     try:
         return offline.binary_of(*case)

@@ -11,7 +11,7 @@ import torch
 from ditq_bench.timing import time_in_turn
 from ditq_bench.tune.run import time_launches
 from ditq_bench.tune.space import Bucket
-from ditq_kernels import tuning
+from ditq_kernels.launch import tuning
 
 BUDGET = 6.0  # seconds a comparison
 Answer = dict[str, Any]

@@ -24,7 +24,7 @@ from ditq_bench.gpu_run.place import Answer, Place, compare, times_of
 from ditq_bench.results import origin_of
 from ditq_bench.tune.problems import PROBLEMS, unswapped
 from ditq_bench.tune.space import BY_TMA, STAYING
-from ditq_kernels import tuning
+from ditq_kernels.launch import tuning
 from ditq_runtime.files import atomic_file
 
 

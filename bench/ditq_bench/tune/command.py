@@ -47,7 +47,7 @@ def tune(
 
     from ditq_bench.tune import run, space
     from ditq_converters.progress import progress_bar
-    from ditq_kernels import tuning
+    from ditq_kernels.launch import tuning
     from ditq_runtime.cli.output import print_json, print_table, say
 
     if not dry_run and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from ditq_bench.results import commit
 from ditq_bench.timing import time_in_turn
 from ditq_bench.tune.problems import PROBLEMS
 from ditq_bench.tune.space import Bucket
-from ditq_kernels.tuning import UNSAID
+from ditq_kernels.launch.tuning import UNSAID
 from ditq_runtime.files import atomic_file
 
 

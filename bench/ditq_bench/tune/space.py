@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ditq_bench.census.issue_model import MACHINES, predict
-from ditq_kernels import tuning, waves
+from ditq_kernels.launch import tuning, waves
 
 LOWEST_OF_MANY = 512  # tokens; fewer have no second tile for a program
 STAYING: tuple[dict[str, Any], ...] = ({"programs_per_sm": 1}, {"programs_per_sm": 2})
@@ -142,7 +142,7 @@ def prune(
 
 @functools.cache
 def _census(op: str, target: int, num_tokens: int, in_features: int, config: Any) -> dict[str, Any]:
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     problem = offline.Problem(num_tokens, in_features)
     return dataclasses.asdict(offline.compile_problem(op, target, problem, config))
@@ -250,7 +250,7 @@ def _row_wise(op: str) -> bool:
 
 
 def _default(op: str, target: int, num_tokens: int, in_features: int) -> Any:
-    from ditq_kernels._triton import offline
+    from ditq_kernels._triton.offline import compile as offline
 
     problem = offline.Problem(num_tokens, in_features)
     if op.endswith("_epilogue"):

@@ -37,10 +37,10 @@ def calibrate(
 
     Example: ditq calibrate demo:digits --out stats --steps 50 --samples 32
     """
-    from ditq_converters.calibrate import calibrate as run
-    from ditq_converters.labels import read_labels
-    from ditq_converters.memory import format_bytes, peak_rss
-    from ditq_converters.models import open_model, transformer_of
+    from ditq_converters.calibrate.labels import read_labels
+    from ditq_converters.calibrate.memory import format_bytes, peak_rss
+    from ditq_converters.calibrate.run import calibrate as run
+    from ditq_converters.models.open import open_model, transformer_of
 
     budget = _check(sampler, samples, labels, prompts, memory_budget)
     pipe = open_model(model, memory_budget=budget)
@@ -72,7 +72,7 @@ def _check(
     sampler: str, samples: int | None, labels: Path | None, prompts: Path | None, memory: str
 ) -> int | None:
     """Refuse what needs no model to be refused; return the memory budget in bytes."""
-    from ditq_converters.samplers import SAMPLERS
+    from ditq_converters.calibrate.samplers import SAMPLERS
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(

@@ -12,8 +12,8 @@ from ditq_converters.cli import options as o
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ditq_converters.recipe import Recipe
-    from ditq_runtime.scheme import Scheme
+    from ditq_converters.plan.recipe import Recipe
+    from ditq_runtime.format.scheme import Scheme
 
 
 def convert(
@@ -62,7 +62,7 @@ def convert(
 
     Example: ditq convert demo:digits out --method smoothquant --weights w4p
     """
-    from ditq_converters.recipe import Recipe
+    from ditq_converters.plan.recipe import Recipe
     from ditq_runtime.files import check_new
 
     try:
@@ -104,12 +104,12 @@ def _convert(
     calibration: dict[str, Any],
 ) -> None:
     """Open, refuse what can be refused before the long work, calibrate where needed, convert."""
-    from ditq_converters.calibrate import calibrate
-    from ditq_converters.convert import convert as run
+    from ditq_converters.calibrate.run import calibrate
+    from ditq_converters.calibrate.stats import CalibrationStats
+    from ditq_converters.convert.story import convert as run
     from ditq_converters.methods import METHODS
-    from ditq_converters.models import open_model, transformer_of
-    from ditq_converters.plan import plan_layers
-    from ditq_converters.stats import CalibrationStats
+    from ditq_converters.models.open import open_model, transformer_of
+    from ditq_converters.plan.layers import plan_layers
     from ditq_runtime.families import family_of
 
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
@@ -128,7 +128,7 @@ def _convert(
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:
-    from ditq_runtime.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder, size_by_category
 
     folder = open_folder(out)
     sizes = size_by_category(folder)

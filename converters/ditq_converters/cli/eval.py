@@ -124,9 +124,9 @@ def _run(
     from ditq_converters.evaluate import evaluate
     from ditq_converters.evaluate.inputs import judge_pipe, open_packed
     from ditq_converters.evaluate.scores import NO_IMAGES
-    from ditq_converters.models import open_model
+    from ditq_converters.models.open import open_model
     from ditq_runtime.files import check_new
-    from ditq_runtime.hub_cache import local
+    from ditq_runtime.host.hub_cache import local
 
     check_new(out)
     packed = local(packed)

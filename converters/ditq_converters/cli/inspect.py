@@ -31,13 +31,13 @@ def inspect(
 
     Example: ditq inspect demo:digits --weights w4p
     """
-    from ditq_runtime.hub_cache import local
+    from ditq_runtime.host.hub_cache import local
 
     path = local(path)
     if _is_packed(path):
         _show_packed(inspect_packed(path), json)
         return
-    from ditq_converters.recipe import Recipe
+    from ditq_converters.plan.recipe import Recipe
 
     try:
         layout = (method, weights, activations, group_size, None, tuple(keep))
@@ -50,10 +50,10 @@ def inspect(
 
 def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
     """The plan of every linear of a float model, with coverage in parameters, FLOPs and bytes."""
-    from ditq_converters.attention import plan_attention
-    from ditq_converters.coverage import coverage
-    from ditq_converters.models import open_skeleton
-    from ditq_converters.plan import plan_layers
+    from ditq_converters.convert.attention import plan_attention
+    from ditq_converters.models.open import open_skeleton
+    from ditq_converters.plan.layers import plan_layers
+    from ditq_converters.sites.coverage import coverage
     from ditq_runtime.families import family_of
 
     model = open_skeleton(path)
@@ -95,7 +95,7 @@ def inspect_packed(path: str) -> dict[str, Any]:
     """Scheme, sizes and backends of a packed folder, from its headers alone."""
     import torch
 
-    from ditq_runtime.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder, size_by_category
 
     folder = open_folder(path)
     scheme = folder.scheme

@@ -152,7 +152,7 @@ def place(pipe: Any, device: str) -> None:
     """Move a model to `device`, or to the GPU where there is one; of one on disk, what is loaded and what will be."""
     import torch
 
-    from ditq_converters.models import transformer_of
+    from ditq_converters.models.open import transformer_of
     from ditq_converters.streaming.model import move, streamed_of
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +165,7 @@ def place(pipe: Any, device: str) -> None:
 
 def parse_budget(text: str) -> int | None:
     """--memory-budget in bytes; None where it was not given."""
-    from ditq_converters.memory import parse_bytes
+    from ditq_converters.calibrate.memory import parse_bytes
 
     try:
         return parse_bytes(text) if text else None

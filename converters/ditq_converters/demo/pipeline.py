@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.demo import DEMO_MODELS
 from ditq_converters.demo.architecture import build_scheduler, build_transformer, expand
 from ditq_converters.demo.bundle import DIGITS_FILE, load_asset
 from ditq_converters.demo.identity_vae import build_identity_vae
 from ditq_converters.demo.salience import plant, plant_asymmetry
-from ditq_converters.pipeline_folder import write_pipeline
 from ditq_runtime.files import check_new
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.linear import QuantLinear
+from ditq_runtime.layers.linear import QuantLinear
 
 LOWEST, HIGHEST = -128, 127
 

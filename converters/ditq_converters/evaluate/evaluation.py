@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from ditq_converters.calibrate import make_scheduler
-from ditq_converters.conditions import choose
+from ditq_converters.calibrate.conditions import choose
+from ditq_converters.calibrate.hosts import host_of
+from ditq_converters.calibrate.run import make_scheduler
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.inputs import judge_pipe, transformers_of, warn_of_source
 from ditq_converters.evaluate.layer_error import cascade_errors, forced_errors
@@ -25,11 +27,9 @@ from ditq_converters.evaluate.sqnr import (
     run,
     subset,
 )
-from ditq_converters.hosts import host_of
 from ditq_converters.progress import progress_bar
-from ditq_converters.trajectory import Call, SamplingPlan
 from ditq_runtime.files import check_new
-from ditq_runtime.folder import open_folder, size_by_category
+from ditq_runtime.format.folder import open_folder, size_by_category
 
 
 def evaluate(
@@ -198,7 +198,7 @@ def _sizes(model: Any, packed_folder: str | Path | None) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     import diffusers
 
-    from ditq_converters.convert import ditq_version
+    from ditq_converters.convert.story import ditq_version
 
     return {
         "ditq": ditq_version(),

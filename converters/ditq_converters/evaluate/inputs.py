@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ditq_converters.models import transformer_of
-from ditq_converters.stats import model_hash
+from ditq_converters.calibrate.stats import model_hash
+from ditq_converters.models.open import transformer_of
 
 IGNORED = ("quantization_config",)
 
@@ -23,8 +23,8 @@ def open_packed(path: str | Path) -> Any:
     from diffusers import AutoModel, DiffusionPipeline
 
     import ditq_runtime  # noqa: F401  registers the backend
-    from ditq_runtime.folder import open_folder
-    from ditq_runtime.hub_cache import local
+    from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host.hub_cache import local
 
     how = "packed folders are made by `ditq convert MODEL OUT`"
     if str(path).startswith("demo:"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.trajectory import Call, SamplingPlan, predict
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan, predict
 from ditq_runtime.families import ValueRows, family_of
 
 CASCADE = "cascade"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq_converters.calibrate import SAMPLERS as CALIBRATION_SAMPLERS
+from ditq_converters.calibrate.run import SAMPLERS as CALIBRATION_SAMPLERS
 from ditq_converters.evaluate.layer_error import LayerErrors
 from ditq_converters.evaluate.sqnr import SqnrCurve
 

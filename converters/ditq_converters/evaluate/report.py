@@ -15,8 +15,8 @@ from ditq_converters.evaluate.judges import rgb, to_uint8
 from ditq_converters.evaluate.layer_error import FORCED
 from ditq_converters.evaluate.page import write_page
 from ditq_converters.evaluate.records import Evaluation
+from ditq_runtime.cli.images import grid
 from ditq_runtime.files import atomic_file, atomic_folder, write_json
-from ditq_runtime.images import grid
 
 SHOWN, COLUMNS = 16, 8  # sample pairs in the picture
 SIDE = 64  # smaller images are enlarged to it

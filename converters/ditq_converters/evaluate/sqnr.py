@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.trajectory import Call, SamplingPlan, predict, trajectory
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan, predict, trajectory
 
 
 @dataclass(frozen=True)

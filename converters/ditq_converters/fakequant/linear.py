@@ -7,7 +7,7 @@ from torch import nn
 
 from ditq_converters.fakequant.granularity import FoldedWeight
 from ditq_converters.fakequant.rounding import RULES, asymmetric_codes
-from ditq_runtime.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import GroupIndex
 
 Range = tuple[torch.Tensor, torch.Tensor]
 

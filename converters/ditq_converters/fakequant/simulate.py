@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.convert.fold import LinearTensors, block_linears
 from ditq_converters.fakequant.granularity import fake_quantize_weight
 from ditq_converters.fakequant.linear import SimulatedLinear
 from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
 from ditq_converters.fakequant.weights import SimulatedWeight
-from ditq_converters.fold import LinearTensors, block_linears
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
 from ditq_converters.methods.profiles import Profile, profile_of
-from ditq_converters.models import transformer_of
-from ditq_converters.recipe import Recipe
-from ditq_converters.sites import group_bounds, site_data
-from ditq_converters.stats import CalibrationStats
+from ditq_converters.models.open import transformer_of
+from ditq_converters.plan.recipe import Recipe
+from ditq_converters.sites.sites import group_bounds, site_data
 from ditq_runtime.families import BlockTable, family_of, get_linear
-from ditq_runtime.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import GroupIndex
 
 BITS = {"w8": 8, "w4p": 4, "w4g": 4}
 Groups = list[tuple[torch.Tensor, GroupIndex]]  # per block: boundaries, and where its group is left

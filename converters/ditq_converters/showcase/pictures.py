@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from ditq_converters.evaluate import plots
 from ditq_converters.showcase.records import Settings, Study
-from ditq_runtime.images import grid
+from ditq_runtime.cli.images import grid
 
 SHOWN = 40  # samples per model in a grid
 SITES = ("qkv", "o_proj", "fc1", "fc2")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq_converters.stats import CalibrationStats
+from ditq_converters.calibrate.stats import CalibrationStats
 
 
 @dataclass(frozen=True)

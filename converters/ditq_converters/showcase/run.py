@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ditq_converters.calibrate import calibrate, draw_labels, make_scheduler
-from ditq_converters.convert import convert, ditq_version
+from ditq_converters.calibrate.run import calibrate, draw_labels, make_scheduler
+from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.calibrate.trajectory import SamplingPlan
+from ditq_converters.convert.story import convert, ditq_version
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import compare_runs, forced_sqnr, layer_errors, run
+from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
-from ditq_converters.recipe import Recipe
 from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
-from ditq_converters.stats import CalibrationStats
-from ditq_converters.trajectory import SamplingPlan
 from ditq_runtime.files import write_json
-from ditq_runtime.folder import open_folder, size_by_category
-from ditq_runtime.report import execution_report
+from ditq_runtime.format.folder import open_folder, size_by_category
+from ditq_runtime.report.execution import execution_report
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:

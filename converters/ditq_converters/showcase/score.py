@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ditq_converters.calibrate.trajectory import Call, SamplingPlan
 from ditq_converters.demo.classifier import FEATURES, score
-from ditq_converters.trajectory import Call, SamplingPlan
 
 PEAK = 2.0  # images lie in [-1, 1]
 FEWEST_FOR_FD = FEATURES + 1

@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import torch
 
-from ditq_converters.memory import format_bytes, held
+from ditq_converters.calibrate.memory import format_bytes, held
 from ditq_converters.streaming.model import open_streamed
 from ditq_converters.streaming.source import PICKLES, FloatSource
-from ditq_runtime.safetensors_header import read_header
+from ditq_runtime.format.safetensors_header import read_header
 
 PIPELINE_FILE = "model_index.json"
 LOADED = 1.3  # a conversion in memory holds the float model and, in the end, the packed one

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ditq_runtime.checkpoint import read_headers
-from ditq_runtime.safetensors_header import TensorInfo, read_header
+from ditq_runtime.format.checkpoint import read_headers
+from ditq_runtime.format.safetensors_header import TensorInfo, read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -16,9 +16,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import nn
 
-from ditq_converters.memory import SLACK, held
-from ditq_converters.pack import packed_skeleton
-from ditq_converters.pipeline_folder import forget_paths
+from ditq_converters.calibrate.memory import SLACK, held
+from ditq_converters.convert.pack import packed_skeleton
+from ditq_converters.convert.pipeline_folder import forget_paths
 from ditq_converters.streaming import finished
 from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
 from ditq_converters.streaming.opening import (
@@ -31,7 +31,7 @@ from ditq_converters.streaming.source import WEIGHTS
 from ditq_converters.streaming.writer import write_safetensors
 from ditq_runtime.families import family_of
 from ditq_runtime.files import atomic_folder
-from ditq_runtime.scheme import Scheme
+from ditq_runtime.format.scheme import Scheme
 
 WORK = 12  # bytes that a conversion of one block holds at most, over the bytes of its fp32 weights
 

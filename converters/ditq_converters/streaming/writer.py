@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ditq_runtime.safetensors_header import DTYPES
+from ditq_runtime.format.safetensors_header import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the header's length; it is padded with spaces

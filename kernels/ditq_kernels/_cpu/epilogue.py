@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ditq_kernels import reference
+from ditq_kernels.reference import linear as reference
 
 BLOCK_ELEMENTS = 2**18  # 1 MiB of fp32
 VECTOR = 32  # rows of a block are a multiple: no block ends amid a vector, where torch's GELU rounds apart

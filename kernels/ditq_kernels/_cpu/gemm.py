@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ditq_kernels import numerics, reference, reference_fused
 from ditq_kernels._cpu.epilogue import dequantized_blocks
 from ditq_kernels._cpu.per_group import scaled_sums
 from ditq_kernels._cpu.product import product
+from ditq_kernels.codes import numerics
+from ditq_kernels.reference import fused as reference_fused
+from ditq_kernels.reference import linear as reference
 
 
 def gemm_w8a8(q: torch.Tensor, weight: torch.Tensor, *stages: Any, **named: Any) -> torch.Tensor:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ditq_kernels import packing, reference
-from ditq_kernels.prepared import prepared
+from ditq_kernels.codes import packing
+from ditq_kernels.launch.prepared import prepared
+from ditq_kernels.reference import linear as reference
 
 PAIR_LIMIT = 128  # 255 * 128 < 2**15
 SHIFT = 128  # from int8 to 0..255

@@ -7,7 +7,8 @@ exact, also with the zero point taken out before.
 
 import torch
 
-from ditq_kernels import packing, reference
+from ditq_kernels.codes import packing
+from ditq_kernels.reference import linear as reference
 
 BLOCK_ELEMENTS = 2**18  # 1 MiB of fp32 sums, as much of products
 LARGEST_PRODUCT = 255 * 15

@@ -7,8 +7,10 @@ Without, it is as exact and 30 times slower than fp32, and `pairs` does it. That
 
 import torch
 
-from ditq_kernels import cpu_features, packing, reference
 from ditq_kernels._cpu import pairs
+from ditq_kernels.codes import packing
+from ditq_kernels.launch import cpu_features
+from ditq_kernels.reference import linear as reference
 
 EXPANDED_BYTES = (
     2**24

@@ -4,9 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import INT8_MAX, on_device_of, rounded_steps, static_codes
-from ditq_kernels._triton.rows import load_row_part, row_parts, store_row_part, symmetric_scale
+from ditq_kernels._triton.parts.common import INT8_MAX, on_device_of, rounded_steps, static_codes
+from ditq_kernels._triton.parts.rows import (
+    load_row_part,
+    row_parts,
+    store_row_part,
+    symmetric_scale,
+)
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton import attention
-from ditq_kernels._triton.attention import (
+from ditq_kernels._triton.parts import softmax_tiles as attention
+from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of
+from ditq_kernels._triton.parts.softmax_tiles import (
     LOWEST_LOGIT,
     PER_TOKEN,
     load_queries,
@@ -22,7 +22,7 @@ from ditq_kernels._triton.attention import (
     store_part,
     tile_of_head,
 )
-from ditq_kernels._triton.common import INTERPRETED, on_device_of
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

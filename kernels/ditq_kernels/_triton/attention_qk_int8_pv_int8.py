@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton import attention, transpose_v
-from ditq_kernels._triton.attention import (
+from ditq_kernels._triton.parts import softmax_tiles as attention
+from ditq_kernels._triton.parts import transpose_v
+from ditq_kernels._triton.parts.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels._triton.parts.softmax_tiles import (
     LOWEST_LOGIT,
     PER_TOKEN,
     load_queries,
@@ -22,8 +23,8 @@ from ditq_kernels._triton.attention import (
     store_part,
     tile_of_head,
 )
-from ditq_kernels._triton.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
-from ditq_kernels.checks_attention import has_tokens_inside
+from ditq_kernels.checks.attention import has_tokens_inside
+from ditq_kernels.launch import tuning
 
 ROUND_TO_STORED = tl.constexpr(ROUND_TO_INTEGER.value - 128)  # even, so that ties stay ties to even
 CODE_BITS = tl.constexpr(0x4B400000 - 128)

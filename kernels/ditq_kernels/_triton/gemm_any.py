@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ditq_kernels import tuning
 from ditq_kernels._triton import gemm_w4a8, gemm_w4a8_per_group, gemm_w8a8
-from ditq_kernels._triton.epilogue import Epilogue, gemm_launch
+from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch
+from ditq_kernels.launch import tuning
 
 
 def launch_stages(

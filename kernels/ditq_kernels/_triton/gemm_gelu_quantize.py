@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ditq_kernels import tuning
 from ditq_kernels._triton import gemm_any
-from ditq_kernels._triton.epilogue import GeluCodes
+from ditq_kernels._triton.parts.epilogue import GeluCodes
+from ditq_kernels.launch import tuning
 
 
 def launch(

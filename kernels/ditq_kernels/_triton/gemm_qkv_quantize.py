@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
 from ditq_kernels._triton import gemm_any
-from ditq_kernels._triton.common import (
+from ditq_kernels._triton.gemm_w4a8 import sums_w4a8
+from ditq_kernels._triton.gemm_w4a8_per_group import group_constants, sums_w4a8_per_group
+from ditq_kernels._triton.gemm_w8a8 import sums_w8a8
+from ditq_kernels._triton.parts.common import (
     GROUP_T,
     INT8_MAX,
     INT8_MIN,
@@ -22,13 +24,11 @@ from ditq_kernels._triton.common import (
     rounded_steps,
     tile_of_program,
 )
-from ditq_kernels._triton.epilogue import Bias, Scales, dequantized, plus_bias
-from ditq_kernels._triton.gemm_w4a8 import sums_w4a8
-from ditq_kernels._triton.gemm_w4a8_per_group import group_constants, sums_w4a8_per_group
-from ditq_kernels._triton.gemm_w8a8 import sums_w8a8
-from ditq_kernels._triton.prepared_w4 import prepared_w4
-from ditq_kernels._triton.prepared_w4g import prepared_w4g
-from ditq_kernels.reference_fused import new_heads
+from ditq_kernels._triton.parts.epilogue import Bias, Scales, dequantized, plus_bias
+from ditq_kernels._triton.parts.prepared_w4 import prepared_w4
+from ditq_kernels._triton.parts.prepared_w4g import prepared_w4g
+from ditq_kernels.launch import tuning
+from ditq_kernels.reference.fused import new_heads
 
 VALUES = tl.constexpr(2)  # the third that is written transposed
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from triton import language as tl
 
-from ditq_kernels import tuning
 from ditq_kernels._triton import gemm_any
-from ditq_kernels._triton.epilogue import Residual
+from ditq_kernels._triton.parts.epilogue import Residual
+from ditq_kernels.launch import tuning
 
 
 def launch(

@@ -13,16 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import (
+from ditq_kernels._triton.parts.common import (
     GROUP_T,
     INTERPRETED,
     ROUND_TO_INTEGER,
     on_device_of,
     tile_of_program,
 )
-from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
-from ditq_kernels._triton.prepared_w4g import prepared_w4g
+from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch, write_tile
+from ditq_kernels._triton.parts.prepared_w4g import prepared_w4g
+from ditq_kernels.launch import tuning
 
 OP = "gemm_w4a8_per_group"
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)  # of fp32 1.5 * 2**23

@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import GROUP_T, INTERPRETED, on_device_of, tile_of_program
-from ditq_kernels._triton.epilogue import gemm_launch, write_tile
 from ditq_kernels._triton.gemm_w4a8 import expand_nibbles
-from ditq_kernels._triton.prepared_w4 import prepared_w4
+from ditq_kernels._triton.parts.common import GROUP_T, INTERPRETED, on_device_of, tile_of_program
+from ditq_kernels._triton.parts.epilogue import gemm_launch, write_tile
+from ditq_kernels._triton.parts.prepared_w4 import prepared_w4
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

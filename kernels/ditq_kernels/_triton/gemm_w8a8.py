@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton import gemm_w8a8_persistent, split_k
-from ditq_kernels._triton.common import GROUP_T, on_device_of, tile_of_program
-from ditq_kernels._triton.epilogue import Epilogue, gemm_launch, write_tile
-from ditq_kernels._triton.split_k import inputs_of_program, write_sums
+from ditq_kernels._triton import gemm_w8a8_persistent
+from ditq_kernels._triton.parts import split_k
+from ditq_kernels._triton.parts.common import GROUP_T, on_device_of, tile_of_program
+from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch, write_tile
+from ditq_kernels._triton.parts.split_k import inputs_of_program, write_sums
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditq_kernels import tuning, waves
-from ditq_kernels._triton.common import GROUP_T, tile_of
-from ditq_kernels._triton.epilogue import Epilogue, write_tile
+from ditq_kernels._triton.parts.common import GROUP_T, tile_of
+from ditq_kernels._triton.parts.epilogue import Epilogue, write_tile
+from ditq_kernels.launch import tuning, waves
 
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and of its rows
 

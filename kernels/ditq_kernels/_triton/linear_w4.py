@@ -2,8 +2,8 @@
 
 import torch
 
-from ditq_kernels import tuning
 from ditq_kernels._triton import weight_only
+from ditq_kernels.launch import tuning
 
 
 def launch(

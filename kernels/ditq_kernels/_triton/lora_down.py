@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels._triton.parts.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

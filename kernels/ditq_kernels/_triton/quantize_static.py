@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import asymmetric_codes, on_device_of
-from ditq_kernels._triton.rows import load_row_part, row_parts, store_row_part
+from ditq_kernels._triton.parts.common import asymmetric_codes, on_device_of
+from ditq_kernels._triton.parts.rows import load_row_part, row_parts, store_row_part
+from ditq_kernels.launch import tuning
 
 
 @triton.jit

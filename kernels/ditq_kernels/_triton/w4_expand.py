@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import on_device_of
+from ditq_kernels._triton.parts.common import on_device_of
+from ditq_kernels.launch import tuning
 
 BYTES = 256  # of a row in one program
 

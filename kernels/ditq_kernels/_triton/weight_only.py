@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels import tuning
-from ditq_kernels._triton.common import INTERPRETED, on_device_of
+from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of
+from ditq_kernels.launch import tuning
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 

@@ -72,7 +72,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ditq_converters.pipeline_folder._keep_labels", fail)
+    monkeypatch.setattr("ditq_converters.convert.pipeline_folder._keep_labels", fail)
     with pytest.raises(OSError, match="disk full"):
         export_demo("demo:digits", tmp_path / "demo")
     assert not [*tmp_path.iterdir()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_converters.hosts import host_of
+from ditq_converters.calibrate.hosts import host_of
 
 SIZE, CAPTION, TEXT, PROMPTS = 8, 32, 6, 3
 

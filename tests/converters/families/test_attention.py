@@ -13,12 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.plan import plan_layers
-from ditq_converters.recorder import Recorder
-from ditq_converters.rows import RowPlan
+from ditq_converters.calibrate.recorder import Recorder
+from ditq_converters.calibrate.rows import RowPlan
+from ditq_converters.plan.layers import plan_layers
 from ditq_runtime import DitqConfig, FallbackError, execution_report
-from ditq_runtime.attention_format import AttentionFormat
 from ditq_runtime.families import ValueRows, family_of
+from ditq_runtime.format.attention import AttentionFormat
 
 HEADS, HEAD_DIM = 2, 32
 IN_PROCESSOR = "diffusers.models.attention_processor.F.scaled_dot_product_attention"

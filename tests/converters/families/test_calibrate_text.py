@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
-from ditq_converters.captions import Captions, read_captions
-from ditq_converters.hosts import Batch, host_of
-from ditq_converters.recorder import Recorder
-from ditq_converters.rows import RowPlan
-from ditq_converters.samplers import make_scheduler, set_timesteps
+from ditq_converters.calibrate.captions import Captions, read_captions
+from ditq_converters.calibrate.hosts import Batch, host_of
+from ditq_converters.calibrate.recorder import Recorder
+from ditq_converters.calibrate.rows import RowPlan
+from ditq_converters.calibrate.samplers import make_scheduler, set_timesteps
 from ditq_runtime.families import family_of
 
 NAMES = ["pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-dev"]
@@ -197,7 +197,7 @@ def test_the_model_is_told_what_its_pipeline_tells_it(make_case, name, embedding
 
 
 def read_captions_of(found, model, tmp=None):
-    from ditq_converters.captions import _captions
+    from ditq_converters.calibrate.captions import _captions
 
     return _captions(found, host_of(model).captions(model), "test")
 

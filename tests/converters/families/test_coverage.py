@@ -8,10 +8,10 @@ from diffusers import AuraFlowTransformer2DModel, FluxTransformer2DModel
 
 from ditq_converters import Recipe, convert
 from ditq_converters.cli.inspect import inspect_float
-from ditq_converters.coverage import coverage
-from ditq_converters.plan import plan_layers
+from ditq_converters.plan.layers import plan_layers
+from ditq_converters.sites.coverage import coverage
 from ditq_runtime.families import family_of
-from ditq_runtime.folder import open_folder
+from ditq_runtime.format.folder import open_folder
 
 NAMES = ["dit", "pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-schnell", "flux-dev"]
 KINDS = {

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_converters.fold import block_linears, fold_block
+from ditq_converters.convert.fold import block_linears, fold_block
 from ditq_converters.methods import Transform
 from ditq_runtime.families import AdaLN, ValueRows, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
-from ditq_runtime.modulation_table import ModulationTable
-from ditq_runtime.timestep_groups import TimestepGroups
-from ditq_runtime.timestep_note import install_note
+from ditq_runtime.layers.modulation_table import ModulationTable
+from ditq_runtime.layers.timestep_groups import TimestepGroups
+from ditq_runtime.layers.timestep_note import install_note
 
 GROUPS, BOUNDS = 3, (250.0, 600.0)
 NAMES = ["dit", "pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-schnell", "flux-dev"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.plan import plan_layers
+from ditq_converters.plan.layers import plan_layers
 from ditq_runtime import CheckpointError, QuantLinear, execution_report
 from ditq_runtime.families import FAMILIES, family_of
 from ditq_runtime.families.generic import generic_family

@@ -7,13 +7,13 @@ import torch
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
-from ditq_converters.fold import block_linears, fold_block, stored_folds
+from ditq_converters.convert.fold import block_linears, fold_block, stored_folds
+from ditq_converters.convert.pack import make_scheme, pack_model
+from ditq_converters.convert.quantize import store_table
 from ditq_converters.methods import Transform
-from ditq_converters.pack import make_scheme, pack_model
-from ditq_converters.quantize import store_table
 from ditq_runtime.families import AdaLN, OnTheFly, family_of
-from ditq_runtime.folds import FOLDS
-from ditq_runtime.scheme import LayerFormat
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.lora.folds import FOLDS
 
 peft = pytest.importorskip("peft")
 NAMES = ["pixart-sigma", "sd3.5", "flux-dev"]
@@ -114,7 +114,7 @@ def test_leaving_out_the_folds_shows(make_case, run, name, monkeypatch):
     model, inputs = make_case(name)
     packed = fold_exactly(model)
     tuned, state = with_peft(model, linears_of(model))
-    monkeypatch.setattr("ditq_runtime.lora._fold", lambda *args: args[4:])
+    monkeypatch.setattr("ditq_runtime.lora.adapter._fold", lambda *args: args[4:])
     ditq.load_lora(packed, state)
     assert error_of(run(packed, inputs), run(tuned, inputs)) > 1e-2
 

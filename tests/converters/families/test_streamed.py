@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ditq_converters import Recipe, convert
-from ditq_converters.memory import held
+from ditq_converters.calibrate.memory import held
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -23,7 +23,7 @@ def test_converted_from_disk_it_is_the_same_file(make_case, tmp_path, monkeypatc
     model, _ = make_case(name)
     model.save_pretrained(tmp_path / "float")
     convert(model, recipe, out=tmp_path / "memory", quiet=True)
-    monkeypatch.setattr("ditq_converters.models.fits", lambda *_: False)
+    monkeypatch.setattr("ditq_converters.models.open.fits", lambda *_: False)
     budget = 2 * held(torch.device("cpu"))
     packed = convert(
         str(tmp_path / "float"),

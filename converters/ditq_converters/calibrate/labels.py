@@ -1,0 +1,85 @@
+"""Which classes a calibration samples: drawn from those that mean something, or listed in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditq_converters.calibrate.hosts import host_of
+from ditq_converters.calibrate.trajectory import noise_generator
+
+CLASSES = 1000
+
+
+def class_ids(pipe: Any, model: Any) -> list[int]:
+    """Class ids that mean something: those the pipeline has names for, else all that the embedding has.
+
+    Raises:
+        ValueError: the model is conditioned on something else.
+    """
+    if host_of(model).captions(model):
+        raise ValueError(f"{type(model).__name__} is conditioned on text and has no classes")
+    named = sorted(set(getattr(pipe, "labels", {}).values()))
+    return named or list(range(min(CLASSES, model.config.num_embeds_ada_norm)))
+
+
+def draw_labels(ids: list[int], samples: int, seed: int) -> tuple[int, ...]:
+    """`samples` class ids, without replacement until all have been drawn."""
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    drawn: list[int] = []
+    generator = noise_generator(seed, 0, -1)
+    while len(drawn) < samples:
+        drawn += [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
+    return tuple(drawn[:samples])
+
+
+def check_labels(labels: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+    """The labels; ValueError for an empty list or an id that the model does not have."""
+    if not labels:
+        raise ValueError("calibrate: labels must name at least one class, got none")
+    for label in labels:
+        if label not in ids:
+            raise ValueError(f"calibrate: the model has no class {label}; {_choices(ids)}")
+    return labels
+
+
+def read_labels(path: str | Path, pipe: Any, model: Any) -> tuple[int, ...]:
+    """Class ids of a text file: one id or class name per line.
+
+    Raises:
+        ValueError: a file that is empty or not text, an empty line, an unknown class; with the line's number.
+        OSError: it cannot be read.
+    """
+    ids, names = class_ids(pipe, model), getattr(pipe, "labels", {})
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 text; write one class id or name per line"
+        ) from error
+    if not lines:
+        raise ValueError(f"{path}: is empty; write one class id or name per line")
+    labels = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text:
+            raise ValueError(
+                f"{path}, line {number}: is empty; write one class id or name per line"
+            )
+        is_id = text.isascii() and text.isdigit()  # "²" is a digit that int() refuses
+        label = names.get(text, int(text) if is_id else None)
+        if label not in ids:
+            raise ValueError(
+                f"{path}, line {number}: unknown class {text!r}; {_choices(ids, names)}"
+            )
+        labels.append(label)
+    return tuple(labels)
+
+
+def _choices(ids: list[int], names: dict[str, int] | None = None) -> str:
+    named = [name for name, _ in sorted((names or {}).items(), key=lambda item: item[1])]
+    few = ", ".join(named[:10]) + (", ..." if len(named) > 10 else "")
+    return f"its class ids are {ids[0]} to {ids[-1]}" + (f", its names {few}" if few else "")

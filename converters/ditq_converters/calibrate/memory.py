@@ -1,0 +1,163 @@
+"""A memory budget: how many samples fit into one forward, estimated from a forward of one sample.
+
+peak = what the process holds after that forward
+     + the largest module's weights, of a model whose weights are read as it runs
+     + SLACK, on the CPU
+     + latents: a dozen fp32 tensors [S, C, H, W] (before, prediction, after, sampler history, temporaries)
+     + statistics of one call, twice: as tensors and as the bytes of their file
+     + samples per forward * MARGIN * the most tensor bytes that were alive at once in that forward
+
+On a GPU its memory is meant: what the process has allocated there, those weights, and the last line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ditq_converters.calibrate.recorder import Recorder
+from ditq_converters.calibrate.rows import RowPlan
+from ditq_converters.calibrate.trajectory import SamplingPlan, initial_latents, predict
+from ditq_converters.streaming.model import passing_bytes
+from ditq_runtime.families import Family
+
+SLACK = 16 * 2**20  # libraries and pools that only the whole run touches
+UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+LATENTS = 12  # latent-sized tensors alive at once, the history of a third-order sampler included
+MARGIN = 1.5  # work space of the GEMMs and holes between allocations, over the live tensors
+
+
+def parse_bytes(text: str) -> int:
+    """`6GiB`, `500 MB`, `1.5gib` -> bytes; ValueError with a sentence for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", text.upper(), re.ASCII)
+    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
+    if size < 1:
+        raise ValueError(
+            f"a memory budget is a number and a unit, such as 6GiB or 500MB; got {text!r}"
+        )
+    return int(size)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Bytes as MiB below one GiB, as GiB above."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def peak_rss() -> int:
+    """Most bytes of main memory this process has held at once, since it started.
+
+    On Linux from /proc: getrusage there also counts what the parent held before it became this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in lines:
+            return 1024 * int(lines["VmHWM"].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def fitting_micro_batch(
+    model: nn.Module, family: Family, plan: SamplingPlan, timestep: Any, rows: int, budget: int
+) -> int:
+    """Most samples per forward, up to `plan.micro_batch`, that keep the peak under the budget.
+
+    Args:
+        model: the transformer, on its device.
+        family: its table.
+        plan: of the whole run.
+        timestep: any of the sampler's.
+        rows: rows kept per site.
+        budget: bytes.
+
+    Raises:
+        ValueError: one sample does not fit; says what would.
+    """
+    one = replace(plan, labels=plan.labels[:1], micro_batch=1)
+    recorder = Recorder(model, family, RowPlan(0, (), 1, plan.guided))
+    latents = initial_latents(one, model)
+    with torch.no_grad(), recorder, LiveBytes() as live:
+        predict(model, latents, timestep, one)
+    parameter = next(model.parameters())
+    widths = sum(low.numel() for low, _ in recorder.ranges().values())
+    statistics = 2 * widths * (2 * 4 + rows * parameter.element_size())
+    on_gpu = parameter.device.type == "cuda"
+    fixed = 0 if on_gpu else SLACK + LATENTS * 4 * latents.numel() * len(plan.labels) + statistics
+    base = held(parameter.device) + fixed + passing_bytes(model)
+    sample = int(MARGIN * live.peak)
+    fits = min((budget - base) // sample, plan.micro_batch)
+    if fits < 1:
+        raise ValueError(
+            f"calibrate: a memory budget of {format_bytes(budget)} is too small: {format_bytes(base)} are needed "
+            f"without any activations and {format_bytes(sample)} for each sample of a forward; "
+            f"allow at least {format_bytes(1.01 * (base + sample))}"
+        )
+    return int(fits)
+
+
+def held(device: torch.device) -> int:
+    """Bytes that this process holds now: on the GPU, or in main memory (Linux; elsewhere its peak so far)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_rss()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library can (glibc): it keeps what lies between live tensors."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations inside the block make and that are still alive; meta has none.
+
+    Attributes:
+        peak: the most at any time.
+    """
+
+    def __init__(self) -> None:
+        """Nothing counted yet."""
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, int] = {}  # storage -> bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and count what it made; a view of an input makes nothing."""
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(x) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for made in tree_iter(out):
+            if isinstance(made, torch.Tensor) and not made.is_meta and _storage(made) not in given:
+                self._count(made.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            weakref.finalize(storage, self._alive.pop, key, None)
+        self.peak = max(self.peak, sum(self._alive.values()))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

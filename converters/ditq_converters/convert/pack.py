@@ -1,0 +1,78 @@
+"""Assemble stored tensors into a packed transformer. Lossless: bits move, values do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ditq_converters.streaming.model import tensors_of
+from ditq_runtime.families import Family
+from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.host import plugin, skeleton
+from ditq_runtime.layers.timestep_freq import get_timestep_freq
+
+
+def make_scheme(
+    model: nn.Module,
+    family: Family,
+    formats: dict[str, LayerFormat],
+    folds: dict[str, int],
+    attention: dict[str, AttentionFormat] | None = None,
+) -> Scheme:
+    """The scheme of full layer name -> format, `BLOCK.SITE` -> shifts, full attention name -> format.
+
+    The model's weights may be on disk.
+    """
+
+    def module(prefix: str) -> dict[str, torch.Tensor]:
+        tensors = tensors_of(model, prefix)
+        return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
+
+    shared = skeleton.has_shared_embedder(model, family, module)
+    scheme = Scheme.of(type(model).__name__, shared, formats, folds, attention)
+    return replace(scheme, timestep_freq=get_timestep_freq(model))
+
+
+def pack_model(
+    model: Any, scheme: Scheme, tensors: dict[str, torch.Tensor], recipe: dict[str, Any]
+) -> nn.Module:
+    """Build the packed transformer: stored tensors for the listed layers, the float model's for the rest.
+
+    Args:
+        model: the float transformer; not changed.
+        scheme: what to build.
+        tensors: full name -> tensor for every tensor of every listed layer and folded modulation table.
+        recipe: provenance, stored beside the scheme.
+
+    Returns:
+        A transformer on the CPU that runs and that `save_pretrained` writes.
+    """
+    packed = packed_skeleton(model, scheme, recipe)
+    for name, buffer in packed.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = model.get_buffer(name).detach().cpu().clone()
+    replaced = {name.rpartition(".")[0] for name in tensors}
+    floats = {
+        n: t.detach().cpu().clone()
+        for n, t in model.state_dict().items()
+        if n not in replaced and n.rpartition(".")[0] not in replaced
+    }
+    packed.load_state_dict({**floats, **tensors}, strict=True, assign=True)
+    packed.requires_grad_(False).eval()
+    return packed
+
+
+def packed_skeleton(model: Any, scheme: Scheme, recipe: dict[str, Any]) -> Any:
+    """The packed transformer before it has its tensors: they are on meta. Arguments as `pack_model`."""
+    dtype = next(model.parameters()).dtype
+    config = {key: value for key, value in model.config.items() if key != "_name_or_path"}
+    with init_empty_weights():
+        packed = type(model).from_config(config)
+    skeleton.install(packed, scheme, dtype)
+    plugin.adopt(packed, plugin.DitqConfig(scheme, recipe), dtype)
+    return packed

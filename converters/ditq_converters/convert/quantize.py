@@ -1,0 +1,131 @@
+"""Quantize one folded linear: the lossy step. Float tensors in, the stored tensors of its format out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import ditq_kernels as k
+from ditq_converters.convert.fold import LinearTensors
+from ditq_converters.convert.gptq import compensated_codes
+from ditq_converters.methods import Transform, ranges
+from ditq_converters.methods.alternating import alternate
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.stored_weight import quantize_weight, stored_tensors
+
+
+def static_range(
+    minimum: torch.Tensor,
+    maximum: torch.Tensor,
+    transform: Transform,
+    group_of_call: tuple[int, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The min-max range of a transformed site, over all calls and channels.
+
+    Args:
+        minimum: [T, K] fp32 of the untransformed input.
+        maximum: [T, K] fp32.
+        transform: what happens to the site.
+        group_of_call: [T] timestep group of every call.
+
+    Returns:
+        low, high: scalars, fp32.
+    """
+    return ranges.minmax(*ranges.after(minimum, maximum, transform, group_of_call))
+
+
+def quantize_linear(
+    linear: LinearTensors,
+    layer_format: LayerFormat,
+    act_range: tuple[torch.Tensor, torch.Tensor] | None,
+    smooth_inv: torch.Tensor | None,
+    feedback: torch.Tensor | None = None,
+    symmetric: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Tensors of `LayerFormat.tensors` for a folded linear.
+
+    Args:
+        linear: folded weight [N, K] and bias [G, N], fp64.
+        layer_format: what to make.
+        act_range: low and high of its input, for static activations.
+        smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
+        feedback: [K, K] of `gptq.error_feedback` for the folded input; None: round to nearest.
+        symmetric: `w4g` weights without zero points.
+
+    Returns:
+        name -> tensor, contiguous.
+
+    Raises:
+        ValueError: a weight or a bias is not finite in fp32.
+    """
+    weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"quantize_linear: the folded {name} is not finite; check the source checkpoint"
+            )
+    lora: dict[str, torch.Tensor] = {}
+    if layer_format.lora_rank:
+        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None, symmetric)
+    if layer_format.weights == "fp32":
+        tensors = {"weight": weight}
+    else:
+        quantized = quantize_weight(weight, layer_format, symmetric)
+        if feedback is not None:
+            quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
+        tensors = stored_tensors(quantized, layer_format)
+    tensors |= lora
+    if layer_format.activations == "static":
+        assert act_range is not None
+        tensors["act_scale"], tensors["act_zero"] = (
+            t.reshape(1) for t in k.asymmetric_scale(*act_range)
+        )
+        tensors["weight_sum"] = quantized.weight_sum()
+    if layer_format.smooth:
+        assert smooth_inv is not None
+        tensors["smooth_inv"] = smooth_inv.float()
+    if layer_format.bias:
+        assert bias is not None
+        tensors["bias"] = bias[0] if layer_format.groups == 1 else bias
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:
+    """Tensors of a folded modulation table: its factors [N] and its rows [N] or [G, N], fp32; nothing is quantized."""
+    assert table.bias is not None
+    bias = table.bias[0] if len(table.bias) == 1 else table.bias
+    return {"weight": table.weight[:, 0].float(), "bias": bias.float().contiguous()}
+
+
+def _split_branch(
+    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool, symmetric: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the codes are made from [N, K] fp32, and the low-rank branch in bf16 (DiTAS Eq. 9-10).
+
+    Two candidates for the codes: the iterate that the optimization kept, and the rest that the rounded branch leaves;
+    the grid moves with its input, so either may be closer. Rounding that compensates takes the rest: it must know
+    what the codes should stand for.
+    """
+    quantized = _quantizer(layer_format, symmetric)
+    split = alternate(weight, quantized, layer_format.lora_rank)
+    lora = {"lora_down": split.lora_down.bfloat16(), "lora_up": split.lora_up.bfloat16()}
+    branch = lora["lora_up"].double() @ lora["lora_down"].double()
+    if compensated:
+        return (weight - branch).float(), lora
+    targets = (split.quantize_target, weight - branch)
+    best = min(targets, key=lambda target: float((quantized(target) + branch - weight).norm()))
+    return best.float(), lora
+
+
+def _quantizer(
+    layer_format: LayerFormat, symmetric: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Weight -> the weight its codes stand for, [N, K] fp64."""
+
+    def quantized(weight: torch.Tensor) -> torch.Tensor:
+        parts = quantize_weight(weight.float(), layer_format, symmetric)
+        grouped = parts.expand().double().reshape(*parts.scale.shape, -1)  # [N, K] or [N, J, K / J]
+        return (grouped * parts.scale.double()[..., None]).reshape(weight.shape)
+
+    return quantized

@@ -1,0 +1,208 @@
+"""Convert: from a float pipeline to a packed one. Reads in the order it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_converters.calibrate.memory import give_back
+from ditq_converters.calibrate.stats import CalibrationStats, model_hash
+from ditq_converters.convert.attention import attention_formats
+from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
+from ditq_converters.convert.pack import make_scheme, pack_model
+from ditq_converters.convert.pipeline_folder import write_pipeline
+from ditq_converters.methods import METHODS
+from ditq_converters.models.open import open_model, transformer_of
+from ditq_converters.plan.layers import plan_layers
+from ditq_converters.plan.recipe import Recipe
+from ditq_converters.progress import progress_bar
+from ditq_converters.streaming.finished import FinishedBlocks
+from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
+from ditq_converters.streaming.write import check_room, write_streamed
+from ditq_runtime.families import family_of
+from ditq_runtime.files import check_new
+from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.lora.folds import folds_in
+
+
+def convert(
+    pipe: Any,
+    recipe: Recipe,
+    stats: CalibrationStats | None = None,
+    out: str | Path | None = None,
+    max_shard_size: str = "10GB",
+    quiet: bool = False,
+    *,
+    memory_budget: int | None = None,
+) -> nn.Module:
+    """Turn a float model into a packed checkpoint.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer alone, not changed; or a MODEL that `open_model` opens.
+        recipe: every choice.
+        stats: a calibration of this very model; needed by static activations and by methods that smooth.
+        out: folder to write, a pipeline or a transformer as `pipe` is; it appears complete or not at all.
+        max_shard_size: as in diffusers' `save_pretrained`.
+        quiet: show no progress bar.
+        memory_budget: bytes of main memory for a MODEL: one that is larger is read and converted block by block, into
+            the same bytes. Finished blocks stay in the hidden folder `.OUT.blocks` until `out` is complete: killed,
+            the same call goes on after them.
+
+    Returns:
+        The packed transformer, in memory; its tensors on meta if it was converted block by block.
+
+    Raises:
+        ValueError: an unsupported model, missing statistics, a layer that cannot have the recipe's format, a tensor
+            that is not finite, a budget that one block does not fit into.
+        StatisticsError: the statistics are of another model, incomplete or damaged.
+        FileExistsError: `out` is in use.
+    """
+    recipe.check_integer()
+    if out is not None:
+        check_new(Path(out))
+    if isinstance(pipe, str | Path):
+        pipe = open_model(str(pipe), memory_budget=memory_budget)
+    elif memory_budget is not None:
+        raise ValueError(
+            "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
+        )
+    model = transformer_of(pipe)
+    family = family_of(type(model).__name__)
+    plans = plan_layers(model, family, recipe)
+    on_disk = streamed_of(model) is not None
+    if on_disk:
+        check_room(model, out)
+    check_finite(model)
+    check_statistics(model, recipe, stats)
+    by_name = {plan.name: plan for plan in plans}
+    attention = attention_formats(model, family, recipe, quiet)
+
+    @torch.no_grad()
+    def one_part(name: str) -> PackedBlock:
+        if name == family.final_modulation:
+            return convert_final_modulation(model, by_name[name])
+        with weights_of(model, name):
+            return convert_block(model, family, name, recipe, stats, by_name, attention)
+
+    made = provenance(recipe, stats)
+    if on_disk:
+        assert out is not None
+        return convert_on_disk(
+            pipe, model, one_part, attention, made, Path(out), max_shard_size, quiet
+        )
+    packed = convert_in_memory(model, one_part, attention, made, quiet)
+    if out is not None:
+        save(pipe, packed, Path(out), max_shard_size)
+    return packed
+
+
+def convert_in_memory(
+    model: nn.Module,
+    one_part: Callable[[str], PackedBlock],
+    attention: dict[str, AttentionFormat],
+    made: dict[str, Any],
+    quiet: bool,
+) -> nn.Module:
+    """Convert all parts and assemble the packed transformer."""
+    tensors: dict[str, torch.Tensor] = {}
+    formats: dict[str, LayerFormat] = {}
+    family = family_of(type(model).__name__)
+    parts = family.part_names(model)
+    with progress_bar("converting", len(parts), quiet=quiet) as advance:
+        for name in parts:
+            packed_part = one_part(name)
+            tensors |= packed_part.tensors
+            formats |= packed_part.formats
+            advance()
+    folds = folds_in({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    scheme = make_scheme(model, family, formats, folds, attention)
+    return pack_model(model, scheme, tensors, made)
+
+
+def convert_on_disk(
+    pipe: Any,
+    model: nn.Module,
+    one_part: Callable[[str], PackedBlock],
+    attention: dict[str, AttentionFormat],
+    made: dict[str, Any],
+    out: Path,
+    max_shard_size: str,
+    quiet: bool,
+) -> nn.Module:
+    """Convert the parts that an earlier run did not, one in memory at a time, then write the folder from disk."""
+    family = family_of(type(model).__name__)
+    parts = family.part_names(model)
+    done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(model)})
+    earlier = done.names()
+    with progress_bar("converting", len(parts), len(earlier), quiet) as advance:
+        for name in parts:
+            if name not in earlier:
+                packed_part = one_part(name)
+                done.save(name, packed_part.tensors, packed_part.formats)
+                del packed_part
+                give_back()
+                advance()
+    folds = folds_in(done.shapes())
+    scheme = make_scheme(model, family, done.formats(parts), folds, attention)
+    return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
+
+
+def check_statistics(model: nn.Module, recipe: Recipe, stats: CalibrationStats | None) -> None:
+    """ValueError if a recipe lacks the statistics it needs, StatisticsError if they are of another model."""
+    if stats is not None:
+        stats.check_model(model)
+    elif recipe.needs_statistics:
+        raise ValueError(
+            f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
+            "run `ditq calibrate` first and pass them"
+        )
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError that names the first tensor of a float model with a NaN or an infinity."""
+    for name, tensor in tensors_of(model):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        extremes = torch.stack(tensor.aminmax())  # a NaN comes through; one pass over the weights
+        if not bool(torch.isfinite(extremes).all()):
+            raise ValueError(
+                f"{name}: holds a value that is not finite; check the source checkpoint"
+            )
+
+
+def provenance(recipe: Recipe, stats: CalibrationStats | None) -> dict[str, Any]:
+    """What `config.json` keeps of how the checkpoint was made."""
+    made: dict[str, Any] = {
+        **recipe.to_dict(),
+        "source": METHODS[recipe.method].source,
+        "ditq": ditq_version(),
+    }
+    if stats is not None:
+        kept = ("calls", "sampler", "model_hash")
+        made["calibration"] = {key: stats.manifest[key] for key in kept}
+        made["calibration"]["guidance"] = stats.manifest["plan"]["guidance"]
+        made["calibration"]["samples"] = len(stats.manifest["plan"]["labels"])
+    return made
+
+
+def ditq_version() -> str:
+    """Version of the installed distribution; "source" when run from a source tree."""
+    try:
+        return version("ditq")
+    except PackageNotFoundError:
+        return "source"
+
+
+def save(pipe: Any, packed: Any, out: Path, max_shard_size: str) -> None:
+    """Write the packed transformer, inside a copy of its pipeline where there is one, atomically."""
+    if isinstance(pipe, nn.Module):
+        write_pipeline(packed, out, max_shard_size)
+        return
+    components = {**pipe.components, "transformer": packed}
+    write_pipeline(type(pipe)(**components), out, max_shard_size, labels_of=pipe)

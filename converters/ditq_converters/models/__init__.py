@@ -1,0 +1,1 @@
+"""A name, folder or file -> a float model or pipeline. Open `open.py` first."""

@@ -1,0 +1,159 @@
+"""Open the checkpoint of DiT's own code (`DiT-XL-2-256x256.pt`, or a training run's) as a diffusers transformer.
+
+The names differ, `attn.qkv` is split in three, the one embedder is copied into every block. Two numbers differ as well:
+the layer norms have eps 1e-6, and the timestep frequencies are DiT's own (`ditq_runtime.layers.timestep_freq`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditq_runtime.layers.timestep_freq import set_timestep_freq
+
+NUM_HEADS = {
+    384: 6,
+    768: 12,
+    1024: 16,
+    1152: 16,
+}  # hidden size -> heads, of DiT-S, B, L, XL (Table 1)
+NEEDED = (
+    "x_embedder.proj.weight",
+    "pos_embed",
+    "final_layer.linear.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.attn.qkv.weight",
+)
+DROPPED = "pos_embed"  # fixed sines and cosines: diffusers computes them
+WHOLE = {  # DiT's name -> diffusers' name, outside the blocks
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+IN_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+EMBEDDER = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+
+
+def open_facebook_dit(
+    path: str | Path,
+    torch_dtype: torch.dtype = torch.float32,
+    timestep_freq: str = "dit",
+    num_heads: int | None = None,
+) -> Any:
+    """Read a `.pt` checkpoint; nothing in it is executed (`weights_only`).
+
+    Args:
+        path: of DiT's own code: a state dict, or a training checkpoint whose `ema` weights are taken.
+        torch_dtype: of the weights.
+        timestep_freq: `dit`, what the weights were trained with; `diffusers` for comparison with conversions that
+            lost it. A packed checkpoint records it.
+        num_heads: attention heads, which the weights do not tell; None: those of DiT-S, B, L and XL.
+
+    Returns:
+        A DiTTransformer2DModel.
+
+    Raises:
+        ValueError: not a DiT checkpoint; the message says what was expected.
+    """
+    state = _read(Path(path))
+    config = _config(state, str(path), num_heads)
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(**config)
+    renamed = _rename(state, config["num_layers"])
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ renamed.keys()):
+        raise ValueError(
+            f"{path}: {name} is {'missing' if name in expected else 'unknown'}; not a DiT checkpoint"
+        )
+    for name, tensor in renamed.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {list(tensor.shape)}, {list(expected[name].shape)} expected"
+            )
+    model.load_state_dict(renamed, assign=True)
+    set_timestep_freq(model, timestep_freq)
+    return model.to(torch_dtype).eval().requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The weights; `ema` of a training checkpoint, whose only object besides tensors is its parsed arguments."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read without running code from it ({reason}); expected a state dict"
+        ) from error
+    state = stored.get("ema", stored.get("model", stored)) if isinstance(stored, dict) else stored
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(
+            f"{path}: expected a state dict of tensors, or a dict with one under 'ema'"
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _config(state: dict[str, torch.Tensor], path: str, num_heads: int | None) -> dict[str, Any]:
+    """The sizes that the weights tell."""
+    for name in NEEDED:
+        if name not in state:
+            raise ValueError(f"{path}: {name} is missing; not a checkpoint of DiT's own code")
+    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    heads = num_heads or NUM_HEADS.get(hidden)
+    if heads is None or hidden % heads:
+        raise ValueError(
+            f"{path}: the number of heads for hidden size {hidden} is not known; pass num_heads, a divisor of it"
+        )
+    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": hidden // heads,
+        "in_channels": channels,
+        "out_channels": state["final_layer.linear.weight"].shape[0] // patch**2,
+        "num_layers": max(blocks) + 1,
+        "sample_size": math.isqrt(state["pos_embed"].shape[1]) * patch,
+        "patch_size": patch,
+        "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "norm_eps": 1e-6,
+    }
+
+
+def _rename(state: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        owner, _, field = name.rpartition(".")
+        match = re.match(r"blocks\.(\d+)\.(.+)", owner)
+        if name == DROPPED:
+            continue
+        if owner in WHOLE:
+            renamed[f"{WHOLE[owner]}.{field}"] = tensor
+        elif owner in EMBEDDER:
+            for i in range(num_layers):
+                copy = f"transformer_blocks.{i}.norm1.emb.{EMBEDDER[owner]}.{field}"
+                renamed[copy] = tensor.clone()
+        elif match and match[2] == "attn.qkv":
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"transformer_blocks.{match[1]}.attn1.to_{part}.{field}"] = rows.clone()
+        elif match and match[2] in IN_BLOCK:
+            renamed[f"transformer_blocks.{match[1]}.{IN_BLOCK[match[2]]}.{field}"] = tensor
+        else:
+            renamed[name] = tensor  # refused later, by its name
+    return renamed

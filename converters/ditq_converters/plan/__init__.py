@@ -1,0 +1,1 @@
+"""Model and choices -> what happens to every linear. Open `layers.py` first."""

@@ -1,0 +1,186 @@
+"""Recipe: every choice of a conversion, validated once, stored in the checkpoint as provenance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
+from typing import Any
+
+from ditq_converters.methods import METHODS, Options
+from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
+from ditq_converters.methods.profiles import profile_of
+from ditq_converters.methods.ranges import RANGE_METHODS
+from ditq_converters.methods.timestep_groups import LINKAGES
+from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
+
+WEIGHTS = ("w8", "w4p", "w4g")
+ACTIVATIONS = ("token", "static")
+ROUNDINGS = ("nearest", "gptq")
+ATTENTION = ("none", *VALUES)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to convert.
+
+    Attributes:
+        method: a name in `ditq_converters.methods.METHODS`.
+        weights: `w8` (int8 per output channel), `w4p` (4 bits, two-level groups) or `w4g` (4 bits,
+            a real scale and zero point per group, as the papers have it; slower, the reference for accuracy).
+        activations: `token` (a scale per token, computed when it runs) or `static` (calibrated range).
+        group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
+        modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
+        keep: glob patterns of module names that stay float.
+        attention: `none` (float), `int8` (Q K^T and P V in int8) or `bf16` (Q K^T in int8, P V in bf16); None: as the
+            method has it, in the modules that can.
+        attention_scales: `token` (computed when it runs) or `static` (calibrated, per head); None: as `activations`.
+        lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
+        range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
+            `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
+        rounding: of the weights of the sites' linears: `nearest`, or `gptq`, which passes the error of a column on to
+            later ones by the sampled rows (arXiv:2210.17323).
+        bias_correction: take the mean output error of every site's linear on the sampled rows back through its bias
+            (arXiv:1906.04721), per timestep group where the bias is a table; a linear without a bias gets none.
+        profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
+            released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
+        symmetric: `w4g` weights without zero points; None: as the method has it (Meta: symmetric).
+        alpha: and the fields below: see `ditq_converters.methods.Options`.
+
+    Raises:
+        ValueError: a field is out of its range; the message lists the choices.
+    """
+
+    method: str = "smoothquant"
+    weights: str = "w8"
+    activations: str = "token"
+    group_size: int = 64
+    modulation: str | None = None
+    keep: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    alpha: float = 0.5
+    search: bool = True
+    ssc: bool = True
+    shift: bool = True
+    scale: bool = True
+    num_groups: int | None = None
+    linkage: str = "ward"
+    ema: float = 0.99
+    range_method: str = "minmax"
+    rounding: str = "nearest"
+    profile: str = "int"
+    symmetric: bool | None = None
+    attention: str | None = None
+    attention_scales: str | None = None
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate every field."""
+        if isinstance(self.keep, str):
+            raise ValueError(
+                f"recipe: keep must be a tuple of patterns, got the string {self.keep!r}"
+            )
+        _one_of("method", self.method, tuple(METHODS))
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("attention", self.attention or "none", ATTENTION)
+        _one_of("attention_scales", self.attention_scales or self.activations, SCALES)
+        _one_of("modulation", self.modulation or self.weights, WEIGHTS)
+        if self.group_size < 32 or self.group_size % 32:
+            raise ValueError(
+                f"recipe: group_size must be a positive multiple of 32, got {self.group_size}"
+            )
+        for field in ("alpha", "ema"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"recipe: {field} must lie in [0, 1], got {getattr(self, field)}")
+        _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
+        if self.num_groups is not None and self.num_groups < 1:
+            raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
+        _one_of("profile", self.profile, PROFILE_NAMES)
+        if self.profile != "int":
+            profile_of(self.method, self.profile)
+        if self.symmetric is not None and "w4g" not in (self.weights, self.modulation_weights):
+            raise ValueError(
+                f"recipe: symmetric is a choice of w4g weights, got weights {self.weights!r}"
+            )
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("range_method", self.range_method, RANGE_METHODS)
+        if self.range_method != "minmax" and self.activations != "static":
+            raise ValueError(
+                f"recipe: range_method {self.range_method} is for static activations, got {self.activations}"
+            )
+        if self.rank < 0:
+            raise ValueError(f"recipe: lora_rank must not be negative, got {self.rank}")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a calibration must have run."""
+        needs = METHODS[self.method].needs_statistics or self.needs_rows
+        attention = self.attention_format
+        static = (self.activations, None if attention is None else attention.scales)
+        return needs or "static" in static
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the calibration must have sampled rows."""
+        if self.profile != "int":
+            return True
+        searches_alpha = METHODS[self.method].needs_rows and self.search
+        searches_range = self.range_method != "minmax"
+        return searches_alpha or searches_range or self.rounding == "gptq" or self.bias_correction
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank branch."""
+        return METHODS[self.method].lora_rank if self.lora_rank is None else self.lora_rank
+
+    @property
+    def symmetric_weights(self) -> bool:
+        """Whether `w4g` weights have no zero points."""
+        return METHODS[self.method].symmetric if self.symmetric is None else self.symmetric
+
+    @property
+    def options(self) -> Options:
+        """What the method is told."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+
+    @property
+    def attention_format(self) -> AttentionFormat | None:
+        """How attention products run; None: in float."""
+        values = self.attention or METHODS[self.method].attention
+        scales = self.attention_scales or self.activations
+        return None if values == "none" else AttentionFormat(values, scales)
+
+    @property
+    def modulation_weights(self) -> str:
+        """Weights of the modulation linears."""
+        return self.modulation or self.weights
+
+    def check_integer(self) -> None:
+        """ValueError for a profile that only rounds in float, which no packed checkpoint can hold."""
+        if self.profile != "int":
+            raise ValueError(
+                f"convert: profile {self.profile} rounds in float and no packed checkpoint can hold it; score it with "
+                f"`ditq bench profiles --methods {self.method}`, or convert with profile int"
+            )
+
+    def keeps(self, layer: str) -> bool:
+        """Whether a module stays float."""
+        return any(fnmatch(layer, pattern) for pattern in self.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for provenance."""
+        attention = self.attention_format
+        return {
+            **asdict(self),
+            "keep": list(self.keep),
+            "modulation": self.modulation_weights,
+            "lora_rank": self.rank,
+            "symmetric": self.symmetric_weights,
+            "attention": "none" if attention is None else attention.values,
+            "attention_scales": None if attention is None else attention.scales,
+        }
+
+
+def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"recipe: {field} must be one of {', '.join(choices)}, got {value!r}")

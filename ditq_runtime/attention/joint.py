@@ -1,0 +1,93 @@
+"""The processor of attentions in which image and text tokens attend to each other: SD3's and Flux's.
+
+Norms and rotary embedding are diffusers' own and come before the codes. Flux puts its text first, SD3 last; a module
+without text projections attends within one stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention
+
+from ditq_runtime.attention.processor import CORE, IMAGE, LocalProcessor, key_mask_of, project
+
+TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+
+
+class QuantJointAttnProcessor(LocalProcessor):
+    """Q, K and V of both streams side by side, the module's `core` between, each stream's output projection behind."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        ip_hidden_states: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As diffusers calls it.
+
+        Args:
+            attn: a `FluxAttention`, or the `Attention` of an SD3 block.
+            hidden_states: [B, T, K] image tokens; in Flux's single blocks all tokens.
+            encoder_hidden_states: [B, T', K'] text tokens, or None.
+            attention_mask: over the keys of both streams, [B, 1, 1, T' + T], bool or a bias (see `key_mask_of`);
+                SD3's attention takes none.
+            image_rotary_emb: cos and sin, [T' + T, D] each, or None.
+            ip_hidden_states: of an IP-Adapter; refused.
+            ip_adapter_masks: of an IP-Adapter; refused.
+
+        Returns:
+            [B, T, N], and with text also its tokens, [B, T', N'].
+
+        Raises:
+            NotImplementedError: a mask of another kind, or an IP-Adapter.
+        """
+        if ip_hidden_states is not None or ip_adapter_masks is not None:
+            raise NotImplementedError(
+                "quantized attention: IP-Adapters need a checkpoint converted with --attention none"
+            )
+        if (encoder_hidden_states is None) != (attn.added_kv_proj_dim is None):
+            raise NotImplementedError(
+                "quantized attention: text tokens go with text projections; this module "
+                f"{'lacks the projections' if attn.added_kv_proj_dim is None else 'was given no tokens'}"
+            )
+        text_first = isinstance(attn, FluxAttention)
+        streams = [project(attn, hidden_states, *IMAGE)]
+        if encoder_hidden_states is not None:
+            text = project(attn, encoder_hidden_states, *TEXT)
+            streams.insert(0 if text_first else 1, text)
+        query, key, value = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
+        if image_rotary_emb is not None:
+            query, key = (
+                apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key)
+            )
+        key_mask = _mask(attention_mask, len(key), key.shape[1], text_first)
+        context = getattr(attn, CORE)(query, key, value, key_mask).flatten(2)
+        if encoder_hidden_states is None:
+            # a single block of Flux projects it together with its MLP
+            return context if attn.pre_only else attn.to_out[1](attn.to_out[0](context))
+        sizes = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
+        first, second = context.split(sizes[::-1] if text_first else sizes, dim=1)
+        image, text_out = (second, first) if text_first else (first, second)
+        if attn.to_add_out is not None:
+            text_out = attn.to_add_out(text_out)
+        return attn.to_out[1](attn.to_out[0](image)), text_out
+
+
+def _mask(mask: torch.Tensor | None, batch: int, keys: int, takes_one: bool) -> torch.Tensor | None:
+    """[B, Tk] bool of a mask as torch's attention takes it: its two dimensions before the keys must be 1."""
+    if mask is None:
+        return None
+    if not takes_one or mask.dim() != 4 or tuple(mask.shape[1:3]) != (1, 1):
+        wanted = f"must be [{batch}, 1, 1, {keys}]" if takes_one else "must be None"
+        raise NotImplementedError(
+            f"quantized attention: attention_mask of this module {wanted}, got {list(mask.shape)}; masks per query or "
+            "head need a checkpoint converted with --attention none"
+        )
+    return key_mask_of(mask[:, 0, 0], batch, keys)

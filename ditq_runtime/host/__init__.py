@@ -1,0 +1,1 @@
+"""What diffusers and the hub see: the quantizer plug-in, loading, refusals, switches. Open `plugin.py` first."""

@@ -1,0 +1,293 @@
+"""ditq as a quantization backend of diffusers: `from_pretrained` and `save_pretrained` of packed checkpoints.
+
+diffusers has no entry point for third-party quantizers; `register()` adds two entries to its tables, which is what
+other backends did before they were merged upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ditq_runtime.errors import CheckpointError
+from ditq_runtime.families import family_of
+from ditq_runtime.families.fusible import examine, fusible_blocks
+from ditq_runtime.format import checkpoint
+from ditq_runtime.format.scheme import Scheme
+from ditq_runtime.host import skeleton
+from ditq_runtime.host.guards import refuse_methods
+from ditq_runtime.host.on_the_fly import (
+    Choice,
+    PackedView,
+    choose_formats,
+    made_names,
+    rename_tables,
+    scale_rows,
+)
+from ditq_runtime.lora.adapter import ADAPTERS
+
+
+class DitqMethod(str, Enum):
+    """The one quantization method; diffusers reads its `.value` and uses it as a dictionary key."""
+
+    DITQ = "ditq"
+
+    def __str__(self) -> str:
+        """As written in config.json."""
+        return self.value
+
+
+class DitqConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a transformer: of a packed one, or a choice for quantizing a float one as it loads.
+
+    Args:
+        scheme: what the checkpoint is (`ditq_runtime.format.scheme.Scheme` or its dictionary); None for a choice.
+        recipe: how it was made; never read by the runtime.
+        format_version: of the checkpoint.
+        weights: quantize a float checkpoint on the fly: `w8`, `w4p` or `w4g`. This and the fields below are those of
+            `ditq_runtime.host.on_the_fly.Choice`, and belong to a choice only.
+        activations: `token`.
+        group_size: inputs per `w4p` or `w4g` group.
+        modulation: weights of the modulation linears; None: the same as `weights`.
+        keep: glob patterns of layers and attentions that stay float.
+        attention: `int8` or `bf16`: type of P and V where attention runs quantized, with token scales; `none`: float.
+
+    Raises:
+        CheckpointError: another format version, a malformed scheme or an unknown key.
+        ValueError: neither or both of scheme and weights; a choice out of range.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
+        format_version: int = checkpoint.FORMAT_VERSION,
+        weights: str | None = None,
+        activations: str = "token",
+        group_size: int = 64,
+        modulation: str | None = None,
+        keep: tuple[str, ...] = (),
+        attention: str = "none",
+        **unknown: Any,
+    ) -> None:
+        """Validate and keep; diffusers calls this with the stored dictionary's entries."""
+        unknown.pop("quant_method", None)
+        checkpoint.check_version(format_version)
+        if unknown:
+            raise CheckpointError(f"quantization_config: unknown keys {sorted(unknown)}")
+        if (scheme is None) == (weights is None):
+            raise ValueError(
+                "DitqConfig: give weights='w8', 'w4p' or 'w4g' to quantize a float checkpoint, or the scheme of a "
+                "packed one; "
+                f"got {'neither' if scheme is None else 'both'}"
+            )
+        self.quant_method = DitqMethod.DITQ
+        self.format_version = format_version
+        self.choice = None
+        if weights is not None:
+            kept = keep if isinstance(keep, str) else tuple(keep)
+            self.choice = Choice(weights, activations, group_size, modulation, kept, attention)
+        self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
+        self.recipe = recipe or {}
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the checkpoint is; of a choice there is none before a model is loaded with it."""
+        if self._scheme is None:
+            raise AttributeError(
+                "DitqConfig: a choice has no scheme before a model is loaded with it; "
+                "read model.config.quantization_config"
+            )
+        return self._scheme
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> DitqConfig | tuple[DitqConfig, dict[str, Any]]:
+        """Read `config.json`; a missing scheme or version is refused by name."""
+        for key in ("format_version", "scheme"):
+            if key not in config_dict:
+                raise CheckpointError(
+                    f"quantization_config: {key} is missing; the config.json is damaged"
+                )
+        if config_dict["scheme"] is None:  # only a choice has none, and that is not stored
+            raise CheckpointError(
+                "quantization_config: scheme: expected an object, got null; the config.json is damaged"
+            )
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, as stored; a choice lists its fields."""
+        if self._scheme is None:
+            assert self.choice is not None
+            return {"quant_method": self.quant_method.value, **asdict(self.choice)}
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "scheme": self._scheme.to_dict(),
+            "recipe": self.recipe,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `repr(config)` prints; diffusers calls it without defining it."""
+        return self.to_dict()
+
+
+class DitqQuantizer(DiffusersQuantizer):
+    """Loads and saves packed checkpoints; the hooks are called by diffusers in the order they stand here."""
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    quantization_config: DitqConfig
+
+    def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
+        """Refuse a float checkpoint with a packed one's config."""
+        super().__init__(quantization_config, **kwargs)
+        self.absent: list[str] = []
+        if not self.pre_quantized and quantization_config.choice is None:
+            raise ValueError(
+                "quantization_config: holds the scheme of a packed checkpoint, but this checkpoint is float; "
+                "pass DitqConfig(weights='w8') to quantize it as it loads, or make one with `ditq convert`"
+            )
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Quantizing in several threads would hold several layers at a time."""
+        return self.pre_quantized
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> None:
+        """Keep the dtype for ourselves: told of one, diffusers would cast our fp32 scales before we see them."""
+        self.compute_dtype = torch_dtype or torch.float32
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
+        """Check the files themselves, before a weight is read."""
+        if self.pre_quantized:
+            self.headers = checkpoint.read_headers(checkpoint_files)
+        self.loaded_keys = list(loaded_keys)
+        return self.loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
+        if self.pre_quantized:
+            return state_dict
+        return PackedView(state_dict, self.quantization_config.scheme, self.direct)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **_: Any
+    ) -> None:
+        if not self.pre_quantized:
+            assert self.quantization_config.choice is not None
+            choice = self.quantization_config.choice
+            self.direct = scale_rows(model)
+            rename_tables(self.loaded_keys, self.direct)
+            recipe = {"method": "linear", "on_the_fly": True, **asdict(choice)}
+            self.quantization_config = DitqConfig(choose_formats(model, choice), recipe)
+        scheme = self.quantization_config.scheme
+        _cast_skeleton(model, self.compute_dtype, keep_in_fp32_modules or [])
+        skeleton.install(model, scheme, self.compute_dtype)
+        if self.pre_quantized:
+            self.absent = skeleton.duplicate_embedders(model, scheme)
+            checkpoint.check_tensors(self.headers, model, self.absent)
+        _name_blocks(model)
+        refuse_methods(model)
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        """Copies of a shared embedder are absent on purpose, and what is quantized here was never in a file."""
+        made = set() if self.pre_quantized else set(made_names(self.quantization_config.scheme))
+        return [key for key in missing_keys if not self._is_absent(key) and key not in made]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        places = getattr(model, "hf_device_map", None)
+        if places is None or len(set(map(str, places.values()))) == 1:
+            left = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
+            if left:
+                raise CheckpointError(f"{left[0]}: was not loaded; the checkpoint is incomplete")
+            checkpoint.check_values(model)
+            if not self.pre_quantized:
+                self._share_embedder(model)
+        for block in fusible_blocks(model).values():
+            examine(block)
+        return model
+
+    def _share_embedder(self, model: Any) -> None:
+        """Keep and store an embedder once that is equal in all blocks."""
+        scheme = self.quantization_config.scheme
+        if skeleton.has_shared_embedder(model, family_of(scheme.architecture)):
+            shared = replace(scheme, shared_embedder=True)
+            self.quantization_config = DitqConfig(shared, self.quantization_config.recipe)
+            model.register_to_config(quantization_config=self.quantization_config)
+            skeleton.share_embedder(model, family_of(scheme.architecture))
+            self.absent = skeleton.duplicate_embedders(model, shared)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_pretrained` writes: the shared embedder once.
+
+        No metadata of ours: safetensors stores several entries in random order, and equal checkpoints should be
+        equal files.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "a ditq checkpoint is saved as safetensors only; drop safe_serialization=False"
+            )
+        return {key: value for key, value in state_dict.items() if not self._is_absent(key)}, {}
+
+    def _is_absent(self, key: str) -> bool:
+        adapter = f".{ADAPTERS}." in key
+        return adapter or key.startswith(tuple(f"{prefix}." for prefix in self.absent))
+
+
+def adopt(model: Any, config: DitqConfig, compute_dtype: torch.dtype) -> None:
+    """Mark an in-memory packed model as quantized, so that `save_pretrained` and the rest of diffusers know it."""
+    quantizer = DitqQuantizer(config, pre_quantized=True)
+    quantizer.update_torch_dtype(compute_dtype)
+    quantizer.absent = skeleton.duplicate_embedders(model, config.scheme)
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    _name_blocks(model)
+    refuse_methods(model)
+
+
+def _cast_skeleton(model: nn.Module, dtype: torch.dtype, keep_fp32: list[str]) -> None:
+    """Give the float tensors of the skeleton the dtype the loader will cast to."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            kept = any(part in name.split(".") for part in keep_fp32)
+            tensor.data = tensor.data.to(torch.float32 if kept else dtype)
+
+
+def _name_blocks(model: Any) -> None:
+    """DiT does not say which blocks repeat; device_map="auto" and regional compilation need to know."""
+    family = family_of(type(model).__name__)
+    names = sorted(
+        {type(model.get_submodule(block)).__name__ for block in family.block_names(model)}
+    )
+    for attribute in ("_no_split_modules", "_repeated_blocks"):
+        if not getattr(model, attribute, None):
+            setattr(model, attribute, names)
+
+
+def register() -> None:
+    """Make `quant_method: "ditq"` known to diffusers; safe to call again."""
+    auto.AUTO_QUANTIZER_MAPPING["ditq"] = DitqQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] = DitqConfig

@@ -1,0 +1,157 @@
+"""Turn a diffusers transformer into the shape a scheme describes: packed linears, own AdaLN, one embedder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ditq_runtime.attention import install as attention_install
+from ditq_runtime.errors import CheckpointError
+from ditq_runtime.families import BlockTable, Family, family_of
+from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.modulation_table import ModulationTable
+from ditq_runtime.layers.timestep_freq import set_timestep_freq
+from ditq_runtime.layers.timestep_groups import TimestepGroups
+from ditq_runtime.layers.timestep_note import install_note
+from ditq_runtime.lora.folds import install_folds
+
+
+def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
+    """Swap in what `scheme` lists, in place; the new tensors are uninitialized, on meta.
+
+    Args:
+        model: a float transformer of the scheme's architecture, usually on meta.
+        scheme: what the checkpoint is.
+        compute_dtype: dtype of activations between the layers.
+
+    Raises:
+        CheckpointError: the architecture differs, or a listed layer does not exist or is no linear.
+    """
+    family = _family(model, scheme)
+    tables = family.block_tables(model)
+    wide = {
+        f"{block}.{name}"
+        for block, table in tables.items()
+        if table.use_direct_multiplier is not None
+        for name in table.modulations
+    }
+    for name in scheme.layers:
+        _swap(model, name, scheme.format_of(name), compute_dtype, wide_output=name in wide)
+    grouped = []
+    for name, table in tables.items():
+        block = model.get_submodule(name)
+        groups = _install_groups(name, block)
+        _install_tables(block, table, groups)
+        install_folds(block, table, scheme.folds_of(name))
+        if table.use_direct_multiplier is not None:
+            table.use_direct_multiplier(block)
+        grouped += [block] if groups is not None else []
+    if grouped:
+        install_note(model, grouped)
+    for name, attention_format in scheme.attention.items():
+        attention_install.install(model, name, attention_format)
+    if scheme.shared_embedder:
+        share_embedder(model, family)
+    set_timestep_freq(model, scheme.timestep_freq)
+
+
+def duplicate_embedders(model: nn.Module, scheme: Scheme) -> list[str]:
+    """Prefixes of the embedder copies that a checkpoint with a shared embedder does not store."""
+    return _family(model, scheme).embedder_prefixes(model)[1:] if scheme.shared_embedder else []
+
+
+def share_embedder(model: nn.Module, family: Family) -> None:
+    """Make every block use the first block's embedder object."""
+    first, *others = family.embedder_prefixes(model)
+    for prefix in others:
+        parent, _, leaf = prefix.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(first))
+
+
+def has_shared_embedder(
+    model: nn.Module,
+    family: Family,
+    tensors: Callable[[str], Mapping[str, torch.Tensor]] | None = None,
+) -> bool:
+    """Whether the embedders of all blocks are equal, bit for bit, so that one is enough.
+
+    Args:
+        model: a float transformer.
+        family: its table.
+        tensors: prefix of a module -> its tensors; default: from the model. Two modules are held at a time.
+    """
+    prefixes = family.embedder_prefixes(model)
+    if len(prefixes) < 2:
+        return False
+    read = tensors or (lambda prefix: model.get_submodule(prefix).state_dict())
+    first = read(prefixes[0])
+    return all(
+        torch.equal(tensor, first[name])
+        for prefix in prefixes[1:]
+        for name, tensor in read(prefix).items()
+    )
+
+
+def _family(model: nn.Module, scheme: Scheme) -> Family:
+    if type(model).__name__ != scheme.architecture:
+        raise CheckpointError(
+            f"scheme: written for {scheme.architecture}, but config.json asks for {type(model).__name__}"
+        )
+    return family_of(scheme.architecture)
+
+
+def _install_groups(name: str, block: nn.Module) -> TimestepGroups | None:
+    """Give a block with grouped layers the module that finds its current group, and its layers the place to look."""
+    grouped = [m for m in block.modules() if isinstance(m, QuantLinear) and m.format.groups > 1]
+    counts = {layer.format.groups for layer in grouped}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{name}: its layers have {sorted(counts)} timestep groups, one number is needed"
+        )
+    if not grouped:
+        return None
+    groups = TimestepGroups(counts.pop())
+    setattr(block, TIMESTEP_GROUPS, groups)
+    for layer in grouped:
+        layer.group_index = groups.current
+    return groups
+
+
+def _install_tables(block: nn.Module, table: BlockTable, groups: TimestepGroups | None) -> None:
+    """Put a block's own share of a shared modulation in a module that carries its fold."""
+    for name in table.tables:
+        parameter = block.get_parameter(name)
+        delattr(block, name)
+        module = ModulationTable(parameter.numel(), 1 if groups is None else groups.num_groups)
+        module.group_index = None if groups is None else groups.current
+        setattr(block, name, module)
+
+
+def _swap(
+    model: nn.Module,
+    name: str,
+    layer_format: LayerFormat,
+    compute_dtype: torch.dtype,
+    wide_output: bool,
+) -> None:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(
+            f"{name}: listed in the scheme, but the model has no linear of that name"
+        )
+    packed = QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        layer_format,
+        compute_dtype,
+        wide_output=wide_output,
+    )
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed)

@@ -1,0 +1,1 @@
+"""Modules that play packed tensors, and what a block notes for them. Open `linear.py` first."""

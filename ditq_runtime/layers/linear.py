@@ -1,0 +1,214 @@
+"""QuantLinear: a linear layer played from packed tensors.
+
+It is an `nn.Linear` subclass with a `weight`, because diffusers, accelerate and PEFT look for exactly that.
+Its scales, biases and other fp32 tensors stay fp32 through every dtype cast of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import ditq_kernels as k
+from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.layers.pinned import Pinned
+from ditq_runtime.layers.timestep_groups import GroupIndex
+
+
+class Codes(NamedTuple):
+    """The quantized input of a linear: int8 codes [T, K], and fp32 steps, one a row [T] or one for all [1]."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+
+
+class QuantLinear(Pinned, nn.Linear):
+    """A linear [N, K] in one of the formats of `LayerFormat`.
+
+    Attributes:
+        format: how it is stored and run.
+        compute_dtype: dtype of the output; follows `.to(dtype)` of the model.
+        wide_output: the output is fp32 whatever the compute dtype. True for modulation linears, because an AdaLN
+            multiplier (1 + scale) / s in half precision costs as much as the quantization.
+        folded: a producer absorbed a factor of its input, or its own rows were scaled for a consumer.
+        group_index: where the block leaves its timestep group, for a layer with one bias per group.
+    """
+
+    format: LayerFormat
+    compute_dtype: torch.dtype
+    wide_output: bool
+    folded: bool
+    group_index: GroupIndex | None
+    weight_scale: nn.Parameter
+    weight_zero: nn.Parameter
+    group_scale: nn.Parameter
+    group_offset: nn.Parameter
+    weight_sum: nn.Parameter
+    act_scale: nn.Parameter
+    act_zero: nn.Parameter
+    smooth_inv: nn.Parameter
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layer_format: LayerFormat,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+        wide_output: bool = False,
+    ) -> None:
+        """Allocate the stored tensors, uninitialized."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
+        self.group_index = None
+        self.folded = False
+        self.register_parameter("bias", None)
+        for name, (dtype, shape) in layer_format.tensors(in_features, out_features).items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., K] fp32 | fp16 | bf16, already smoothed and shifted by its producer where the scheme folds.
+
+        Returns:
+            [..., N] in `compute_dtype`, or fp32 where `wide_output`.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:  # a transposed input, which nn.Linear accepts too
+            rows = rows.contiguous()
+        out_dtype = torch.float32 if self.wide_output else self.compute_dtype
+        y = (
+            self.multiply(self.quantize(rows), out_dtype)
+            if self.format.integer_gemm
+            else self._float(rows, out_dtype)
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def quantize(self, rows: torch.Tensor) -> Codes:
+        """The input rows [T, K], quantized as the format says: what the methods below read."""
+        smooth_inv = self.smooth_inv if self.format.smooth else None
+        if self.format.activations == "token":
+            return Codes(*k.quantize_per_token(rows, smooth_inv))
+        scale = self.act_scale.data
+        return Codes(k.quantize_static(rows, scale, self.act_zero, smooth_inv), scale)
+
+    def multiply(self, codes: Codes, out_dtype: torch.dtype) -> torch.Tensor:
+        """The layer [T, N] of a quantized input, with its branch and bias."""
+        q, scale = codes
+        options: dict[str, Any] = {**self.epilogue(codes), "out_dtype": out_dtype}
+        if self.format.weights == "w8":
+            return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
+        if self.format.weights == "w4g":
+            group = (self.weight_scale, self.weight_zero)
+            return k.gemm_w4a8_per_group(q, self.weight, scale, *group, self.bias, **options)
+        group = (self.group_scale, self.group_offset)
+        return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
+
+    def add_to(
+        self, residual: torch.Tensor, gate: torch.Tensor | None, codes: Codes
+    ) -> torch.Tensor:
+        """Residual [T, N] + gate [B, N] fp32 * layer (no gate: + layer), in the dtype of the residual stream."""
+        return k.gemm_residual(
+            codes.q,
+            self.packed(),
+            codes.scale,
+            self.bias,
+            residual=residual,
+            gate=gate,
+            **self.epilogue(codes),
+        )
+
+    def gelu_codes(self, consumer: QuantLinear, codes: Codes) -> Codes:
+        """The quantized input of `consumer`, which reads GELU (tanh form) of this layer."""
+        if consumer.format.activations == "token":
+            smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
+            return Codes(*k.gelu_quantize(self.multiply(codes, self.compute_dtype), smooth_inv))
+        out = consumer.static_input()
+        options = {**out, **self.epilogue(codes)}
+        q = k.gemm_gelu_quantize(codes.q, self.packed(), codes.scale, self.bias, **options)
+        return Codes(q, out["out_scale"])
+
+    def static_input(self) -> dict[str, Any]:
+        """Arguments of an op that leaves the codes this layer reads, where its activations are static."""
+        return {
+            "out_scale": self.act_scale.data,
+            "out_zero_point": self.act_zero,
+            "out_smooth_inv": self.smooth_inv if self.format.smooth else None,
+        }
+
+    def packed(self) -> k.W8 | k.W4P | k.W4G:
+        """The weights of an integer layer, for ops that take any."""
+        if self.format.weights == "w8":
+            return k.W8(self.weight, self.weight_scale)
+        if self.format.weights == "w4g":
+            return k.W4G(self.weight, self.weight_scale, self.weight_zero)
+        return k.W4P(self.weight, self.group_scale, self.group_offset, self.weight_scale)
+
+    def epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
+        """What a GEMM adds to its product: zero point, bias per timestep group, low-rank branch."""
+        q, scale = codes
+        options: dict[str, torch.Tensor] = {}
+        if self.format.activations == "static":
+            options = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if self.format.lora_rank:
+            zero_point = options.get("zero_point")
+            options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
+            options["lora_up"] = self.lora_up
+        if self.format.groups > 1:
+            options["bias_index"] = self._group()
+        return options
+
+    def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        if self.format.groups == 1:
+            return self._weight_only(rows, self.bias, out_dtype)
+        assert self.group_index is not None
+        y = self._weight_only(rows, None, torch.float32)  # then the bias, then the cast
+        return (y + self.group_index.rows(self.bias, len(y))).to(out_dtype)
+
+    def _weight_only(
+        self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        if self.format.weights == "fp32":
+            return nn.functional.linear(rows.float(), self.weight, bias).to(out_dtype)
+        if self.format.weights == "w8":
+            return k.linear_w8(rows, self.weight, self.weight_scale, bias, out_dtype=out_dtype)
+        if self.format.weights == "w4g":
+            group = (self.weight_scale, self.weight_zero)
+            return k.linear_w4_per_group(rows, self.weight, *group, bias, out_dtype=out_dtype)
+        group = (self.group_scale, self.group_offset)
+        return k.linear_w4(rows, self.weight, *group, self.weight_scale, bias, out_dtype=out_dtype)
+
+    def _group(self) -> torch.Tensor:
+        """The timestep group of each sample, [B]."""
+        assert self.group_index is not None
+        return self.group_index.value
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """The weight the codes stand for: fp32 [N, K], in the folded units of the scheme."""
+        if self.format.weights == "fp32":
+            return self.weight.detach()
+        codes = self.weight.data
+        if self.format.weights == "w4g":
+            return k.dequantize_w4g(codes, self.weight_scale.data, self.weight_zero.data)
+        if self.format.weights == "w4p":
+            codes = k.expand_w4p(self.weight, self.group_scale, self.group_offset)
+        return codes.float() * self.weight_scale[:, None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Move every tensor, cast none; the compute dtype follows the cast."""
+        super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and format, for `print(model)`."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self.format}, compute_dtype={self.compute_dtype}"

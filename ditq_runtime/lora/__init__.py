@@ -1,0 +1,1 @@
+"""LoRA adapters through folded scales. Open `adapter.py` first."""

@@ -1,0 +1,235 @@
+"""Low-rank adapters of the float model on a packed one, exact also where a factor was folded away.
+
+A folded linear reads x' = (x - z_g) u with u = 1 / s, and its rows may have been scaled for a consumer. The float
+model's update B A x is therefore applied as
+
+    diag(u_out) B (A diag(s)) x'  +  diag(u_out) B A z_g        u_out: rows scaled for a consumer, else 1
+
+PEFT would feed x' to A, silently wrong: `ditq_runtime.host.guards` refuses it on folded linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_runtime.families import AdaLN, BlockTable, Family, Site, ValueRows, family_of
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.timestep_groups import GroupIndex
+from ditq_runtime.lora.file import Adapter, read_adapters
+from ditq_runtime.lora.folds import FOLDS, Fold
+
+ADAPTERS = "adapters"  # name of the module in a linear that holds its branches
+ADAPTER_OPS = ["aten.mm", "aten.mm"]  # what a branch runs: down, up
+
+
+def load_lora(
+    target: Any,
+    source: str | Path | Mapping[str, torch.Tensor],
+    name: str = "default",
+    scale: float = 1.0,
+) -> list[str]:
+    """Add a LoRA that was trained on the float model to a packed transformer.
+
+    The adapter stays beside the integer weights, in the compute dtype; `save_pretrained` does not write it. Load it
+    before offloading, and before compiling.
+
+    Args:
+        target: a pipeline with a packed `transformer`, or the transformer.
+        source: a `.safetensors` file, a folder written by PEFT or diffusers, or a state dict.
+        name: to unload it by.
+        scale: multiplies the adapter's own alpha / r.
+
+    Returns:
+        The names of the linears that gained a branch.
+
+    Raises:
+        ValueError: the model is not packed, or is offloaded; a name in use; a layer that the model lacks or that has
+            other sizes; anything that is not a plain LoRA. Nothing is changed then.
+    """
+    model = _packed(target, "load_lora")
+    adapters = read_adapters(source)
+    family = family_of(type(model).__name__)
+    linears: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    branches: list[tuple[Any, LoraBranch]] = []
+    for layer, adapter in adapters.items():
+        linear = linears.get(layer)
+        _check(layer, linear, adapter, name)
+        branches.append((linear, _branch(model, family, layer, linear, adapter, scale)))
+    for linear, branch in branches:
+        if not hasattr(linear, ADAPTERS):
+            setattr(linear, ADAPTERS, nn.ModuleDict())
+            linear.register_forward_hook(_add_branches)
+        getattr(linear, ADAPTERS)[name] = branch
+    return list(adapters)
+
+
+def unload_lora(target: Any, name: str = "default") -> None:
+    """Remove a LoRA.
+
+    Args:
+        target: as given to `load_lora`.
+        name: of the adapter.
+
+    Raises:
+        ValueError: no adapter has this name.
+    """
+    model = _packed(target, "unload_lora")
+    found = [m for m in model.modules() if name in getattr(m, ADAPTERS, ())]
+    if not found:
+        raise ValueError(f"unload_lora: no adapter is called {name!r}")
+    for linear in found:
+        del getattr(linear, ADAPTERS)[name]
+        if not getattr(linear, ADAPTERS):
+            _forget_adapters(linear)
+
+
+def _forget_adapters(linear: nn.Module) -> None:
+    """Take out what the first adapter brought: its block may run fused again."""
+    delattr(linear, ADAPTERS)
+    hooks = linear._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _add_branches]:
+        del hooks[key]
+
+
+class LoraBranch(nn.Module):
+    """up @ (down @ x) + bias, added to a linear's output.
+
+    Attributes:
+        down: [r, K] in the linear's compute dtype.
+        up: [N, r].
+        bias: fp32 [N], or [G, N] with timestep groups, or None.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        bias: torch.Tensor | None,
+        group_index: GroupIndex | None,
+    ) -> None:
+        """Keep; nothing is trained here."""
+        super().__init__()
+        self.down = nn.Parameter(down.contiguous(), requires_grad=False)
+        self.up = nn.Parameter(up.contiguous(), requires_grad=False)
+        kept = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=False)
+        self.register_parameter("bias", kept)
+        self.group_index = group_index
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add the branch of x [..., K] to y [..., N]; the sum is taken in fp32 or wider."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
+        branch = (rows @ self.down.t()) @ self.up.t()
+        if self.bias is not None:
+            table: torch.Tensor = self.bias
+            if self.group_index is not None and table.dim() == 2:
+                table = self.group_index.rows(table, rows.shape[0])
+            branch = branch + table
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return (y.to(wide) + branch.to(wide).reshape(y.shape)).to(y.dtype)
+
+
+def _add_branches(linear: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    for branch in getattr(linear, ADAPTERS).values():
+        output = branch(args[0], output)
+    return output
+
+
+def _branch(
+    model: nn.Module, family: Family, layer: str, linear: Any, adapter: Adapter, scale: float
+) -> LoraBranch:
+    """The folded adapter, in the dtype and on the device of its linear."""
+    down, up = adapter.down, adapter.up * (adapter.strength * scale)
+    bias = None if adapter.bias is None else adapter.bias[None] * (adapter.strength * scale)
+    for block, table in family.block_tables(model).items():
+        if layer.startswith(f"{block}."):
+            folds = getattr(model.get_submodule(block), FOLDS, {})
+            inside = layer.removeprefix(f"{block}.")
+            for site in table.sites:
+                if site.name in folds:
+                    fold: Any = folds[site.name]
+                    down, up, bias = _fold(table, site, fold, inside, down, up, bias)
+    device, dtype, groups = linear.weight.device, linear.weight.dtype, None
+    if isinstance(linear, QuantLinear):
+        dtype = torch.float32 if linear.wide_output else linear.compute_dtype
+        groups = linear.group_index
+    if bias is not None:
+        bias = (bias[0] if len(bias) == 1 else bias).to(device, torch.float32)
+    return LoraBranch(down.to(device, dtype), up.to(device, dtype), bias, groups)
+
+
+Folded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _fold(
+    table: BlockTable,
+    site: Site,
+    fold: Fold,
+    linear: str,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> Folded:
+    """What one site's fold does to the adapter of one linear of its block; down, up, bias [1 or G, N], all fp64."""
+    if linear in site.consumers:
+        if fold.shift is not None:
+            term = fold.shift.double().cpu() @ down.t() @ up.t()  # B A z_g, [S, N]
+            bias = term if bias is None else bias + term
+        down = down * fold.scale.double().cpu()
+    u = fold.inv_scale.cpu()
+    match site.producer:
+        case ValueRows(values) if linear in values:
+            u = u[: len(up)]
+            up, bias = up * u[:, None], None if bias is None else bias * u
+        case AdaLN(modulation) if linear == modulation:
+            rows = torch.ones(up.shape[0], dtype=torch.float64)
+            width = up.shape[0] // table.chunks(modulation)
+            for chunk in (site.producer.shift_chunk, site.producer.scale_chunk):
+                rows[chunk * width : (chunk + 1) * width] = u
+            up, bias = up * rows[:, None], None if bias is None else bias * rows
+    return down, up, bias
+
+
+def _packed(target: Any, caller: str) -> Any:
+    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if model is None or getattr(config, "scheme", None) is None:
+        raise ValueError(
+            f"{caller}: {type(target).__name__} holds no packed ditq transformer; a float model takes "
+            "load_lora_weights of diffusers"
+        )
+    return model
+
+
+def _check(layer: str, linear: Any, adapter: Adapter, name: str) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"load_lora: {layer} is no linear of the model; was the adapter trained on another architecture?"
+        )
+    sizes = (linear.in_features, linear.out_features)
+    if (adapter.down.shape[1], adapter.up.shape[0]) != sizes:
+        raise ValueError(
+            f"load_lora: {layer} has K, N = {sizes}, but the adapter is for "
+            f"{(adapter.down.shape[1], adapter.up.shape[0])}"
+        )
+    if name in getattr(linear, ADAPTERS, {}):
+        raise ValueError(
+            f"load_lora: an adapter {name!r} is loaded; choose another name or unload_lora it"
+        )
+    hook = getattr(linear, "_hf_hook", None)
+    if (
+        linear.weight.is_meta
+        or getattr(hook, "offload", False)
+        or hasattr(linear, "_diffusers_hook")
+    ):
+        raise ValueError(
+            f"load_lora: {layer} is offloaded; load the adapter first, then switch offloading on"
+        )

@@ -1,0 +1,1 @@
+"""What ran in a forward, per linear and attention. Open `execution.py` first."""

@@ -1,0 +1,105 @@
+"""Modulation computed once for all steps: AdaLN's shift, scale and gate depend on the timestep and on what stays.
+
+A third of a DiT's weights is modulation, read at every step for a handful of rows. Hoisted, they are read once per
+sampling run, for all its steps together. What it depends on beside the timestep, and how it is computed, a family says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.families.family import Hoistable
+
+
+class Hoist:
+    """Watches one pipeline's scheduler and transformer; see `ditq_runtime.speed.prepare`.
+
+    The scheduler is asked to scale the model's input right before the model is called: its place in the schedule is
+    known there, and no device has to be waited for. A forward whose timestep was not announced so, is none of the
+    scheduler's, or differs from it, computes its modulation as ever; so does one whose weights still wait on another
+    device, as offloading moves them after this.
+
+    Attributes:
+        tables: how often modulation was computed for a whole schedule.
+        hits: forwards that used it.
+    """
+
+    def __init__(self, model: Any, scheduler: Any, hoistable: Hoistable) -> None:
+        """Install."""
+        self.tables, self.hits = 0, 0
+        self._scheduler, self._step = scheduler, -1
+        self._hoistable, self._holders = hoistable, hoistable.holders(model)
+        self._key: tuple[Any, ...] = ()
+        self._held: tuple[Any, ...] = ()
+        self._values: list[torch.Tensor] = []
+        for module in self._holders:
+            setattr(module, HOISTED, HoistedModulation())
+        self._scale = scheduler.scale_model_input
+        scheduler.scale_model_input = self._announced
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Uninstall; every forward computes its modulation again."""
+        del self._scheduler.scale_model_input
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._holders:
+            delattr(module, HOISTED)
+
+    def _announced(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kw: Any) -> Any:
+        self._step = _position(self._scheduler.timesteps, timestep)
+        return self._scale(sample, timestep, *args, **kw)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, self._step = self._step, -1
+        timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
+        if step < 0 or timestep is None or conditions is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        steps = self._scheduler.timesteps
+        if timestep.device.type == "cpu" and not bool((timestep == steps[step]).all()):
+            return
+        batch = len(conditions[0] if conditions else hidden)
+        contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
+        key = (contents, id(steps), batch, timestep.dtype, hidden.dtype)
+        if key != self._key:
+            if _elsewhere(self._holders, hidden.device):
+                return
+            timesteps = steps.to(timestep).repeat_interleave(batch)
+            rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
+            with torch.no_grad():
+                self._values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
+            self._held = conditions, steps  # so that an id is not used again
+            self._key = key
+            self.tables += 1
+        now = slice(step * batch, (step + 1) * batch)
+        for module, values in zip(self._holders, self._values, strict=True):
+            getattr(module, HOISTED).value = values[now]
+        self.hits += 1
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for module in self._holders:
+            getattr(module, HOISTED).value = None
+
+
+def _elsewhere(modules: list[nn.Module], device: torch.device) -> bool:
+    """Weights wait on another device; those on meta come with hooks of their own when a module is called."""
+    places = {p.device for module in modules for p in module.parameters()}
+    return bool(places - {device, torch.device("meta")})
+
+
+def _position(steps: torch.Tensor, timestep: Any) -> int:
+    """Where a timestep stands in a schedule [S]; -1: nowhere."""
+    if isinstance(timestep, torch.Tensor) and steps.is_contiguous():
+        memory = [t.untyped_storage().data_ptr() for t in (timestep, steps)]
+        if memory[0] == memory[1]:  # an element of it, as in `for t in steps`: no device is asked
+            return int(timestep.storage_offset() - steps.storage_offset())
+    found = (steps == timestep).nonzero()
+    return int(found[0]) if len(found) else -1

@@ -1,0 +1,81 @@
+"""Every kernel that compiles without tensors, and the problems that it meets in DiTs."""
+
+from ditq_kernels._triton.offline import attention, epilogue, gemms, rows, variants
+from ditq_kernels._triton.offline.problem import OfflineKernel, Problem
+from ditq_kernels.launch import tuning
+
+ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
+GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
+GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
+FEW_TOKENS = (Problem(512, 4608),)  # fc2 of one guided image
+REAL_GROUPS = (*GEMMS[:4], *(Problem(8192, 1152, g, z) for g in (32, 64, 128) for z in (False, True)))
+HEADS = tuple(
+    Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
+)
+QKVS = (Problem(8192, zero_point=True), Problem(256, zero_point=True))
+MODULATIONS = (Problem(16), Problem(64))
+ROW_KERNELS = {
+    "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
+    "quantize_static": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
+    "quantize_static+heads": OfflineKernel(
+        ROWS[:2], rows.same_rows_as("quantize_static"), rows.heads_kernel
+    ),
+    "gelu_quantize_per_token": OfflineKernel(ROWS, rows.same_rows_as("quantize_per_token"), rows.gelu_kernel),
+    "gelu_quantize_static": OfflineKernel(ROWS, rows.same_rows_as("quantize_static"), rows.gelu_kernel),
+    "adaln_quantize_per_token": OfflineKernel(ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel),
+    "adaln_quantize_static": OfflineKernel(ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel),
+}
+PLAIN_GEMMS = {
+    "gemm_w8a8": OfflineKernel(GEMMS, tuning.tile_config, gemms.w8a8_kernel),
+    "gemm_w4a8": OfflineKernel(GEMMS, tuning.tile_config, gemms.w4a8_kernel),
+    "gemm_w4a8_per_group": OfflineKernel(REAL_GROUPS, tuning.tile_config, gemms.w4a8_per_group_kernel),
+    "gemm_w8a8+qkv_quantize": OfflineKernel(QKVS, epilogue.tiles_of, gemms.qkv_w8a8_kernel, {"T": "i32:16"}),
+    "gemm_w4a8+qkv_quantize": OfflineKernel(QKVS, epilogue.tiles_of, gemms.qkv_w4a8_kernel, {"T": "i32:16"}),
+    "gemm_w4a8_per_group+qkv_quantize": OfflineKernel(
+        QKVS, epilogue.tiles_of, gemms.qkv_w4a8_per_group_kernel, {"T": "i32:16"}
+    ),
+    "lora_down": OfflineKernel((GEMMS[0], GEMMS[1]), tuning.tile_config, gemms.lora_down_kernel),
+    "linear_w8": OfflineKernel(MODULATIONS, tuning.tile_config, gemms.weight_only_kernel, {"x_ptr": "*fp32"}),
+    "linear_w4": OfflineKernel(
+        MODULATIONS, tuning.tile_config, gemms.weight_only_kernel, {"x_ptr": "*fp32", "weight_ptr": "*u8"}
+    ),
+}
+COPIES = {
+    "w4_expand": OfflineKernel(
+        (Problem(4608),), tuning.row_config, rows.w4_expand_kernel, {"packed_ptr": "*u8", "out_ptr": "*i8"}
+    ),
+    "transpose_v": OfflineKernel(
+        HEADS[::2], attention.transpose_config, attention.transpose_kernel, {"v_ptr": "*i8"}
+    ),
+}
+STAGED_GEMMS = {
+    f"{gemm}+{stages}": OfflineKernel(GEMMS[:2], epilogue.tiles_of, kernel, epilogue.OUTPUTS.get(stages, {}))
+    for gemm, kernel, those in (
+        ("gemm_w8a8", gemms.w8a8_kernel, epilogue.STAGES),
+        ("gemm_w4a8", gemms.w4a8_kernel, epilogue.STAGES),
+        ("gemm_w4a8_per_group", gemms.w4a8_per_group_kernel, epilogue.STAGES),
+    )
+    for stages in those
+}
+ATTENTIONS = {
+    op: OfflineKernel(
+        HEADS, attention.config_of, attention.attention_kernel, attention.types_of(op),
+        checked=2,  # long rows and short ones
+    )
+    for op in attention.OPS
+}  # fmt: skip
+SHARED_TILES = {
+    f"{gemm}+split_k": OfflineKernel(FEW_TOKENS, variants.split_tiles, variants.split(kernel), variants.SUMS)
+    for gemm, kernel in (("gemm_w8a8", gemms.w8a8_kernel), ("gemm_w4a8", gemms.w4a8_kernel))
+} | {
+    "split_k_reduce": OfflineKernel(
+        FEW_TOKENS, variants.reduce_rows, variants.reduce_kernel, {"sums_ptr": "*i32"}
+    )
+}
+PERSISTENT = {
+    f"gemm_w8a8+{variant}": OfflineKernel(
+        GEMMS[:1], variants.persistent_tiles, variants.persistent(gemms.w8a8_kernel), targets=targets
+    )
+    for variant, (_, _, targets) in variants.PERSISTENT.items()
+}
+KERNELS = ROW_KERNELS | PLAIN_GEMMS | COPIES | STAGED_GEMMS | ATTENTIONS | SHARED_TILES | PERSISTENT

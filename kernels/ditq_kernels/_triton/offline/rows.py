@@ -1,0 +1,59 @@
+"""Kernels of rows to compile without tensors: quantizers, alone and fused, and the expansion of weights.
+
+Each function gives the jit function and its constants, for an op, a problem and a launch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ditq_kernels._triton import adaln_quantize, quantize_per_token, quantize_static, w4_expand
+from ditq_kernels._triton.offline.problem import Problem, Specialized
+from ditq_kernels._triton.parts.rows import row_parts
+from ditq_kernels.launch import tuning
+
+HEAD_DIM = 72  # of DiT-XL and PixArt
+
+
+def row_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """A quantizer of rows."""
+    module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[op]
+    block_a, block_b = row_parts(problem.in_features)
+    constants: dict[str, Any] = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b}
+    constants |= {"smooth_inv_ptr": None, "GELU": False}
+    if op == "quantize_static":
+        constants["HEAD_DIM"] = 0
+    return getattr(module, f"_{op}_kernel"), constants
+
+
+def heads_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """A quantizer with a scale per head."""
+    kernel, constants = row_kernel("quantize_static", problem, config)
+    return kernel, constants | {"zero_point_ptr": None, "HEAD_DIM": HEAD_DIM}
+
+
+def gelu_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """A quantizer behind GELU."""
+    kernel, constants = row_kernel(op.removeprefix("gelu_"), problem, config)
+    return kernel, constants | {"GELU": True}
+
+
+def w4_expand_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """Int8 weights from int4 codes."""
+    constants = {"GROUP_SIZE": problem.group_size, "ROWS": config.rows, "BYTES": w4_expand.BYTES}
+    return w4_expand._w4_expand_kernel, constants
+
+
+def adaln_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """Layer norm and modulation before a quantizer."""
+    block_a, block_b = row_parts(problem.in_features)
+    constants = {
+        "ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b, "ONE_SAMPLE": True,
+        "smooth_inv_ptr": None, "group_shift_ptr": None, "group_index_ptr": None, "values_ptr": None,
+    }  # fmt: skip
+    unused = ("in_scale_ptr", "zero_point_ptr") if op.endswith("per_token") else ("scale_ptr",)
+    return adaln_quantize._adaln_quantize_kernel, constants | dict.fromkeys(unused)
+
+
+def same_rows_as(tuned_op: str) -> Callable[..., tuning.RowConfig]:
+    """The launch of another op."""
+    return lambda _, tables, *shape: tuning.row_config(tuned_op, tables, *shape)

@@ -1,0 +1,1 @@
+"""What several kernels share: epilogues, row loops, stages, prepared weights."""

@@ -1,0 +1,1 @@
+"""Which backend and which launch configuration an op uses here."""

@@ -1,0 +1,1 @@
+"""The public ops: docstring, checks, dispatch. Open `linear.py` first."""

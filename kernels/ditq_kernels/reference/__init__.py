@@ -1,0 +1,1 @@
+"""Every op in plain torch: specification, default implementation and oracle."""
