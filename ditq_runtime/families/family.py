@@ -78,11 +78,13 @@ class Family:
     Attributes:
         architecture: diffusers class name.
         block_tables: the blocks of a model, in the order they run: name -> table.
-        kept: parts of names of linears that stay float, with the reason.
+        kept: names, or parts of names, of linears that stay float, with the reason.
         example_inputs: a smallest batch for one forward, as keyword arguments; None: the caller must bring one.
         shared_embedder: prefix, inside a block, of an embedder that may be equal in all blocks; None if none.
         timestep_scale: the model's `timestep` argument is this times the scheduler's timestep.
         hoistable: how its modulation can be computed before the sampling loop; None: it cannot.
+        timestep_argument: name of the argument of the model's forward that carries the timestep; None: none or several.
+        why_no_timestep: why there is none, for who needs it.
         final_modulation: the linear outside the blocks that modulates the last norm; weight-only, in 8 bits whatever
             the others have: no block comes after it to drown its error. None if there is none.
     """
@@ -93,6 +95,8 @@ class Family:
     example_inputs: Callable[[nn.Module], dict[str, Any]] | None = None
     shared_embedder: str | None = None
     timestep_scale: float = 1.0
+    timestep_argument: str | None = "timestep"
+    why_no_timestep: str = ""
     hoistable: Hoistable | None = None
     final_modulation: str | None = None
 
@@ -118,6 +122,8 @@ class Family:
 
     def why_kept(self, name: str) -> str:
         """Why a linear that no block table lists stays float."""
+        if name in self.kept:
+            return self.kept[name]
         found = (reason for part, reason in self.kept.items() if part in name)
         return next(found, "not in the family table, kept float")
 

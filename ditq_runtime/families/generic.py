@@ -7,7 +7,7 @@ quantizer. Blocks keep diffusers' forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -46,7 +46,7 @@ def block_tables(model: nn.Module) -> dict[str, BlockTable]:
     """
     tables = {
         name: _table(block)
-        for attribute, blocks in _block_lists(model)
+        for attribute, blocks in block_lists(model, _is_embedder)
         for name, block in ((f"{attribute}.{i}", block) for i, block in blocks.named_children())
     }
     if not tables:
@@ -56,17 +56,25 @@ def block_tables(model: nn.Module) -> dict[str, BlockTable]:
     return tables
 
 
-def _block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of blocks: full name, list."""
+def block_lists(
+    module: nn.Module, skip: Callable[[str], bool] = lambda name: False, prefix: str = ""
+) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost lists of modules with two linears or more in each: full name, list.
+
+    Args:
+        module: to search.
+        skip: full name -> whether to leave a module out.
+        prefix: of the names of its children.
+    """
     for name, child in module.named_children():
         full = f"{prefix}{name}"
-        if _is_embedder(full):
+        if skip(full):
             continue
         if isinstance(child, nn.ModuleList):
             if len(child) and all(_num_linears(block) > 1 for block in child):
                 yield full, child
         else:
-            yield from _block_lists(child, f"{full}.")
+            yield from block_lists(child, skip, f"{full}.")
 
 
 def _num_linears(block: nn.Module) -> int:

@@ -1,1 +1,9 @@
-"""What reads the same input, and what the statistics say about it. Open `sites.py` first."""
+"""What reads the same input, and what the statistics say about it. Open `find.py` first, then `sites.py`.
+
+In comes a float model and the inputs of one forward; out goes a `Family`: what each block's linears read, what feeds
+it, and why the other linears stay float.
+"""
+
+from ditq_converters.sites.find import family_for, find_sites
+
+__all__ = ["family_for", "find_sites"]

@@ -1,0 +1,156 @@
+"""Find the sites of any transformer of diffusers: linears that read the very same tensor share one.
+
+    family = find_sites(model, inputs)      # inputs: keyword arguments of one forward
+
+The forward runs in fp64 on a small twin of the model (same configuration, two blocks per list, random parameters), so
+that neither size nor weights matter; what is found there holds for every block of the same linears.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ditq_converters.sites.inputs import forward_inputs
+from ditq_converters.sites.timestep import timestep_argument
+from ditq_converters.sites.trace import trace
+from ditq_converters.sites.twin import make_twin, widen
+from ditq_converters.sites.usage import Usage, why_float, why_outside
+from ditq_runtime.families import FAMILIES, BlockTable, Family, OnTheFly, Site, family_of
+from ditq_runtime.families.generic import block_lists
+
+NOTHING = "nothing that makes it can absorb a factor exactly"
+
+
+def family_for(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
+    """The family of a model: the table of its class, or what is discovered on it.
+
+    Args:
+        model: a transformer of diffusers; its weights are not read and may be on meta.
+        inputs: keyword arguments of one forward; None: made from its configuration.
+
+    Raises:
+        ValueError: no transformer of diffusers, inputs that cannot be made, or a block that a forward does not reach.
+    """
+    known = family_of(type(model).__name__)
+    return known if known.architecture in FAMILIES else find_sites(model, inputs)
+
+
+def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
+    """Discover what reads the same input, also where the class has a table. Arguments and errors as `family_for`."""
+    inputs = inputs or forward_inputs(model)
+    usage, twins = _use(model, inputs)
+    found = {block: _table(usage, block) for block in set(twins.values())}
+    tables = {block: found[of_twin] for block, of_twin in twins.items()}
+    if not tables:
+        raise ValueError(
+            f"{type(model).__name__} has no list of repeated blocks with linears; ditq has nothing to quantize in it"
+        )
+    argument, why = timestep_argument(usage)
+    return Family(
+        type(model).__name__,
+        lambda model: tables,
+        _kept(usage, model, twins),
+        timestep_argument=argument,
+        why_no_timestep=why,
+    )
+
+
+def _use(model: nn.Module, inputs: dict[str, Any]) -> tuple[Usage, dict[str, str]]:
+    """What a forward of a twin does, and which of its blocks stands for each of the model's."""
+    for full_depth in (False, True):
+        try:
+            twin = make_twin(model, full_depth)
+            wide = widen(inputs)
+            graph, _ = trace(twin, wide)
+        except Exception as error:  # whatever a class raises that needs its depth
+            if full_depth:
+                raise ValueError(
+                    f"{type(model).__name__}: a forward on these inputs failed: {type(error).__name__}: {error}"
+                ) from error
+            continue
+        usage = Usage(graph, wide)
+        twins = _twins(_blocks(usage, twin), twin, model)
+        if twins is not None:
+            return usage, twins
+    raise ValueError(
+        f"{type(model).__name__}: its linears are not those that its configuration makes; give the model as it is loaded"
+    )
+
+
+def _blocks(usage: Usage, twin: nn.Module) -> list[str]:
+    """Names of the repeated blocks; lists that see only one row per sample are embedders."""
+    names = []
+    for attribute, blocks in block_lists(twin):
+        for index, _ in blocks.named_children():
+            name = f"{attribute}.{index}"
+            read = [x for x in usage.graph.calls if x.startswith(f"{name}.")]
+            if not all(usage.per_sample(x) for x in read):
+                names.append(name)
+    return names
+
+
+def _table(usage: Usage, block: str) -> BlockTable:
+    """What was found in one block: sites in the order they are read, and modulation linears."""
+    readers: dict[tuple[int, ...], list[str]] = {}
+    modulations = {}
+    for name, calls in usage.graph.calls.items():
+        inside = name.removeprefix(f"{block}.")
+        if inside == name or why_float(usage, name, usage.graph.modules[name]) is not None:
+            continue
+        if usage.per_sample(name):
+            modulations[inside] = 1
+        else:
+            same = tuple(op.get("input") for op in calls)
+            readers.setdefault(same, []).append(inside)
+    sites = tuple(
+        Site(names[0].replace(".", "_"), tuple(names), OnTheFly(NOTHING, "X"))
+        for names in readers.values()
+    )
+    return BlockTable(sites, modulations)
+
+
+def _twins(blocks: list[str], twin: nn.Module, model: nn.Module) -> dict[str, str] | None:
+    """For every block of the model the twin's block that stands for it, one of the same linears; None if one has none.
+
+    For the first block the first such, for every other the last.
+    """
+    found: dict[str, str] = {}
+    in_twin = dict(block_lists(twin))
+    for attribute, list_of_blocks in block_lists(model):
+        alike = {
+            f"{attribute}.{i}": _shapes(block) for i, block in in_twin[attribute].named_children()
+        }
+        if not set(blocks) & set(alike):
+            continue  # an embedder
+        for position, (index, block) in enumerate(list_of_blocks.named_children()):
+            same = [n for n, shapes in alike.items() if n in blocks and shapes == _shapes(block)]
+            if not same:
+                return None
+            found[f"{attribute}.{index}"] = same[0 if position == 0 else -1]
+    return found
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _kept(usage: Usage, model: nn.Module, twins: dict[str, str]) -> dict[str, str]:
+    """Full name of every linear of the model that stays float -> why."""
+    kept = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        block = next((b for b in twins if name.startswith(f"{b}.")), None)
+        if block is None:
+            kept[name] = why_outside(usage, name, module)
+            continue
+        why = why_float(usage, twins[block] + name.removeprefix(block), module)
+        if why is not None:
+            kept[name] = why
+    return kept

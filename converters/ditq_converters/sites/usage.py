@@ -1,0 +1,148 @@
+"""What a linear is for, told from what flows into it and out of it, not from its name."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from ditq_converters.sites.trace import MOVES, Graph, Op
+
+ACTIVATIONS = frozenset(
+    "gelu silu relu tanh sigmoid leaky_relu mish softplus elu hardswish".split()
+)
+SELECTIONS = frozenset("topk sort argsort argmax max".split())
+THROUGH = MOVES | ACTIVATIONS | frozenset("add sub mul div _softmax softmax".split())
+
+EMBEDDER = "embedder: one row per sample, kept float"
+OUTSIDE = "outside the repeated blocks: embedder or final layer, kept float"
+ROUTER = "router of a mixture of experts: its choices are not to be disturbed, kept float"
+UNREAD = "not read by the traced forward, kept float"
+UNCALLED = "its weight is read without a call of its module, kept float"
+SUBCLASS = "a subclass of nn.Linear, kept float"
+
+
+class Usage:
+    """Roles of the linears of one traced forward.
+
+    Attributes:
+        graph: the forward.
+        batch: samples in it.
+    """
+
+    def __init__(self, graph: Graph, inputs: dict[str, Any]) -> None:
+        """Find what depends on what."""
+        self.graph, self.batch = graph, batch_of(inputs)
+        self._conditions = {
+            name
+            for name, argument in inputs.items()
+            if all(self._is_condition(leaf) for leaf in _tensors(argument))
+        }
+        self._users = graph.users()
+
+    def per_sample(self, name: str) -> bool:
+        """Whether a linear reads one row per sample, or what depends on nothing but timestep, label and the like."""
+        calls = self.graph.calls[name]
+        rows = [self.graph.values[op.get("input")].shape[:-1].numel() for op in calls]
+        depends = frozenset().union(*(self.depends[op.get("input")] for op in calls))
+        return max(rows) <= self.batch or depends <= self._conditions
+
+    def embeds(self, name: str) -> bool:
+        """Whether all that comes out of a per-sample linear passes an activation into another per-sample linear."""
+        return self._reaches(name) == {True}
+
+    def routes(self, name: str) -> bool:
+        """Whether the output of a linear decides which experts run."""
+        seen: set[int] = set()
+        todo = [out for op in self.graph.calls[name] for out in op.outputs if out is not None]
+        while todo:
+            value = todo.pop()
+            for op in self._users[value]:
+                if op.index in seen:
+                    continue
+                seen.add(op.index)
+                if op.name in SELECTIONS:
+                    return True
+                if op.name in THROUGH:
+                    todo += [out for out in op.outputs if out is not None]
+        return False
+
+    @cached_property
+    def depends(self) -> list[frozenset[str]]:
+        """For every value, the arguments of the model that it depends on."""
+        found: list[frozenset[str]] = []
+        for value in self.graph.values:
+            if value.rewritten:
+                found.append(frozenset().union(*(found[i] for i in value.rewritten)))
+            elif value.op is not None:
+                found.append(frozenset().union(*(found[i] for i in value.op.inputs)))
+            else:
+                found.append(frozenset({value.argument} if value.argument else ()))
+        return found
+
+    def _reaches(self, name: str) -> set[bool]:
+        """Ends of the ways out of a linear: True another per-sample linear behind an activation, False anything else."""
+        ends: set[bool] = set()
+        todo: list[tuple[int, bool]] = [
+            (out, False) for op in self.graph.calls[name] for out in op.outputs if out is not None
+        ]
+        seen = set(todo)
+        while todo:
+            value, activated = todo.pop()
+            for op in self._users[value]:
+                step = self._step(op, activated)
+                if isinstance(step, bool):
+                    ends.add(step)
+                    continue
+                for out in op.outputs:
+                    if out is not None and (out, step[0]) not in seen:
+                        seen.add((out, step[0]))
+                        todo.append((out, step[0]))
+        return ends
+
+    def _step(self, op: Op, activated: bool) -> bool | tuple[bool]:
+        """An end, or (whether an activation has been passed,) to go on."""
+        linear = self.graph.linear_of.get(op.index)
+        if linear is not None:
+            return activated and self.per_sample(linear)
+        if op.name in ACTIVATIONS:
+            return (True,)
+        condition = op.outputs[0] is not None and self.depends[op.outputs[0]] <= self._conditions
+        return (activated,) if op.name in THROUGH and condition else False
+
+    def _is_condition(self, leaf: torch.Tensor) -> bool:
+        return leaf.dim() == 0 or (leaf.dim() <= 2 and len(leaf) == self.batch)
+
+
+def batch_of(inputs: dict[str, Any]) -> int:
+    """Samples in a batch: what one-dimensional arguments (timestep, label) agree on, else the first dimension."""
+    tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim()]
+    sizes = [len(x) for x in tensors if x.dim() == 1] or [len(x) for x in tensors]
+    return min(sizes, default=1)
+
+
+def why_float(usage: Usage, name: str, module: nn.Linear) -> str | None:
+    """Why a linear of the repeated blocks stays float; None if it becomes integers."""
+    if type(module) is not nn.Linear:
+        return SUBCLASS
+    if name not in usage.graph.calls:
+        return UNREAD
+    if name not in usage.graph.called:
+        return UNCALLED
+    if usage.routes(name):
+        return ROUTER
+    return EMBEDDER if usage.per_sample(name) and usage.embeds(name) else None
+
+
+def why_outside(usage: Usage, name: str, module: nn.Linear) -> str:
+    """Why a linear outside of the repeated blocks stays float."""
+    if name in usage.graph.calls and usage.per_sample(name):
+        return EMBEDDER
+    return why_float(usage, name, module) or OUTSIDE
+
+
+def _tensors(argument: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(argument)[0] if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,74 @@
+"""What is discovered on a forward, beside the tables that were written by hand from the papers and diffusers' code."""
+
+import pytest
+import torch
+
+from ditq_converters.sites.find import family_for, find_sites
+from ditq_runtime.families import FAMILIES
+
+NAMES = ("dit", "pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-schnell", "flux-dev")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def both(request, make_case):
+    """Name, model, the table of its class, what is discovered."""
+    model, inputs = make_case(request.param)
+    return request.param, model, FAMILIES[type(model).__name__], find_sites(model, inputs)
+
+
+def readers(family, model):
+    return {
+        block: {frozenset(site.consumers) for site in table.sites}
+        for block, table in family.block_tables(model).items()
+    }
+
+
+def test_the_same_linears_share_an_input(both):
+    """Joint attention's two outputs are one site by hand because of one fold; they read two tensors."""
+    _, model, by_hand, found = both
+    expected = readers(by_hand, model)
+    for sites in expected.values():
+        for site in [s for s in sites if s == {"attn.to_out.0", "attn.to_add_out"}]:
+            sites -= {site}
+            sites |= {frozenset({name}) for name in site}
+    assert readers(found, model) == expected
+
+
+def test_modulation_is_told_by_what_it_reads(both):
+    _, model, by_hand, found = both
+    for block, table in found.block_tables(model).items():
+        assert set(table.modulations) == set(by_hand.block_tables(model)[block].modulations)
+
+
+def test_the_rest_stays_float_for_its_reason(both):
+    name, model, by_hand, found = both
+    listed = {
+        f"{block}.{linear}"
+        for block, table in by_hand.block_tables(model).items()
+        for linear in table.linears
+    }
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(found.kept) == linears - listed
+    timestep = next(n for n in found.kept if n.endswith("timestep_embedder.linear_1"))
+    assert found.why_kept(timestep).startswith("embedder: one row per sample")
+    assert found.timestep_argument == "timestep", name
+
+
+def test_a_class_with_a_table_keeps_it(make_case):
+    model, inputs = make_case("flux-dev")
+    assert family_for(model, inputs) is FAMILIES["FluxTransformer2DModel"]
+
+
+def test_a_model_of_many_blocks_is_found_by_two(make_case):
+    model, inputs = make_case("pixart-sigma")
+    deep = type(model).from_config({**model.config, "num_layers": 5}).to("meta")
+    family = find_sites(deep, inputs)
+    assert family.block_names(deep) == [f"transformer_blocks.{i}" for i in range(5)]
+    assert len({id(table) for table in family.block_tables(deep).values()}) <= 2
+
+
+def test_inputs_that_do_not_run_are_refused(make_case):
+    model, inputs = make_case("dit")
+    wrong = {**inputs, "hidden_states": inputs["hidden_states"][:, :3]}
+    with pytest.raises(ValueError, match="DiTTransformer2DModel: a forward on these inputs failed"):
+        find_sites(model, wrong)
