@@ -4,25 +4,28 @@
     pipe = DiffusionPipeline.from_pretrained("out", dtype=torch.bfloat16)
     print(ditq.execution_report(pipe.transformer))
 
-Importing touches no GPU and no network, and loads none of our Triton kernels.
+Importing is free: names load when they are used, and diffusers is told when it is there. No GPU, no network.
 """
 
-from ditq_runtime.attention.backend import register_attention_backends
-from ditq_runtime.errors import CheckpointError, FallbackError
-from ditq_runtime.format.checkpoint import FORMAT_VERSION
-from ditq_runtime.format.scheme import LayerFormat, Scheme
-from ditq_runtime.host.configure import configure
-from ditq_runtime.host.guards import watch_wrapping
-from ditq_runtime.host.hub import push_to_hub
-from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
-from ditq_runtime.layers.linear import QuantLinear
-from ditq_runtime.lora.adapter import load_lora, unload_lora
-from ditq_runtime.report.execution import ExecutionReport, LayerRun, execution_report
-from ditq_runtime.speed.prepare import Prepared, prepare
+from __future__ import annotations
 
-register()
-register_attention_backends()
-watch_wrapping()
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ditq_runtime.host.on_import import after_import
+
+if TYPE_CHECKING:
+    from ditq_runtime.errors import CheckpointError, FallbackError
+    from ditq_runtime.format.checkpoint import FORMAT_VERSION
+    from ditq_runtime.format.scheme import LayerFormat, Scheme
+    from ditq_runtime.host.configure import configure
+    from ditq_runtime.host.hub import push_to_hub
+    from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
+    from ditq_runtime.layers.linear import QuantLinear
+    from ditq_runtime.lora.adapter import load_lora, unload_lora
+    from ditq_runtime.report.execution import ExecutionReport, LayerRun, execution_report
+    from ditq_runtime.speed.prepare import Prepared, prepare
+    from ditq_runtime.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,6 +39,7 @@ __all__ = [
     "Prepared",
     "QuantLinear",
     "Scheme",
+    "__version__",
     "configure",
     "execution_report",
     "load_lora",
@@ -44,3 +48,37 @@ __all__ = [
     "register",
     "unload_lora",
 ]
+
+_HOME = {
+    "FORMAT_VERSION": "format.checkpoint",
+    "CheckpointError": "errors",
+    "DitqConfig": "host.plugin",
+    "DitqQuantizer": "host.plugin",
+    "ExecutionReport": "report.execution",
+    "FallbackError": "errors",
+    "LayerFormat": "format.scheme",
+    "LayerRun": "report.execution",
+    "Prepared": "speed.prepare",
+    "QuantLinear": "layers.linear",
+    "Scheme": "format.scheme",
+    "__version__": "version",
+    "configure": "host.configure",
+    "execution_report": "report.execution",
+    "load_lora": "lora.adapter",
+    "prepare": "speed.prepare",
+    "push_to_hub": "host.hub",
+    "register": "host.plugin",
+    "unload_lora": "lora.adapter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+after_import("diffusers", "ditq_runtime.host.enter:enter_diffusers")

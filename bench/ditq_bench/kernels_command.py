@@ -34,8 +34,6 @@ def kernels(
 
     Example: ditq bench kernels --shapes dit-xl-256 --batch 1,16 --out runs/bench
     """
-    import torch
-
     import ditq_kernels as k
     from ditq_bench.attention import bench_attention
     from ditq_bench.ceilings import measure_ceilings
@@ -44,13 +42,14 @@ def kernels(
     from ditq_bench.plots import plot_roofline, plot_speedup
     from ditq_bench.results import Shape, device_name, origin_of, row_fields, write_csv
     from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
+    from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
 
     names = _chosen("--shapes", shapes, SHAPES)
     others = tuple(_chosen("--against", against, BASELINES)) if against else ()
     if any(name.startswith("torchao") for name in others):
         _check_torchao()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     backend = k.backend_of("gemm_w8a8", place)
     ceilings = measure_ceilings(place, min(budget, 5.0))
     rows: list[tuple[Shape, Row]] = []

@@ -56,10 +56,11 @@ def model(
         recorded_step,
     )
     from ditq_bench.results import origin_of
+    from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
     from ditq_runtime.files import atomic_file
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     usual = "eager,compiled,hoisted,graph" if place.type == "cuda" else "eager"
     names = tuple(name.strip() for name in (modes or usual).split(","))
     unknown = [name for name in names if name not in RUN_MODES]

@@ -5,14 +5,24 @@ pipe = open_model("demo:digits")
 stats = calibrate(pipe, out="stats")
 packed = convert(pipe, Recipe(method="smoothquant", weights="w4p"), stats, out="out")
 evaluate(packed, pipe, out="report")
+
+Names load when they are used.
 """
 
-from ditq_converters.calibrate.run import calibrate
-from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
-from ditq_converters.convert.story import convert
-from ditq_converters.evaluate import evaluate
-from ditq_converters.models.open import open_model
-from ditq_converters.plan.recipe import Recipe
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditq_converters.calibrate.run import calibrate
+    from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
+    from ditq_converters.convert.story import convert
+    from ditq_converters.evaluate.evaluation import evaluate
+    from ditq_converters.models.open import open_model
+    from ditq_converters.plan.recipe import Recipe
 
 __all__ = [
     "CalibrationStats",
@@ -23,3 +33,33 @@ __all__ = [
     "evaluate",
     "open_model",
 ]
+
+_HOME = {
+    "CalibrationStats": "calibrate.stats",
+    "Recipe": "plan.recipe",
+    "StatisticsError": "calibrate.stats",
+    "calibrate": "calibrate.run",
+    "convert": "convert.story",
+    "evaluate": "evaluate.evaluation",
+    "open_model": "models.open",
+}
+
+
+class _Package(ModuleType):
+    """Three functions have the names of the wings they live in: as attributes of the package they are the functions."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Import an exported name when it is first used."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Importing a wing does not put the module in the function's place."""
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

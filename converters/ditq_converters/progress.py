@@ -1,26 +1,20 @@
-"""One progress bar for all long work: what is done, how fast, and when it ends; and a line beside it."""
+"""Long work shows what is done, how fast, and when it ends: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+EVERY = 15.0  # seconds between lines where stderr is no terminal
 
 
 @contextmanager
 def progress_bar(
     title: str, total: int, done: int = 0, quiet: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr; the block gets a function that advances it by one.
+    """Show progress on stderr; the block gets a function that advances it by one.
 
     Args:
         title: what is being done.
@@ -28,6 +22,52 @@ def progress_bar(
         done: steps already done by an earlier run.
         quiet: show nothing.
     """
+    if quiet:
+        yield lambda: None
+    elif sys.stderr.isatty():
+        with _bar(title, total, done) as advance:
+            yield advance
+    else:
+        yield Lines(title, total, done).advance
+
+
+class Lines:
+    """A line on stderr every EVERY seconds, and one at the end."""
+
+    def __init__(
+        self, title: str, total: int, done: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Count from `done`; a clock gives seconds."""
+        self.title, self.total, self.done, self.clock = title, total, done, clock
+        self.first, self.begin = done, clock()
+        self.told = self.begin
+
+    def advance(self) -> None:
+        """One step more is done."""
+        self.done += 1
+        now = self.clock()
+        if self.done < self.total and now - self.told < EVERY:
+            return
+        self.told = now
+        took = now - self.begin
+        left = took / (self.done - self.first) * (self.total - self.done)
+        note(
+            f"{self.title}: {self.done} of {self.total}, {_clock(took)} so far, {_clock(left)} to go"
+        )
+
+
+@contextmanager
+def _bar(title: str, total: int, done: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,7 +76,7 @@ def progress_bar(
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda: bar.advance(task)
 
@@ -44,5 +84,11 @@ def progress_bar(
 def note(text: str, quiet: bool = False) -> None:
     """One plain line on stderr, beside the bar."""
     if not quiet:
-        console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        console.print(text)
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,7 +1,7 @@
 """Quantized attention for models whose processors ask diffusers' attention dispatcher: Flux, Qwen, Wan, LTX and on.
 
 The dispatcher hands a backend tensors and no module, so every scale is computed from them: nothing is calibrated, and
-nothing is stored. diffusers has no call that adds a backend; its table of names is an `Enum`, which is extended here.
+nothing is stored. `dispatcher` adds the names.
 
     backend name    scores      values
     ditq_int8       int8        int8
@@ -13,28 +13,20 @@ nothing is stored. diffusers has no call that adds a backend; its table of names
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
+from ditq_runtime.attention.dispatcher import BACKENDS
 from ditq_runtime.attention.processor import key_mask_of
 from ditq_runtime.attention.quantized import attend_per_token
 from ditq_runtime.format.attention import VALUES
 
-BACKENDS = {f"ditq_{values}": values for values in VALUES}
 CHOICES = ("auto", "native", *VALUES)
 SWITCH = "_attention_backend"  # attribute of every processor that asks the dispatcher
 NATIVE = "take configure(attention='native') for it"
-
-
-def register_attention_backends() -> None:
-    """Make diffusers know the backends; a second call changes nothing."""
-    for name, values in BACKENDS.items():
-        if name not in {known.value for known in AttentionBackendName}:
-            _AttentionBackendRegistry.register(_new_name(name))(_backend(values))
 
 
 def processors_to_choose(model: nn.Module, choice: str) -> list[Any]:
@@ -75,50 +67,27 @@ def choose_attention(processors: list[Any], choice: str) -> None:
         setattr(processor, SWITCH, wanted)
 
 
-def _new_name(name: str) -> AttentionBackendName:
-    """A further member of the `Enum`, whose class says it can have none."""
-    cls = AttentionBackendName
-    member = str.__new__(cls, name)
-    member._name_, member._value_ = name.upper(), name
-    member.__objclass__ = cls  # type: ignore[attr-defined]
-    member._sort_order_ = len(cls)
-    cls._member_map_[member._name_] = member
-    cls._value2member_map_[name] = member
-    cls._member_names_.append(member._name_)
-    return member
+def attend_or_refuse(
+    values: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    asked: dict[str, Any],
+) -> torch.Tensor:
+    """One attention of the dispatcher: query, key, value [B, T, H, D] to [B, Tq, H, D], in the dtype of the query.
 
-
-def _backend(values: str) -> Callable[..., torch.Tensor]:
-    """What the dispatcher calls; it reads the names of the parameters."""
-
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> torch.Tensor:
-        """Query, key, value [B, T, H, D] to [B, Tq, H, D], in the dtype of the query."""
-        asked = {
-            "dropout": dropout_p,
-            "a causal mask": is_causal,
-            "fewer key heads than query heads": enable_gqa,
-            "tokens split over devices": _parallel_config is not None,
-        }
-        for what, wanted in asked.items():
-            if wanted:
-                raise NotImplementedError(
-                    f"attention backend ditq_{values}: this attention wants {what}, which it does not do; {NATIVE}"
-                )
-        softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
-        key_mask = _key_mask(attn_mask, values, key)
-        return attend_per_token(query, key, value, key_mask, values, softmax_scale)
-
-    return attend
+    Raises:
+        NotImplementedError: something in `asked` is wanted, or a mask that is not over keys.
+    """
+    for what, wanted in asked.items():
+        if wanted:
+            raise NotImplementedError(
+                f"attention backend ditq_{values}: this attention wants {what}, which it does not do; {NATIVE}"
+            )
+    softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend_per_token(query, key, value, _key_mask(mask, values, key), values, softmax_scale)
 
 
 def _key_mask(mask: torch.Tensor | None, values: str, key: torch.Tensor) -> torch.Tensor | None:

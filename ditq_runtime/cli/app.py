@@ -1,6 +1,6 @@
 """`ditq`: collects the registered subcommands, and turns every failure into one line and an exit code.
 
-Exit codes: 0 ok, 1 failed, 2 misuse.
+Exit codes: 0 ok, 1 failed, 2 misuse, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import sys
 import traceback
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from ditq_runtime.cli.output import complain
+from ditq_runtime.cli.sentences import misuse, sentence
+from ditq_runtime.host.on_import import after_import
 
 GROUP = "ditq.commands"
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # UsageError, of the click that typer runs on
-INTERRUPTED = "interrupted; the same command resumes where it can"
+OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
+RESUMES = "interrupted; the same command goes on where it can"
 ORDER = ("demo", "inspect", "calibrate", "convert", "sample", "eval", "bench", "tune", "doctor")
 HELP = """Low-bit runtime for Diffusion Transformers: convert once, sample in integers.
 
@@ -35,12 +39,12 @@ class Ordered(TyperGroup):
         return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
 
 
-def make_app() -> typer.Typer:
-    """The application with every registered subcommand."""
-    app = typer.Typer(
-        cls=Ordered, help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None
-    )
-    for entry in entry_points(group=GROUP):
+def make_app(wanted: str = "") -> typer.Typer:
+    """The application: the subcommand `wanted` if it is registered, else all of them."""
+    app = typer.Typer(cls=Ordered, help=HELP, no_args_is_help=True, rich_markup_mode=None)
+    app.callback()(_options)
+    found = list(entry_points(group=GROUP))
+    for entry in [entry for entry in found if entry.name == wanted] or found:
         command = entry.load()
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
@@ -53,26 +57,26 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    _quiet_diffusers()
+    after_import("diffusers", "ditq_runtime.cli.quiet:quiet_diffusers")
     try:
-        result = make_app()(arguments, prog_name="ditq", standalone_mode=False)
+        app = make_app(arguments[0] if arguments else "")
+        result = app(arguments, prog_name="ditq", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _say(INTERRUPTED)
-        return 1
+        complain(RESUMES)
+        return INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, USAGE_ERROR):
-            _say_misuse(error)
-            return 2
-        _say(_sentence(error))
-        return 1
-    if result == 130:  # how typer reports Ctrl-C
-        _say(INTERRUPTED)
-        return 1
-    return result if isinstance(result, int) else 0
+            complain(misuse(error))
+            return MISUSE
+        complain(sentence(error))
+        return FAILED
+    if result == INTERRUPTED:  # how typer reports Ctrl-C
+        complain(RESUMES)
+    return result if isinstance(result, int) else OK
 
 
 def main() -> None:
@@ -80,33 +84,21 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _quiet_diffusers() -> None:
-    """Our commands show their own progress; diffusers' bars and type warnings would break it up."""
-    from diffusers.utils import logging
+def _show_version(asked: bool) -> None:
+    if asked:
+        from ditq_runtime.cli.output import say
+        from ditq_runtime.version import __version__
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    expected = (ValueError, OSError, RuntimeError, NotImplementedError, ImportError)
-    if isinstance(error, expected) and text:
-        return text
-    return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
+        say(f"ditq {__version__}")
+        raise typer.Exit
 
 
-def _say_misuse(error: Any) -> None:
-    if type(error).__name__ == "NoArgsIsHelpError":
-        _console().print(error.format_message())
-        return
-    command = error.ctx.command_path if error.ctx else "ditq"
-    _say(f"{command}: {error.format_message()} See `{command} --help`.")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
+    ] = False,
+) -> None:
+    """What stands before a command; see HELP."""
 
 
-def _say(text: str) -> None:
-    _console().print(f"ditq: {text}")
-
-
-def _console() -> Console:
-    return Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+_options.__doc__ = HELP

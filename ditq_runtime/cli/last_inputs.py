@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ditq_runtime.families import family_of
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class LastInputs:
@@ -19,6 +18,8 @@ class LastInputs:
 
     def __init__(self, model: nn.Module) -> None:
         """Note nothing yet."""
+        from ditq_runtime.families import family_of
+
         self.inputs: dict[str, Any] | None = None
         self._model = model
         self._hook: Any = None

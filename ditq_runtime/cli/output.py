@@ -1,42 +1,76 @@
-"""What commands print: tables for people, JSON for programs."""
+"""What commands print: tables for people, JSON for programs, one line for a failure."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+GAP = "  "
 
 
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
-    _plain().print(json.dumps(content, indent=2))
+    say(json.dumps(content, indent=2))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; numbers are right-aligned."""
-    table = Table(title=Text(title), title_justify="left")
+    """A table on stdout; on a terminal that is too narrow for it, one line a value, row by row."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    say("\n".join([title, *table_lines(columns, rows, width)]))
+
+
+def table_lines(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None
+) -> list[str]:
+    """The lines of a table; no word and no number is ever broken.
+
+    Args:
+        columns: headings.
+        rows: values; columns of numbers are right-aligned.
+        width: characters of the terminal; None: as wide as it needs.
+    """
     rows = [list(row) for row in rows]
-    for index, column in enumerate(columns):
-        numeric = all(isinstance(row[index], (int, float)) for row in rows)
-        table.add_column(
-            Text(column), justify="right" if numeric and rows else "left", overflow="fold"
+    texts = [[_text(cell) for cell in row] for row in rows]
+    widths = [
+        max(map(len, (heading, *column))) for heading, *column in zip(columns, *texts, strict=True)
+    ]
+    total = sum(widths) + len(GAP) * (len(widths) - 1)
+    if width is not None and total > width and len(columns) > 1:
+        return _stacked(columns, texts)
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = (
+            cell.rjust(size) if aligned else cell.ljust(size)
+            for cell, size, aligned in zip(cells, widths, right, strict=True)
         )
-    for row in rows:
-        table.add_row(*(Text(_text(cell)) for cell in row))
-    Console().print(table)
+        return GAP.join(placed).rstrip()
+
+    return [line(columns), line(["-" * size for size in widths]), *map(line, texts)]
+
+
+def _stacked(columns: Sequence[str], texts: list[list[str]]) -> list[str]:
+    """One line a value, with its heading, and an empty line between rows; values that are empty are left out."""
+    size = max(map(len, columns))
+    blocks = (
+        [f"{name.ljust(size)}{GAP}{cell}" for name, cell in zip(columns, row, strict=True) if cell]
+        for row in texts
+    )
+    return [line for block in blocks for line in (*block, "")][:-1]
 
 
 def say(text: str) -> None:
-    """One plain line on stdout."""
-    _plain().print(text)
+    """Plain text on stdout."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
-def _plain() -> Console:
-    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+def complain(text: str) -> None:
+    """One line on stderr: why a command ends."""
+    sys.stderr.write(f"ditq: {text}\n")
 
 
 def mebibytes(nbytes: float) -> str:
@@ -44,7 +78,12 @@ def mebibytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.2f} MiB"
 
 
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+
+
 def _text(cell: Any) -> str:
     if isinstance(cell, float):
         return f"{cell:.3g}"
-    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    text = f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    return " ".join(text.split())

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_runtime.cli.device import place
 from ditq_runtime.cli.images import grid
 from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
@@ -80,10 +81,10 @@ def sample(
     """
     import torch
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    used = _check(place, dtype, backend, cuda_graph)
+    here = place(device)
+    used = _check(here, dtype, backend, cuda_graph)
     begin = time.perf_counter()
-    pipe = _opened(path, getattr(torch, dtype), place, sampler, cuda_graph)
+    pipe = _opened(path, getattr(torch, dtype), here, sampler, cuda_graph)
     loaded = time.perf_counter() - begin
     wanted = wishes(pipe, class_labels, prompt, prompts, Sizes(steps, cfg, height, width))
     torch.manual_seed(seed)  # diffusers gives a sampler that draws noise at every step no generator
@@ -101,7 +102,7 @@ def sample(
         "load_seconds": loaded,
         "seconds": took,
         "seconds_per_image": took / len(images),
-        "device": str(place),
+        "device": str(here),
         "backend": used,
         "dtype": dtype,
     }
@@ -111,7 +112,7 @@ def sample(
         _tell(result, proof)
 
 
-def _check(place: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
+def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
     """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
     from ditq_kernels.launch.backend import CHOICES
 
@@ -120,17 +121,17 @@ def _check(place: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
             raise typer.BadParameter(
                 f"--{option} must be one of {', '.join(choices)}, got {value!r}."
             )
-    used = check_backend(backend, place)
-    if cuda_graph and place.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {place}; leave it out")
+    used = check_backend(backend, here)
+    if cuda_graph and here.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {here}; leave it out")
     return used
 
 
-def _opened(path: str, dtype: Any, place: Any, sampler: str, cuda_graph: bool) -> Any:
+def _opened(path: str, dtype: Any, here: Any, sampler: str, cuda_graph: bool) -> Any:
     """The pipeline, with the scheduler that was asked for, captured if that was."""
     from ditq_runtime.speed.prepare import prepare
 
-    pipe = load(path, dtype, place)
+    pipe = load(path, dtype, here)
     set_sampler(pipe, sampler)
     if cuda_graph:
         prepare(pipe, cuda_graph=True)
@@ -181,15 +182,9 @@ def load(path: str, dtype: Any, device: Any) -> Any:
 
 def check_backend(backend: str, device: Any) -> str:
     """Choose the backend of the linears on a device; ValueError if it cannot run there. Returns that of the GEMMs."""
-    import torch
-
     import ditq_kernels as k
     from ditq_kernels.launch.backend import why_not
 
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {device}: no CUDA GPU is usable here; drop --device to use the CPU"
-        )
     reason = why_not(backend, device)
     if reason:
         raise ValueError(f"--backend: {reason}")

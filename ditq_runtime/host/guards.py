@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ditq_runtime.layers.linear import QuantLinear
-
 CANNOT = {
     "fuse_qkv_projections": "the integer weights of to_q, to_k and to_v have scales of their own and stay apart; "
     "ditq's kernels read the shared input once anyway",
@@ -33,7 +31,11 @@ def _refusal(name: str, reason: str) -> Any:
 
 def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Called by torch for every module that gets a submodule: PEFT's wrappers take the linear as `base_layer`."""
-    if name == "base_layer" and isinstance(child, QuantLinear) and child.folded:
+    if name != "base_layer":
+        return
+    from ditq_runtime.layers.linear import QuantLinear  # not above: this file is light
+
+    if isinstance(child, QuantLinear) and child.folded:
         wrapper = f"{type(parent).__module__}.{type(parent).__name__}"
         raise ValueError(
             f"{wrapper}: a factor was folded into or out of this linear, so a plain adapter on it would be silently "

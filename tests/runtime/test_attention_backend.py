@@ -10,7 +10,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 import ditq_runtime as ditq
-from ditq_runtime.attention.backend import BACKENDS, register_attention_backends
+from ditq_runtime.attention.dispatcher import BACKENDS, register_attention_backends
 from ditq_runtime.report.attention import CHOSEN, NOT_LISTED
 
 BATCH, TOKENS, HEADS, DIM = 2, 24, 3, 32

@@ -321,7 +321,7 @@ def test_an_interrupt_is_one_line(ditq, folder, monkeypatch):
 
     monkeypatch.setattr("ditq_runtime.cli.sample.check_backend", interrupt)
     code, _, err = ditq("sample", folder)
-    assert code == 1
+    assert code == 130
     assert "interrupted" in _one_line(err.strip())
 
 
@@ -362,7 +362,7 @@ def test_text_is_printed_as_it_is(capsys, text):
     assert capsys.readouterr().out == f"{text}\n"
     output.print_json({"path": text})
     assert json.loads(capsys.readouterr().out) == {"path": text}
-    app._say(text)
+    output.complain(text)
     assert capsys.readouterr().err == f"ditq: {text}\n"
 
 

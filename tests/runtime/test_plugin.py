@@ -332,6 +332,7 @@ def test_repeated_blocks_compile_alone(packed_folder, load, forward):
 
 
 def test_registering_again_changes_nothing():
+    ditq_runtime.register()
     before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     ditq_runtime.register()
     assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)

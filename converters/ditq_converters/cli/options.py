@@ -150,17 +150,16 @@ ShardOption = Annotated[str, typer.Option(help="As in diffusers' save_pretrained
 
 def place(pipe: Any, device: str) -> None:
     """Move a model to `device`, or to the GPU where there is one; of one on disk, what is loaded and what will be."""
-    import torch
-
     from ditq_converters.models.open import transformer_of
     from ditq_converters.streaming.model import move, streamed_of
+    from ditq_runtime.cli.device import place as device_of
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = device_of(device)
     model = transformer_of(pipe)
     if streamed_of(model) is None:
         pipe.to(chosen)
     else:
-        move(model, torch.device(chosen))
+        move(model, chosen)
 
 
 def parse_budget(text: str) -> int | None:

@@ -1,0 +1,69 @@
+"""Every error that a command ends with, as one sentence: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+EXPECTED = (ValueError, OSError, RuntimeError, NotImplementedError, ImportError)
+PREFIXES = ("Invalid value: ", "ditq: ")  # what typer and we put before a text that has its own
+
+
+def sentence(error: Exception) -> str:
+    """What a failed command says; a failure that nobody foresaw names its type and asks for a report."""
+    told = next((say(error) for kind, say in KINDS if _is(error, kind)), None)
+    if told is not None:
+        return told
+    text = _one_line(str(error))
+    if isinstance(error, EXPECTED) and text:
+        return text
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
+
+
+def misuse(error: Any) -> str:
+    """What a wrong command line is answered with: the sentence, and where the right one is described."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error.format_message())
+    command = error.ctx.command_path if error.ctx else "ditq"
+    text = _one_line(error.format_message())
+    for prefix in (*PREFIXES, f"{command}: "):
+        text = text.removeprefix(prefix)
+    stop = "" if text.endswith((".", "?")) else "."
+    return f"{text}{stop} See `{command} --help`."
+
+
+def _is(error: Exception, kind: str | int) -> bool:
+    if isinstance(kind, int):
+        return isinstance(error, OSError) and error.errno == kind and error.filename is not None
+    return any(kind == base.__name__ for base in type(error).__mro__)
+
+
+def _file(what: str) -> Callable[[Any], str]:
+    return lambda error: f"{error.filename}: {what}"
+
+
+def _safetensors(error: Exception) -> str:
+    return f"not a readable safetensors file ({_one_line(str(error))}); check the path, or make it again"
+
+
+def _memory(error: Exception) -> str:
+    return f"out of memory ({_one_line(str(error)) or 'allocation failed'}); take a smaller batch or --memory-budget"
+
+
+# a class by its name, so that nothing is imported for it, or an errno of an OSError that names a file
+KINDS: tuple[tuple[str | int, Callable[[Any], str]], ...] = (
+    (errno.ENOENT, _file("no such file or folder; check the path")),
+    (errno.ENOSPC, _file("the disk is full; free some space and run the same command again")),
+    (errno.EACCES, _file("permission denied; choose a place that you may read and write")),
+    (errno.EROFS, _file("the file system is read-only; choose another place")),
+    (errno.EISDIR, _file("is a folder where a file was expected")),
+    (errno.ENOTDIR, _file("part of this path is a file; choose another place")),
+    ("SafetensorError", _safetensors),
+    ("OutOfMemoryError", _memory),
+    ("MemoryError", _memory),
+)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
