@@ -6,7 +6,16 @@ from ditq_runtime.families.flux import FLUX
 from ditq_runtime.families.generic import generic_family, is_transformer
 from ditq_runtime.families.pixart import PIXART
 from ditq_runtime.families.sd3 import SD3
-from ditq_runtime.families.sites import AdaLN, OnTheFly, Producer, Site, ValueRows, get_linear
+from ditq_runtime.families.sites import (
+    AdaLN,
+    NormWeights,
+    OnTheFly,
+    Producer,
+    ProductRows,
+    Site,
+    ValueRows,
+    get_linear,
+)
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (DIT, PIXART, SD3, FLUX)}
 
@@ -32,8 +41,10 @@ __all__ = [
     "AdaLN",
     "BlockTable",
     "Family",
+    "NormWeights",
     "OnTheFly",
     "Producer",
+    "ProductRows",
     "Site",
     "ValueRows",
     "family_of",

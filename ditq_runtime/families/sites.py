@@ -50,10 +50,42 @@ class ValueRows:
     Attributes:
         values: value projections inside the block; several where X mixes the tokens of several streams.
         rest: why the channels of X beyond those of V, if there are any, take no factor; None if there are none.
+        takes_shift: false where weights do not sum to one (linear attention, rows that attend to nothing).
     """
 
     values: tuple[str, ...]
     rest: str | None = None
+    takes_shift: bool = True
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """Fold kind K5: X = norm(h) * weight + bias, all of it for this site alone.
+
+    Attributes:
+        norm: name inside the block of the norm.
+        takes_shift: it has a bias.
+    """
+
+    norm: str
+    takes_shift: bool
+
+
+@dataclass(frozen=True)
+class ProductRows:
+    """Fold kind M: X = linear(h) * g(h), the linear factor of a gated MLP (SwiGLU, GEGLU); or the linear alone.
+
+    A shift would be multiplied by g, so it takes none.
+
+    Attributes:
+        linear: name inside the block.
+        start: its first row that makes X.
+        stop: the row after its last that does.
+    """
+
+    linear: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -62,14 +94,14 @@ class OnTheFly:
 
     Attributes:
         reason: why, in words for `ditq inspect`.
-        kind: `G` behind an activation function, `X` a raw stream, `-` a producer that no table describes.
+        kind: `G` behind an activation function, `X` anything else, `-` a producer that no table describes.
     """
 
     reason: str
     kind: str = "G"
 
 
-Producer = AdaLN | ValueRows | OnTheFly
+Producer = AdaLN | ValueRows | NormWeights | ProductRows | OnTheFly
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from ditq_runtime.families import (
     AdaLN,
     BlockTable,
     Family,
+    NormWeights,
     OnTheFly,
+    ProductRows,
     Site,
     ValueRows,
     get_linear,
@@ -96,6 +98,10 @@ def kind_of(table: BlockTable, site: Site) -> str:
             return "K2" if modulation in table.tables else "K1"
         case ValueRows(_, rest):
             return "V" if rest is None else "V|G"
+        case NormWeights():
+            return "K5"
+        case ProductRows():
+            return "M"
         case OnTheFly(_, kind):
             return kind
 
@@ -167,6 +173,10 @@ def _where(site: Site, recipe: Recipe) -> str:
             return f"{through}; the other channels {left}: {rest}"
         case OnTheFly(reason):
             return f"on the fly: {reason}"
+        case NormWeights(norm):
+            return f"into the weights of {norm}"
+        case ProductRows(linear):
+            return f"into the rows of {linear}"
 
 
 def _group_size(name: str, linear: nn.Linear, weights: str, requested: int) -> int | None:

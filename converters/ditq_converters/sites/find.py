@@ -3,24 +3,28 @@
     family = find_sites(model, inputs)      # inputs: keyword arguments of one forward
 
 The forward runs in fp64 on a small twin of the model (same configuration, two blocks per list, random parameters), so
-that neither size nor weights matter; what is found there holds for every block of the same linears.
+that neither size nor weights matter. What is found and proven there holds for every block of the same linears.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from ditq_converters.sites.folds import propose
 from ditq_converters.sites.inputs import forward_inputs
+from ditq_converters.sites.prove import Prover
 from ditq_converters.sites.timestep import timestep_argument
-from ditq_converters.sites.trace import trace
+from ditq_converters.sites.trace import Graph, trace
 from ditq_converters.sites.twin import make_twin, widen
 from ditq_converters.sites.usage import Usage, why_float, why_outside
 from ditq_runtime.families import FAMILIES, BlockTable, Family, OnTheFly, Site, family_of
 from ditq_runtime.families.generic import block_lists
 
-NOTHING = "nothing that makes it can absorb a factor exactly"
+UNTOLD = OnTheFly("what feeds it is not known yet", "-")
 
 
 def family_for(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
@@ -38,45 +42,62 @@ def family_for(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family
 
 
 def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
-    """Discover what reads the same input, also where the class has a table. Arguments and errors as `family_for`."""
-    inputs = inputs or forward_inputs(model)
-    usage, twins = _use(model, inputs)
-    found = {block: _table(usage, block) for block in set(twins.values())}
-    tables = {block: found[of_twin] for block, of_twin in twins.items()}
-    if not tables:
+    """Discover sites and what folds exactly, also where the class has a table. Arguments, errors as `family_for`."""
+    found, twins = _traced(model, inputs or forward_inputs(model))
+    names = _blocks(found.usage, found.twin)
+    tables = _prover(found).prove(
+        {name: propose(found.graph, name, _table(found.usage, name)) for name in names}
+    )
+    if not twins:
         raise ValueError(
             f"{type(model).__name__} has no list of repeated blocks with linears; ditq has nothing to quantize in it"
         )
-    argument, why = timestep_argument(usage)
+    argument, why = timestep_argument(found.usage)
+    of_model = {block: tables[of_twin] for block, of_twin in twins.items()}
     return Family(
         type(model).__name__,
-        lambda model: tables,
-        _kept(usage, model, twins),
+        lambda model: of_model,
+        _kept(found.usage, model, twins),
         timestep_argument=argument,
         why_no_timestep=why,
     )
 
 
-def _use(model: nn.Module, inputs: dict[str, Any]) -> tuple[Usage, dict[str, str]]:
-    """What a forward of a twin does, and which of its blocks stands for each of the model's."""
+@dataclass(frozen=True)
+class Traced:
+    """One forward of a twin: its inputs, what it did, what it gave, what its linears are for."""
+
+    twin: nn.Module
+    inputs: dict[str, Any]
+    graph: Graph
+    out: list[torch.Tensor]
+    usage: Usage
+
+
+def _traced(model: nn.Module, inputs: dict[str, Any]) -> tuple[Traced, dict[str, str]]:
+    """A forward of a twin, and which of its blocks stands for each of the model's."""
+    wide = widen(inputs)
     for full_depth in (False, True):
         try:
             twin = make_twin(model, full_depth)
-            wide = widen(inputs)
-            graph, _ = trace(twin, wide)
+            graph, out = trace(twin, wide)
         except Exception as error:  # whatever a class raises that needs its depth
             if full_depth:
                 raise ValueError(
                     f"{type(model).__name__}: a forward on these inputs failed: {type(error).__name__}: {error}"
                 ) from error
             continue
-        usage = Usage(graph, wide)
-        twins = _twins(_blocks(usage, twin), twin, model)
+        found = Traced(twin, wide, graph, out, Usage(graph, wide))
+        twins = _twins(_blocks(found.usage, twin), twin, model)
         if twins is not None:
-            return usage, twins
+            return found, twins
     raise ValueError(
-        f"{type(model).__name__}: its linears are not those that its configuration makes; give the model as it is loaded"
+        f"{type(model).__name__}: its linears are not those of its configuration; give the model as it is loaded"
     )
+
+
+def _prover(found: Traced) -> Prover:
+    return Prover(found.twin, found.inputs, found.graph, found.out)
 
 
 def _blocks(usage: Usage, twin: nn.Module) -> list[str]:
@@ -92,7 +113,7 @@ def _blocks(usage: Usage, twin: nn.Module) -> list[str]:
 
 
 def _table(usage: Usage, block: str) -> BlockTable:
-    """What was found in one block: sites in the order they are read, and modulation linears."""
+    """Sites of one block in the order they are read, before their producers are known, and modulation linears."""
     readers: dict[tuple[int, ...], list[str]] = {}
     modulations = {}
     for name, calls in usage.graph.calls.items():
@@ -105,8 +126,7 @@ def _table(usage: Usage, block: str) -> BlockTable:
             same = tuple(op.get("input") for op in calls)
             readers.setdefault(same, []).append(inside)
     sites = tuple(
-        Site(names[0].replace(".", "_"), tuple(names), OnTheFly(NOTHING, "X"))
-        for names in readers.values()
+        Site(names[0].replace(".", "_"), tuple(names), UNTOLD) for names in readers.values()
     )
     return BlockTable(sites, modulations)
 

@@ -32,14 +32,14 @@ PARAMETERS = {
     "layer_norm": ("input", "normalized_shape", "weight", "bias"),
     "rms_norm": ("input", "normalized_shape", "weight"),
 }
-COPIES = frozenset(
-    "_to_copy clone alias detach view _unsafe_view reshape unsqueeze squeeze lift_fresh".split()
-)
-MOVES = COPIES | frozenset(
-    """permute transpose t expand slice select split split_with_sizes chunk cat stack unbind flip repeat index_select
-    index gather _reshape_alias as_strided roll narrow constant_pad_nd repeat_interleave movedim unfold
-    native_dropout view_as""".split()
-)
+COPIES = frozenset({
+    "_to_copy", "clone", "alias", "detach", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "lift_fresh",
+})  # fmt: skip
+MOVES = COPIES | {
+    "permute", "transpose", "t", "expand", "slice", "select", "split", "split_with_sizes", "chunk", "cat", "stack",
+    "unbind", "flip", "repeat", "index_select", "index", "gather", "_reshape_alias", "as_strided", "roll", "narrow",
+    "constant_pad_nd", "repeat_interleave", "movedim", "unfold", "native_dropout", "view_as",
+}  # fmt: skip
 WRITE = "write:"
 IN_PLACE = {"add_": "add", "mul_": "mul", "div_": "div", "sub_": "sub"}
 WIDER = {

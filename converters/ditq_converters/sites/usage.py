@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_flatten
 
 from ditq_converters.sites.trace import MOVES, Graph, Op
 
-ACTIVATIONS = frozenset(
-    "gelu silu relu tanh sigmoid leaky_relu mish softplus elu hardswish".split()
-)
-SELECTIONS = frozenset("topk sort argsort argmax max".split())
-THROUGH = MOVES | ACTIVATIONS | frozenset("add sub mul div _softmax softmax".split())
+ACTIVATIONS = frozenset({
+    "gelu", "silu", "relu", "tanh", "sigmoid", "leaky_relu", "mish", "softplus", "elu", "hardswish",
+})  # fmt: skip
+SELECTIONS = frozenset({"topk", "sort", "argsort", "argmax", "max"})
+THROUGH = MOVES | ACTIVATIONS | {"add", "sub", "mul", "div", "_softmax", "softmax"}
 
 EMBEDDER = "embedder: one row per sample, kept float"
 OUTSIDE = "outside the repeated blocks: embedder or final layer, kept float"
@@ -84,7 +84,7 @@ class Usage:
         return found
 
     def _reaches(self, name: str) -> set[bool]:
-        """Ends of the ways out of a linear: True another per-sample linear behind an activation, False anything else."""
+        """Ends of the ways out of a linear: True for a per-sample linear behind an activation, else False."""
         ends: set[bool] = set()
         todo: list[tuple[int, bool]] = [
             (out, False) for op in self.graph.calls[name] for out in op.outputs if out is not None
