@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from typing import Any
 
 EXPECTED = (ValueError, OSError, RuntimeError, NotImplementedError, ImportError)
+EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)")
 PREFIXES = ("Invalid value: ", "ditq: ")  # what typer and we put before a text that has its own
 
 
@@ -29,6 +31,7 @@ def misuse(error: Any) -> str:
     text = _one_line(error.format_message())
     for prefix in (*PREFIXES, f"{command}: "):
         text = text.removeprefix(prefix)
+    text = EXTRA.sub(r"too many arguments: \1", text)
     stop = "" if text.endswith((".", "?")) else "."
     return f"{text}{stop} See `{command} --help`."
 
