@@ -205,6 +205,16 @@ def _ours(o: Operands) -> list[Candidate]:
         group = (w4g.scale, w4g.weight_zero)
         return k.gemm_w4a8_per_group(o.q, w4g.packed, o.scale, *group, o.bias, out_dtype=out_dtype)
 
+    shift = torch.full((1, o.shape.inputs), 0.125, device=o.x.device)
+
+    def quantize_site() -> tuple[torch.Tensor, ...]:
+        return k.quantize_per_token(o.x, group_shift=shift, asymmetric=True)
+
+    site = Candidate(
+        "ditq quantize per token, shifted and asymmetric", quantize_site,
+        lambda made: _rounding(o, made[0], made[1], made[2], 0.125), 1 + 1e-5, "",
+        o.x.numel() * (o.x.element_size() + 1),
+    )  # fmt: skip
     quantize = Candidate(
         "ditq quantize per token", lambda: k.quantize_per_token(o.x), lambda pair: _rounding(o, *pair),
         0.5 + 1e-5, "", o.x.numel() * (o.x.element_size() + 1),
@@ -212,6 +222,7 @@ def _ours(o: Operands) -> list[Candidate]:
     w8, w4 = o.w8.dequantize(), o.w4.dequantize()
     return [
         quantize,
+        site,
         _integer("ditq W8A8", o, lambda: w8a8(*k.quantize_per_token(o.x)), w8, quantize.num_bytes),
         _integer("ditq W8A8, GEMM alone", o, lambda: w8a8(o.q, o.scale), w8),
         _integer(
@@ -248,9 +259,13 @@ def _integer(
     return Candidate(name, run, check, tolerance, "int8", moved)
 
 
-def _rounding(o: Operands, q: torch.Tensor, scale: torch.Tensor) -> float:
-    """Largest distance from a code to its value, in steps."""
-    return float((o.x.double() / scale.double()[:, None] - q).abs().max())
+def _rounding(
+    o: Operands, q: torch.Tensor, scale: torch.Tensor, zero_point: Any = 0, shift: float = 0.0
+) -> float:
+    """Largest distance from a code to its value, in steps; half a step more where a zero point clips an end."""
+    real = (o.x.double() - shift) / scale.double()[:, None]
+    zero = zero_point[:, None] if isinstance(zero_point, torch.Tensor) else zero_point
+    return float((real + zero - q).abs().max())
 
 
 def _bytes(o: Operands, size: int) -> int:

@@ -38,11 +38,10 @@ from ditq_kernels.ops.linear import (
     linear_w4,
     linear_w8,
     lora_down,
-    quantize_per_token,
-    quantize_static,
 )
 from ditq_kernels.ops.per_group import gemm_w4a8_per_group, linear_w4_per_group
 from ditq_kernels.ops.qkv_fused import gemm_qkv_quantize
+from ditq_kernels.ops.quantize import quantize_per_token, quantize_static
 from ditq_kernels.ops.row_fused import adaln_quantize, gelu_quantize
 
 __all__ = [

@@ -31,12 +31,25 @@ def groups(in_features, samples, generator):
 STATIC = {"scale": torch.tensor([0.031]), "zero_point": torch.tensor([-21], dtype=torch.int32)}
 
 
-def launch(device, x, multiplier, shift, smooth_inv, values_dtype=None, config=None, **named):
+def launch(
+    device,
+    x,
+    multiplier,
+    shift,
+    smooth_inv,
+    values_dtype=None,
+    config=None,
+    asymmetric=False,
+    **named,
+):
     order = ("group_shift", "group_index", "scale", "zero_point")
     tensors = [x, multiplier, shift, smooth_inv, *(named.get(name) for name in order)]
     moved = [None if value is None else value.to(device) for value in tensors]
-    out = kernel.launch(*moved[:3], EPS, *moved[3:6], *moved[6:], values_dtype, config=config)
-    return [part.cpu() for part in out]
+    codes, scale, zero_point, values = kernel.launch(
+        *moved[:3], EPS, *moved[3:6], *moved[6:], values_dtype, asymmetric, config=config
+    )
+    made = (codes, scale, zero_point, values) if asymmetric else (codes, scale, values)
+    return [part.cpu() for part in made]
 
 
 def assert_values(y, x, multiplier, shift, group_shift=None, group_index=None):
@@ -89,6 +102,10 @@ def test_kernel_values_are_right_and_its_codes_are_those_of_its_values(
             expected_q, expected_scale = k.quantize_per_token(y, smooth)
             assert torch.equal(scale, expected_scale)
             assert torch.equal(q, expected_q)
+            *codes, y = launch(
+                device, x, multiplier, shift, smooth, torch.float32, asymmetric=True, **table
+            )
+            assert all(map(torch.equal, codes, k.quantize_per_token(y, smooth, asymmetric=True)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -120,6 +137,9 @@ def test_public_op_gives_the_scale_it_was_given(generator):
     assert y is None
     *_, y = k.adaln_quantize(x, multiplier, shift, values_dtype=torch.float32)
     assert torch.equal(q, k.quantize_static(y, *STATIC.values(), smooth_inv))
+    *codes, none = k.adaln_quantize(x, multiplier, shift, smooth_inv, asymmetric=True)
+    assert none is None
+    assert all(map(torch.equal, codes, k.quantize_per_token(y, smooth_inv, asymmetric=True)))
 
 
 def test_a_constant_row_is_the_shift(device):
@@ -141,8 +161,8 @@ def test_opcheck(static, generator):
     given = tuple(STATIC.values()) if static else (None, None)
     for values_dtype in (None, torch.bfloat16):
         arguments = (x, multiplier, shift, EPS, smooth_inv, *table, *given, values_dtype)
-        torch.library.opcheck(row_fused._adaln_quantize, arguments)
-    torch.library.opcheck(row_fused._gelu_quantize, (x, smooth_inv, *given))
+        torch.library.opcheck(row_fused._adaln_quantize, (*arguments, not static))
+    torch.library.opcheck(row_fused._gelu_quantize, (x, smooth_inv, *given, *table, not static))
 
 
 REFUSALS = [
@@ -159,6 +179,7 @@ REFUSALS = [
     ),
     ({"smooth_inv": torch.zeros(39)}, "smooth_inv must be [40] float32, got [39] float32"),
     ({"scale": torch.ones(1)}, "scale and zero_point go together, zero_point is missing"),
+    ({**STATIC, "asymmetric": True}, "asymmetric asks for a zero point per token"),
     ({"group_index": torch.zeros(3).long()}, "go together, group_shift is missing"),
     (
         {"group_shift": torch.zeros(2, 40), "group_index": torch.zeros(2).long()},
@@ -192,7 +213,7 @@ def test_the_reference_is_layer_norm_then_the_quantizer(generator):
     x, multiplier, shift, smooth_inv = problem(6, 40, 3, generator)
     normed = torch.nn.functional.layer_norm(x.view(3, 2, 40), (40,), eps=EPS)
     y = (normed * multiplier[:, None] + shift[:, None]).view(6, 40)
-    q, scale, _ = reference_fused.adaln_quantize(
+    q, scale, *_ = reference_fused.adaln_quantize(
         x, multiplier, shift, EPS, smooth_inv, None, None, None, None, None
     )
     expected_q, expected_scale = k.quantize_per_token(y, smooth_inv)

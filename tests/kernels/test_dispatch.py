@@ -19,8 +19,8 @@ def arguments(op, num_tokens=5):
     queries, values = keys[:, :, :num_tokens], keys.bfloat16()
     steps, mask = (torch.rand(3) / 99, torch.rand(2, 3, 7) / 99), torch.ones(2, 7).bool()
     return {
-        "quantize_per_token": (x.bfloat16(), torch.rand(64)),
-        "quantize_static": (x, torch.tensor([0.02]), zero_point, None),
+        "quantize_per_token": (x.bfloat16(), torch.rand(64), x[:1].clone(), None, True),
+        "quantize_static": (x, torch.tensor([0.02]), zero_point, None, x[:1].clone(), None),
         "gemm_w8a8": (
             q, w.expand(), scale, w.scale, bias, zero_point, w.weight_sum(), torch.bfloat16,
         ),
@@ -89,6 +89,10 @@ def test_public_ops_trace_without_graph_breaks(op):
     *rest, last = rest
     keywords = {"out_dtype": last} if isinstance(last, torch.dtype) else {}
     positional = rest if keywords else [*rest, last]
+    if op.startswith("quantize"):
+        names = ("group_shift", "group_index", "asymmetric")[: 3 if op.endswith("token") else 2]
+        keywords |= zip(names, positional[-len(names) :], strict=True)
+        positional = positional[: -len(names)]
     if op == "lora_down":
         *positional, keywords["zero_point"] = positional
     if op.startswith("attention"):

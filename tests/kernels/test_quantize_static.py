@@ -81,6 +81,24 @@ def test_kernel_of_every_height(rows, device, generator):
     assert torch.equal(q, reference.quantize_static(x, *args))
 
 
+@pytest.mark.parametrize(("num_tokens", "samples"), [(1, 1), (6, 3), (33, 3), (5, 5), (4, None)])
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_shifts_first(num_tokens, samples, device, generator):
+    """As the same kernel on what is shifted before, one fp32 rounding; with one scale and with heads."""
+    x = torch.randn(num_tokens, 96, generator=generator).bfloat16()
+    shifts = torch.randn(1 if samples is None else 4, 96, generator=generator)
+    index = None if samples is None else torch.randint(4, (samples,), generator=generator)
+    row = shifts[0] if index is None else shifts[index].repeat_interleave(num_tokens // samples, 0)
+    smooth_inv = torch.rand(96, generator=generator) + 0.1
+    for scale, zero in ((torch.tensor([0.02]), int32(5)), (torch.rand(4) * 0.1 + 0.01, None)):
+        arguments = [x, scale, zero, smooth_inv, shifts, index]
+        moved = [None if value is None else value.to(device) for value in arguments]
+        expected = k.quantize_static((x.float() - row) * smooth_inv, scale, zero)
+        assert torch.equal(kernel.launch(*moved).cpu(), expected)
+        named = {"group_shift": shifts, "group_index": index}
+        assert torch.equal(k.quantize_static(*arguments[:4], **named), expected)
+
+
 def test_no_tokens(device):
     args = (torch.tensor([0.02], device=device), int32(5).to(device), None)
     assert kernel.launch(torch.empty(0, 64, device=device), *args).shape == (0, 64)

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 
 from ditq_kernels._triton.parts.common import asymmetric_codes, on_device_of
-from ditq_kernels._triton.parts.rows import load_row_part, row_parts, store_row_part
+from ditq_kernels._triton.parts.rows import (
+    prepared_row_part,
+    row_parts,
+    stages_before,
+    store_row_part,
+)
 from ditq_kernels.launch import tuning
 
 
@@ -27,17 +32,18 @@ def _codes(x, scale_ptr, zero_point_ptr, K, START: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _quantize_static_kernel(
-    x_ptr, scale_ptr, zero_point_ptr, smooth_inv_ptr, q_ptr,  # float, [1] or [H], [1], [K], [T, K] int8
+    x_ptr, scale_ptr, zero_point_ptr, q_ptr,  # [T, K] float, [1] or [H] fp32, [1] int32 or None, [T, K] int8
+    before,  # a Before
     T, K, stride_xt, stride_qt,
     ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,  # a row is two parts
-    GELU: tl.constexpr, HEAD_DIM: tl.constexpr,  # K / H, 0: one scale
+    HEAD_DIM: tl.constexpr,  # K / H, 0: one scale
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x_a = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, 0, BLOCK_A, GELU)
+    x_a = prepared_row_part(x_ptr, before, t, T, K, stride_xt, 0, BLOCK_A)
     q_a = _codes(x_a, scale_ptr, zero_point_ptr, K, 0, BLOCK_A, HEAD_DIM)
     store_row_part(q_ptr, q_a, t, T, K, stride_qt, 0, BLOCK_A)
     if BLOCK_B > 0:
-        x_b = load_row_part(x_ptr, smooth_inv_ptr, t, T, K, stride_xt, BLOCK_A, BLOCK_B, GELU)
+        x_b = prepared_row_part(x_ptr, before, t, T, K, stride_xt, BLOCK_A, BLOCK_B)
         q_b = _codes(x_b, scale_ptr, zero_point_ptr, K, BLOCK_A, BLOCK_B, HEAD_DIM)
         store_row_part(q_ptr, q_b, t, T, K, stride_qt, BLOCK_A, BLOCK_B)
 
@@ -47,10 +53,12 @@ def launch(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
     gelu: bool = False,
     config: tuning.RowConfig | None = None,
 ) -> torch.Tensor:
-    """Run the kernel; arguments as in `ops.quantize_static`; `gelu` goes before the smoothing."""
+    """Run the kernel; arguments as in `quantize.quantize_static`; `gelu` goes before the shift."""
     num_tokens, in_features = x.shape
     q = torch.empty((num_tokens, in_features), dtype=torch.int8, device=x.device)
     if num_tokens == 0:
@@ -62,9 +70,10 @@ def launch(
     head_dim = in_features // len(scale) if len(scale) > 1 else 0
     with on_device_of(x):
         _quantize_static_kernel[(triton.cdiv(num_tokens, config.rows),)](
-            x, scale, zero_point, smooth_inv, q,
+            x, scale, zero_point, q,
+            stages_before(num_tokens, config.rows, gelu, smooth_inv, group_shift, group_index),
             num_tokens, in_features, x.stride(0), q.stride(0),
-            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b, GELU=gelu, HEAD_DIM=head_dim,
+            ROWS=config.rows, BLOCK_A=block_a, BLOCK_B=block_b, HEAD_DIM=head_dim,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return q

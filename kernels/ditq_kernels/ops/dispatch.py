@@ -12,16 +12,25 @@ from ditq_kernels.reference import linear as reference
 
 @torch.library.custom_op("ditq::quantize_per_token", mutates_args=())
 def quantize_per_token(
-    x: torch.Tensor, smooth_inv: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.quantize_per_token`."""
+    x: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `quantize.quantize_per_token`; the zero points of symmetric codes are empty."""
     run = implementation("quantize_per_token", x.device, reference.quantize_per_token)
-    return run(x, smooth_inv)
+    return run(x, smooth_inv, group_shift, group_index, asymmetric)
 
 
 @quantize_per_token.register_fake
-def _(x, smooth_inv):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+def _(x, smooth_inv, group_shift=None, group_index=None, asymmetric=False):
+    num_zeros = x.shape[0] if asymmetric else 0
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(num_zeros, dtype=torch.int32),
+    )
 
 
 @torch.library.custom_op("ditq::quantize_static", mutates_args=())
@@ -30,14 +39,16 @@ def quantize_static(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `ops.quantize_static`."""
+    """See `quantize.quantize_static`."""
     run = implementation("quantize_static", x.device, reference.quantize_static)
-    return run(x, scale, zero_point, smooth_inv)
+    return run(x, scale, zero_point, smooth_inv, group_shift, group_index)
 
 
 @quantize_static.register_fake
-def _(x, scale, zero_point, smooth_inv):
+def _(x, scale, zero_point, smooth_inv, group_shift=None, group_index=None):
     return x.new_empty(x.shape, dtype=torch.int8)
 
 

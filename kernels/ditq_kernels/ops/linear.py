@@ -12,59 +12,6 @@ from ditq_kernels.checks.gemm import check_channels, check_epilogue
 from ditq_kernels.ops import dispatch
 
 
-def quantize_per_token(
-    x: torch.Tensor, smooth_inv: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each token to int8 with its own symmetric scale (SmoothQuant, arXiv:2211.10438, Eq. 1).
-
-    q = clamp(round(x * (1 / scale))), scale = max(max|x| / 127, 2**-40), all fp32, ties to even.
-    We depart from the paper: x is multiplied by the rounded reciprocal, not divided by the scale.
-
-    Args:
-        x: [T, K] fp32 | fp16 | bf16, rows contiguous, finite. Activations.
-        smooth_inv: [K] fp32. If given, x is first multiplied by it, in fp32.
-
-    Returns:
-        q: [T, K] int8 in [-127, 127]. scale: [T] fp32, in units of x (times smooth_inv).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
-    """
-    _check_activations("quantize_per_token", x, smooth_inv)
-    return dispatch.quantize_per_token(x, smooth_inv)
-
-
-def quantize_static(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None = None,
-    smooth_inv: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Quantize activations to int8 with calibrated scales: one, or one for each head.
-
-    q = zero_point + round(x * (1 / scale)), clamped to [-128, 127], all fp32, ties to even.
-
-    Args:
-        x: [T, K] fp32 | fp16 | bf16, rows contiguous, finite. Activations.
-        scale: [1] or [H] fp32, positive, in units of x (times smooth_inv). H divides K: each head is K / H
-            neighbouring columns.
-        zero_point: [1] int32 in [-128, 127]. The stored code of 0.0; absent means 0.
-        smooth_inv: [K] fp32. If given, x is first multiplied by it, in fp32.
-
-    Returns:
-        [T, K] int8 in [-128, 127].
-
-    Raises:
-        ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
-    """
-    op = "quantize_static"
-    _check_activations(op, x, smooth_inv)
-    checks.check_head_scales(op, scale, like=x)
-    if zero_point is not None:
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (1,), like=x)
-    return dispatch.quantize_static(x, scale, zero_point, smooth_inv)
-
-
 def gemm_w8a8(
     q: torch.Tensor,
     weight: torch.Tensor,
@@ -286,10 +233,3 @@ def linear_w4(
     check_channels(op, x, packed.shape[0], weight_scale, bias)
     checks.check_out_dtype(op, out_dtype)
     return dispatch.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
-
-
-def _check_activations(op: str, x: torch.Tensor, smooth_inv: torch.Tensor | None) -> None:
-    checks.check_matrix(op, "x", x, checks.FLOATS, "[T, K]")
-    checks.check_accumulator(op, x.shape[1], asymmetric=False)  # codes no GEMM could take
-    if smooth_inv is not None:
-        checks.check_vector(op, "smooth_inv", smooth_inv, torch.float32, (x.shape[1],), like=x)

@@ -1,12 +1,15 @@
 """Quantizers of rows that do the thing before too: GELU, or layer norm and modulation.
 
-Both take one calibrated scale and zero point, or make one symmetric scale per token. What comes before is fp32 and is
-not rounded to half precision in between.
+Both take one calibrated scale and zero point, or make a scale per token, with a zero point if asymmetric. What comes
+before is fp32 and is not rounded to half precision in between.
 """
+
+from typing import Any
 
 import torch
 
 from ditq_kernels.checks import gemm as checks_gemm
+from ditq_kernels.checks import rows as checks_rows
 from ditq_kernels.checks import tensors as checks
 from ditq_kernels.launch.backend import implementation
 from ditq_kernels.reference import fused as reference_fused
@@ -18,26 +21,37 @@ def gelu_quantize(
     *,
     scale: torch.Tensor | None = None,
     zero_point: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """GELU in its tanh form (arXiv:1606.08415), then int8 codes as `quantize_per_token` or `quantize_static` make them.
 
     GELU is within 2**-21 of |x|, so from device to device a scale may differ by as much, and a code by one.
 
     Args:
         x: [T, K] fp32 | fp16 | bf16, rows contiguous, finite.
-        smooth_inv: [K] fp32. If given, the GELU is multiplied by it, in fp32.
+        smooth_inv: [K] fp32. If given, the GELU (minus its shift) is multiplied by it, in fp32.
         scale: [1] fp32, positive, for static codes; absent for a scale per token.
         zero_point: [1] int32 in [-128, 127]; goes with scale.
+        group_shift: as in `quantize_per_token`, subtracted from the GELU.
+        group_index: as in `quantize_per_token`.
+        asymmetric: as in `quantize_per_token`; not together with scale.
 
     Returns:
-        q: [T, K] int8. scale: the one given, or [T] fp32.
+        q: [T, K] int8. scale: the one given, or [T] fp32. If asymmetric, zero_point: [T] int32.
 
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
-    _check_rows("gelu_quantize", x, smooth_inv, scale, zero_point)
-    codes, scales = _gelu_quantize(x, smooth_inv, scale, zero_point)
-    return codes, scales if scale is None else scale
+    op = "gelu_quantize"
+    checks_rows.check_rows(op, x, smooth_inv, asymmetric)
+    checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
+    checks_rows.check_shift(op, x, group_shift, group_index)
+    codes, scales, zeros = _gelu_quantize(
+        x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric
+    )
+    return _given_or_made(codes, scales, zeros, scale, asymmetric)
 
 
 def adaln_quantize(
@@ -52,13 +66,14 @@ def adaln_quantize(
     scale: torch.Tensor | None = None,
     zero_point: torch.Tensor | None = None,
     values_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    asymmetric: bool = False,
+) -> tuple[Any, ...]:
     """Adaptive layer norm in canonical form (HTG, arXiv:2503.06930, Eq. 11), then int8 codes.
 
     y = (x - mean) / sqrt(variance + eps) * multiplier + (shift - group_shift[group]), all fp32, without affine
-    parameters; then `quantize_per_token(y, smooth_inv)` or `quantize_static(y, scale, zero_point, smooth_inv)`, bit
-    for bit. The sums of mean and variance may be taken in any order, so y may differ in its last bits from device to
-    device.
+    parameters; then `quantize_per_token(y, smooth_inv)`, asymmetric or not, or `quantize_static(y, scale, zero_point,
+    smooth_inv)`, bit for bit. The sums of mean and variance may be taken in any order, so y may differ in its last
+    bits from device to device.
 
     Args:
         x: [T, K] fp32 | fp16 | bf16, rows contiguous, finite. The residual stream.
@@ -72,15 +87,18 @@ def adaln_quantize(
         scale: [1] fp32, positive, for static codes; absent for a scale per token.
         zero_point: [1] int32 in [-128, 127]; goes with scale.
         values_dtype: fp32 | fp16 | bf16: return y too, before smooth_inv. Absent: it is never written.
+        asymmetric: as in `quantize_per_token`; not together with scale.
 
     Returns:
-        q: [T, K] int8. scale: the one given, or [T] fp32. y: [T, K] values_dtype, or None.
+        q: [T, K] int8. scale: the one given, or [T] fp32. If asymmetric, zero_point: [T] int32. y: [T, K]
+        values_dtype, or None.
 
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
     op = "adaln_quantize"
-    _check_rows(op, x, smooth_inv, scale, zero_point)
+    checks_rows.check_rows(op, x, smooth_inv, asymmetric)
+    checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
     samples = multiplier.shape[0] if multiplier.dim() else 0
     named = [("multiplier", multiplier, samples), ("shift", shift, samples)]
     if (group_shift is None) != (group_index is None):
@@ -99,49 +117,29 @@ def adaln_quantize(
                 f"{op}: {name} must be [{rows}, {x.shape[1]}] with one row a sample, got "
                 f"{list(tensor.shape)}; pass the modulation of this block"
             )
-    if group_shift is not None and not group_shift.is_contiguous():
-        raise ValueError(
-            f"{op}: group_shift must be contiguous, got strides {tuple(group_shift.stride())}; "
-            "call .contiguous()"
-        )
+    if group_shift is not None:
+        checks_rows.check_contiguous_shift(op, group_shift)
     checks_gemm.check_samples(op, "multiplier", samples, x.shape[0])
     if values_dtype is not None:
         checks.check_out_dtype(op, values_dtype)
-    codes, scales, values = _adaln_quantize(
-        x,
-        multiplier,
-        shift,
-        eps,
-        smooth_inv,
-        group_shift,
-        group_index,
-        scale,
-        zero_point,
-        values_dtype,
-    )
-    return codes, scales if scale is None else scale, None if values_dtype is None else values
+    codes, scales, zeros, values = _adaln_quantize(
+        x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype, asymmetric
+    )  # fmt: skip
+    made = _given_or_made(codes, scales, zeros, scale, asymmetric)
+    return *made, None if values_dtype is None else values
 
 
-def _check_rows(
-    op: str,
-    x: torch.Tensor,
-    smooth_inv: torch.Tensor | None,
+def _given_or_made(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
     scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-) -> None:
-    checks.check_matrix(op, "x", x, checks.FLOATS, "[T, K]")
-    checks.check_accumulator(op, x.shape[1], asymmetric=False)  # codes no GEMM could take
-    if smooth_inv is not None:
-        checks.check_vector(op, "smooth_inv", smooth_inv, torch.float32, (x.shape[1],), like=x)
-    if (scale is None) != (zero_point is None):
-        missing = "scale" if scale is None else "zero_point"
-        raise ValueError(
-            f"{op}: scale and zero_point go together, {missing} is missing; pass both for static codes, "
-            "neither for a scale per token"
-        )
-    if scale is not None and zero_point is not None:
-        checks.check_vector(op, "scale", scale, torch.float32, (1,), like=x)
-        checks.check_vector(op, "zero_point", zero_point, torch.int32, (1,), like=x)
+    asymmetric: bool,
+) -> tuple[torch.Tensor, ...]:
+    """What the callers of both ops get of what the ops return, some of it empty."""
+    if asymmetric:
+        return codes, scales, zeros
+    return codes, scales if scale is None else scale
 
 
 @torch.library.custom_op("ditq::gelu_quantize", mutates_args=())
@@ -150,14 +148,17 @@ def _gelu_quantize(
     smooth_inv: torch.Tensor | None,
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     run = implementation("gelu_quantize", x.device, reference_fused.gelu_quantize)
-    return run(x, smooth_inv, scale, zero_point)
+    return run(x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric)
 
 
 @_gelu_quantize.register_fake
-def _(x, smooth_inv, scale, zero_point):
-    return x.new_empty(x.shape, dtype=torch.int8), _scales(x, scale)
+def _(x, smooth_inv, scale, zero_point, group_shift=None, group_index=None, asymmetric=False):
+    return _fake_codes(x, scale, asymmetric)
 
 
 @torch.library.custom_op("ditq::adaln_quantize", mutates_args=())
@@ -172,31 +173,30 @@ def _adaln_quantize(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     values_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     run = implementation("adaln_quantize", x.device, reference_fused.adaln_quantize)
     return run(
-        x,
-        multiplier,
-        shift,
-        eps,
-        smooth_inv,
-        group_shift,
-        group_index,
-        scale,
-        zero_point,
-        values_dtype,
-    )
+        x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype, asymmetric
+    )  # fmt: skip
 
 
 @_adaln_quantize.register_fake
 def _(
-    x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype
-):
+    x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype,
+    asymmetric=False,
+):  # fmt: skip
     num_values = 0 if values_dtype is None else x.shape[0]
     values = x.new_empty((num_values, x.shape[1]), dtype=values_dtype or torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), _scales(x, scale), values
+    return *_fake_codes(x, scale, asymmetric), values
 
 
-def _scales(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """One scale a row, none if one is given."""
-    return x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
+def _fake_codes(x, scale, asymmetric):
+    """Codes, a scale a row unless one is given, a zero point a row if asymmetric."""
+    num_scales = x.shape[0] if scale is None else 0
+    num_zeros = x.shape[0] if asymmetric else 0
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(num_scales, dtype=torch.float32),
+        x.new_empty(num_zeros, dtype=torch.int32),
+    )

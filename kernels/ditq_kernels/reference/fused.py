@@ -8,6 +8,7 @@ import torch
 from ditq_kernels.codes import numerics, packing
 from ditq_kernels.reference import linear as reference
 
+Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # with scales and zero points
 ALIGNED_TOKENS = 16  # codes that one instruction loads or stores
 
 
@@ -131,9 +132,13 @@ def gelu_quantize(
     smooth_inv: torch.Tensor | None,
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int8 codes [T, K] of GELU, and one scale a row unless one is given."""
-    return _codes(gelu(x), smooth_inv, scale, zero_point)
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    asymmetric: bool = False,
+) -> Codes:
+    """Int8 codes [T, K] of GELU, and one scale a row unless one is given; zero points as `quantize_per_token`."""
+    y = reference.shifted(gelu(x), group_shift, group_index)
+    return _codes(y, smooth_inv, scale, zero_point, asymmetric)
 
 
 def adaln_quantize(
@@ -147,16 +152,17 @@ def adaln_quantize(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     values_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Int8 codes [T, K] of the modulated norm, scales as above, and its values if asked."""
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Int8 codes [T, K] of the modulated norm, scales and zero points as above, and its values if asked."""
     if group_shift is not None and group_index is not None:
         shift = shift - group_shift[group_index]
     y = torch.nn.functional.layer_norm(x.float(), x.shape[1:], eps=eps)
     _by_sample(y, multiplier).mul_(multiplier[:, None]).add_(shift[:, None])
-    codes, scales = _codes(y, smooth_inv, scale, zero_point)
+    codes = _codes(y, smooth_inv, scale, zero_point, asymmetric)
     if values_dtype is None:
-        return codes, scales, y.new_empty((0, x.shape[1]))
-    return codes, scales, y.to(values_dtype)
+        return *codes, y.new_empty((0, x.shape[1]))
+    return *codes, y.to(values_dtype)
 
 
 def _by_sample(y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -169,7 +175,9 @@ def _codes(
     smooth_inv: torch.Tensor | None,
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    asymmetric: bool,
+) -> Codes:
     if scale is None or zero_point is None:
-        return reference.quantize_per_token(x, smooth_inv)
-    return reference.quantize_static(x, scale, zero_point, smooth_inv), x.new_empty(0)
+        return reference.quantize_per_token(x, smooth_inv, asymmetric=asymmetric)
+    codes = reference.quantize_static(x, scale, zero_point, smooth_inv)
+    return codes, x.new_empty(0), codes.new_empty(0, dtype=torch.int32)

@@ -17,12 +17,21 @@ IEEE = ("none", "ieee")  # settings under which oneDNN multiplies fp32 as fp32
 
 
 def quantize_per_token(
-    x: torch.Tensor, smooth_inv: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int8 codes [T, K] and one symmetric scale a row [T]."""
-    x = smoothed(x, smooth_inv)
+    x: torch.Tensor,
+    smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    asymmetric: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Int8 codes [T, K], one scale a row [T], and one zero point a row [T] if asymmetric, else [0]."""
+    x = smoothed(shifted(x, group_shift, group_index), smooth_inv)
+    if asymmetric:
+        scale, zero_point = numerics.asymmetric_scale(x.amin(dim=1), x.amax(dim=1))
+        codes = numerics.quantize_asymmetric(x, scale[:, None], zero_point[:, None])
+        return codes.contiguous(), scale, zero_point
     scale = numerics.symmetric_scale(x.abs().amax(dim=1))
-    return numerics.quantize_symmetric(x, scale[:, None]).contiguous(), scale
+    codes = numerics.quantize_symmetric(x, scale[:, None])
+    return codes.contiguous(), scale, codes.new_empty(0, dtype=torch.int32)
 
 
 def quantize_static(
@@ -30,9 +39,12 @@ def quantize_static(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     smooth_inv: torch.Tensor | None,
+    group_shift: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Int8 codes [T, K] with one given scale, or one for each head [H] of K / H columns."""
-    heads = smoothed(x, smooth_inv).unflatten(1, (len(scale), -1))  # [T, H, D]
+    x = smoothed(shifted(x, group_shift, group_index), smooth_inv)
+    heads = x.unflatten(1, (len(scale), -1))  # [T, H, D]
     if zero_point is None:
         zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
     return numerics.quantize_asymmetric(heads, scale[:, None], zero_point).flatten(1).contiguous()
@@ -198,6 +210,16 @@ def exact_dtype(device: torch.device, largest: int) -> torch.dtype:
     precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     ieee = device.type == "cpu" and precision in IEEE
     return torch.float32 if ieee and largest <= 2**24 else torch.float64
+
+
+def shifted(
+    x: torch.Tensor, group_shift: torch.Tensor | None, group_index: torch.Tensor | None
+) -> torch.Tensor:
+    """Activations in fp32 minus the shift of each sample's group, or minus the only shift."""
+    x = x.float()
+    if group_shift is None:
+        return x
+    return x - (group_shift if group_index is None else by_sample(group_shift[group_index], len(x)))
 
 
 def smoothed(x: torch.Tensor, smooth_inv: torch.Tensor | None) -> torch.Tensor:

@@ -31,6 +31,7 @@ RESIDUAL = Residual("*bf16", "i32:16", "*fp32", "i32:16", "i32:16", YES)
 UNGATED = Residual("*bf16", "i32:16")
 # stages -> parts of the epilogue, and whether a launch takes the tiles for full registers
 STAGES: dict[str, tuple[dict[str, Any], bool]] = {
+    "asymmetric": ({"bias": GROUPED}, False),  # scales and zero points per token
     "grouped": ({"bias": GROUPED}, False),  # a tile has rows of one sample
     "gathered": ({"bias": GATHERED}, True),
     "low_rank": ({"bias": GATHERED, "low_rank": LOW_RANK}, True),
@@ -42,18 +43,22 @@ OUTPUTS = {"gelu_quantize": {"out_ptr": "*i8"}}  # types that are not those of o
 
 
 def epilogue_of(op: str, zero_point: bool) -> Epilogue:
-    """The epilogue of an offline GEMM; scales are per token without stages and one with them."""
+    """The epilogue of an offline GEMM; scales are per token without stages and of asymmetric tokens, else one."""
     _, _, stages = op.partition("+")
     zero = "*i32" if zero_point else None
-    per_token = NO if stages else YES
+    per_token = YES if stages in ("", "asymmetric") else NO
     scales = Scales("*fp32", "*fp32", zero, zero, per_token, per_token)
     parts = STAGES[stages][0] if stages else {"bias": Bias("*fp32")}
     return Epilogue(scales, **parts)
 
 
 def epilogue_of_real_groups(op: str, zero_point: bool) -> Epilogue:
-    """The same for the GEMM whose sums have weight scales and zero points in them: symmetric tokens, or one scale."""
-    scales = Scales("*fp32", None, None, None, NO if zero_point else YES, NO)
+    """The same for the GEMM whose sums have weight scales and zero points in them.
+
+    One scale with one zero point; else a scale per token.
+    """
+    one_scale = zero_point and not op.endswith("+asymmetric")
+    scales = Scales("*fp32", None, None, None, NO if one_scale else YES, NO)
     return epilogue_of(op, zero_point)._replace(scales=scales)
 
 

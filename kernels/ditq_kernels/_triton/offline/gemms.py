@@ -81,10 +81,11 @@ def lora_down_kernel(_: str, problem: Problem, config: tuning.TileConfig) -> Spe
 
 
 def w4a8_per_group_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Specialized:
-    """Symmetric tokens, or one calibrated scale and zero point: what formats run."""
+    """Symmetric tokens, one calibrated scale and zero point, or asymmetric tokens, as the op's name says."""
     span = prepared_w4g.kernel_span(problem.group_size)
     constants: dict[str, Any] = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
-    constants |= {"PER_TOKEN_ZERO": False, "EVEN_K": problem.in_features % span == 0, "INLINE_ASM": True}
+    constants |= {"PER_TOKEN_ZERO": op.endswith("+asymmetric"), "INLINE_ASM": True}
+    constants |= {"EVEN_K": problem.in_features % span == 0}
     constants |= {"epilogue": offline_epilogue.epilogue_of_real_groups(op, problem.zero_point)}
     if not problem.zero_point:
         constants |= {"zero_point_ptr": None, "weight_sum_ptr": None}

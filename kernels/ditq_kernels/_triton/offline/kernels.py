@@ -13,6 +13,8 @@ HEADS = tuple(
     Problem(keys, head_dim, zero_point=True) for head_dim in (72, 64, 128) for keys in (1024, 256)
 )
 QKVS = (Problem(8192, zero_point=True), Problem(256, zero_point=True))
+ASYMMETRIC = (Problem(8192, zero_point=True), Problem(16, zero_point=True))
+DISTINCT = (80, 89, 90)  # of kernels whose machine code for sm_86 is that for sm_89
 MODULATIONS = (Problem(16), Problem(64))
 ROW_KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
@@ -20,8 +22,20 @@ ROW_KERNELS = {
     "quantize_static+heads": OfflineKernel(
         ROWS[:2], rows.same_rows_as("quantize_static"), rows.heads_kernel
     ),
-    "gelu_quantize_per_token": OfflineKernel(ROWS, rows.same_rows_as("quantize_per_token"), rows.gelu_kernel),
-    "gelu_quantize_static": OfflineKernel(ROWS, rows.same_rows_as("quantize_static"), rows.gelu_kernel),
+    "quantize_per_token+shift_asymmetric": OfflineKernel(
+        ROWS, rows.same_rows_as("quantize_per_token"), rows.row_kernel, targets=DISTINCT
+    ),
+    "quantize_static+shift": OfflineKernel(
+        ROWS, rows.same_rows_as("quantize_static"), rows.row_kernel, targets=DISTINCT
+    ),
+    "gelu_quantize_per_token+shift_asymmetric": OfflineKernel(
+        ROWS, rows.same_rows_as("quantize_per_token"), rows.row_kernel, targets=DISTINCT
+    ),
+    "adaln_quantize_per_token+asymmetric": OfflineKernel(
+        ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel, targets=DISTINCT
+    ),
+    "gelu_quantize_per_token": OfflineKernel(ROWS, rows.same_rows_as("quantize_per_token"), rows.row_kernel),
+    "gelu_quantize_static": OfflineKernel(ROWS, rows.same_rows_as("quantize_static"), rows.row_kernel),
     "adaln_quantize_per_token": OfflineKernel(ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel),
     "adaln_quantize_static": OfflineKernel(ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel),
 }
@@ -49,7 +63,10 @@ COPIES = {
     ),
 }
 STAGED_GEMMS = {
-    f"{gemm}+{stages}": OfflineKernel(GEMMS[:2], epilogue.tiles_of, kernel, epilogue.OUTPUTS.get(stages, {}))
+    f"{gemm}+{stages}": OfflineKernel(
+        ASYMMETRIC if stages == "asymmetric" else GEMMS[:2], epilogue.tiles_of, kernel,
+        epilogue.OUTPUTS.get(stages, {}), DISTINCT if stages == "asymmetric" else None,
+    )
     for gemm, kernel, those in (
         ("gemm_w8a8", gemms.w8a8_kernel, epilogue.STAGES),
         ("gemm_w4a8", gemms.w4a8_kernel, epilogue.STAGES),

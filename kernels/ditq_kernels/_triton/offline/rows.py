@@ -6,35 +6,41 @@ Each function gives the jit function and its constants, for an op, a problem and
 from collections.abc import Callable
 from typing import Any
 
+from triton import language as tl
+
 from ditq_kernels._triton import adaln_quantize, quantize_per_token, quantize_static, w4_expand
 from ditq_kernels._triton.offline.problem import Problem, Specialized
-from ditq_kernels._triton.parts.rows import row_parts
+from ditq_kernels._triton.parts.rows import Before, row_parts
 from ditq_kernels.launch import tuning
 
 HEAD_DIM = 72  # of DiT-XL and PixArt
+# of a site whose transform its quantizer applies; a program has rows of one sample
+SHIFT = {
+    "group_shift": "*fp32", "group_index": "*i64", "rows_per_sample": "i32:16",
+    "one_sample": tl.constexpr(True), "smooth_inv": "*fp32",
+}  # fmt: skip
 
 
 def row_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
-    """A quantizer of rows."""
-    module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[op]
+    """A quantizer of rows, its stages before and zero points as the name of the op says."""
+    quantizer, _, stages = op.removeprefix("gelu_").partition("+")
+    module = {"quantize_per_token": quantize_per_token, "quantize_static": quantize_static}[quantizer]
     block_a, block_b = row_parts(problem.in_features)
-    constants: dict[str, Any] = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b}
-    constants |= {"smooth_inv_ptr": None, "GELU": False}
-    if op == "quantize_static":
+    before = Before(tl.constexpr(op.startswith("gelu_")))
+    if "shift" in stages:
+        before = before._replace(**SHIFT)
+    constants: dict[str, Any] = {"ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b, "before": before}
+    if quantizer == "quantize_static":
         constants["HEAD_DIM"] = 0
-    return getattr(module, f"_{op}_kernel"), constants
+    elif "asymmetric" not in stages:
+        constants["zero_point_ptr"] = None
+    return getattr(module, f"_{quantizer}_kernel"), constants
 
 
 def heads_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
     """A quantizer with a scale per head."""
     kernel, constants = row_kernel("quantize_static", problem, config)
     return kernel, constants | {"zero_point_ptr": None, "HEAD_DIM": HEAD_DIM}
-
-
-def gelu_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
-    """A quantizer behind GELU."""
-    kernel, constants = row_kernel(op.removeprefix("gelu_"), problem, config)
-    return kernel, constants | {"GELU": True}
 
 
 def w4_expand_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
@@ -50,7 +56,9 @@ def adaln_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Special
         "ROWS": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b, "ONE_SAMPLE": True,
         "smooth_inv_ptr": None, "group_shift_ptr": None, "group_index_ptr": None, "values_ptr": None,
     }  # fmt: skip
-    unused = ("in_scale_ptr", "zero_point_ptr") if op.endswith("per_token") else ("scale_ptr",)
+    unused = ["scale_ptr", "zero_point_ptr"]
+    if op.startswith("adaln_quantize_per_token"):
+        unused = ["in_scale_ptr", "in_zero_point_ptr"] + ["zero_point_ptr"] * (not op.endswith("+asymmetric"))
     return adaln_quantize._adaln_quantize_kernel, constants | dict.fromkeys(unused)
 
 
