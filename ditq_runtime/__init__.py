@@ -17,7 +17,8 @@ from ditq_runtime.host.on_import import after_import
 if TYPE_CHECKING:
     from ditq_runtime.errors import CheckpointError, FallbackError
     from ditq_runtime.format.checkpoint import FORMAT_VERSION
-    from ditq_runtime.format.scheme import LayerFormat, Scheme
+    from ditq_runtime.format.layer import LayerFormat
+    from ditq_runtime.format.scheme import Scheme
     from ditq_runtime.host.configure import configure
     from ditq_runtime.host.hub import push_to_hub
     from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
@@ -56,7 +57,7 @@ _HOME = {
     "DitqQuantizer": "host.plugin",
     "ExecutionReport": "report.execution",
     "FallbackError": "errors",
-    "LayerFormat": "format.scheme",
+    "LayerFormat": "format.layer",
     "LayerRun": "report.execution",
     "Prepared": "speed.prepare",
     "QuantLinear": "layers.linear",

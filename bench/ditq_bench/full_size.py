@@ -107,7 +107,8 @@ def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
 def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) -> dict[str, Any]:
     """Convert within CONVERSION_BUDGET; where its time went."""
     from ditq_converters import CalibrationStats, Recipe, convert
-    from ditq_runtime.format.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host.sizes import size_by_category
 
     opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
     profile = cProfile.Profile(time.process_time)

@@ -20,10 +20,10 @@ from torch import nn
 
 from ditq_kernels.checks.attention import HEAD_DIMS
 from ditq_runtime.attention.joint import TEXT, QuantJointAttnProcessor
-from ditq_runtime.attention.processor import CORE, IMAGE, QuantAttnProcessor
+from ditq_runtime.attention.processor import IMAGE, QuantAttnProcessor
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.errors import CheckpointError
-from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.format.attention import CORE, AttentionFormat
 
 JOINT = {  # what an Attention must be, so that projections, norms, softmax and outputs are all it does
     "group_norm": None,

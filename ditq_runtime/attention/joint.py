@@ -12,7 +12,8 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
-from ditq_runtime.attention.processor import CORE, IMAGE, LocalProcessor, key_mask_of, project
+from ditq_runtime.attention.processor import IMAGE, LocalProcessor, key_mask_of, project
+from ditq_runtime.format.attention import CORE
 
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
 

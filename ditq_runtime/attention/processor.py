@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-CORE = "core"  # name of the child that holds the scales
+from ditq_runtime.format.attention import CORE
+
 MASKED = -9984.0  # the bias of a masked key, -10000, in bf16: exp gives 0 for any logits below 4900
 Names = tuple[str, ...]
 IMAGE: tuple[Names, Names] = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")  # projections, norms

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.attention.processor import CORE, key_mask_of
+from ditq_runtime.attention.processor import key_mask_of
 from ditq_runtime.families.fused import (
     FLOAT_ATTENTION,
     Step,
@@ -23,7 +23,9 @@ from ditq_runtime.families.fused import (
     quantizer_step,
 )
 from ditq_runtime.families.fusible import is_hooked
-from ditq_runtime.layers.linear import Codes, QuantLinear
+from ditq_runtime.format.attention import CORE
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Codes
 
 QKV = ("to_q", "to_k", "to_v")
 
@@ -78,7 +80,7 @@ def add_output(
     """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes)."""
     to_out, context = attn.to_out[0], context.reshape(len(rows), -1)
     is_coded = context.dtype == torch.int8
-    codes = Codes(context, to_out.act_scale.data) if is_coded else to_out.quantize(context)
+    codes = to_out.site.codes_left(context) if is_coded else to_out.quantize(context)
     added: torch.Tensor = to_out.add_to(rows, gate, codes)
     return added
 
@@ -110,8 +112,8 @@ def _output_steps(block: nn.Module, name: str) -> list[Step]:
 def _static_output(attn: nn.Module) -> dict[str, Any]:
     """Arguments for a quantized attention to leave the codes that `to_out` reads; none where a scale per token does."""
     to_out = packed_linear(attn, "to_out.0")
-    coded = _own_core(attn) is not None and to_out.format.activations == "static"
-    return to_out.static_input() if coded else {}
+    coded = _own_core(attn) is not None and to_out.site is not None and to_out.site.leaves_codes
+    return to_out.site.output() if coded and to_out.site is not None else {}
 
 
 def _own_core(attn: nn.Module) -> Any:

@@ -12,8 +12,10 @@ from typing import Any
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from ditq_runtime.attention.processor import CORE, QuantAttnProcessor
+from ditq_runtime.attention.processor import QuantAttnProcessor
 from ditq_runtime.families.fused import Layout
+from ditq_runtime.format.attention import CORE
+from ditq_runtime.layers.linear import QuantLinear
 
 FUSION = "fusion"  # name of the `Fusion` in a block
 
@@ -75,7 +77,7 @@ def _moved(block: Any, layout: Layout) -> str:
         kind = type(part)
         if kind is not layout.parts[name]:
             return f"{name} is a {kind.__name__}"
-        if is_hooked(part):
+        if is_hooked(part) or (kind is QuantLinear and is_hooked(part.site)):
             return f"{name} has a hook (an adapter, offloading or a probe) and must run by itself"
         if kind is nn.Dropout and part.training and part.p:
             return f"{name} drops values in training"
@@ -91,8 +93,10 @@ def _moved(block: Any, layout: Layout) -> str:
     return ""
 
 
-def is_hooked(part: nn.Module) -> bool:
+def is_hooked(part: nn.Module | None) -> bool:
     """Somebody wants to see or change what the module does when it is called."""
+    if part is None:
+        return False
     return bool(part._forward_hooks or part._forward_pre_hooks or _has_own_forward(part))
 
 

@@ -87,7 +87,9 @@ def _table(block: nn.Module) -> BlockTable:
     wanted = [name for name in plain if not _is_embedder(name) and not _is_router(name)]
     modulations = {name: 1 for name in wanted if _is_modulation(name)}
     sites = tuple(
-        Site(name, (name,), OnTheFly(REASON, "-")) for name in wanted if name not in modulations
+        Site(name.replace(".", "_"), (name,), OnTheFly(REASON, "-"))
+        for name in wanted
+        if name not in modulations
     )
     return BlockTable(sites, modulations)
 

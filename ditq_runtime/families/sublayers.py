@@ -26,7 +26,6 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-import ditq_kernels as k
 from ditq_runtime.attention.install import PLAIN, not_plain
 from ditq_runtime.families.attend import (
     QKV,
@@ -45,7 +44,8 @@ from ditq_runtime.families.fused import (
     product_steps,
     quantizer_step,
 )
-from ditq_runtime.layers.linear import Codes, QuantLinear
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Codes
 
 ATTENTION = {
     "": Attention,
@@ -59,7 +59,6 @@ FEED_FORWARD = {
     ".net.1": nn.Dropout,
     ".net.2": QuantLinear,
 }
-SHARED = ("act_scale", "act_zero", "smooth_inv")  # what linears must agree on to read one input
 NO_NORMS = {**PLAIN, "norm_q": None, "norm_k": None}
 
 
@@ -157,7 +156,8 @@ class FeedForwardLayer:
         """The ops of that forward, in order."""
         fc1, fc2 = f"{self.ff}.net.0.proj", f"{self.ff}.net.2"
         found: list[Step] = [("adaln_quantize", fc1)]
-        if packed_linear(block, fc2).format.activations == "static":
+        site = packed_linear(block, fc2).site
+        if site is not None and site.leaves_codes:
             found += product_steps(block, fc1, "gemm_gelu_quantize")
         else:
             found += [*product_steps(block, fc1), ("gelu_quantize", fc2)]
@@ -175,21 +175,12 @@ def _affine(block: nn.Module, name: str) -> str:
 
 def _unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
     """Why linears of an attention cannot read one quantized input; empty if they can."""
-    first, *others = (packed_linear(block, f"{attn}.{name}") for name in names)
-    which = f"{', '.join(names[:-1])} and {names[-1]} of {attn}"
-    for other in others:
-        same_kind = [(layer.format.activations, layer.format.smooth) for layer in (first, other)]
-        if same_kind[0] != same_kind[1]:
-            return f"{which} quantize their input in different ways"
-        for name in SHARED:
-            if not hasattr(first, name):
-                continue
-            mine, theirs = getattr(first, name), getattr(other, name)
-            if mine.is_meta or theirs.is_meta:
-                return "its weights are offloaded"
-            if not torch.equal(mine, theirs):
-                return f"{which} have different {name}"
-    return ""
+    first, *others = (packed_linear(block, f"{attn}.{name}").site for name in names)
+    if all(site is first for site in others):
+        return ""
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} of {attn} quantize their input in different ways"
+    )
 
 
 def _adaln_codes(
@@ -200,9 +191,5 @@ def _adaln_codes(
     shift: torch.Tensor,
 ) -> Codes:
     """The quantized input of `consumer`, which reads LN(rows) * multiplier + shift."""
-    static: dict[str, Any] = {}
-    if consumer.format.activations == "static":
-        static = {"scale": consumer.act_scale.data, "zero_point": consumer.act_zero}
-    smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
-    q, scale, _ = k.adaln_quantize(rows, multiplier, shift, smooth_inv, eps=norm.eps, **static)
-    return Codes(q, scale)
+    assert consumer.site is not None
+    return consumer.site.of_adaln(rows, multiplier, shift, norm.eps)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from ditq_runtime.errors import CheckpointError
+from ditq_runtime.format.rules import Rule, check_record
 
+CORE = "core"  # name of the child of an attention that holds its scales
 VALUES = ("int8", "bf16")
 SCALES = ("token", "static")
+RULES = {"values": Rule(str, VALUES), "scales": Rule(str, SCALES)}
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,7 @@ class AttentionFormat:
 
     def __post_init__(self) -> None:
         """Refuse what no op runs."""
-        for field, choices in (("values", VALUES), ("scales", SCALES)):
-            if getattr(self, field) not in choices:
-                raise CheckpointError(
-                    f"attention format: {field} must be one of {choices}, got {getattr(self, field)!r}"
-                )
+        check_record(asdict(self), RULES, "attention format")
 
     @property
     def all_static(self) -> bool:

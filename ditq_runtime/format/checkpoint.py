@@ -1,38 +1,29 @@
-"""The packed checkpoint: its version, and everything that makes one unacceptable.
+"""The packed checkpoint as bytes: its version, and the headers of its files. docs/format.md describes them.
 
-A defect is refused twice over: file level from the headers, before a weight is read (names, shapes, dtypes,
-truncation), then value level on the loaded layers (non-finite or non-positive scales, codes out of range).
-docs/format.md describes the bytes.
+What makes a checkpoint unacceptable is refused twice: here and in `ditq_runtime.host.check` from the headers, before a
+weight is read (names, shapes, dtypes, truncation); then there, on the loaded modules, by value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-import ditq_kernels as k
-from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.errors import CheckpointError
+from ditq_runtime.format.rules import shown
 from ditq_runtime.format.safetensors_header import TensorInfo, read_header
-from ditq_runtime.layers.linear import QuantLinear
-from ditq_runtime.layers.pinned import Pinned
-from ditq_runtime.layers.timestep_groups import TimestepGroups
 
-FORMAT_VERSION = 1
-LAST_CODE = 15
-POSITIVE = ("weight_scale", "act_scale", "smooth_inv")
+FORMAT_VERSION = 2
+VERSIONS = (1, 2)  # that are read; version 1 is translated when it loads
 
 
 def check_version(version: Any) -> None:
     """Refuse a checkpoint of another format version."""
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in VERSIONS:
         raise CheckpointError(
-            f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}, the only one this ditq "
-            "reads; convert the model again, or install the ditq that wrote it"
+            f"quantization_config: format_version {shown(version)} is not one of {VERSIONS}, which this ditq reads; "
+            "convert the model again, or install the ditq that wrote it"
         )
 
 
@@ -49,123 +40,3 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path}: tensor {name} is stored in two shards")
             merged[name] = info
     return merged
-
-
-def check_tensors(
-    found: Mapping[str, TensorInfo], skeleton: nn.Module, absent: Iterable[str] = ()
-) -> None:
-    """Compare what the files hold with what the skeleton needs.
-
-    Args:
-        found: headers of the files.
-        skeleton: the model with its QuantLinear modules in place, on meta.
-        absent: prefixes of tensors that are stored elsewhere (a shared embedder) and must not be in the file.
-
-    Raises:
-        CheckpointError: names the first tensor that is missing, unknown, of another shape or of another dtype.
-    """
-    packed = {n for n, m in skeleton.named_modules() if isinstance(m, Pinned)}
-    expected = {
-        name: tensor
-        for name, tensor in skeleton.state_dict().items()
-        if not name.startswith(tuple(f"{prefix}." for prefix in absent))
-    }
-    for name in sorted(expected.keys() - found.keys()):
-        raise CheckpointError(
-            f"{name}: missing from the checkpoint; it is incomplete, convert or copy it again"
-        )
-    for name in sorted(found.keys() - expected.keys()):
-        raise CheckpointError(
-            f"{name}: unknown tensor in the checkpoint; its config.json does not list it"
-        )
-    for name, tensor in expected.items():
-        info = found[name]
-        if info.shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{name}: shape {list(info.shape)} in the checkpoint, {list(tensor.shape)} expected by config.json"
-            )
-        if name.rpartition(".")[0] in packed:
-            if info.dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"{name}: dtype {info.dtype} in the checkpoint, {tensor.dtype} expected"
-                )
-        elif info.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{name}: dtype {info.dtype} in the checkpoint, a {tensor.dtype} expected"
-            )
-
-
-def check_values(model: nn.Module) -> None:
-    """Refuse loaded tensors that cannot be what a converter wrote; names the tensor.
-
-    Raises:
-        CheckpointError: a non-finite float, a scale that is not positive, a code out of range, a weight sum that
-            is not the sum of its weights.
-    """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{name}: holds a value that is not finite; the checkpoint is damaged"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            _check_layer(name, module)
-        elif isinstance(module, QuantAttention):
-            _check_positive(name, module, list(module.format.tensors(module.heads)))
-        elif isinstance(module, TimestepGroups) and not bool((module.bounds.diff() > 0).all()):
-            raise CheckpointError(f"{name}.bounds: boundaries must rise; the checkpoint is damaged")
-
-
-def _check_layer(name: str, layer: QuantLinear) -> None:
-    _check_positive(name, layer, POSITIVE)
-    codes = _int8_weight(name, layer)
-    if layer.format.activations == "static":
-        if not -128 <= int(layer.act_zero) <= 127:
-            raise CheckpointError(f"{name}.act_zero: {int(layer.act_zero)} is outside [-128, 127]")
-        sums = layer.weight_sum.data  # [N], or [N, J] of groups
-        if codes is not None and not torch.equal(
-            codes.reshape(*sums.shape, -1).sum(-1).int(), sums
-        ):
-            raise CheckpointError(
-                f"{name}.weight_sum: not the row sums of {name}.weight; one of them is damaged"
-            )
-
-
-def _check_positive(name: str, module: nn.Module, fields: Iterable[str]) -> None:
-    for field in fields:
-        tensor = getattr(module, field, None)
-        if tensor is not None and not bool((tensor > 0).all()):
-            raise CheckpointError(
-                f"{name}.{field}: every scale must be positive; the checkpoint is damaged"
-            )
-
-
-def _int8_weight(name: str, layer: QuantLinear) -> torch.Tensor | None:
-    """The layer's integer weights [N, K], range-checked; None for fp32 weights."""
-    if layer.format.weights == "fp32":
-        return None
-    codes: torch.Tensor = layer.weight
-    if layer.format.weights == "w4g":
-        if bool((layer.weight_zero > LAST_CODE).any()):
-            raise CheckpointError(
-                f"{name}.weight_zero: a zero point is outside 0..{LAST_CODE}; the checkpoint is damaged"
-            )
-        return k.expand_w4g(layer.weight, layer.weight_zero)
-    if layer.format.weights == "w4p":
-        if bool((layer.group_scale == 0).any()):
-            raise CheckpointError(
-                f"{name}.group_scale: a group has scale 0; the checkpoint is damaged"
-            )
-        groups = layer.group_scale.shape[1]
-        nibbles = (
-            k.unpack_int4(layer.weight).reshape(layer.out_features, groups, -1).to(torch.int16)
-        )
-        codes = (
-            nibbles * layer.group_scale[..., None].to(torch.int16) + layer.group_offset[..., None]
-        )
-        codes = codes.reshape(layer.out_features, -1)
-    if bool(((codes < -127) | (codes > 127)).any()):
-        raise CheckpointError(
-            f"{name}.weight: an integer weight is outside [-127, 127]; the checkpoint is damaged"
-        )
-    return codes

@@ -1,4 +1,4 @@
-"""Look into a packed folder without loading it: where its files are, what they hold, how many bytes of what."""
+"""Look into a packed folder without loading it: where its files are and what they hold."""
 
 from __future__ import annotations
 
@@ -7,44 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.attention.processor import CORE
 from ditq_runtime.errors import CheckpointError
-from ditq_runtime.families import family_of
 from ditq_runtime.format.checkpoint import check_version, read_headers
 from ditq_runtime.format.safetensors_header import TensorInfo
 from ditq_runtime.format.scheme import Scheme
-from ditq_runtime.lora.folds import FOLDS
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
-CATEGORY_OF_FIELD = {
-    "weight": "block weights",
-    "group_scale": "group scales and offsets",
-    "group_offset": "group scales and offsets",
-    "weight_zero": "group scales and offsets",
-    "bias": "biases",
-    "weight_scale": "channel and activation scales",
-    "weight_sum": "channel and activation scales",
-    "act_scale": "channel and activation scales",
-    "act_zero": "channel and activation scales",
-    "smooth_inv": "channel and activation scales",
-    "q_scale": "channel and activation scales",
-    "k_scale": "channel and activation scales",
-    "v_scale": "channel and activation scales",
-    "lora_down": "low-rank branches",
-    "lora_up": "low-rank branches",
-}
-CATEGORIES = (
-    "block weights",
-    "modulation weights",
-    "group scales and offsets",
-    "channel and activation scales",
-    "biases",
-    "low-rank branches",
-    "folds",
-    "timestep and label embedder",
-    "other float",
-    "file headers",
-)
 
 
 @dataclass(frozen=True)
@@ -129,29 +97,3 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
             raise CheckpointError(
                 f"{folder / missing[0]}: missing, though {index.name} names it; copy it again"
             )
-
-
-def size_by_category(folder: TransformerFolder) -> dict[str, int]:
-    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`. Layers that `--keep` left float are other float."""
-    family, scheme = family_of(str(folder.config.get("_class_name"))), folder.scheme
-    sizes = dict.fromkeys(CATEGORIES, 0)
-    for name, info in folder.headers.items():
-        layer, _, field = name.rpartition(".")
-        layer_format = scheme.format_of(layer) if scheme and layer in scheme.layers else None
-        if family.shared_embedder and f".{family.shared_embedder}." in name:
-            category = "timestep and label embedder"
-        elif f".{FOLDS}." in name:
-            category = "folds"
-        elif scheme and layer.removesuffix(f".{CORE}") in scheme.attention:
-            category = CATEGORY_OF_FIELD[field]
-        elif layer_format is None or layer_format.weights == "fp32":
-            category = "other float"
-        elif field == "weight" and not layer_format.integer_gemm:
-            category = "modulation weights"
-        elif field in ("weight_scale", "weight_sum") and len(info.shape) == 2:  # one a group
-            category = "group scales and offsets"
-        else:
-            category = CATEGORY_OF_FIELD.get(field, "other float")
-        sizes[category] += info.nbytes
-    sizes["file headers"] = folder.nbytes - sum(sizes.values())
-    return sizes

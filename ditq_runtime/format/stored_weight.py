@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import ditq_kernels as k
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
 
 QuantizedWeight = k.W8 | k.W4P | k.W4G
 STORED = {  # tensor -> attribute of the quantized weight

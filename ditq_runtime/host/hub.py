@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.format.folder import TransformerFolder, open_folder, size_by_category
+from ditq_runtime.format.folder import TransformerFolder, open_folder
+from ditq_runtime.host.sizes import size_by_category
 
 CARD, GRID = "README.md", "samples.png"
 

@@ -15,12 +15,14 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.attention.install import unsupported
 from ditq_runtime.families import family_of, get_linear
+from ditq_runtime.families.placing import placed_sites
 from ditq_runtime.format.attention import AttentionFormat
-from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.format.layer import ZERO_POINT, LayerFormat
+from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.stored_weight import STORED, quantize_weight, stored_tensors
 
 WEIGHTS = ("w8", "w4p", "w4g")
-ACTIVATIONS = ("token",)
+ACTIVATIONS = ("token", "token_asym")
 ATTENTION = ("none", "int8", "bf16")
 
 
@@ -30,7 +32,7 @@ class Choice:
 
     Attributes:
         weights: `w8`, `w4p` or `w4g` (with zero points).
-        activations: `token`; a calibrated range needs `ditq convert`.
+        activations: `token` or `token_asym`; a calibrated range needs `ditq convert`.
         group_size: inputs per `w4p` or `w4g` group; lowered per layer to a divisor of its inputs.
         modulation: weights of the modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of layers and attentions that stay float.
@@ -101,7 +103,8 @@ def choose_formats(model: nn.Module, choice: Choice) -> Scheme:
                 f"DitqConfig: keep pattern {pattern!r} matches none of the {len(known)} quantized modules"
             )
     attention = _attention_formats(model, attentions, choice)
-    return Scheme.of(type(model).__name__, False, named, attention=attention)
+    sites = placed_sites(model, family, named)
+    return Scheme.of(type(model).__name__, False, named, sites, attention)
 
 
 def _attention_formats(
@@ -251,13 +254,18 @@ def weight_fields(layer_format: LayerFormat) -> tuple[str, ...]:
     """The stored tensors that a layer's float weight becomes."""
     if layer_format.weights == "fp32":
         return ("weight",)
-    return tuple(STORED[layer_format.weights])
+    sums = ("weight_sum",) if layer_format.activations in ZERO_POINT else ()
+    return (*STORED[layer_format.weights], *sums)
 
 
 def _quantize(weight: torch.Tensor, layer_format: LayerFormat) -> dict[str, torch.Tensor]:
     if layer_format.weights == "fp32":
         return {"weight": weight.float()}
-    return stored_tensors(quantize_weight(weight, layer_format), layer_format)
+    quantized = quantize_weight(weight, layer_format)
+    stored = stored_tensors(quantized, layer_format)
+    if layer_format.activations in ZERO_POINT:
+        stored["weight_sum"] = quantized.weight_sum()
+    return stored
 
 
 def _plus_one(bias: torch.Tensor, rows: list[slice]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ditq_runtime.families import family_of
 from ditq_runtime.families.fusible import examine, fusible_blocks
 from ditq_runtime.format import checkpoint
 from ditq_runtime.format.scheme import Scheme
-from ditq_runtime.host import skeleton
+from ditq_runtime.host import check, skeleton
 from ditq_runtime.host.guards import refuse_methods
 from ditq_runtime.host.on_the_fly import (
     Choice,
@@ -54,7 +54,7 @@ class DitqConfig(QuantizationConfigMixin):
         format_version: of the checkpoint.
         weights: quantize a float checkpoint on the fly: `w8`, `w4p` or `w4g`. This and the fields below are those of
             `ditq_runtime.host.on_the_fly.Choice`, and belong to a choice only.
-        activations: `token`.
+        activations: `token` or `token_asym`.
         group_size: inputs per `w4p` or `w4g` group.
         modulation: weights of the modulation linears; None: the same as `weights`.
         keep: glob patterns of layers and attentions that stay float.
@@ -201,7 +201,7 @@ class DitqQuantizer(DiffusersQuantizer):
         skeleton.install(model, scheme, self.compute_dtype)
         if self.pre_quantized:
             self.absent = skeleton.duplicate_embedders(model, scheme)
-            checkpoint.check_tensors(self.headers, model, self.absent)
+            check.check_tensors(self.headers, model, self.absent)
         _name_blocks(model)
         refuse_methods(model)
         model.register_to_config(quantization_config=self.quantization_config)
@@ -219,7 +219,7 @@ class DitqQuantizer(DiffusersQuantizer):
             left = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
             if left:
                 raise CheckpointError(f"{left[0]}: was not loaded; the checkpoint is incomplete")
-            checkpoint.check_values(model)
+            check.check_values(model)
             if not self.pre_quantized:
                 self._share_embedder(model)
         for block in fusible_blocks(model).values():

@@ -11,13 +11,15 @@ from ditq_runtime.attention import install as attention_install
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import BlockTable, Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
-from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.scheme import Scheme
+from ditq_runtime.host.sites import install_sites
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.modulation_table import ModulationTable
+from ditq_runtime.layers.site import Site
 from ditq_runtime.layers.timestep_freq import set_timestep_freq
 from ditq_runtime.layers.timestep_groups import TimestepGroups
 from ditq_runtime.layers.timestep_note import install_note
-from ditq_runtime.lora.folds import install_folds
 
 
 def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
@@ -41,12 +43,12 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
     }
     for name in scheme.layers:
         _swap(model, name, scheme.format_of(name), compute_dtype, wide_output=name in wide)
+    install_sites(model, scheme)
     grouped = []
     for name, table in tables.items():
         block = model.get_submodule(name)
         groups = _install_groups(name, block)
         _install_tables(block, table, groups)
-        install_folds(block, table, scheme.folds_of(name))
         if table.use_direct_multiplier is not None:
             table.use_direct_multiplier(block)
         grouped += [block] if groups is not None else []
@@ -106,18 +108,23 @@ def _family(model: nn.Module, scheme: Scheme) -> Family:
 
 def _install_groups(name: str, block: nn.Module) -> TimestepGroups | None:
     """Give a block with grouped layers the module that finds its current group, and its layers the place to look."""
-    grouped = [m for m in block.modules() if isinstance(m, QuantLinear) and m.format.groups > 1]
-    counts = {layer.format.groups for layer in grouped}
+    grouped: dict[QuantLinear | Site, int] = {}
+    for module in block.modules():
+        if isinstance(module, QuantLinear) and module.format.groups > 1:
+            grouped[module] = module.format.groups
+        elif isinstance(module, Site) and module.format.quantizer_shifts > 1:
+            grouped[module] = module.format.shifts
+    counts = set(grouped.values())
     if len(counts) > 1:
         raise CheckpointError(
-            f"{name}: its layers have {sorted(counts)} timestep groups, one number is needed"
+            f"{name}: its layers and sites have {sorted(counts)} timestep groups, one number is needed"
         )
     if not grouped:
         return None
     groups = TimestepGroups(counts.pop())
     setattr(block, TIMESTEP_GROUPS, groups)
-    for layer in grouped:
-        layer.group_index = groups.current
+    for module in grouped:
+        module.group_index = groups.current
     return groups
 
 

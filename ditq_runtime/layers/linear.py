@@ -6,22 +6,16 @@ Its scales, biases and other fp32 tensors stay fp32 through every dtype cast of 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.layers.pinned import Pinned
+from ditq_runtime.layers.site import Codes, Site
 from ditq_runtime.layers.timestep_groups import GroupIndex
-
-
-class Codes(NamedTuple):
-    """The quantized input of a linear: int8 codes [T, K], and fp32 steps, one a row [T] or one for all [1]."""
-
-    q: torch.Tensor
-    scale: torch.Tensor
 
 
 class QuantLinear(Pinned, nn.Linear):
@@ -33,6 +27,7 @@ class QuantLinear(Pinned, nn.Linear):
         wide_output: the output is fp32 whatever the compute dtype. True for modulation linears, because an AdaLN
             multiplier (1 + scale) / s in half precision costs as much as the quantization.
         folded: a producer absorbed a factor of its input, or its own rows were scaled for a consumer.
+        site: what it reads, which quantizes it; no submodule, as other linears may read it too. None: float input.
         group_index: where the block leaves its timestep group, for a layer with one bias per group.
     """
 
@@ -40,15 +35,13 @@ class QuantLinear(Pinned, nn.Linear):
     compute_dtype: torch.dtype
     wide_output: bool
     folded: bool
+    site: Site | None
     group_index: GroupIndex | None
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter
     group_scale: nn.Parameter
     group_offset: nn.Parameter
     weight_sum: nn.Parameter
-    act_scale: nn.Parameter
-    act_zero: nn.Parameter
-    smooth_inv: nn.Parameter
     lora_down: nn.Parameter
     lora_up: nn.Parameter
 
@@ -67,10 +60,15 @@ class QuantLinear(Pinned, nn.Linear):
         self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
         self.group_index = None
         self.folded = False
+        self.read(None)
         self.register_parameter("bias", None)
         for name, (dtype, shape) in layer_format.tensors(in_features, out_features).items():
             tensor = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def read(self, site: Site | None) -> None:
+        """Read a site; past `nn.Module`, which would register it as a submodule."""
+        self.__dict__["site"] = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer.
@@ -93,16 +91,14 @@ class QuantLinear(Pinned, nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def quantize(self, rows: torch.Tensor) -> Codes:
-        """The input rows [T, K], quantized as the format says: what the methods below read."""
-        smooth_inv = self.smooth_inv if self.format.smooth else None
-        if self.format.activations == "token":
-            return Codes(*k.quantize_per_token(rows, smooth_inv))
-        scale = self.act_scale.data
-        return Codes(k.quantize_static(rows, scale, self.act_zero, smooth_inv), scale)
+        """The input rows [T, K] as its site quantizes them: what the methods below read."""
+        assert self.site is not None
+        codes: Codes = self.site(rows)
+        return codes
 
     def multiply(self, codes: Codes, out_dtype: torch.dtype) -> torch.Tensor:
         """The layer [T, N] of a quantized input, with its branch and bias."""
-        q, scale = codes
+        q, scale = codes.q, codes.scale
         options: dict[str, Any] = {**self.epilogue(codes), "out_dtype": out_dtype}
         if self.format.weights == "w8":
             return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
@@ -128,21 +124,13 @@ class QuantLinear(Pinned, nn.Linear):
 
     def gelu_codes(self, consumer: QuantLinear, codes: Codes) -> Codes:
         """The quantized input of `consumer`, which reads GELU (tanh form) of this layer."""
-        if consumer.format.activations == "token":
-            smooth_inv = consumer.smooth_inv if consumer.format.smooth else None
-            return Codes(*k.gelu_quantize(self.multiply(codes, self.compute_dtype), smooth_inv))
-        out = consumer.static_input()
-        options = {**out, **self.epilogue(codes)}
+        site = consumer.site
+        assert site is not None
+        if not site.leaves_codes:
+            return site.of_gelu(self.multiply(codes, self.compute_dtype))
+        options = {**site.output(), **self.epilogue(codes)}
         q = k.gemm_gelu_quantize(codes.q, self.packed(), codes.scale, self.bias, **options)
-        return Codes(q, out["out_scale"])
-
-    def static_input(self) -> dict[str, Any]:
-        """Arguments of an op that leaves the codes this layer reads, where its activations are static."""
-        return {
-            "out_scale": self.act_scale.data,
-            "out_zero_point": self.act_zero,
-            "out_smooth_inv": self.smooth_inv if self.format.smooth else None,
-        }
+        return site.codes_left(q)
 
     def packed(self) -> k.W8 | k.W4P | k.W4G:
         """The weights of an integer layer, for ops that take any."""
@@ -154,12 +142,11 @@ class QuantLinear(Pinned, nn.Linear):
 
     def epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
         """What a GEMM adds to its product: zero point, bias per timestep group, low-rank branch."""
-        q, scale = codes
         options: dict[str, torch.Tensor] = {}
-        if self.format.activations == "static":
-            options = {"zero_point": self.act_zero, "weight_sum": self.weight_sum}
+        if codes.zero_point is not None:
+            options = {"zero_point": codes.zero_point, "weight_sum": self.weight_sum}
         if self.format.lora_rank:
-            zero_point = options.get("zero_point")
+            q, scale, zero_point = codes
             options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
             options["lora_up"] = self.lora_up
         if self.format.groups > 1:

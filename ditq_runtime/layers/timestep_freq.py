@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-SHIFT_OF = {"diffusers": 1, "dit": 0}  # mode -> `downscale_freq_shift` of diffusers' Timesteps
+from ditq_runtime.format.scheme import SHIFT_OF
 
 
 def get_timestep_freq(model: nn.Module) -> str:

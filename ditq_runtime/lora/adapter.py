@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families import AdaLN, BlockTable, Family, Site, ValueRows, family_of
 from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Site
 from ditq_runtime.layers.timestep_groups import GroupIndex
 from ditq_runtime.lora.file import Adapter, read_adapters
-from ditq_runtime.lora.folds import FOLDS, Fold
 
 ADAPTERS = "adapters"  # name of the module in a linear that holds its branches
 ADAPTER_OPS = ["aten.mm", "aten.mm"]  # what a branch runs: down, up
@@ -53,13 +52,13 @@ def load_lora(
     """
     model = _packed(target, "load_lora")
     adapters = read_adapters(source)
-    family = family_of(type(model).__name__)
+    folds = [m for m in model.modules() if isinstance(m, Site) and m.format.is_folded]
     linears: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     branches: list[tuple[Any, LoraBranch]] = []
     for layer, adapter in adapters.items():
         linear = linears.get(layer)
         _check(layer, linear, adapter, name)
-        branches.append((linear, _branch(model, family, layer, linear, adapter, scale)))
+        branches.append((linear, _branch(folds, layer, linear, adapter, scale)))
     for linear, branch in branches:
         if not hasattr(linear, ADAPTERS):
             setattr(linear, ADAPTERS, nn.ModuleDict())
@@ -144,19 +143,19 @@ def _add_branches(linear: nn.Module, args: tuple[Any, ...], output: torch.Tensor
 
 
 def _branch(
-    model: nn.Module, family: Family, layer: str, linear: Any, adapter: Adapter, scale: float
+    folds: list[Site], layer: str, linear: Any, adapter: Adapter, scale: float
 ) -> LoraBranch:
     """The folded adapter, in the dtype and on the device of its linear."""
-    down, up = adapter.down, adapter.up * (adapter.strength * scale)
-    bias = None if adapter.bias is None else adapter.bias[None] * (adapter.strength * scale)
-    for block, table in family.block_tables(model).items():
-        if layer.startswith(f"{block}."):
-            folds = getattr(model.get_submodule(block), FOLDS, {})
-            inside = layer.removeprefix(f"{block}.")
-            for site in table.sites:
-                if site.name in folds:
-                    fold: Any = folds[site.name]
-                    down, up, bias = _fold(table, site, fold, inside, down, up, bias)
+    strength = adapter.strength * scale
+    down, up = adapter.down, adapter.up * strength
+    bias = None if adapter.bias is None else adapter.bias[None] * strength
+    for site in folds:
+        if layer in site.format.readers:
+            down, bias = _of_reader(site, down, up, bias)
+    for site in folds:
+        if layer in site.format.producers and site.scale is not None:
+            rows = _row_factors(site, site.format.producers[layer], len(up))
+            up, bias = up * rows[:, None], None if bias is None else bias * rows
     device, dtype, groups = linear.weight.device, linear.weight.dtype, None
     if isinstance(linear, QuantLinear):
         dtype = torch.float32 if linear.wide_output else linear.compute_dtype
@@ -166,36 +165,24 @@ def _branch(
     return LoraBranch(down.to(device, dtype), up.to(device, dtype), bias, groups)
 
 
-Folded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+def _of_reader(
+    site: Site, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Down [r, K] and bias [1 or S, N] of the adapter of a linear that reads a folded site; all fp64."""
+    if site.fold_shift is not None:
+        term = site.fold_shift.double().cpu() @ down.t() @ up.t()  # B A z_g, [S, N]
+        bias = term if bias is None else bias + term
+    return (down if site.scale is None else down * site.scale.double().cpu()), bias
 
 
-def _fold(
-    table: BlockTable,
-    site: Site,
-    fold: Fold,
-    linear: str,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> Folded:
-    """What one site's fold does to the adapter of one linear of its block; down, up, bias [1 or G, N], all fp64."""
-    if linear in site.consumers:
-        if fold.shift is not None:
-            term = fold.shift.double().cpu() @ down.t() @ up.t()  # B A z_g, [S, N]
-            bias = term if bias is None else bias + term
-        down = down * fold.scale.double().cpu()
-    u = fold.inv_scale.cpu()
-    match site.producer:
-        case ValueRows(values) if linear in values:
-            u = u[: len(up)]
-            up, bias = up * u[:, None], None if bias is None else bias * u
-        case AdaLN(modulation) if linear == modulation:
-            rows = torch.ones(up.shape[0], dtype=torch.float64)
-            width = up.shape[0] // table.chunks(modulation)
-            for chunk in (site.producer.shift_chunk, site.producer.scale_chunk):
-                rows[chunk * width : (chunk + 1) * width] = u
-            up, bias = up * rows[:, None], None if bias is None else bias * rows
-    return down, up, bias
+def _row_factors(site: Site, begins: tuple[int, ...], num_rows: int) -> torch.Tensor:
+    """[N] fp64: what the fold of a site multiplied each row of a producer by."""
+    assert site.scale is not None
+    u, rows = 1 / site.scale.double().cpu(), torch.ones(num_rows, dtype=torch.float64)
+    for begin in begins:
+        part = rows[begin : begin + len(u)]
+        part.copy_(u[: len(part)])
+    return rows
 
 
 def _packed(target: Any, caller: str) -> Any:

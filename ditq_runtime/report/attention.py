@@ -11,10 +11,9 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.attention.install import PROCESSORS
-from ditq_runtime.attention.processor import CORE
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.errors import FallbackError
-from ditq_runtime.format.attention import VALUES, AttentionFormat
+from ditq_runtime.format.attention import CORE, VALUES, AttentionFormat
 
 NOT_LISTED = "float: the scheme does not list it"
 NO_SCALES = nn.Module()

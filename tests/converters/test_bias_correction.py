@@ -7,9 +7,11 @@ import torch
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
 from ditq_converters.convert.bias_correction import CHUNK, SampledRows, corrected_bias
 from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.quantize import quantize_linear
+from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors
 from ditq_runtime import QuantLinear
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
 
 K, N = 64, 24
 LIMITS = torch.tensor(-6.0), torch.tensor(9.0)
@@ -41,10 +43,10 @@ def test_a_constant_input_by_hand():
     linear = LinearTensors(weight, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
     layer_format = LayerFormat("w8", "static")
     limits = torch.tensor(-12.8), torch.tensor(12.7)  # steps of 0.1: the rows are exact
-    stored = quantize_linear(linear, layer_format, limits, None)
+    stored, quantizer = quantize_linear(linear, layer_format), quantizer_tensors(limits, None)
     assert stored["weight"].tolist() == [[127, 0], [0, 127]]
     rows = one_group(torch.tensor([[1.0, 10.0], [-1.0, 10.0]], dtype=torch.float64))
-    found = corrected_bias(linear, layer_format, stored, rows)
+    found = corrected_bias(linear, layer_format, stored, quantizer, rows)
     assert found.dtype == torch.float32
     # a product of 1270 in fp32, 0.1 is none of its numbers: 1270 * 2^-22
     torch.testing.assert_close(found, torch.tensor([5.0, 1.0]), rtol=0, atol=4e-4)
@@ -55,7 +57,8 @@ def test_it_is_the_mean_error_of_the_definition(activations):
     """X W^T - Xq Wq^T in fp64 from the codes, with quantizers written out."""
     linear, x = linear_of(), rows_of(90)
     layer_format = LayerFormat("w8", activations)
-    stored = quantize_linear(linear, layer_format, LIMITS, None)
+    stored = quantize_linear(linear, layer_format)
+    quantizer = quantizer_tensors(LIMITS if activations == "static" else None, None)
     rows = x.numpy().astype(np.float32)
     if activations == "token":
         scale = np.abs(rows).max(1, keepdims=True) / np.float32(127)
@@ -68,7 +71,7 @@ def test_it_is_the_mean_error_of_the_definition(activations):
     weight = stored["weight"].double() * stored["weight_scale"].double()[:, None]
     error = x.numpy() @ linear.weight.numpy().T - rounded @ weight.numpy().T
     expected = linear.bias[0] + torch.from_numpy(error.mean(0))
-    found = corrected_bias(linear, layer_format, stored, one_group(x))
+    found = corrected_bias(linear, layer_format, stored, quantizer, one_group(x))
     # sums of outputs below 100 in fp32: 100 * 2^-24 each; a code on the other side of a tie moves a mean by
     # scale * weight / 90 < 0.1 * 4 / 90
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-3)
@@ -82,14 +85,19 @@ def test_it_is_the_mean_error_of_the_definition(activations):
 def test_the_mean_output_of_the_layer_is_that_of_the_float_one(weights, activations, rank, smooth):
     linear, x = linear_of(), rows_of(CHUNK + 7)
     group = None if weights == "w8" else 32
-    layer_format = LayerFormat(weights, activations, group, smooth, lora_rank=rank)
+    layer_format = LayerFormat(weights, activations, group, lora_rank=rank)
     smooth_inv = torch.linspace(0.3, 2, K, dtype=torch.float64) if smooth else None
-    stored = quantize_linear(linear, layer_format, LIMITS, smooth_inv)
+    stored = quantize_linear(linear, layer_format)
+    quantizer = quantizer_tensors(LIMITS if activations == "static" else None, smooth_inv)
+    site = Site(K, SiteFormat(("linear",), activations, smooth=smooth))
+    site.load_state_dict(quantizer, assign=True)
+    corrected = corrected_bias(linear, layer_format, stored, quantizer, one_group(x))
     raw = (x / smooth_inv if smooth else x).float()
     truth = (x @ linear.weight.T + linear.bias).mean(0)
     errors = []
-    for bias in (stored["bias"], corrected_bias(linear, layer_format, stored, one_group(x))):
+    for bias in (stored["bias"], corrected):
         layer = QuantLinear(K, N, layer_format)
+        layer.read(site)
         layer.load_state_dict({**stored, "bias": bias}, assign=True)
         errors.append(float((layer(raw).double().mean(0) - truth).abs().max()))
     # outputs below 100, in fp32 to a few units of 2^-24 each
@@ -103,14 +111,14 @@ def test_every_group_by_its_own_rows_and_one_without_rows_by_all():
     x[:20] += 1
     group = torch.tensor([0] * 20 + [2] * 40)
     layer_format = LayerFormat("w4p", "token", 32, groups=3)
-    stored = quantize_linear(linear, layer_format, None, None)
-    found = corrected_bias(linear, layer_format, stored, SampledRows(x, group))
+    stored = quantize_linear(linear, layer_format)
+    found = corrected_bias(linear, layer_format, stored, {}, SampledRows(x, group))
     assert found.shape == (3, N)
     alone = LayerFormat("w4p", "token", 32)
     for row, chosen in ((2, group == 0), (1, group >= 0), (0, group == 2)):
         single = LinearTensors(linear.weight, linear.bias[row : row + 1])
-        packed = quantize_linear(single, alone, None, None)
-        expected = corrected_bias(single, alone, packed, one_group(x[chosen]))
+        packed = quantize_linear(single, alone)
+        expected = corrected_bias(single, alone, packed, {}, one_group(x[chosen]))
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-6)
     assert float((found[0] - linear.bias[0] - found[2] + linear.bias[2]).abs().max()) > 0.01
 
@@ -128,8 +136,8 @@ def stats(model, tmp_path_factory):
 
 def folded(packed, block, site, rows, group):
     """The rows as the site's linears get them, by the folds that the checkpoint keeps."""
-    tensors, prefix = packed.state_dict(), f"{block}.folds.{site}"
-    shift = tensors[f"{prefix}.shift"].double()
+    tensors, prefix = packed.state_dict(), f"{block}.ditq_sites.{site}"
+    shift = tensors[f"{prefix}.fold_shift"].double()
     shift = shift[group] if len(shift) > 1 else shift[0]
     return (rows - shift) / tensors[f"{prefix}.scale"].double()
 

@@ -10,6 +10,8 @@ from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
 from ditq_converters.evaluate.sqnr import subset
 from ditq_runtime import LayerFormat, QuantLinear
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
 
 PLAN = SamplingPlan((3, 207, 999), steps=2, guidance=2.0, seed=1, micro_batch=2)
 
@@ -129,12 +131,14 @@ def test_a_subset_has_the_first_samples(calls):
             assert torch.equal(getattr(ours, field), getattr(all_of_them, field)[:2])
 
 
-def static_linear(**kwargs):
-    layer = QuantLinear(4, 2, LayerFormat("w8", "static", **kwargs), device="cpu")
+def static_linear(smooth=False):
+    layer = QuantLinear(4, 2, LayerFormat("w8", "static"), device="cpu")
+    site = Site(4, SiteFormat(("linear",), "static", smooth=smooth), "cpu")
+    layer.read(site)
     for parameter in layer.parameters():
         parameter.data.zero_()
-    layer.act_scale.data.fill_(0.5)
-    layer.act_zero.data.fill_(-28)
+    site.act_scale.data.fill_(0.5)
+    site.act_zero.data.fill_(-28)
     return layer
 
 
@@ -154,7 +158,7 @@ def test_clipped_inputs_are_counted():
 
 def test_a_clip_is_judged_after_smoothing():
     layer = static_linear(smooth=True)
-    layer.smooth_inv.data.copy_(torch.tensor([1.0, 0.1, 10.0, 1.0]))
+    layer.site.smooth_inv.data.copy_(torch.tensor([1.0, 0.1, 10.0, 1.0]))
     with ClipCounter(torch.nn.Sequential(layer)) as counter:
         layer(torch.tensor([[60.0, 700.0, 10.0, 100.0]]))  # 60, 70, 100, 100
         assert counter.take().tolist() == [2 / 4]

@@ -10,7 +10,7 @@ from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.gptq import BLOCK, compensated_codes, error_feedback
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_runtime import QuantLinear
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
 
 FORMATS = [LayerFormat("w8", "token"), *(LayerFormat(w, "token", 32) for w in ("w4p", "w4g"))]
 
@@ -84,9 +84,9 @@ def test_inputs_without_correlation_give_the_nearest_codes(layer_format):
     weight[:, 9] *= 30
     source = LinearTensors(weight, torch.zeros(1, 24, dtype=torch.float64))
     diagonal = torch.diag(torch.linspace(0, 3, 160, dtype=torch.float64))
-    nearest = quantize_linear(source, layer_format, None, None)
-    compensated = quantize_linear(source, layer_format, None, None, error_feedback(diagonal))
-    silent = quantize_linear(source, layer_format, None, None, error_feedback(0 * diagonal))
+    nearest = quantize_linear(source, layer_format)
+    compensated = quantize_linear(source, layer_format, error_feedback(diagonal))
+    silent = quantize_linear(source, layer_format, error_feedback(0 * diagonal))
     for name, tensor in nearest.items():
         assert torch.equal(tensor, compensated[name]), name
         assert torch.equal(tensor, silent[name]), name
@@ -100,10 +100,9 @@ def test_the_output_error_on_the_rows_is_smaller_with_equal_scales(weights, rows
     group = None if weights == "w8" else 32
     layer_format = LayerFormat(weights, "static", group, lora_rank=rank)
     source = LinearTensors(weight, torch.zeros(1, 48, dtype=torch.float64))
-    limits = (torch.tensor(-1.0), torch.tensor(1.0))
     errors, stored = [], []
     for feedback in (None, error_feedback(x)):
-        tensors = quantize_linear(source, layer_format, limits, None, feedback)
+        tensors = quantize_linear(source, layer_format, feedback)
         layer = QuantLinear(160, 48, layer_format, device="cpu")
         layer.load_state_dict(tensors, assign=True)
         stands_for = layer.dequantized_weight().double()
@@ -164,8 +163,8 @@ def test_converted_layers_err_less_on_the_sampled_rows(model, method, activation
                 u = bias[rows] / (source[rows] + 1)
                 rows = slice(chunk * 64, (chunk + 1) * 64)
                 z = source[rows] - bias[rows] / u
-            elif layer.format.smooth:
-                u = layer.smooth_inv.double()
+            elif layer.site.smooth_inv is not None:
+                u = layer.site.smooth_inv.double()
             x = (stats.rows(f"transformer_blocks.1.{site}")[0].double().flatten(0, 1) - z) * u
             true = model.transformer_blocks[1].get_submodule(name).weight.double() / u
             error = (x @ (layer.dequantized_weight().double() - true).T).norm()

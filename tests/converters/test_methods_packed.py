@@ -14,7 +14,7 @@ from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.methods import METHODS
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
 
 STEPS = 30  # three timestep groups by default
 
@@ -212,7 +212,7 @@ def test_the_low_rank_branch_takes_up_weight_error(weights):
     for rank in (0, 8):
         group = 32 if weights == "w4p" else None
         layer_format = LayerFormat(weights, "token", group, lora_rank=rank)
-        stored = quantize_linear(source, layer_format, None, None)
+        stored = quantize_linear(source, layer_format)
         layer = ditq.QuantLinear(128, 96, layer_format, device="cpu")
         layer.load_state_dict(stored, assign=True)
         stands_for = layer.dequantized_weight().double()
@@ -230,7 +230,7 @@ def test_the_branch_runs_on_the_quantized_input():
     source = LinearTensors(weight, torch.randn(1, 40, generator=generator, dtype=torch.float64))
     layer_format = LayerFormat("w8", "token", lora_rank=4)
     layer = ditq.QuantLinear(64, 40, layer_format, device="cpu")
-    layer.load_state_dict(quantize_linear(source, layer_format, None, None), assign=True)
+    layer.load_state_dict(quantize_linear(source, layer_format), assign=True)
     x = torch.randn(5, 64, generator=generator)
     scale = x.abs().amax(1, keepdim=True) / 127
     seen = (torch.round(x / scale) * scale).double()

@@ -13,8 +13,9 @@ import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
-from ditq_runtime.format.folder import open_folder, size_by_category
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.host.sizes import size_by_category
 from ditq_runtime.host.skeleton import has_shared_embedder
 
 FAMILY = family_of("DiTTransformer2DModel")
@@ -150,7 +151,7 @@ def test_static_ranges_cover_the_calibration(packed, calibrated):
             )
             low, high = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
             for name in names:
-                layer = loaded.get_submodule(f"{block}.{name}")
+                layer = loaded.get_submodule(f"{block}.{name}").site
                 # fp32 rounding of the ends, of their difference and of the quotient
                 assert layer.act_scale.item() == pytest.approx((high - low) / 255, rel=1e-6)
                 assert abs(layer.act_zero.item() - (-low / layer.act_scale.item() - 128)) <= 0.5001
@@ -163,8 +164,9 @@ class FakeLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.dequantized_weight(), layer.bias
         self.kind = layer.format.activations
-        self.u = layer.smooth_inv if layer.format.smooth else None
-        self.static = (layer.act_scale, layer.act_zero) if self.kind == "static" else None
+        site = layer.site
+        self.u = None if site is None else site.smooth_inv
+        self.static = (site.act_scale, site.act_zero) if self.kind == "static" else None
         self.truth = None
 
     def steps(self, x):
@@ -334,7 +336,7 @@ def test_embedders_that_differ_in_one_bit_are_all_stored(make_dit, tmp_path):
     ("layer_format", "name"),
     [
         (LayerFormat("w8", "token"), "w8_token"),
-        (LayerFormat("w4p", "static", 64, smooth=True), "w4p64_static_smooth"),
+        (LayerFormat("w4p", "token_asym", 64), "w4p64_token_asym"),
         (LayerFormat("w8", "none"), "w8_weight_only"),
         (LayerFormat("w8", "token", bias=False), "w8_token_nobias"),
         (LayerFormat("fp32", "none"), "fp32"),

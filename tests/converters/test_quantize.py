@@ -6,9 +6,9 @@ import torch
 
 import ditq_kernels as k
 from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.quantize import quantize_linear, static_range
+from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, static_range
 from ditq_converters.methods import Transform
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
 
 
 def linear(rows=24, inputs=96, bias=True, seed=0):
@@ -39,7 +39,7 @@ def by_numpy(stored, group_size=None):
 
 def test_w8_codes_equal_numpy_and_err_by_half_a_step():
     source = linear()
-    stored = quantize_linear(source, LayerFormat("w8", "token"), None, None)
+    stored = quantize_linear(source, LayerFormat("w8", "token"))
     weight = source.weight.float().numpy()
     scale = np.maximum(np.abs(weight).max(1) / np.float32(127), np.float32(2.0**-40))
     codes = np.clip(np.rint(weight * (np.float32(1) / scale)[:, None]), -127, 127)
@@ -54,7 +54,7 @@ def test_w8_codes_equal_numpy_and_err_by_half_a_step():
 def test_w4p_bytes_mean_what_the_quantizer_meant(group_size):
     source = linear()
     layer_format = LayerFormat("w4p", "token", group_size)
-    stored = quantize_linear(source, layer_format, None, None)
+    stored = quantize_linear(source, layer_format)
     codes, real = by_numpy(stored, group_size)
     assert np.abs(codes).max() <= 127
     meant = k.quantize_weight_w4p(source.weight.float(), group_size).dequantize()
@@ -70,15 +70,12 @@ def test_w4p_bytes_mean_what_the_quantizer_meant(group_size):
 
 
 @pytest.mark.parametrize("weights", ["w8", "w4p"])
-@pytest.mark.parametrize("activations", ["token", "static", "none"])
+@pytest.mark.parametrize("activations", ["token", "token_asym", "static", "none"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_stored_tensors_are_those_of_the_format(weights, activations, bias):
     group = 32 if weights == "w4p" else None
-    smooth = activations != "none"
-    layer_format = LayerFormat(weights, activations, group, smooth, bias)
-    limits = (torch.tensor(-1.0), torch.tensor(3.0))
-    u = torch.full((96,), 0.5, dtype=torch.float64)
-    stored = quantize_linear(linear(bias=bias), layer_format, limits, u)
+    layer_format = LayerFormat(weights, activations, group, bias)
+    stored = quantize_linear(linear(bias=bias), layer_format)
     expected = layer_format.tensors(96, 24)
     assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()} == expected
     assert all(tensor.is_contiguous() for tensor in stored.values())
@@ -88,7 +85,7 @@ def test_the_stored_tensors_are_those_of_the_format(weights, activations, bias):
 def test_static_layers_store_scale_zero_and_row_sums(group_size):
     layer_format = LayerFormat("w4p" if group_size else "w8", "static", group_size)
     limits = (torch.tensor(-1.0), torch.tensor(3.0))
-    stored = quantize_linear(linear(), layer_format, limits, None)
+    stored = quantize_linear(linear(), layer_format) | quantizer_tensors(limits, None)
     # step 4 / 255; the code of zero is round(1 / step) = round(63.75) = 64, stored 64 - 128
     assert stored["act_scale"].item() == float(np.float32(4) / np.float32(255))
     assert stored["act_zero"].item() == -64
@@ -98,7 +95,7 @@ def test_static_layers_store_scale_zero_and_row_sums(group_size):
 
 def test_fp32_layers_store_the_folded_weight():
     source = linear()
-    stored = quantize_linear(source, LayerFormat("fp32", "none"), None, None)
+    stored = quantize_linear(source, LayerFormat("fp32", "none"))
     assert torch.equal(stored["weight"], source.weight.float())
     assert torch.equal(stored["bias"], source.bias[0].float())
     assert sorted(stored) == ["bias", "weight"]
@@ -106,8 +103,9 @@ def test_fp32_layers_store_the_folded_weight():
 
 def test_smooth_inv_is_stored_in_fp32():
     u = torch.linspace(1e-4, 1e4, 96, dtype=torch.float64)
-    stored = quantize_linear(linear(), LayerFormat("w8", "token", smooth=True), None, u)
+    stored = quantizer_tensors(None, u)
     assert torch.equal(stored["smooth_inv"], u.float())
+    assert [*stored] == ["smooth_inv"]
 
 
 def test_static_range_by_hand():
@@ -131,11 +129,11 @@ def test_weights_that_are_not_finite_in_fp32_are_refused(value, weights):
     source.weight[2, 2] = value
     layer_format = LayerFormat(weights, "none", 32 if weights == "w4p" else None)
     with pytest.raises(ValueError, match="finite"):
-        quantize_linear(source, layer_format, None, None)
+        quantize_linear(source, layer_format)
 
 
 def test_a_bias_that_is_not_finite_is_refused():
     source = linear()
     source.bias[0, 2] = torch.nan
     with pytest.raises(ValueError, match="finite"):
-        quantize_linear(source, LayerFormat("w8", "token"), None, None)
+        quantize_linear(source, LayerFormat("w8", "token"))

@@ -47,7 +47,7 @@ def numpy_search(method, x, low, high):
 
 def stored_range(layer):
     """Ends of the range that scale and zero point stand for."""
-    scale, zero = layer.act_scale.item(), layer.act_zero.item()
+    scale, zero = layer.site.act_scale.item(), layer.site.act_zero.item()
     return scale * (-128 - zero), scale * (127 - zero)
 
 
@@ -59,7 +59,7 @@ def test_the_range_is_searched_on_the_rows_of_all_calls(model, stats, method, si
     x = stats.rows(f"{BLOCK}.{site}")[0].double().numpy().ravel()
     low, high = (side.double().numpy() for side in stats.ranges(f"{BLOCK}.{site}"))
     expected = numpy_search(method, x, low.min(), high.max())
-    step = layer.act_scale.item()
+    step = layer.site.act_scale.item()
     # the zero point rounds: the ends may lie half a step off
     np.testing.assert_allclose(stored_range(layer), expected, rtol=0, atol=0.51 * step)
     width = max(expected[1], 0) - min(expected[0], 0)
@@ -81,7 +81,7 @@ def test_the_rows_are_those_after_shift_and_factor(model, stats):
     group = torch.tensor([int(t > bound) for t in stats.timesteps])
     x = ((rows - shift[group][:, None]) * u).numpy().ravel()
     expected = numpy_search("ptq4dit_pct", x, x.min(), x.max())
-    step = block.ff.net[0].proj.act_scale.item()
+    step = block.ff.net[0].proj.site.act_scale.item()
     np.testing.assert_allclose(
         stored_range(block.ff.net[0].proj), expected, rtol=0, atol=0.51 * step
     )
@@ -93,7 +93,7 @@ def test_meta_searches_its_one_call(model, stats):
     x = stats.rows(f"{BLOCK}.qkv")[0][0].double().numpy().ravel()
     expected = numpy_search("ptq4dit_pct", x, x.min(), x.max())
     np.testing.assert_allclose(
-        stored_range(layer), expected, rtol=0, atol=0.51 * layer.act_scale.item()
+        stored_range(layer), expected, rtol=0, atol=0.51 * layer.site.act_scale.item()
     )
 
 

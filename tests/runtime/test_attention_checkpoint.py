@@ -10,7 +10,8 @@ from diffusers import DiTTransformer2DModel
 
 from ditq_runtime import CheckpointError, Scheme
 from ditq_runtime.format.attention import AttentionFormat
-from ditq_runtime.format.folder import open_folder, size_by_category
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.host.sizes import size_by_category
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CORE = "transformer_blocks.1.attn1.core"

@@ -15,6 +15,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TWINS = {"F32": "I32", "I32": "F32", "I8": "U8", "U8": "I8"}  # other dtypes of the same size
 Q, FC2 = "transformer_blocks.1.attn1.to_q", "transformer_blocks.0.ff.net.2"
 MODULATION = "transformer_blocks.0.norm1.linear"
+SITE, FC2_SITE = "transformer_blocks.1.ditq_sites.qkv", "transformer_blocks.0.ditq_sites.fc2"
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def _damages(name, entry):
 
 @pytest.mark.parametrize(
     ("name", "part", "at_least"),
-    [("w8_static", "", 80), ("w4p_static", "1.ff.", 15), ("w4g_static", "1.attn1.", 20)],
+    [("w8_static", "", 80), ("w4p_static", "1.ff.", 12), ("w4g_static", "1.attn1.", 20)],
 )
 def test_with_any_one_tensor_damaged_it_is_refused_by_name(copy, take_apart, name, part, at_least):
     """All tensors of one recipe; of the others a part that holds every field which that one lacks."""
@@ -98,15 +99,18 @@ def test_with_any_one_tensor_damaged_it_is_refused_by_name(copy, take_apart, nam
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("field", ["weight_scale", "act_scale", "smooth_inv", "bias"])
-def test_a_packed_layer_in_another_float_dtype_is_refused(copy, take_apart, field, dtype):
+@pytest.mark.parametrize(
+    "tensor",
+    [f"{FC2}.weight_scale", f"{FC2}.bias", f"{FC2_SITE}.act_scale", f"{FC2_SITE}.smooth_inv"],
+)
+def test_a_packed_layer_in_another_float_dtype_is_refused(copy, take_apart, tensor, dtype):
     weights = take_apart(copy("w8_static") / WEIGHTS_FILE)
-    _, shape, data = weights.entries[f"{FC2}.{field}"]
+    _, shape, data = weights.entries[tensor]
     cast = torch.frombuffer(bytearray(data), dtype=torch.float32).to(dtype)
     label = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
-    weights.write({f"{FC2}.{field}": [label, shape, cast.view(torch.uint8).numpy().tobytes()]})
+    weights.write({tensor: [label, shape, cast.view(torch.uint8).numpy().tobytes()]})
     message = _why_refused(weights.path.parent)
-    assert message.startswith(f"{FC2}.{field}: dtype {dtype} in the checkpoint, torch.float32")
+    assert message.startswith(f"{tensor}: dtype {dtype} in the checkpoint, torch.float32")
 
 
 def _put(data, index, code, value):
@@ -121,10 +125,10 @@ def _put(data, index, code, value):
         ("w8_static", f"{Q}.weight_scale", "f", 0.0, "every scale must be positive"),
         ("w8_static", f"{Q}.weight_scale", "f", -1e-3, "every scale must be positive"),
         ("w8_static", f"{MODULATION}.weight_scale", "f", 0.0, "every scale must be positive"),
-        ("w8_static", f"{Q}.act_scale", "f", 0.0, "every scale must be positive"),
-        ("w8_static", f"{FC2}.smooth_inv", "f", -0.5, "every scale must be positive"),
-        ("w8_static", f"{Q}.act_zero", "i", 128, "128 is outside"),
-        ("w8_static", f"{Q}.act_zero", "i", -129, "-129 is outside"),
+        ("w8_static", f"{SITE}.act_scale", "f", 0.0, "every scale must be positive"),
+        ("w8_static", f"{FC2_SITE}.smooth_inv", "f", -0.5, "every scale must be positive"),
+        ("w8_static", f"{SITE}.act_zero", "i", 128, "128 is outside"),
+        ("w8_static", f"{SITE}.act_zero", "i", -129, "-129 is outside"),
         ("w8_static", f"{Q}.weight", "b", -128, "outside [-127, 127]"),
         ("w8_static", f"{MODULATION}.weight", "b", -128, "outside [-127, 127]"),
         ("w8_static", f"{Q}.weight_sum", "i", 12345, "not the row sums"),
@@ -222,9 +226,9 @@ def _group_size(size):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda q: q.update(format_version=2), "format_version 2 is not 1"),
-        (lambda q: q.update(format_version="1"), "format_version '1' is not 1"),
-        (lambda q: q.update(format_version=None), "format_version None is not 1"),
+        (lambda q: q.update(format_version=3), "format_version 3 is not one of (1, 2)"),
+        (lambda q: q.update(format_version="1"), "format_version '1' is not one of (1, 2)"),
+        (lambda q: q.update(format_version=None), "format_version None is not one of (1, 2)"),
         (lambda q: q.pop("format_version"), "format_version is missing"),
         (lambda q: q.pop("scheme"), "scheme is missing"),
         (lambda q: q.update(scheme=None), "scheme: expected an object"),
@@ -232,14 +236,17 @@ def _group_size(size):
         (lambda q: q["scheme"].update(extra=1), "scheme: missing keys [], unknown keys ['extra']"),
         (lambda q: q["scheme"].pop("layers"), "missing keys ['layers']"),
         (lambda q: q["scheme"]["layers"].popitem(), "unknown tensor"),
-        (lambda q: q["scheme"]["layers"].update(nowhere="w4p32_static"), "nowhere: listed"),
-        (lambda q: q["scheme"]["layers"].update(pos_embed="w4p32_static"), "pos_embed: listed"),
+        (lambda q: q["scheme"]["layers"].update(nowhere="w4p32_weight_only"), "nowhere: listed"),
+        (
+            lambda q: q["scheme"]["layers"].update(pos_embed="w4p32_weight_only"),
+            "pos_embed: listed",
+        ),
         (lambda q: q["scheme"]["layers"].update({Q: "w4p32_weight_only"}), f"{Q}."),
         (lambda q: q["scheme"].update(architecture="PixArt"), "written for PixArt, but config.js"),
         (lambda q: q["scheme"].update(shared_embedder=False), "norm1.emb."),
         (_group_size(128), "multiple of 32 that divides the 64 inputs, got 128"),
         (_group_size(48), "multiple of 32 that divides the 64 inputs, got 48"),
-        (_group_size(0), "multiple of 32 that divides the 64 inputs, got 0"),
+        (_group_size(0), "group_size must be a count of at least 1"),
         (_group_size(64), "group_"),
     ],
 )
@@ -333,7 +340,7 @@ def test_headers_of_all_shards_are_merged(sharded, take_apart):
     assert set(read_headers(map(str, files))) == expected
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1], True])
 def test_other_versions_are_refused_with_the_cure(version):
     check_version(FORMAT_VERSION)
     with pytest.raises(CheckpointError, match=r"convert the model again, or install the ditq"):
@@ -342,7 +349,7 @@ def test_other_versions_are_refused_with_the_cure(version):
 
 def test_damage_is_refused_in_half_precision_and_on_a_device_map_too(copy, take_apart):
     weights = take_apart(copy("w8_static") / WEIGHTS_FILE)
-    dtype, shape, _ = weights.entries[f"{Q}.act_scale"]
-    weights.write({f"{Q}.act_scale": [dtype, shape, struct.pack("<f", float("nan"))]})
-    assert f"{Q}.act_scale" in _why_refused(weights.path.parent, dtype=torch.bfloat16)
-    assert f"{Q}.act_scale" in _why_refused(weights.path.parent, device_map={"": "cpu"})
+    dtype, shape, _ = weights.entries[f"{SITE}.act_scale"]
+    weights.write({f"{SITE}.act_scale": [dtype, shape, struct.pack("<f", float("nan"))]})
+    assert f"{SITE}.act_scale" in _why_refused(weights.path.parent, dtype=torch.bfloat16)
+    assert f"{SITE}.act_scale" in _why_refused(weights.path.parent, device_map={"": "cpu"})

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from ditq_runtime import CheckpointError
-from ditq_runtime.format.folder import CATEGORIES, open_folder, size_by_category
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.host.sizes import CATEGORIES, size_by_category
 
 D, BLOCKS = 64, 2
 LINEARS = 4 * D * D + 2 * 4 * D * D  # weights of q, k, v, o, fc1, fc2 of a block
@@ -31,9 +32,9 @@ BIASES = 4 * (OUTPUTS + 6 * D)
                 "block weights": BLOCKS * LINEARS,
                 "modulation weights": BLOCKS * MODULATION + FINAL,
                 "group scales and offsets": 0,
-                # weight_scale and weight_sum, act_scale and act_zero of six linears, smooth_inv of fc2
+                # weight_scale and weight_sum of six linears, act_scale and act_zero of four sites, smooth_inv of fc2
                 "channel and activation scales": 4
-                * (BLOCKS * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D) + 2 * D),
+                * (BLOCKS * (2 * OUTPUTS + 6 * D + 4 * 2 + 4 * D) + 2 * D),
                 "biases": BLOCKS * BIASES + 4 * 2 * D,
                 "low-rank branches": 0,
                 "folds": BLOCKS * 3 * 4 * D,
@@ -48,7 +49,7 @@ BIASES = 4 * (OUTPUTS + 6 * D)
                 "modulation weights": BLOCKS * MODULATION // 2 + FINAL,
                 "group scales and offsets": BLOCKS * 2 * (LINEARS + MODULATION) // 32,
                 "channel and activation scales": 4
-                * (BLOCKS * (2 * OUTPUTS + 6 * D + 6 * 2 + 4 * D) + 2 * D),
+                * (BLOCKS * (2 * OUTPUTS + 6 * D + 4 * 2 + 4 * D) + 2 * D),
                 "biases": BLOCKS * BIASES + 4 * 2 * D,
                 "low-rank branches": 0,
                 "folds": BLOCKS * 3 * 4 * D,
@@ -90,7 +91,7 @@ def test_a_pipeline_folder_is_opened_at_its_transformer(packed_folder):
     assert folder.path == packed_folder("w8_static") / "transformer"
     assert folder.scheme is not None
     assert folder.scheme.architecture == "DiTTransformer2DModel"
-    assert folder.scheme.format_of("transformer_blocks.0.ff.net.2").smooth
+    assert folder.scheme.sites["transformer_blocks.0.fc2"].quantizer_smooths
     assert folder.quantization["recipe"]["method"] == "smoothquant"
     again = open_folder(str(packed_folder("w8_static") / "transformer"))
     assert again == folder

@@ -15,6 +15,7 @@ import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.families.adaln import HOISTED, HoistedModulation
 from ditq_runtime.families.fused import Layout
+from ditq_runtime.families.fusible import examine
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.report.fused import BlockRun
 
@@ -257,7 +258,7 @@ def test_in_bf16_the_mlp_half_moves_codes_by_less_than_its_roundings(make, recip
     stock = _block(block, m, torch.bfloat16).float()
     codes = fc2.quantize(seen["read"].reshape(-1, 4 * D))
     step = codes.scale[:, None]
-    smooth = fc2.smooth_inv if fc2.format.smooth else torch.ones(4 * D)
+    smooth = torch.ones(4 * D) if fc2.site.smooth_inv is None else fc2.site.smooth_inv
     moved = 2.13 * U * (1 + U) * (seen["x"].reshape(-1, 4 * D).abs() * smooth / step) + 1
     if recipe.activations == "token":
         moved = moved + 2.13 * U * 127
@@ -331,10 +332,15 @@ def test_the_report_names_the_fused_ops(make, recipe, family):
     assert [row.backend for row in report.layers] == [row.backend for row in stock.layers]
 
 
-def _caption_scale(model):
+def _caption_site(model):
     layer = model.get_submodule(f"{SECOND}.attn2.to_v")
-    state = model.state_dict() | {f"{SECOND}.attn2.to_v.act_scale": 2 * layer.act_scale}
-    model.load_state_dict(state)
+    layer.read(copy.deepcopy(layer.site))
+    examine(model.get_submodule(SECOND))
+
+
+def _site_probe(model):
+    layer = model.get_submodule(f"{SECOND}.attn1.to_q")
+    layer.site.register_forward_hook(lambda *_: None)
 
 
 def _cross_probe(model):
@@ -357,10 +363,10 @@ def _probe(model):
     model.get_submodule(f"{SECOND}.norm3").register_forward_hook(lambda *_: None)
 
 
-def _another_scale(model):
+def _another_site(model):
     layer = model.get_submodule(f"{SECOND}.attn1.to_k")
-    state = model.state_dict() | {f"{SECOND}.attn1.to_k.act_scale": 2 * layer.act_scale}
-    model.load_state_dict(state)
+    layer.read(copy.deepcopy(layer.site))
+    examine(model.get_submodule(SECOND))
 
 
 def _processor(model):
@@ -377,11 +383,16 @@ def _dropout(model):
     [
         ("dit", _adapter, f"{FC1} has a hook"),
         ("dit", _probe, "norm3 has a hook"),
-        ("dit", _another_scale, "to_q, to_k and to_v of attn1 have different act_scale"),
+        (
+            "dit",
+            _another_site,
+            "to_q, to_k and to_v of attn1 quantize their input in different ways",
+        ),
+        ("dit", _site_probe, "attn1.to_q has a hook"),
         ("dit", _processor, "attn1 has a processor AttnProcessor"),
         ("dit", _dropout, "attn1.to_out.1 drops values in training"),
         ("pixart", _adapter, f"{FC1} has a hook"),
-        ("pixart", _caption_scale, "to_k and to_v of attn2 have different act_scale"),
+        ("pixart", _caption_site, "to_k and to_v of attn2 quantize their input in different ways"),
         ("pixart", _cross_probe, "attn2.to_out.0 has a hook"),
         ("pixart", _cross_processor, "attn2 has a processor AttnProcessor"),
     ],

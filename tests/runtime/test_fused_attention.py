@@ -8,9 +8,9 @@ import ditq_runtime as ditq
 from ditq_bench.launches import launches_of
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.attention import quantized as attention
-from ditq_runtime.attention.processor import CORE
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.families.attend import has_one_gemm
+from ditq_runtime.format.attention import CORE
 
 BLOCKS, D, LINEARS = 2, 64, ("to_q", "to_k", "to_v", "to_out.0")
 FIRST = "transformer_blocks.0.attn1"

@@ -10,30 +10,32 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ditq_runtime import LayerFormat, QuantLinear
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
 
 K, N, GROUP = 96, 40, 32
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # roundings
 
 INTEGER = [
-    LayerFormat(weights, activations, GROUP if weights == "w4p" else None, smooth, bias)
-    for weights, activations, smooth, bias in itertools.product(
-        ("w8", "w4p"), ("token", "static"), (False, True), (False, True)
+    LayerFormat(weights, activations, GROUP if weights == "w4p" else None, bias)
+    for weights, activations, bias in itertools.product(
+        ("w8", "w4p"), ("token", "static"), (False, True)
     )
 ]
 FLOAT = [
     LayerFormat(weights, "none", GROUP if weights == "w4p" else None, bias=bias)
     for weights, bias in itertools.product(("w8", "w4p", "fp32"), (False, True))
 ]
-STATIC = LayerFormat("w4p", "static", GROUP, smooth=True)
+STATIC = LayerFormat("w4p", "static", GROUP)
 
 
 def _name(layer_format):
     parts = [layer_format.weights, layer_format.activations]
-    return "-".join(parts + ["smooth"] * layer_format.smooth + ["bias"] * layer_format.bias)
+    return "-".join(parts + ["bias"] * layer_format.bias)
 
 
-def _layer(layer_format, compute_dtype=torch.float32, wide_output=False):
-    """A layer and what it stands for, as numpy: integer weights (or real ones) and the other tensors."""
+def _layer(layer_format, compute_dtype=torch.float32, wide_output=False, smooth=True):
+    """A layer that reads a site of its own; and as numpy its integer (or real) weights and all tensors."""
     rng = np.random.default_rng(0)
     stored = {
         "weight_scale": rng.uniform(1e-3, 2e-3, N).astype(np.float32),
@@ -56,9 +58,14 @@ def _layer(layer_format, compute_dtype=torch.float32, wide_output=False):
         weight = stored["weight"] = rng.normal(size=(N, K)).astype(np.float32)
     stored["weight_sum"] = weight.sum(1).astype(np.int32)
 
-    layer = QuantLinear(K, N, layer_format, compute_dtype, "cpu", wide_output)
-    for name, parameter in layer.named_parameters():
-        parameter.data.copy_(torch.from_numpy(stored[name]))
+    layer, modules = QuantLinear(K, N, layer_format, compute_dtype, "cpu", wide_output), []
+    if layer_format.integer_gemm:
+        site_format = SiteFormat(("linear",), layer_format.activations, smooth=smooth)
+        modules.append(Site(K, site_format, "cpu"))
+        layer.read(modules[0])
+    for module in (layer, *modules):
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(torch.from_numpy(stored[name]))
     return layer, weight, stored
 
 
@@ -69,10 +76,10 @@ def _input(num_tokens=7, dtype=torch.float32):
     return x.to(dtype)
 
 
-def _codes(x, layer_format, stored):
+def _codes(x, layer_format, stored, smooth=True):
     """Activation codes minus zero point, and their step a token, in correctly rounded fp32 steps."""
     x = x.float().numpy()
-    if layer_format.smooth:
+    if smooth:
         x = x * stored["smooth_inv"]
     if layer_format.activations == "token":
         step = np.maximum(np.abs(x).max(1) / np.float32(127), np.float32(2.0**-40))
@@ -89,11 +96,12 @@ def _bias(layer_format, stored):
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("layer_format", INTEGER, ids=_name)
-def test_an_integer_layer_equals_fp64(layer_format, dtype):
-    layer, weight, stored = _layer(layer_format, dtype)
+def test_an_integer_layer_equals_fp64(layer_format, dtype, smooth):
+    layer, weight, stored = _layer(layer_format, dtype, smooth=smooth)
     x = _input(dtype=dtype)
-    codes, step = _codes(x, layer_format, stored)
+    codes, step = _codes(x, layer_format, stored, smooth)
     total = codes @ weight.T  # exact
     real_step = step.astype(np.float64)[:, None] * stored["weight_scale"].astype(np.float64)
     product = total * real_step
@@ -265,6 +273,7 @@ def test_a_state_dict_round_trip(layer_format, assign):
     assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == expected
     other = QuantLinear(K, N, layer_format, device="cpu")
     other.load_state_dict(state, assign=assign)
+    other.read(layer.site)
     assert torch.equal(other(_input()), layer(_input()))
 
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from ditq_runtime import LayerFormat, QuantLinear
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
 from ditq_runtime.layers.timestep_groups import GroupIndex
 
 K, N, GROUP = 96, 40, 32
 FORMATS = [
-    LayerFormat("w4g", activations, GROUP, smooth, bias)
-    for activations, smooth, bias in itertools.product(
-        ("token", "static"), (False, True), (False, True)
-    )
+    LayerFormat("w4g", activations, GROUP, bias)
+    for activations, bias in itertools.product(("token", "static"), (False, True))
 ]
 
 
-def layer_of(layer_format, dtype=torch.float32, bias=(N,)):
-    """A layer, and its stored tensors as numpy."""
+def layer_of(layer_format, dtype=torch.float32, bias=(N,), smooth=False):
+    """A layer that reads a site of its own, and its stored tensors as numpy."""
     rng = np.random.default_rng(0)
     groups = K // layer_format.group_size
     codes = rng.integers(0, 16, (N, K))
@@ -37,9 +37,14 @@ def layer_of(layer_format, dtype=torch.float32, bias=(N,)):
         "lora_down": rng.normal(size=(4, K)).astype(np.float32) / 8,
         "lora_up": rng.normal(size=(N, 4)).astype(np.float32) / 8,
     }
-    layer = QuantLinear(K, N, layer_format, dtype, "cpu")
-    for name, parameter in layer.named_parameters():
-        parameter.data.copy_(torch.from_numpy(stored[name]))
+    layer, modules = QuantLinear(K, N, layer_format, dtype, "cpu"), []
+    if layer_format.integer_gemm:
+        site_format = SiteFormat(("linear",), layer_format.activations, smooth=smooth)
+        modules.append(Site(K, site_format, "cpu"))
+        layer.read(modules[0])
+    for module in (layer, *modules):
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(torch.from_numpy(stored[name]))
     return layer, steps, stored
 
 
@@ -50,10 +55,10 @@ def rows(dtype=torch.float32):
     return x.to(dtype)
 
 
-def codes_of(x, layer_format, stored):
+def codes_of(x, layer_format, stored, smooth=False):
     """Activation codes minus zero point, [T, K] int64, and their steps [T] fp32."""
     x = x.float().numpy()
-    if layer_format.smooth:
+    if smooth:
         x = x * stored["smooth_inv"]
     zero, (low, high) = 0, (-127, 127)
     if layer_format.activations == "token":
@@ -73,11 +78,12 @@ def integer_product(codes, step, steps, stored):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("layer_format", FORMATS, ids=lambda f: f.name)
-def test_an_integer_layer_equals_numpy(layer_format, dtype):
-    layer, steps, stored = layer_of(layer_format, dtype)
+def test_an_integer_layer_equals_numpy(layer_format, dtype, smooth):
+    layer, steps, stored = layer_of(layer_format, dtype, smooth=smooth)
     x = rows(dtype)
-    y = integer_product(*codes_of(x, layer_format, stored), steps, stored)
+    y = integer_product(*codes_of(x, layer_format, stored, smooth), steps, stored)
     y = y + stored["bias"] if layer_format.bias else y
     assert torch.equal(layer(x), torch.from_numpy(y).to(dtype))
 

@@ -14,8 +14,8 @@ from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.methods import Transform
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
-from ditq_runtime.format.scheme import LayerFormat
-from ditq_runtime.lora.folds import FOLDS
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SITES, SiteFormat
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
 GROUPS, WIDTH = 3, 64
@@ -41,7 +41,7 @@ def _transforms(seed, shifts):
 def _fold_exactly(model, shifts):
     """A packed model with random folds and unquantized fp32 weights: equal to the float model up to fp32 rounding."""
     family = family_of(type(model).__name__)
-    tensors, formats, folds = {}, {}, {}
+    tensors, formats = {}, {}
     for i, (block, table) in enumerate(family.block_tables(model).items()):
         linears: dict[str, LinearTensors] = block_linears(model.get_submodule(block), table)
         transforms = _transforms(i, shifts)
@@ -53,11 +53,11 @@ def _fold_exactly(model, shifts):
             tensors[f"{block}.{name}.weight"] = linear.weight.float()
             tensors[f"{block}.{name}.bias"] = bias if groups > 1 else bias[0]
         for site, stored in stored_folds(linears, table, transforms).items():
-            tensors |= {f"{block}.{FOLDS}.{site}.{f}": t for f, t in stored.items()}
-            folds[f"{block}.{site}"] = len(stored.get("shift", ()))
+            tensors |= {f"{block}.{SITES}.{site}.{f}": t for f, t in stored.items()}
         if shifts:
             tensors[f"{block}.timestep_groups.bounds"] = BOUNDS
-    return pack_model(model, make_scheme(model, family, formats, folds), tensors, {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return pack_model(model, make_scheme(model, family, formats, shapes), tensors, {})
 
 
 def _with_peft(peft, model, seed=0, targets=TARGETS, **options):
@@ -109,11 +109,11 @@ def test_a_folded_adapter_is_the_float_models_update(peft, build_model, shifts, 
 
 @pytest.mark.parametrize("part", TARGETS)
 def test_leaving_out_the_fold_of_any_linear_shows(peft, build_model, part, monkeypatch):
-    """The oracle can tell: without `_fold` the same adapter is wrong on every folded linear."""
+    """The oracle can tell: without the folds the same adapter is wrong on every folded linear."""
     model = build_model()
     packed = _fold_exactly(model, True)
     tuned, _, state = _with_peft(peft, model, targets=[part])
-    monkeypatch.setattr("ditq_runtime.lora.adapter._fold", lambda *args: args[4:])
+    monkeypatch.setattr(SiteFormat, "is_folded", False)
     ditq.load_lora(packed, _state(state))
     error = _error(_run(packed, [400, 900]), _run(tuned, [400, 900]))
     assert (error < 2e-5) if part == "ff.net.2" else (error > 1e-3)

@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantiza
 
 from ditq_converters import Recipe, convert
 from ditq_runtime import CheckpointError, DitqConfig, QuantLinear, execution_report
-from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.host.on_the_fly import PackedView
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -149,7 +150,8 @@ def test_one_config_serves_two_models(float_folder, forward):
 def test_one_layer_is_held_at_a_time():
     """Iterating the view never holds two packed layers, and the float source is not copied."""
     rows, layers = 256, 40
-    scheme = Scheme.of("X", False, {f"l{i}": LayerFormat("w8", "token") for i in range(layers)})
+    formats = {f"l{i}": LayerFormat("w8", "token") for i in range(layers)}
+    scheme = Scheme.of("X", False, formats, {})
     source = {f"l{i}.weight": torch.randn(rows, 256) for i in range(layers)}
     view = PackedView(source, scheme)
     assert list(view)[:3] == ["l0.weight", "l0.weight_scale", "l1.weight"]
@@ -167,7 +169,10 @@ def test_one_layer_is_held_at_a_time():
         ({}, "give weights='w8', 'w4p' or 'w4g'"),
         ({"weights": "int8"}, "weights must be one of w8, w4p, w4g, got 'int8'"),
         ({"weights": "w8", "activations": "static"}, "need a calibration.*ditq convert"),
-        ({"weights": "w8", "activations": "fp8"}, "activations must be one of token, got 'fp8'"),
+        (
+            {"weights": "w8", "activations": "fp8"},
+            "activations must be one of token, token_asym, got",
+        ),
         ({"weights": "w4p", "group_size": 48}, "multiple of 32, got 48"),
         ({"weights": "w8", "modulation": "bf16"}, "modulation must be one of"),
         ({"weights": "w8", "keep": "*.to_q"}, "must be a tuple of patterns"),

@@ -202,7 +202,7 @@ def test_the_config_prints_and_is_json(packed_folder, load):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"format_version": 2}, "format_version 2 is not 1"),
+        ({"format_version": 3}, "format_version 3 is not one of"),
         ({"bits": 4}, r"unknown keys \['bits'\]"),
         ({"scheme": {"layers": {}}}, "scheme: missing keys"),
     ],

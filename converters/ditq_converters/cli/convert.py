@@ -128,7 +128,8 @@ def _convert(
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:
-    from ditq_runtime.format.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host.sizes import size_by_category
 
     folder = open_folder(out)
     sizes = size_by_category(folder)

@@ -95,7 +95,8 @@ def inspect_packed(path: str) -> dict[str, Any]:
     """Scheme, sizes and backends of a packed folder, from its headers alone."""
     import torch
 
-    from ditq_runtime.format.folder import open_folder, size_by_category
+    from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host.sizes import size_by_category
 
     folder = open_folder(path)
     scheme = folder.scheme

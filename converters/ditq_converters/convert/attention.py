@@ -14,9 +14,8 @@ from ditq_converters.methods import METHODS, BlockTransform, Transform, ranges
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import note
 from ditq_runtime.attention.install import unsupported
-from ditq_runtime.attention.processor import CORE
 from ditq_runtime.families import BlockTable, Family, ValueRows
-from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.format.attention import CORE, AttentionFormat
 
 
 @dataclass(frozen=True)

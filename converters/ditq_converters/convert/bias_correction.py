@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ditq_converters.convert.fold import LinearTensors
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Site
 
 CHUNK = 512  # rows whose outputs are held at once
 
@@ -35,6 +37,7 @@ def corrected_bias(
     linear: LinearTensors,
     layer_format: LayerFormat,
     stored: dict[str, torch.Tensor],
+    quantizer: dict[str, torch.Tensor],
     rows: SampledRows,
 ) -> torch.Tensor:
     """The bias with which the mean output on the rows is that of the float layer: b + mean(X W^T - Xq Wq^T).
@@ -46,6 +49,7 @@ def corrected_bias(
         linear: folded weight [N, K] and bias [G, N], fp64, groups by rising timestep.
         layer_format: of the packed layer.
         stored: its tensors.
+        quantizer: those of the site it reads, as far as the quantizer applies them.
         rows: inputs.
 
     Returns:
@@ -55,10 +59,14 @@ def corrected_bias(
     groups, (outputs, inputs) = len(linear.bias), linear.weight.shape
     layer = QuantLinear(inputs, outputs, replace(layer_format, bias=False, groups=1))
     layer.load_state_dict({n: t for n, t in stored.items() if n != "bias"}, assign=True)
+    smooth = "smooth_inv" in quantizer
+    site = Site(inputs, SiteFormat(("linear",), layer_format.activations, smooth=smooth))
+    site.load_state_dict(quantizer, assign=True)
+    layer.read(site)
     group = groups - 1 - rows.group if groups > 1 else torch.zeros_like(rows.group)
     total = torch.zeros(groups, outputs, dtype=torch.float64)
     for x, of in zip(rows.x.split(CHUNK), group.split(CHUNK), strict=True):
-        raw = x / stored["smooth_inv"].double() if layer_format.smooth else x
+        raw = x / quantizer["smooth_inv"].double() if smooth else x
         error = x @ linear.weight.T - layer(raw.float()).double()
         total.index_add_(0, of, error)
     count = torch.bincount(group, minlength=groups)[:, None]

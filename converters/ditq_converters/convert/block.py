@@ -11,7 +11,7 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.attention import static_scales
 from ditq_converters.convert.bias_correction import corrected_bias
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
-from ditq_converters.convert.quantize import quantize_linear, store_table
+from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, store_table
 from ditq_converters.methods import METHODS, BlockTransform
 from ditq_converters.plan.layers import LayerPlan
 from ditq_converters.plan.recipe import Recipe
@@ -19,8 +19,8 @@ from ditq_converters.sites.sites import Observed, group_bounds, observe, restric
 from ditq_runtime.families import Family
 from ditq_runtime.families.sites import TIMESTEP_GROUPS, get_linear
 from ditq_runtime.format.attention import AttentionFormat
-from ditq_runtime.format.scheme import LayerFormat
-from ditq_runtime.lora.folds import FOLDS
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SITES
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def convert_block(
     observed = observe(table, sites, choice, recipe)
     smooth_inv = fold_block(linears, table, choice.sites)
 
-    tensors, formats = {}, {}
+    site_of = {name: site.name for site in table.sites for name in site.consumers}
+    tensors, formats, quantizers = {}, {}, dict[str, dict[str, torch.Tensor]]()
     for name, linear in linears.items():
         if linear.bias is not None:
             linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
@@ -62,17 +63,22 @@ def convert_block(
             continue
         planned = plans[f"{block}.{name}"].format
         assert planned is not None
-        final, stored = convert_linear(
-            name, linear, planned, smooth_inv.get(name), observed, recipe
-        )
+        quantizer = quantizer_tensors(observed.act_range.get(name), smooth_inv.get(name))
+        if name in smooth_inv and not planned.integer_gemm:  # it reads the input as it is
+            linear.weight *= smooth_inv[name]
+        final, stored = convert_linear(name, linear, planned, quantizer, observed, recipe)
         tensors.update({f"{block}.{name}.{field}": tensor for field, tensor in stored.items()})
         formats[f"{block}.{name}"] = final
+        if final.integer_gemm:
+            quantizers[site_of[name]] = quantizer
     if choice.num_groups > 1 and needed is not None:
         timesteps = [family.timestep_scale * t for t in needed.timesteps]
         bounds = group_bounds(timesteps, choice.group_of_call)
         tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
-    for site, stored in stored_folds(linears, table, choice.sites).items():
-        tensors |= {f"{block}.{FOLDS}.{site}.{field}": tensor for field, tensor in stored.items()}
+    for kept in (quantizers, stored_folds(linears, table, choice.sites)):
+        for site, stored in kept.items():
+            prefix = f"{block}.{SITES}.{site}"
+            tensors |= {f"{prefix}.{field}": tensor for field, tensor in stored.items()}
     if needed is not None:
         module = model.get_submodule(block)
         tensors |= static_scales(module, block, table, attention, recipe, needed, choice)
@@ -83,7 +89,7 @@ def convert_final_modulation(model: nn.Module, planned: LayerPlan) -> PackedBloc
     """The linear that modulates the last norm: quantized as it is, nothing folds into it."""
     assert planned.format is not None
     linear = LinearTensors.of(get_linear(model, planned.name))
-    stored = quantize_linear(linear, planned.format, None, None)
+    stored = quantize_linear(linear, planned.format)
     tensors = {f"{planned.name}.{field}": tensor for field, tensor in stored.items()}
     return PackedBlock(tensors, {planned.name: planned.format})
 
@@ -92,19 +98,16 @@ def convert_linear(
     name: str,
     linear: LinearTensors,
     planned: LayerFormat,
-    smooth_inv: torch.Tensor | None,
+    quantizer: dict[str, torch.Tensor],
     observed: Observed,
     recipe: Recipe,
 ) -> tuple[LayerFormat, dict[str, torch.Tensor]]:
-    """One folded linear: its final format and its stored tensors."""
+    """One folded linear: its final format and its stored tensors; `quantizer` holds those of what it reads."""
     groups = 1 if linear.bias is None else linear.bias.shape[0]
-    final = replace(
-        planned, groups=groups, bias=linear.bias is not None, smooth=smooth_inv is not None
-    )
-    stored = quantize_linear(
-        linear, final, observed.act_range.get(name), smooth_inv, observed.feedback.get(name),
-        recipe.symmetric_weights,
-    )  # fmt: skip
+    final = replace(planned, groups=groups, bias=linear.bias is not None)
+    feedback = observed.feedback.get(name)
+    stored = quantize_linear(linear, final, feedback, recipe.symmetric_weights)
     if recipe.bias_correction and name in observed.rows and final.integer_gemm and final.bias:
-        stored["bias"] = corrected_bias(linear, final, stored, observed.rows[name]())
+        rows = observed.rows[name]()
+        stored["bias"] = corrected_bias(linear, final, stored, quantizer, rows)
     return final, stored

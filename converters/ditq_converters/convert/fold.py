@@ -110,7 +110,7 @@ def fold_block(
 def stored_folds(
     linears: Block, table: BlockTable, transforms: dict[str, Transform]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `shift` [S, K]; fp32.
+    """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `fold_shift` [S, K]; fp32.
 
     Shifts run by rising timestep, as the bias tables do.
     """
@@ -120,8 +120,10 @@ def stored_folds(
         shift, smooth = transform.shift, transform.smooth
         if isinstance(site.producer, OnTheFly) or (shift is None and smooth is None):
             continue
-        stored = {} if shift is None else {"shift": shift.flip(0).float()}
-        scale = torch.ones_like(stored["shift"][0]) if smooth is None else smooth.float().clone()
+        stored = {} if shift is None else {"fold_shift": shift.flip(0).float()}
+        scale = (
+            torch.ones_like(stored["fold_shift"][0]) if smooth is None else smooth.float().clone()
+        )
         if isinstance(site.producer, ValueRows):  # the quantizer applies what lies beyond V
             scale[len(linears[site.producer.values[0]].weight) :] = 1
         stored["scale"] = scale

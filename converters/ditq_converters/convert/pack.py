@@ -11,8 +11,10 @@ from torch import nn
 
 from ditq_converters.streaming.model import tensors_of
 from ditq_runtime.families import Family
+from ditq_runtime.families.placing import Shapes, placed_sites
 from ditq_runtime.format.attention import AttentionFormat
-from ditq_runtime.format.scheme import LayerFormat, Scheme
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.host import plugin, skeleton
 from ditq_runtime.layers.timestep_freq import get_timestep_freq
 
@@ -21,10 +23,10 @@ def make_scheme(
     model: nn.Module,
     family: Family,
     formats: dict[str, LayerFormat],
-    folds: dict[str, int],
+    shapes: Shapes,
     attention: dict[str, AttentionFormat] | None = None,
 ) -> Scheme:
-    """The scheme of full layer name -> format, `BLOCK.SITE` -> shifts, full attention name -> format.
+    """The scheme of full layer name -> format, stored tensor -> shape, full attention name -> format.
 
     The model's weights may be on disk.
     """
@@ -34,7 +36,8 @@ def make_scheme(
         return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors}
 
     shared = skeleton.has_shared_embedder(model, family, module)
-    scheme = Scheme.of(type(model).__name__, shared, formats, folds, attention)
+    sites = placed_sites(model, family, formats, shapes)
+    scheme = Scheme.of(type(model).__name__, shared, formats, sites, attention)
     return replace(scheme, timestep_freq=get_timestep_freq(model))
 
 

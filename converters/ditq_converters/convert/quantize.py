@@ -11,7 +11,7 @@ from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.gptq import compensated_codes
 from ditq_converters.methods import Transform, ranges
 from ditq_converters.methods.alternating import alternate
-from ditq_runtime.format.scheme import LayerFormat
+from ditq_runtime.format.layer import ZERO_POINT, LayerFormat
 from ditq_runtime.format.stored_weight import quantize_weight, stored_tensors
 
 
@@ -38,8 +38,6 @@ def static_range(
 def quantize_linear(
     linear: LinearTensors,
     layer_format: LayerFormat,
-    act_range: tuple[torch.Tensor, torch.Tensor] | None,
-    smooth_inv: torch.Tensor | None,
     feedback: torch.Tensor | None = None,
     symmetric: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -48,8 +46,6 @@ def quantize_linear(
     Args:
         linear: folded weight [N, K] and bias [G, N], fp64.
         layer_format: what to make.
-        act_range: low and high of its input, for static activations.
-        smooth_inv: [K] u = 1 / s that the layer multiplies its input by, where the format smooths on the fly.
         feedback: [K, K] of `gptq.error_feedback` for the folded input; None: round to nearest.
         symmetric: `w4g` weights without zero points.
 
@@ -76,19 +72,30 @@ def quantize_linear(
             quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
         tensors = stored_tensors(quantized, layer_format)
     tensors |= lora
-    if layer_format.activations == "static":
-        assert act_range is not None
-        tensors["act_scale"], tensors["act_zero"] = (
-            t.reshape(1) for t in k.asymmetric_scale(*act_range)
-        )
+    if layer_format.activations in ZERO_POINT:
         tensors["weight_sum"] = quantized.weight_sum()
-    if layer_format.smooth:
-        assert smooth_inv is not None
-        tensors["smooth_inv"] = smooth_inv.float()
     if layer_format.bias:
         assert bias is not None
         tensors["bias"] = bias[0] if layer_format.groups == 1 else bias
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def quantizer_tensors(
+    act_range: tuple[torch.Tensor, torch.Tensor] | None, smooth_inv: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Tensors of `SiteFormat.tensors` that a site's quantizer applies.
+
+    Args:
+        act_range: low and high of the transformed input, for static activations.
+        smooth_inv: [K] u = 1 / s that no producer absorbed.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    if act_range is not None:
+        scale, zero = k.asymmetric_scale(*act_range)
+        tensors = {"act_scale": scale.reshape(1), "act_zero": zero.reshape(1)}
+    if smooth_inv is not None:
+        tensors["smooth_inv"] = smooth_inv.float()
+    return tensors
 
 
 def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:

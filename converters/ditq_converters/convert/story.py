@@ -27,8 +27,7 @@ from ditq_converters.streaming.write import check_room, write_streamed
 from ditq_runtime.families import family_of
 from ditq_runtime.files import check_new
 from ditq_runtime.format.attention import AttentionFormat
-from ditq_runtime.format.scheme import LayerFormat
-from ditq_runtime.lora.folds import folds_in
+from ditq_runtime.format.layer import LayerFormat
 
 
 def convert(
@@ -120,8 +119,8 @@ def convert_in_memory(
             tensors |= packed_part.tensors
             formats |= packed_part.formats
             advance()
-    folds = folds_in({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    scheme = make_scheme(model, family, formats, folds, attention)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    scheme = make_scheme(model, family, formats, shapes, attention)
     return pack_model(model, scheme, tensors, made)
 
 
@@ -148,8 +147,7 @@ def convert_on_disk(
                 del packed_part
                 give_back()
                 advance()
-    folds = folds_in(done.shapes())
-    scheme = make_scheme(model, family, done.formats(parts), folds, attention)
+    scheme = make_scheme(model, family, done.formats(parts), done.shapes(), attention)
     return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
 
 

@@ -51,10 +51,11 @@ class ClipCounter:
 
     def _observer(self, row: int) -> Any:
         def observe(layer: QuantLinear, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            if layer.format.smooth:
-                x = x * layer.smooth_inv
-            code = (x * (1 / layer.act_scale)).round() + layer.act_zero
+            x, site = args[0].detach().float(), layer.site
+            assert site is not None
+            if site.smooth_inv is not None:
+                x = x * site.smooth_inv
+            code = (x * (1 / site.act_scale)).round() + site.act_zero
             outside = (code < LOWEST) | (code > HIGHEST)
             self._counts[row] += torch.tensor([float(outside.sum()), outside.numel()]).double()
 

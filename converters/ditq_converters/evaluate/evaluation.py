@@ -29,7 +29,8 @@ from ditq_converters.evaluate.sqnr import (
 )
 from ditq_converters.progress import progress_bar
 from ditq_runtime.files import check_new
-from ditq_runtime.format.folder import open_folder, size_by_category
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.host.sizes import size_by_category
 
 
 def evaluate(

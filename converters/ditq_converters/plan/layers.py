@@ -22,7 +22,7 @@ from ditq_runtime.families import (
     ValueRows,
     get_linear,
 )
-from ditq_runtime.format.scheme import GROUPED, LayerFormat
+from ditq_runtime.format.layer import GROUPED, LayerFormat
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ def _consumer(
         layer_format = LayerFormat("fp32", "none", bias=bias)
     else:
         group = _group_size(name, linear, recipe.weights, recipe.group_size)
-        on_the_fly = smooth and site.has_rest and METHODS[recipe.method].on_the_fly
         layer_format = LayerFormat(
-            recipe.weights, recipe.activations, group, on_the_fly, bias, lora_rank=recipe.rank
+            recipe.weights, recipe.activations, group, bias, lora_rank=recipe.rank
         )
     where = _where(site, recipe) if smooth else "no transform"
     return _plan(linear, name, site.name, kind_of(table, site), layer_format, where)

@@ -23,7 +23,8 @@ from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
 from ditq_runtime.files import write_json
-from ditq_runtime.format.folder import open_folder, size_by_category
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.host.sizes import size_by_category
 from ditq_runtime.report.execution import execution_report
 
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ditq_runtime.files import atomic_file, write_json
+from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.safetensors_header import read_header
-from ditq_runtime.format.scheme import LayerFormat
 
 SETTINGS = "conversion.json"
 

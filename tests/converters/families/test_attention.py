@@ -146,7 +146,7 @@ def test_static_scales_are_those_of_the_folded_operands(case, packed, name):
             for site in table.sites
             if isinstance(site.producer, ValueRows) and f"{module}.to_v" in site.producer.values
         )
-        folds = model.get_submodule(f"{block}.folds.{site}")
+        folds = model.get_submodule(f"{block}.ditq_sites.{site}")
         for operand in "qkv":
             low, high = (side.double() for side in case.stats.ranges(f"{attention}.{operand}"))
             if operand == "v":

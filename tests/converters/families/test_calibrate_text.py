@@ -154,12 +154,12 @@ def test_beyond_the_values_flux_keeps_what_the_method_leaves(calibrated):
     model, _, stats = calibrated("flux-dev")
     width = model.inner_dim
     smooth = convert(model, Recipe("smoothquant"), stats, quiet=True)
-    inverse = smooth.single_transformer_blocks[0].proj_out.smooth_inv
+    inverse = smooth.single_transformer_blocks[0].proj_out.site.smooth_inv
     assert bool((inverse[:width] == 1).all())
     assert bool((inverse[width:] != 1).any())
     for method in ("htg", "ptq4dit"):
         packed = convert(model, Recipe(method), stats, quiet=True)
-        assert not packed.single_transformer_blocks[0].proj_out.format.smooth
+        assert packed.single_transformer_blocks[0].proj_out.site.smooth_inv is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,8 +12,8 @@ from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.convert.quantize import store_table
 from ditq_converters.methods import Transform
 from ditq_runtime.families import AdaLN, OnTheFly, family_of
-from ditq_runtime.format.scheme import LayerFormat
-from ditq_runtime.lora.folds import FOLDS
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SITES, SiteFormat
 
 peft = pytest.importorskip("peft")
 NAMES = ["pixart-sigma", "sd3.5", "flux-dev"]
@@ -40,7 +40,7 @@ def random_transforms(block, table, generator):
 def fold_exactly(model):
     """A packed model with random folds in three timestep groups and unquantized weights."""
     family, generator = family_of(type(model).__name__), torch.Generator().manual_seed(0)
-    tensors, formats, folds = {}, {}, {}
+    tensors, formats = {}, {}
     for block, table in family.block_tables(model).items():
         module = model.get_submodule(block)
         linears, transforms = (
@@ -61,11 +61,11 @@ def fold_exactly(model):
                 formats[f"{block}.{name}"] = LayerFormat("fp32", "none", groups=len(bias))
             tensors |= {f"{block}.{name}.{field}": tensor for field, tensor in stored.items()}
         for site, stored in stored_folds(linears, table, transforms).items():
-            tensors |= {f"{block}.{FOLDS}.{site}.{f}": t for f, t in stored.items()}
-            folds[f"{block}.{site}"] = len(stored.get("shift", ()))
+            tensors |= {f"{block}.{SITES}.{site}.{f}": t for f, t in stored.items()}
         bounds = family.timestep_scale * torch.tensor(BOUNDS)
         tensors[f"{block}.timestep_groups.bounds"] = bounds
-    return pack_model(model, make_scheme(model, family, formats, folds), tensors, {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return pack_model(model, make_scheme(model, family, formats, shapes), tensors, {})
 
 
 def linears_of(model):
@@ -114,7 +114,7 @@ def test_leaving_out_the_folds_shows(make_case, run, name, monkeypatch):
     model, inputs = make_case(name)
     packed = fold_exactly(model)
     tuned, state = with_peft(model, linears_of(model))
-    monkeypatch.setattr("ditq_runtime.lora.adapter._fold", lambda *args: args[4:])
+    monkeypatch.setattr(SiteFormat, "is_folded", False)
     ditq.load_lora(packed, state)
     assert error_of(run(packed, inputs), run(tuned, inputs)) > 1e-2
 

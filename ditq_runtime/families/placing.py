@@ -1,0 +1,74 @@
+"""The sites of a packed model by its family table: who reads each, and where its transform went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ditq_runtime.families.family import BlockTable, Family
+from ditq_runtime.families.sites import AdaLN, Site, ValueRows
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SITES, SiteFormat
+
+Shapes = Mapping[str, tuple[int, ...]]  # full name of a tensor -> its shape
+
+
+def placed_sites(
+    model: nn.Module,
+    family: Family,
+    formats: Mapping[str, LayerFormat],
+    shapes: Shapes | None = None,
+) -> dict[str, SiteFormat]:
+    """The sites of a scheme, `BLOCK.SITE` -> format.
+
+    Args:
+        model: a float or packed transformer; its weights are not read.
+        family: its table.
+        formats: full name of a layer -> its format.
+        shapes: of the tensors that are stored for the sites; none: nothing was transformed.
+    """
+    return {
+        f"{block}.{site.name}": found
+        for block, table in family.block_tables(model).items()
+        for site in table.sites
+        if (found := _placed(model, block, table, site, formats, shapes or {})) is not None
+    }
+
+
+def _placed(
+    model: nn.Module,
+    block: str,
+    table: BlockTable,
+    site: Site,
+    formats: Mapping[str, LayerFormat],
+    shapes: Shapes,
+) -> SiteFormat | None:
+    """None for a site that no stored layer reads, or that is float and untouched."""
+    readers = tuple(f"{block}.{name}" for name in site.consumers if f"{block}.{name}" in formats)
+    integer = (formats[name].activations for name in readers if formats[name].integer_gemm)
+    activations, prefix = next(integer, "none"), f"{block}.{SITES}.{site.name}"
+    smooths = f"{prefix}.smooth_inv" in shapes
+    scaled, shifts = f"{prefix}.scale" in shapes, shapes.get(f"{prefix}.fold_shift", (0,))[0]
+    if not readers or (activations == "none" and not scaled and not shifts):
+        return None
+    if not scaled and not shifts:
+        shifts = shapes.get(f"{prefix}.shift", (0,))[0]
+        return SiteFormat(readers, activations, smooth=smooths, shifts=shifts)
+    place = "adaln" if isinstance(site.producer, AdaLN) else "value"
+    producers = {f"{block}.{name}": rows for name, rows in _rows(model, block, table, site).items()}
+    return SiteFormat(readers, activations, place, scaled, shifts, smooths, producers)
+
+
+def _rows(
+    model: nn.Module, block: str, table: BlockTable, site: Site
+) -> dict[str, tuple[int, ...]]:
+    """Producer inside the block -> where the rows begin that a fold of the site scales."""
+    match site.producer:
+        case AdaLN(modulation, shift_chunk, scale_chunk):
+            reader: nn.Linear = model.get_submodule(f"{block}.{site.consumers[0]}")  # type: ignore[assignment]
+            width = reader.in_features
+            return {modulation: (shift_chunk * width, scale_chunk * width)}
+        case ValueRows(values):
+            return dict.fromkeys(values, (0,))
+    return {}

@@ -1,0 +1,148 @@
+"""Site: one input that linears share, and its quantizer.
+
+It stands in the block (`ditq_sites`), once; the linears that read it hold a reference that is no submodule of theirs
+and call it, so that hooks which move weights fire.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import ditq_kernels as k
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.pinned import Pinned
+from ditq_runtime.layers.timestep_groups import GroupIndex
+
+
+class Codes(NamedTuple):
+    """The quantized input of linears.
+
+    Attributes:
+        q: int8 [T, K].
+        scale: fp32, one a row [T], or one for all [1].
+        zero_point: int32, as many: the code of 0.0; None: 0.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+
+
+class Site(Pinned):
+    """The quantizer of x' = (x - shift[g]) * smooth_inv, as far as no producer absorbed it, and what one did absorb.
+
+    Attributes:
+        format: what is stored and where the transform went.
+        in_features: K.
+        group_index: where the block leaves its timestep group, for several shifts.
+        smooth_inv: fp32 [K] that the quantizer multiplies by.
+        shift: fp32 [S, K] that it subtracts first.
+        act_scale: fp32 [1], static activations.
+        act_zero: int32 [1], static activations.
+        scale: fp32 [K], the factor s that a producer absorbed as 1 / s; playback does not read it, adapters do.
+        fold_shift: fp32 [S, K], the shift that a producer absorbed; likewise.
+    """
+
+    smooth_inv: nn.Parameter | None
+    shift: nn.Parameter | None
+    act_scale: nn.Parameter
+    act_zero: nn.Parameter
+    scale: nn.Parameter | None
+    fold_shift: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, site_format: SiteFormat, device: torch.device | str = "meta"
+    ) -> None:
+        """Allocate the stored tensors, uninitialized."""
+        super().__init__()
+        self.in_features, self.format = in_features, site_format
+        self.group_index: GroupIndex | None = None
+        for name in ("smooth_inv", "shift", "scale", "fold_shift"):
+            self.register_parameter(name, None)
+        for name, (dtype, shape) in site_format.tensors(in_features).items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def is_static(self) -> bool:
+        """One calibrated scale and zero point quantize it."""
+        return self.format.activations == "static"
+
+    @property
+    def leaves_codes(self) -> bool:
+        """A GEMM or attention before it can leave its codes: static, nothing to subtract."""
+        return self.is_static and self.shift is None
+
+    def forward(self, rows: torch.Tensor) -> Codes:
+        """Quantize.
+
+        Args:
+            rows: [T, K] fp32 | fp16 | bf16, rows contiguous.
+
+        Returns:
+            Their codes.
+        """
+        if self.is_static:
+            scale = self.act_scale.data
+            options = self._subtraction(len(rows))
+            q = k.quantize_static(rows, scale, self.act_zero, self.smooth_inv, **options)
+            return Codes(q, scale, self.act_zero)
+        return Codes(*k.quantize_per_token(rows, self.smooth_inv, **self._token(len(rows))))
+
+    def of_gelu(self, rows: torch.Tensor) -> Codes:
+        """The codes of GELU (tanh form) of rows [T, K]."""
+        if self.is_static:
+            static = {"scale": self.act_scale.data, "zero_point": self.act_zero}
+            options = static | self._subtraction(len(rows))
+            q, scale = k.gelu_quantize(rows, self.smooth_inv, **options)
+            return Codes(q, scale, self.act_zero)
+        return Codes(*k.gelu_quantize(rows, self.smooth_inv, **self._token(len(rows))))
+
+    def of_adaln(
+        self, rows: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor, eps: float
+    ) -> Codes:
+        """The codes of LN(rows) * multiplier + shift: rows [T, K], the others [B, K] fp32."""
+        options = self._token(len(rows))
+        if self.is_static:
+            static = {"scale": self.act_scale.data, "zero_point": self.act_zero}
+            options = static | self._subtraction(len(rows))
+        *codes, _ = k.adaln_quantize(rows, multiplier, shift, self.smooth_inv, eps=eps, **options)
+        q, step, *zero_point = codes
+        return Codes(q, step, self.act_zero if self.is_static else next(iter(zero_point), None))
+
+    def output(self) -> dict[str, Any]:
+        """Arguments of an op before it that leaves its codes, where `leaves_codes`."""
+        return {
+            "out_scale": self.act_scale.data,
+            "out_zero_point": self.act_zero,
+            "out_smooth_inv": self.smooth_inv,
+        }
+
+    def codes_left(self, q: torch.Tensor) -> Codes:
+        """What such an op left."""
+        return Codes(q, self.act_scale.data, self.act_zero)
+
+    def _token(self, num_rows: int) -> dict[str, Any]:
+        options = self._subtraction(num_rows)
+        return (
+            options | {"asymmetric": True} if self.format.activations == "token_asym" else options
+        )
+
+    def _subtraction(self, num_rows: int) -> dict[str, Any]:
+        """Arguments of an op that subtracts the shift of each row's timestep group."""
+        if self.shift is None:
+            return {}
+        if self.format.shifts == 1:
+            return {"group_shift": self.shift}
+        assert self.group_index is not None
+        return {"group_shift": self.shift, "group_index": self.group_index.value}
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        shown = self.format
+        parts = [f"in_features={self.in_features}", shown.activations, f"place={shown.place}"]
+        parts += ["smooth"] * shown.smooth + [f"shifts={shown.shifts}"] * (shown.shifts > 0)
+        return ", ".join(parts)
