@@ -58,7 +58,7 @@ def test_the_names_are_these(package):
 def test_every_name_exists_and_says_what_it_is(package, name):
     value = getattr(package, name)
     if name == "FORMAT_VERSION":
-        assert value in (1, 2)
+        assert value == 2
         return
     if name == "__version__":
         assert value

@@ -6,11 +6,19 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families.family import BlockTable, Family
-from ditq_runtime.families.sites import AdaLN, Site, ValueRows
+from ditq_runtime.families.sites import AdaLN, NormWeights, OnTheFly, ProductRows, Site, ValueRows
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SITES, SiteFormat
 
+PLACES = {  # kind of producer -> where a fold into it stands
+    OnTheFly: "quantizer",
+    AdaLN: "adaln",
+    ValueRows: "value",
+    NormWeights: "norm",
+    ProductRows: "product",
+}
 Shapes = Mapping[str, tuple[int, ...]]  # full name of a tensor -> its shape
 
 
@@ -27,12 +35,25 @@ def placed_sites(
         family: its table.
         formats: full name of a layer -> its format.
         shapes: of the tensors that are stored for the sites; none: nothing was transformed.
+
+    Raises:
+        CheckpointError: something was folded that nothing in the table can absorb.
     """
     return {
         f"{block}.{site.name}": found
         for block, table in family.block_tables(model).items()
         for site in table.sites
         if (found := _placed(model, block, table, site, formats, shapes or {})) is not None
+    }
+
+
+def homes_of(model: nn.Module, family: Family) -> dict[str, str]:
+    """Full name of a linear -> the `BLOCK.SITE` of its family table that it reads."""
+    return {
+        f"{block}.{name}": f"{block}.{site.name}"
+        for block, table in family.block_tables(model).items()
+        for site in table.sites
+        for name in site.consumers
     }
 
 
@@ -55,7 +76,11 @@ def _placed(
     if not scaled and not shifts:
         shifts = shapes.get(f"{prefix}.shift", (0,))[0]
         return SiteFormat(readers, activations, smooth=smooths, shifts=shifts)
-    place = "adaln" if isinstance(site.producer, AdaLN) else "value"
+    place = PLACES[type(site.producer)]
+    if place == "quantizer":
+        raise CheckpointError(
+            f"scheme: folds name a site {block}.{site.name}, which the family cannot fold"
+        )
     producers = {f"{block}.{name}": rows for name, rows in _rows(model, block, table, site).items()}
     return SiteFormat(readers, activations, place, scaled, shifts, smooths, producers)
 
@@ -71,4 +96,6 @@ def _rows(
             return {modulation: (shift_chunk * width, scale_chunk * width)}
         case ValueRows(values):
             return dict.fromkeys(values, (0,))
+        case ProductRows(linear, start):
+            return {linear: (start,)}
     return {}

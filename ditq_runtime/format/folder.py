@@ -11,6 +11,7 @@ from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.checkpoint import check_version, read_headers
 from ditq_runtime.format.safetensors_header import TensorInfo
 from ditq_runtime.format.scheme import Scheme
+from ditq_runtime.format.version1 import Version1
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
@@ -38,14 +39,15 @@ class TransformerFolder:
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme of a packed transformer, None for a float model."""
+        """The scheme of a packed transformer, of version 1 without its sites; None for a float model."""
         if self.quantization is None:
             return None
         method = self.quantization.get("quant_method")
         if method != "ditq":
             raise CheckpointError(f"{self.path}: quantized with {method!r}, which is not ditq")
-        check_version(self.quantization.get("format_version"))
-        return Scheme.from_dict(self.quantization.get("scheme"))
+        version, stored = (self.quantization.get(key) for key in ("format_version", "scheme"))
+        check_version(version)
+        return Version1.read(stored).scheme if version == 1 else Scheme.from_dict(stored)
 
     @property
     def nbytes(self) -> int:

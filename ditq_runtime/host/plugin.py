@@ -20,8 +20,10 @@ from torch import nn
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
 from ditq_runtime.families.fusible import examine, fusible_blocks
-from ditq_runtime.format import checkpoint
+from ditq_runtime.families.placing import homes_of, placed_sites
+from ditq_runtime.format import checkpoint, version1
 from ditq_runtime.format.scheme import Scheme
+from ditq_runtime.format.version1 import Renaming, Version1
 from ditq_runtime.host import check, skeleton
 from ditq_runtime.host.guards import refuse_methods
 from ditq_runtime.host.on_the_fly import (
@@ -49,7 +51,8 @@ class DitqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a transformer: of a packed one, or a choice for quantizing a float one as it loads.
 
     Args:
-        scheme: what the checkpoint is (`ditq_runtime.format.scheme.Scheme` or its dictionary); None for a choice.
+        scheme: what the checkpoint is (`ditq_runtime.format.scheme.Scheme` or its dictionary); None for a choice. That
+            of version 1 gets its sites when a model is loaded with it, and is of version 2 then.
         recipe: how it was made; never read by the runtime.
         format_version: of the checkpoint.
         weights: quantize a float checkpoint on the fly: `w8`, `w4p` or `w4g`. This and the fields below are those of
@@ -95,6 +98,10 @@ class DitqConfig(QuantizationConfigMixin):
         if weights is not None:
             kept = keep if isinstance(keep, str) else tuple(keep)
             self.choice = Choice(weights, activations, group_size, modulation, kept, attention)
+        self.version1 = None
+        if format_version == version1.VERSION and isinstance(scheme, dict):
+            self.version1 = Version1.read(scheme)
+            scheme = self.version1.scheme
         self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
         self.recipe = recipe or {}
 
@@ -133,7 +140,7 @@ class DitqConfig(QuantizationConfigMixin):
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
-            "scheme": self._scheme.to_dict(),
+            "scheme": self._scheme.to_dict() if self.version1 is None else self.version1.stored,
             "recipe": self.recipe,
         }
 
@@ -156,6 +163,7 @@ class DitqQuantizer(DiffusersQuantizer):
         """Refuse a float checkpoint with a packed one's config."""
         super().__init__(quantization_config, **kwargs)
         self.absent: list[str] = []
+        self.renaming: Renaming | None = None
         if not self.pre_quantized and quantization_config.choice is None:
             raise ValueError(
                 "quantization_config: holds the scheme of a packed checkpoint, but this checkpoint is float; "
@@ -182,6 +190,8 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
+        if self.renaming is not None:
+            return self.renaming.tensors(state_dict)
         if self.pre_quantized:
             return state_dict
         return PackedView(state_dict, self.quantization_config.scheme, self.direct)
@@ -196,6 +206,9 @@ class DitqQuantizer(DiffusersQuantizer):
             rename_tables(self.loaded_keys, self.direct)
             recipe = {"method": "linear", "on_the_fly": True, **asdict(choice)}
             self.quantization_config = DitqConfig(choose_formats(model, choice), recipe)
+        skeleton.check_architecture(model, self.quantization_config.scheme)
+        if self.quantization_config.version1 is not None:
+            self._translate(model, self.quantization_config.version1)
         scheme = self.quantization_config.scheme
         _cast_skeleton(model, self.compute_dtype, keep_in_fp32_modules or [])
         skeleton.install(model, scheme, self.compute_dtype)
@@ -205,6 +218,18 @@ class DitqQuantizer(DiffusersQuantizer):
         _name_blocks(model)
         refuse_methods(model)
         model.register_to_config(quantization_config=self.quantization_config)
+
+    def _translate(self, model: nn.Module, old: Version1) -> None:
+        """A checkpoint of version 1 becomes one of this version while it is read."""
+        family = family_of(old.scheme.architecture)
+        self.renaming = Renaming(homes_of(model, family))
+        formats = {name: old.scheme.format_of(name) for name in old.scheme.layers}
+        shapes = old.site_shapes(self.renaming.homes)
+        scheme = replace(old.scheme, sites=placed_sites(model, family, formats, shapes))
+        scheme.check_sites()
+        self.headers = self.renaming.headers(self.headers, old.expected())
+        self.loaded_keys[:] = dict.fromkeys(map(self.renaming.name, self.loaded_keys))
+        self.quantization_config = DitqConfig(scheme, self.quantization_config.recipe)
 
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str

@@ -33,7 +33,8 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
     Raises:
         CheckpointError: the architecture differs, or a listed layer does not exist or is no linear.
     """
-    family = _family(model, scheme)
+    check_architecture(model, scheme)
+    family = family_of(scheme.architecture)
     tables = family.block_tables(model)
     wide = {
         f"{block}.{name}"
@@ -63,7 +64,8 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
 
 def duplicate_embedders(model: nn.Module, scheme: Scheme) -> list[str]:
     """Prefixes of the embedder copies that a checkpoint with a shared embedder does not store."""
-    return _family(model, scheme).embedder_prefixes(model)[1:] if scheme.shared_embedder else []
+    family = family_of(scheme.architecture)
+    return family.embedder_prefixes(model)[1:] if scheme.shared_embedder else []
 
 
 def share_embedder(model: nn.Module, family: Family) -> None:
@@ -98,12 +100,12 @@ def has_shared_embedder(
     )
 
 
-def _family(model: nn.Module, scheme: Scheme) -> Family:
+def check_architecture(model: nn.Module, scheme: Scheme) -> None:
+    """CheckpointError for a model of another class than the scheme was written for."""
     if type(model).__name__ != scheme.architecture:
         raise CheckpointError(
             f"scheme: written for {scheme.architecture}, but config.json asks for {type(model).__name__}"
         )
-    return family_of(scheme.architecture)
 
 
 def _install_groups(name: str, block: nn.Module) -> TimestepGroups | None:

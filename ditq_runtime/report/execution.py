@@ -43,7 +43,7 @@ class LayerRun:
         op: the operators that ran, joined by ` + `.
         weights: `w8`, `w4p`, `w4g` or the float dtype.
         activations: `int8 token`, `int8 static` or the float dtype.
-        nbytes: bytes of its stored tensors.
+        nbytes: bytes of its stored tensors; those of a site that several read count with the first.
         flops: 2 * rows * K * N of the observed forward.
         backend: `reference`, `triton`, `cpu` or `torch`.
         integer: both operands of the product were integers.
@@ -214,7 +214,7 @@ def _packed_run(name: str, layer: QuantLinear, watch: Watch) -> LayerRun:
         op=" + ".join(ops),
         weights=layer.format.weights,
         activations=activations,
-        nbytes=_nbytes(layer),
+        nbytes=_nbytes(layer) + _site_bytes(name, layer),
         flops=2 * watch.rows[name] * layer.in_features * layer.out_features,
         backend=k.backend_of(ops[-1], layer.weight.device),
         integer=layer.format.integer_gemm,
@@ -245,6 +245,12 @@ def _float_run(name: str, layer: nn.Linear, watch: Watch, reason: str) -> LayerR
         integer=False,
         note=reason,
     )
+
+
+def _site_bytes(name: str, layer: QuantLinear) -> int:
+    if layer.site is None or layer.site.format.readers[0] != name:
+        return 0
+    return _nbytes(layer.site)
 
 
 def _nbytes(layer: nn.Module) -> int:

@@ -15,6 +15,8 @@ from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.methods import METHODS
 from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
 
 STEPS = 30  # three timestep groups by default
 
@@ -231,6 +233,7 @@ def test_the_branch_runs_on_the_quantized_input():
     layer_format = LayerFormat("w8", "token", lora_rank=4)
     layer = ditq.QuantLinear(64, 40, layer_format, device="cpu")
     layer.load_state_dict(quantize_linear(source, layer_format), assign=True)
+    layer.read(Site(64, SiteFormat(("linear",), "token"), "cpu"))
     x = torch.randn(5, 64, generator=generator)
     scale = x.abs().amax(1, keepdim=True) / 127
     seen = (torch.round(x / scale) * scale).double()

@@ -114,7 +114,7 @@ def set_format(**changes):
     ("change", "sentence"),
     [
         (set_format(values="fp8"), r"values must be one of .* got 'fp8'"),
-        (set_format(scales=None), "scales must be one of .* got None"),
+        (set_format(scales=None), "scales must be of type str, got None"),
         (set_format(bits=8), r"attn1: missing keys \[\], unknown keys \['bits'\]"),
         (
             lambda s: s["attention"]["transformer_blocks.1.attn1"].clear(),

@@ -10,6 +10,7 @@ import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_runtime import FallbackError, QuantLinear, execution_report
 from ditq_runtime.families.dit import example_inputs
+from ditq_runtime.layers.site import Site
 
 D, TOKENS, BLOCKS = 64, 16, 2
 PRODUCTS = 4 * D * D + 2 * 4 * D * D  # multiply-adds of a token in the six linears of a block
@@ -87,7 +88,7 @@ def test_totals_are_the_hand_worked_ones(packed_folder, load, name):
     stored = sum(
         tensor.numel() * tensor.element_size()
         for module in model.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Site)
         for tensor in module.parameters(recurse=False)
     )
     assert totals["bytes"] == stored
@@ -96,7 +97,8 @@ def test_totals_are_the_hand_worked_ones(packed_folder, load, name):
 def test_bytes_of_a_layer_are_those_it_stores(packed_folder, load):
     rows = {row.name: row for row in execution_report(load(packed_folder("w4p_static"))).layers}
     inputs, outputs, groups = 4 * D, D, 4 * D // 32
-    # nibbles, scale and offset of each group, then fp32 or int32: weight_scale, weight_sum, bias; smooth_inv; two more
+    # nibbles, scale and offset of each group; fp32 or int32: weight_scale, weight_sum, bias; of its site smooth_inv
+    # and two more
     expected = inputs * outputs // 2 + 2 * groups * outputs + 4 * (3 * outputs + inputs + 2)
     assert rows[FC2].nbytes == expected
 

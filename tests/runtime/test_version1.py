@@ -5,15 +5,17 @@ tests/fixtures/version1/make.py says how they were made and derives the bound of
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ditq_runtime as ditq
+from ditq_runtime.layers.site import Site
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version1"
 NAMES = ["dit_htg", "dit_token", "pixart", "sd3", "flux"]
@@ -64,9 +66,26 @@ def error(case, output):
     return float((output - case.output).norm() / case.output.norm())
 
 
+def renamed(case):
+    """Tensors of the file as version 2 calls them: what linears share stands once, folds beside it."""
+    sites = {
+        module: name for name, module in case.model.named_modules() if isinstance(module, Site)
+    }
+    found = {}
+    for old, tensor in case.stored.items():
+        layer, _, field = old.rpartition(".")
+        if field in ("act_scale", "act_zero", "smooth_inv"):
+            name = f"{sites[case.model.get_submodule(layer).site]}.{field}"
+        else:
+            name = old.replace(".folds.", ".ditq_sites.")
+            name = name.replace(".shift", ".fold_shift") if name != old else old
+        assert torch.equal(found.setdefault(name, tensor), tensor), old
+    return found
+
+
 def test_the_state_is_the_file(case):
     """An embedder stored once stands in every block; floats outside of packed layers are widened, which is exact."""
-    state = case.model.state_dict()
+    state, case.stored = case.model.state_dict(), renamed(case)
     assert case.stored.keys() <= state.keys()
     for name, tensor in state.items():
         shared = name not in case.stored
@@ -145,6 +164,59 @@ def test_weight_only_layers_err_as_sums_do(case):
         assert bool(((output - case.floats[name]).abs() <= limit).all()), name
 
 
+def test_saved_again_it_is_of_version_2_and_the_same(case, tmp_path):
+    case.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    assert set(config["scheme"]["layers"]) == set(case.weights)
+    again = type(case.model).from_pretrained(tmp_path)
+    assert again.config.quantization_config.scheme == case.model.config.quantization_config.scheme
+    state = case.model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
 def test_a_forward_as_users_run_it(case):
     """Fused blocks and the processor's integer GEMMs, where there are any."""
     assert error(case, forward(case)) < case.bound
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """What changes a copy of a checkpoint, and what its loading says then."""
+
+    def load(name, change):
+        folder = shutil.copytree(FIXTURES / name / "transformer", tmp_path / "copy")
+        config = json.loads((folder / "config.json").read_text())
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        change(config["quantization_config"]["scheme"], tensors)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, weights, {"format": "pt"})
+        with pytest.raises(ditq.CheckpointError) as caught:
+            getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+        return str(caught.value)
+
+    return load
+
+
+KEY = "transformer_blocks.1.attn1.to_k"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s, t: s["folds"].update({"blocks.7.qkv": 0}), "folds name a site 'blocks.7.qkv'"),
+        (lambda s, t: s["folds"].update({"transformer_blocks.0.fc2": 0}), "family cannot fold"),
+        (lambda s, t: s["folds"].update({"transformer_blocks.0.qkv": -1}), "shifts of trans"),
+        (lambda s, t: s["folds"].update({"transformer_blocks.0.qkv": 10**9}), "at most 65536"),
+        (lambda s, t: s["folds"].update({"transformer_blocks.0.qkv": True}), "of type int, got T"),
+        (lambda s, t: s["folds"].pop("transformer_blocks.0.qkv"), "qkv.fold_shift: unknown tensor"),
+        (lambda s, t: s.update(sites={}), r"unknown keys ['sites']"),
+        (lambda s, t: t.pop(f"{KEY}.act_scale"), f"{KEY}.act_scale: missing"),
+        (lambda s, t: t[f"{KEY}.act_scale"].mul_(2), "differs from that of another linear"),
+    ],
+)
+def test_damage_is_named(damaged, change, sentence):
+    assert sentence in damaged("dit_htg", change)
