@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
-from ditq_bench.zoo import CLASSES, LEFT_OUT, redraw
-from ditq_bench.zoo.__main__ import main, row
-from ditq_bench.zoo.check import problems
+from ditq_bench.zoo import CLASSES, LEFT_OUT, PIPELINES, quiet, redraw
+from ditq_bench.zoo.__main__ import main, pipe_row, row
+from ditq_bench.zoo.check import pipe_problems, problems, sample
+from ditq_bench.zoo.pipelines_edit import PIPELINES_EDIT
 
 TODAY = datetime.date.today().toordinal()
 
@@ -88,4 +89,56 @@ def test_the_zoo_has_every_transformer_of_diffusers_or_says_why_not():
 
 def test_the_command_refuses_an_unknown_name(capsys):
     assert main(["NoSuchClass"]) == 1
-    assert "0 classes" in capsys.readouterr().out
+    assert "0 entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", of_today(PIPELINES, 2))
+def test_a_pipeline_keeps_its_promises(name):
+    """Its calls run every transformer and give finite latents, each its own, and the same bits again."""
+    line, found = pipe_row(name, PIPELINES[name])
+    assert found == []
+    assert line.startswith(name)
+
+
+def test_a_pipeline_whose_transformer_idles_is_found():
+    """With a boundary at the end of the steps Wan 2.2's second transformer has none."""
+    pipe = PIPELINES["Wan22"]
+
+    def make():
+        made = pipe.make()
+        made.register_to_config(boundary_ratio=0.1)
+        return made
+
+    same = (pipe.calls[0], pipe.calls[0])
+    found = pipe_problems(dataclasses.replace(pipe, make=make, calls=same))
+    assert found == ["transformer_2 did not run"] * 2 + ["both calls give the same"]
+
+
+@pytest.mark.parametrize("name", of_today({n: p for n, p in PIPELINES.items() if p.saved}, 1))
+def test_a_pipeline_is_saved_and_loaded(name, tmp_path):
+    """Weights, tokenizers and settings all come back; sums may be ordered otherwise: memory is aligned otherwise."""
+    pipe = PIPELINES[name]
+    built = pipe.build()
+    with quiet():
+        built.save_pretrained(tmp_path)
+        loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(built)
+    for component in pipe.transformers:
+        pairs = getattr(built, component).state_dict(), getattr(loaded, component).state_dict()
+        torch.testing.assert_close(*pairs, rtol=0, atol=0)
+    first, second = (sample(each, pipe.calls[0]) for each in (built, loaded))
+    # two steps through some ten layers with fp32's 6e-8: far below the 1e-3 that another token or seed makes
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4 * first.abs().max().item())
+
+
+def test_classes_know_their_pipelines():
+    """More than twenty classes, and a pipeline each for a given image, an edited one and a ControlNet."""
+    piped = [tiny for tiny in CLASSES.values() if tiny.pipeline]
+    assert len(piped) >= 20
+    assert all(len(tiny.calls) == 2 for tiny in piped)
+    kinds = {type(PIPELINES[name].build()).__name__ for name in PIPELINES_EDIT}
+    assert kinds >= {"FluxImg2ImgPipeline", "FluxKontextPipeline", "FluxControlNetPipeline"}
+    for name, pipe in (("FluxTransformer2DModel", "Flux"), ("WanTransformer3DModel", "Wan22")):
+        assert type(CLASSES[name].pipeline().transformer).__name__ == name
+        assert CLASSES[name].calls == PIPELINES[pipe].calls

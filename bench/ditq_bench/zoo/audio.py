@@ -45,7 +45,7 @@ def _stable_audio(draw: Draw) -> dict[str, Any]:
     turns = get_1d_rotary_pos_embed(16, LENGTH + 1, use_real=True, repeat_interleave_real=False)
     return {
         **_latents(draw),
-        "global_hidden_states": draw.normal(1, WIDTH),
+        "global_hidden_states": draw.normal(1, 2 * WIDTH),
         "rotary_embedding": turns,
     }
 
@@ -84,7 +84,7 @@ _ROWS: list[tuple] = [
     ("StableAudioDiTModel", {
         "sample_size": LENGTH, "in_channels": WIDTH, "num_layers": 2, "attention_head_dim": 32,
         "num_attention_heads": 4, "num_key_value_attention_heads": 2, "out_channels": WIDTH,
-        "cross_attention_dim": WIDTH, "time_proj_dim": WIDTH, "global_states_input_dim": WIDTH,
+        "cross_attention_dim": WIDTH, "time_proj_dim": WIDTH, "global_states_input_dim": 2 * WIDTH,
         "cross_attention_input_dim": WIDTH,
     }, _stable_audio),
     ("StableAudio3DiTModel", {

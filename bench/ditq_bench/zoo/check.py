@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ditq_bench.zoo.tiny import Tiny, outputs
+from ditq_bench.zoo.pipe import Pipe
+from ditq_bench.zoo.tiny import Tiny, outputs, quiet
 
 
 def block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -54,3 +56,51 @@ def same_bits(tiny: Tiny, model: nn.Module, inputs: dict[str, Any]) -> bool:
     states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     results = zip(outputs(model, inputs), outputs(again, tiny.inputs(again)), strict=True)
     return all(torch.equal(a, b) for pairs in (states, results) for a, b in pairs)
+
+
+def pipe_problems(pipe: Pipe) -> list[str]:
+    """What is wrong with a pipeline: each call must run every transformer, give finite latents and its own ones."""
+    built = pipe.build()
+    found = []
+    results = []
+    for call in pipe.calls:
+        result, ran = watch(built, call, pipe.transformers)
+        found += [f"{name} did not run" for name in pipe.transformers if not ran[name]]
+        results.append(result)
+    if not all(result.isfinite().all() for result in results):
+        found.append("a result is not finite")
+    if torch.equal(*results):
+        found.append("both calls give the same")
+    if not torch.equal(results[0], sample(pipe.build(), pipe.calls[0])):
+        found.append("equal seeds give different bits")
+    return found
+
+
+def watch(
+    pipe: Any, call: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """(what one call gives, how often each of the components ran)."""
+    ran = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            ran[name] += 1
+
+        return getattr(pipe, name).register_forward_pre_hook(hook)
+
+    hooks = [count(name) for name in names]
+    result = sample(pipe, call)
+    for hook in hooks:
+        hook.remove()
+    return result, ran
+
+
+def sample(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:
+    """What one call gives: latents where the pipeline can be asked for them, with a fixed seed."""
+    more = {"generator": torch.Generator().manual_seed(0), "return_dict": False}
+    if "output_type" in inspect.signature(pipe.__call__).parameters:
+        more["output_type"] = "latent"
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some pipelines draw without their generator, too
+        result = pipe(**{**more, **call})[0]
+    return result if isinstance(result, torch.Tensor) else torch.from_numpy(np.asarray(result))

@@ -139,7 +139,8 @@ _Z_WIDTH = 192  # a feed-forward of these is 8/3 as wide
 # class, configuration, arguments of forward, timestep
 _ROWS: list[tuple] = [
     ("AuraFlowTransformer2DModel", {
-        **HEADS, **SAMPLE, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "joint_attention_dim": WIDTH,
+        **HEADS, **SAMPLE, "out_channels": LATENTS, "num_mmdit_layers": 2, "num_single_dit_layers": 2,
+        "joint_attention_dim": WIDTH,
         "caption_projection_dim": WIDTH, "pos_embed_max_size": 16,
     }, _latents),
     ("BriaFibo2Transformer2DModel", {
@@ -198,7 +199,8 @@ _ROWS: list[tuple] = [
         "time_step_dim": WIDTH,
     }, _omnigen),
     ("PixArtTransformer2DModel", {
-        **HEADS, **SAMPLE, "num_layers": 2, "cross_attention_dim": WIDTH, "caption_channels": WIDTH,
+        **HEADS, **SAMPLE, "out_channels": 2 * LATENTS, "num_layers": 2, "cross_attention_dim": WIDTH,
+        "caption_channels": WIDTH,
         "use_additional_conditions": False,
     }, lambda draw: _latents(draw, 1000) | {
         "added_cond_kwargs": _PIXART, "encoder_attention_mask": draw.mask().long()}),

@@ -29,7 +29,8 @@ ROPE = (8, 12, 12)  # channels of a head of 32 that turn with each of three coor
 def quiet() -> Iterator[None]:
     """Silence what torch and diffusers warn of in the code of diffusers' own classes, on a CPU."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
         for message in _WARNINGS:
             warnings.filterwarnings("ignore", message)
         yield

@@ -18,7 +18,6 @@ from diffusers.models.transformers.transformer_wan_animate_2 import (
 
 from ditq_bench.zoo.tiny import GROUPED, HEADS, LATENTS, ROPE, SIDE, TEXT, WIDTH, Draw, Tiny
 from ditq_bench.zoo.video import (
-    CHANNELS,
     COGVIDEOX,
     FRAMES,
     GRID,
@@ -89,8 +88,10 @@ def _kandinsky6(draw: Draw) -> dict[str, Any]:
 
 
 def _hunyuan15(draw: Draw) -> dict[str, Any]:
+    """The latents come with those of a given frame and a mask; a text, what it says to write, and an image."""
     return {
         **masked(draw),
+        "hidden_states": draw.normal(2 * LATENTS + 1, FRAMES, SIDE, SIDE),
         "encoder_hidden_states_2": draw.text(),
         "encoder_attention_mask_2": draw.mask(),
         "image_embeds": draw.text(),
@@ -254,8 +255,8 @@ _ROWS: list[tuple] = [
     }, _cosmos3, "vision_timesteps"),
     ("HeliosTransformer3DModel", {**WAN, "rope_dim": ROPE}, _helios),
     ("HunyuanVideo15Transformer3DModel", {
-        **HEADS, **CHANNELS, "num_layers": 2, "text_embed_dim": WIDTH, "text_embed_2_dim": WIDTH,
-        "image_embed_dim": WIDTH, "rope_axes_dim": ROPE,
+        **HEADS, "in_channels": 2 * LATENTS + 1, "out_channels": LATENTS, "num_layers": 2, "text_embed_dim": WIDTH,
+        "text_embed_2_dim": WIDTH, "image_embed_dim": WIDTH, "rope_axes_dim": ROPE,
     }, _hunyuan15),
     ("HunyuanVideoFramepackTransformer3DModel", {
         **HUNYUAN, "has_image_proj": True, "image_proj_dim": WIDTH, "has_clean_x_embedder": True}, _framepack),
