@@ -7,7 +7,7 @@ import torch
 import ditq_kernels as k
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
 from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.gptq import BLOCK, compensated_codes, error_feedback
+from ditq_converters.convert.gptq import BLOCK, DAMPING, aimed, compensated_codes, error_feedback
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_runtime import QuantLinear
 from ditq_runtime.format.layer import LayerFormat
@@ -53,29 +53,73 @@ def test_two_columns_by_hand():
 
 def test_the_factor_is_the_root_of_the_damped_inverse():
     rows = correlated(50, 30)
-    factor = error_feedback(rows, 0.03).numpy()
+    found = error_feedback(rows, 0.03)
+    factor, order = found.upper.numpy(), found.order.numpy()
     hessian = rows.numpy().T @ rows.numpy()
     hessian += 0.03 * np.trace(hessian) / 30 * np.eye(30)
+    assert order[0] == 5  # the outlier channel
+    assert np.array_equal(order, np.argsort(-np.diag(hessian), kind="stable"))
+    hessian = hessian[order][:, order]
     assert np.array_equal(factor, np.triu(factor))
     # condition below 1e5, fp64
     np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(30), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("inputs", [11, BLOCK, BLOCK + 1, 2 * BLOCK + 9])
-def test_it_is_optimal_brain_surgery_column_by_column(inputs):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_it_is_optimal_brain_surgery_column_by_column(inputs, ordered):
     """The oracle solves, after every column, for the best real values of all columns that are still free."""
     rows, weight = correlated(60, inputs), 3 * weight_of(4, inputs)
-    codes = compensated_codes(weight, error_feedback(rows), Integers())
+    feedback = error_feedback(rows, ordered=ordered)
+    codes = compensated_codes(weight, feedback, Integers())
     hessian = rows.T @ rows
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(inputs)
-    free, expected = weight.clone(), []
-    for column in range(inputs):
-        expected.append(free[:, column].round())
-        error, rest = free[:, column] - expected[-1], slice(column + 1, inputs)
+    order = feedback.order.tolist()
+    free, expected = weight.clone(), torch.empty(4, inputs, dtype=torch.float64)
+    for place, column in enumerate(order):
+        expected[:, column] = free[:, column].round()
+        error, rest = free[:, column] - expected[:, column], order[place + 1 :]
         # least d H d^T with d[column] = -error: H[rest, rest] d[rest] = error H[rest, column]
-        step = torch.linalg.solve(hessian[rest, rest], hessian[rest, column])
+        step = torch.linalg.solve(hessian[rest][:, rest], hessian[rest, column])
         free[:, rest] += torch.outer(error, step)
-    assert torch.equal(codes, torch.stack(expected, dim=1))
+    assert torch.equal(codes, expected)
+
+
+def test_the_order_of_the_channels_does_not_matter():
+    """By energy, so that permuting inputs and columns permutes the codes; distinct energies, one scale a row."""
+    rows, weight = correlated(200, 40)[:, torch.arange(40) != 8], 3 * weight_of(6, 39)
+    shuffle = torch.randperm(39, generator=torch.Generator().manual_seed(5))
+    codes = compensated_codes(weight, error_feedback(rows), Integers())
+    shuffled = compensated_codes(weight[:, shuffle], error_feedback(rows[:, shuffle]), Integers())
+    assert torch.equal(shuffled, codes[:, shuffle])
+
+
+def test_centred_rows_leave_the_mean_to_the_bias():
+    """With a bias that takes back the mean error, what is left is the variance: centred rows leave less of it."""
+    rows, weight = correlated(300, 64) + 4.0, 3 * weight_of(32, 64)
+
+    def left(centred):
+        codes = compensated_codes(weight, error_feedback(rows, centred=centred), Integers())
+        error = rows @ (codes - weight).T
+        return float((error - error.mean(0)).norm())
+
+    assert left(True) < left(False)
+    again = error_feedback(rows - rows.mean(0))
+    assert torch.equal(error_feedback(rows, centred=True).upper, again.upper)
+
+
+def test_the_aimed_weight_is_the_damped_least_squares_solution():
+    """Against a solver on the stacked problem [X'; sqrt(lambda) I] V^T = [X W^T; sqrt(lambda) W^T]."""
+    wanted, weight = correlated(120, 24), weight_of(5, 24)
+    seen = wanted + 0.2 * torch.randn(120, 24, generator=torch.Generator().manual_seed(3)).double()
+    damping = DAMPING * float((seen.T @ seen).diagonal().mean())
+    root = damping**0.5 * torch.eye(24, dtype=torch.float64)
+    solved = torch.linalg.lstsq(
+        torch.cat([seen, root]), torch.cat([wanted @ weight.T, root @ weight.T])
+    ).solution.T
+    # condition of the damped problem below 1e4, squared by the normal equations: 1e8 * 2^-53 is 1e-8
+    torch.testing.assert_close(aimed(weight, wanted, seen), solved, rtol=0, atol=1e-7)
+    torch.testing.assert_close(aimed(weight, wanted, wanted), weight, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer_format", FORMATS)

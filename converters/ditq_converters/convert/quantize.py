@@ -8,7 +8,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.gptq import compensated_codes
+from ditq_converters.convert.gptq import Feedback, compensated_codes
 from ditq_converters.methods import Transform, ranges
 from ditq_converters.methods.alternating import alternate
 from ditq_runtime.format.layer import ZERO_POINT, LayerFormat
@@ -38,7 +38,7 @@ def static_range(
 def quantize_linear(
     linear: LinearTensors,
     layer_format: LayerFormat,
-    feedback: torch.Tensor | None = None,
+    feedback: Feedback | None = None,
     symmetric: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Tensors of `LayerFormat.tensors` for a folded linear.
@@ -46,7 +46,7 @@ def quantize_linear(
     Args:
         linear: folded weight [N, K] and bias [G, N], fp64.
         layer_format: what to make.
-        feedback: [K, K] of `gptq.error_feedback` for the folded input; None: round to nearest.
+        feedback: of `gptq.error_feedback` for the folded input; None: round to nearest.
         symmetric: `w4g` weights without zero points.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
 from ditq_converters.convert.bias_correction import SampledRows
 from ditq_converters.convert.fold import Block, site_weight
-from ditq_converters.convert.gptq import error_feedback
+from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.quantize import static_range
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
 from ditq_converters.plan.recipe import Recipe
@@ -84,12 +84,12 @@ class Observed:
 
     Attributes:
         act_range: static range (low, high) of its transformed input.
-        feedback: error feedback [K, K] of its transformed input.
+        feedback: error feedback of its transformed input.
         rows: makes the sampled rows of its transformed input, for one linear at a time.
     """
 
     act_range: Ranges
-    feedback: dict[str, torch.Tensor]
+    feedback: dict[str, Feedback]
     rows: dict[str, Callable[[], SampledRows]]
 
 
@@ -131,16 +131,17 @@ def act_ranges(
 
 def feedbacks(
     table: BlockTable, sites: list[SiteData], choice: BlockTransform, recipe: Recipe
-) -> dict[str, torch.Tensor]:
-    """Consumer -> error feedback [K, K] of its transformed input, where a recipe rounds by it; readers share one."""
+) -> dict[str, Feedback]:
+    """Consumer -> error feedback of its transformed input, where a recipe rounds by it; readers share one."""
     if recipe.rounding != "gptq":
         return {}
     consumers = {site.name: site.consumers for site in table.sites}
     only = METHODS[recipe.method].static_call
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Feedback] = {}
     for site in sites:
         transform = choice.sites.get(site.name, Transform())
-        feedback = error_feedback(site.rows_after(transform, choice.group_of_call, only))
+        rows = site.rows_after(transform, choice.group_of_call, only)
+        feedback = error_feedback(rows, centred=recipe.bias_correction)
         found.update(dict.fromkeys(consumers[site.name], feedback))
     return found
 
