@@ -1,7 +1,7 @@
-"""Plants outlier channels, and asymmetric ones, into a DiT without changing its function.
+"""Plants outlier channels, and asymmetric ones, into a DiT or a Flux without changing its function.
 
-The digits model has no salient channels of its own (the largest channel's range is 3 to 6 times
-the median's), so it cannot tell a method that handles them from one that does not. Real DiTs have
+The digits models have no salient channels of their own (the largest channel's range is 3 to 6 times
+the median's), so they cannot tell a method that handles them from one that does not. Real DiTs have
 them. Here a few channels of each activation are multiplied, a few divided, and the next linear's
 columns get the inverse: the same function, with activations that are hard to quantize.
 
@@ -17,14 +17,11 @@ factor cannot undo them; a channel shift (HTG, Eq. 2) does, by construction agai
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import nn
 
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
+from ditq_converters.demo.planted_sites import Modulated, Values, sites_of
 
 SEED = 20
 
@@ -43,51 +40,22 @@ def _draw_factors(
     return factors
 
 
-def _divide_columns(linears: Iterable[nn.Linear], factors: torch.Tensor) -> None:
-    """Let linears take inputs that were multiplied by `factors` [K]."""
-    for linear in linears:
-        linear.weight.copy_(linear.weight.double() / factors)  # copy_ casts back
-
-
-def _multiply_rows(linear: nn.Linear, rows: slice, factors: torch.Tensor) -> None:
-    """Multiply some of a linear's outputs."""
-    linear.weight[rows] = (linear.weight[rows].double() * factors[:, None]).to(linear.weight.dtype)
-    linear.bias[rows] = (linear.bias[rows].double() * factors).to(linear.bias.dtype)
-
-
-def _multiply_modulated(
-    modulation: nn.Linear, shift_chunk: int, scale_chunk: int, factors: torch.Tensor
-) -> None:
-    """Multiply `norm(x) * (1 + adaln_scale) + adaln_shift` by `factors`, through the modulation.
-
-    f * (1 + scale) = 1 + (f * scale + f - 1), so the scale's bias b becomes f * b + f - 1.
-    """
-    width = len(factors)
-    shift_rows = slice(shift_chunk * width, (shift_chunk + 1) * width)
-    scale_rows = slice(scale_chunk * width, (scale_chunk + 1) * width)
-    bias = modulation.bias[scale_rows].double() * factors + factors - 1
-    _multiply_rows(modulation, shift_rows, factors)
-    _multiply_rows(modulation, scale_rows, factors)
-    modulation.bias[scale_rows] = bias.to(modulation.bias.dtype)
-
-
 @torch.no_grad()
 def plant(
-    transformer: DiTTransformer2DModel,
+    transformer: Any,
     up: float = 30.0,
     down: float = 10.0,
     channels: int = 4,
     seed: int = SEED,
-) -> DiTTransformer2DModel:
+) -> Any:
     """Plant outlier channels into every block, in place, keeping the function.
 
-    Per block, three activations get their own channels: the input of q, k and v; the input of the
-    MLP's first linear; and the attention output, through v (averaging over tokens keeps channels
-    apart). All products are taken in fp64 and rounded once to the weights' dtype: the output moves
-    by about 2e-7 of its size in fp32, and by less than 1e-12 in fp64.
+    In every block each of these gets its own channels: the AdaLN-modulated inputs of the attention
+    and of the MLP (of both streams, or of the two together, in a Flux), and the attention output,
+    through v. The output moves by about 2e-7 of its size in fp32, and by less than 1e-12 in fp64.
 
     Args:
-        transformer: a DiT whose blocks own their `norm1.linear` (AdaLN-Zero).
+        transformer: a DiT whose blocks own their `norm1.linear` (AdaLN-Zero), or a Flux.
         up: `channels` random channels are multiplied by up * U(0.5, 1.5).
         down: `channels` others are divided by down * U(0.5, 1.5).
         channels: how many of each, per activation.
@@ -105,32 +73,25 @@ def plant(
             f"plant: needs up > 0, down > 0 and 2 * channels <= {width}, "
             f"got up={up}, down={down}, channels={channels}"
         )
-    drawn = _draw_blocks(transformer, up, down, channels, seed)
-    for block, (qkv, fc1, value) in zip(transformer.transformer_blocks, drawn, strict=True):
-        attention, modulation = block.attn1, block.norm1.linear
-        _multiply_modulated(modulation, 0, 1, qkv)
-        _divide_columns([attention.to_q, attention.to_k, attention.to_v], qkv)
-        _multiply_modulated(modulation, 3, 4, fc1)
-        _divide_columns([block.ff.net[0].proj], fc1)
-        _multiply_rows(attention.to_v, slice(None), value)
-        _divide_columns([attention.to_out[0]], value)
+    for site, factors in _draw_sites(transformer, up, down, channels, seed):
+        site.multiply(factors)
     return transformer
 
 
 @torch.no_grad()
 def plant_asymmetry(
-    transformer: DiTTransformer2DModel,
+    transformer: Any,
     offset: float = 12.0,
     up: float = 30.0,
     down: float = 10.0,
     channels: int = 4,
     seed: int = SEED,
-) -> DiTTransformer2DModel:
+) -> Any:
     """Plant outlier channels as `plant` does, then a constant v into those and as many others.
 
     An input X becomes X + v: the bias of what makes it gets v, and its readers' W X + b get b - W v.
-    The sites are those of `plant`: both modulated inputs (v joins the AdaLN shift), and the attention
-    output (v joins the bias of to_v, because softmax rows sum to one). v is +- offset * U(0.5, 1.5) * f
+    The sites are those of `plant`: in a modulated input v joins the AdaLN shift, in the attention
+    output the bias of to_v, because softmax rows sum to one. v is +- offset * U(0.5, 1.5) * f
     on the `channels` that were multiplied by f, the same with f = 1 on `channels` that keep their
     size, else 0. A natural channel's middle lies 0.1 to 0.4 half ranges from zero (median; the
     farthest 2.6), a planted one's 0.7 to 27, mostly 4 to 13. The output moves by about 2e-7 of its
@@ -156,44 +117,28 @@ def plant_asymmetry(
         )
     plant(transformer, up, down, channels, seed)
     rng = random.Random(seed + 1)
-    drawn = _draw_blocks(transformer, up, down, channels, seed)  # what `plant` drew
-    for block, factors in zip(transformer.transformer_blocks, drawn, strict=True):
-        qkv, fc1, value = (_draw_shift(part, offset, channels, rng) for part in factors)
-        attention, bias, width = block.attn1, block.norm1.linear.bias, len(qkv)
-        for chunk, shift in ((0, qkv), (3, fc1)):  # shift_msa, shift_mlp
-            rows = slice(chunk * width, (chunk + 1) * width)
-            bias[rows] = (bias[rows].double() + shift).to(bias.dtype)
-        _compensate([attention.to_q, attention.to_k, attention.to_v], qkv)
-        _compensate([block.ff.net[0].proj], fc1)
-        attention.to_v.bias.copy_(attention.to_v.bias.double() + value)
-        _compensate([attention.to_out[0]], value)
+    for site, factors in _draw_sites(transformer, up, down, channels, seed):  # what `plant` drew
+        site.add(_draw_offsets(factors, offset, channels, rng))
     return transformer
 
 
-def _draw_blocks(
-    transformer: DiTTransformer2DModel, up: float, down: float, channels: int, seed: int
-) -> list[list[torch.Tensor]]:
-    """Factors [width] of every block's three sites: qkv, fc1, attention output."""
+def _draw_sites(
+    transformer: Any, up: float, down: float, channels: int, seed: int
+) -> list[tuple[Modulated | Values, torch.Tensor]]:
+    """Every site with its factors [width]."""
     rng, width = random.Random(seed), transformer.inner_dim
-    blocks = range(len(transformer.transformer_blocks))
-    return [[_draw_factors(width, up, down, channels, rng) for _ in range(3)] for _ in blocks]
+    return [(site, _draw_factors(width, up, down, channels, rng)) for site in sites_of(transformer)]
 
 
-def _draw_shift(
+def _draw_offsets(
     factors: torch.Tensor, offset: float, channels: int, rng: random.Random
 ) -> torch.Tensor:
     """Draw v [width] fp64: on the largest `channels` factors, and on as many that are 1."""
     order = sorted(range(len(factors)), key=lambda _: rng.random())
     largest = factors.argsort(descending=True, stable=True)[:channels].tolist()
     kept = [channel for channel in order if factors[channel] == 1 and channel not in largest]
-    shift = torch.zeros_like(factors)
+    offsets = torch.zeros_like(factors)
     for channel in largest + kept[:channels]:
         sign = 1 if rng.random() < 0.5 else -1
-        shift[channel] = sign * offset * (0.5 + rng.random()) * factors[channel]
-    return shift
-
-
-def _compensate(linears: Iterable[nn.Linear], shift: torch.Tensor) -> None:
-    """Let linears take inputs to which `shift` [K] was added: b - W v."""
-    for linear in linears:
-        linear.bias.copy_(linear.bias.double() - linear.weight.double() @ shift)  # copy_ casts back
+        offsets[channel] = sign * offset * (0.5 + rng.random()) * factors[channel]
+    return offsets
