@@ -1,4 +1,9 @@
-"""A small trained DiT that ships with ditq: handwritten digits, in a real DiTPipeline.
+"""Two small trained models that ship with ditq: handwritten digits, in real pipelines.
+
+`demo:digits` is a DiT that takes class labels and predicts noise (`architecture`, `pipeline`);
+`demo:digits-flow` a Flux that takes prompts and predicts velocities (`flow`). Copies of both have
+planted outlier channels (`salience`). `train` makes their weights, `drawing` asks either for digits
+and `evaluate` scores them; figures stand in `assets/README.md`.
 
 Importing this package is cheap: torch and diffusers load on first use.
 """
@@ -10,26 +15,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusers import DiTPipeline
+    from diffusers import DiffusionPipeline
 
 __all__ = ["DEMO_MODELS", "export_demo", "open_demo"]
 
-DEMO_MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
+DEMO_MODELS = (
+    "demo:digits",
+    "demo:digits-salient",
+    "demo:digits-asymmetric",
+    "demo:digits-flow",
+    "demo:digits-flow-salient",
+    "demo:digits-flow-asymmetric",
+)
 
 
-def open_demo(name: str) -> DiTPipeline:
+def open_demo(name: str) -> DiffusionPipeline:
     """Build a demo pipeline in memory, from the packaged weights; no network.
 
     Args:
-        name: "demo:digits", the model as it was trained; "demo:digits-salient", the same function
-            with planted outlier channels; or "demo:digits-asymmetric", which adds channels far
-            from zero to those (see `ditq_converters.demo.salience`).
+        name: "demo:digits" or "demo:digits-flow", the models as they were trained; with "-salient",
+            the same function with planted outlier channels; with "-asymmetric", which adds channels
+            far from zero to those (see `ditq_converters.demo.salience`).
 
     Returns:
-        A `DiTPipeline` (fp32, CPU) for class labels 0..9, drawing [N, 32, 32] greyscale images.
+        A pipeline (fp32, CPU) that draws [N, 32, 32] greyscale images: a `DiTPipeline` for class
+        labels 0..9; or a `FluxPipeline` for prompts like "seven", which takes guidance as
+        `true_cfg_scale` with `negative_prompt=""`.
 
     Raises:
         ValueError: there is no demo model of that name.
+        ImportError: the flow model's text encoders need transformers, which is not installed.
     """
     from ditq_converters.demo import pipeline
 
@@ -37,10 +52,11 @@ def open_demo(name: str) -> DiTPipeline:
 
 
 def export_demo(name: str, folder: str | os.PathLike[str]) -> Path:
-    """Write a demo model as a pipeline folder that `DiTPipeline.from_pretrained` loads.
+    """Write a demo model as a pipeline folder that `DiffusionPipeline.from_pretrained` loads.
 
-    The folder appears complete or not at all. It also holds the digits' names, which
-    `save_pretrained` would leave out.
+    The folder appears complete or not at all. The DiT's also holds the digits' names, which
+    `save_pretrained` would leave out. Nothing in a Flux's folder says how large its images are:
+    ask for `height=32, width=32`.
 
     Args:
         name: one of `DEMO_MODELS`.

@@ -12,6 +12,7 @@ import torch
 from ditq_runtime.files import atomic_file
 
 DIGITS_FILE = "digits.safetensors"
+FLOW_FILE = "digits-flow.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
 
 
@@ -38,7 +39,7 @@ def load_asset(file: str, folder: Path | None = None) -> dict[str, torch.Tensor]
     """Read an asset's tensors on the CPU, as stored.
 
     Args:
-        file: `DIGITS_FILE` or `CLASSIFIER_FILE`.
+        file: one of the names above.
         folder: where to look; by default the assets that are installed with this package.
     """
     from safetensors.torch import load

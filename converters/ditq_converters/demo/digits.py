@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+DIGIT_NAMES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+)  # fmt: skip
 HELD_OUT = 297
 SPLIT_SEED = 0
 

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from ditq_converters.demo import DEMO_MODELS, open_demo
 from ditq_converters.demo.classifier import Score, score
+from ditq_converters.demo.drawing import draw_digits
 
 BATCH_SIZE = 100
 
 
 def sample(
-    name: str, count: int, steps: int, guidance_scale: float, seed: int
+    name: str, count: int, steps: int, guidance: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the digits 0, 1, ... 9, 0, ... with a demo pipeline.
 
@@ -27,19 +28,12 @@ def sample(
         images: [count, 1, 32, 32] fp32 in [-1, 1]. labels: [count] int64.
     """
     pipe = open_demo(name)
-    pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(count) % 10
     generator = torch.Generator().manual_seed(seed)
-    images = []
-    for batch in track(labels.split(BATCH_SIZE), description=name):
-        drawn = pipe(
-            class_labels=batch.tolist(),
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            generator=generator,
-            output_type="pt",
-        )
-        images.append(drawn.images * 2 - 1)
+    images = [
+        draw_digits(pipe, batch, steps, guidance, generator)
+        for batch in track(labels.split(BATCH_SIZE), description=name)
+    ]
     return torch.cat(images), labels
 
 
@@ -57,22 +51,25 @@ def save_grid(images: torch.Tensor, path: Path, columns: int = 10) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m ditq_converters.demo.evaluate")
+    parser.add_argument("--models", nargs="+", choices=DEMO_MODELS, default=DEMO_MODELS)
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=Path, help="write the first 100 samples of demo:digits here")
+    parser.add_argument(
+        "--grid", type=Path, help="write the first 100 samples of the first model here"
+    )
     arguments = parser.parse_args()
 
     table = Table("model", "accuracy", "mean probability", "digit_fd")
-    for name in DEMO_MODELS:
+    for name in arguments.models:
         images, labels = sample(
             name, arguments.samples, arguments.steps, arguments.cfg, arguments.seed
         )
         result: Score = score(images, labels)
         cells = (result.accuracy, result.mean_probability, result.digit_fd)
         table.add_row(name, *(f"{cell:.4f}" for cell in cells))
-        if arguments.grid and name == DEMO_MODELS[0]:
+        if arguments.grid and name == arguments.models[0]:
             save_grid(images[:100], arguments.grid)
     Console().print(table)
 

@@ -79,8 +79,11 @@ def _pass_through(conv: nn.Conv2d, row: int, column: int) -> None:
 
 
 @torch.no_grad()
-def build_identity_vae() -> AutoencoderKL:
+def build_identity_vae(**changes: float) -> AutoencoderKL:
     """Build the VAE (fp32, eval mode, scaling factor 1).
+
+    Args:
+        changes: of its configuration, for what a pipeline reads there (`shift_factor`).
 
     Returns:
         A model with decode: [N, 1, 8, 8] -> [N, 1, 32, 32] and encode: the reverse (its mode). For
@@ -89,7 +92,7 @@ def build_identity_vae() -> AutoencoderKL:
     """
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(**VAE_CONFIG).eval()
+    vae = AutoencoderKL(**{**VAE_CONFIG, **changes}).eval()
     for parameter in vae.parameters():
         parameter.zero_()
     for part in (vae.encoder, vae.decoder):

@@ -1,6 +1,6 @@
-"""Trains the demo model and writes its assets: `python -m ditq_converters.demo.train --out DIR`.
+"""Trains a demo model and writes its assets: `python -m ditq_converters.demo.train MODEL --out DIR`.
 
-About 12 minutes on one CPU core. Kill it and start it again, and it goes on where it was.
+About 12 minutes on one CPU core for each. Kill it and start it again, and it goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from rich.progress import (
 )
 
 from ditq_converters.demo.architecture import compact
-from ditq_converters.demo.bundle import CLASSIFIER_FILE, DIGITS_FILE, save_asset
+from ditq_converters.demo.bundle import CLASSIFIER_FILE, DIGITS_FILE, FLOW_FILE, save_asset
 from ditq_converters.demo.classifier import save_classifier
 from ditq_converters.demo.classifier_training import accuracy, train_classifier
 from ditq_converters.demo.digits import Digits, load_digits
-from ditq_converters.demo.trainer import Recipe, Trainer, train_transformer
+from ditq_converters.demo.noise_prediction import NoisePrediction
+from ditq_converters.demo.trainer import Objective, Recipe, Trainer, train_transformer
 
 log = logging.getLogger("ditq.demo")
+
+STEPS = {"digits": 4000, "digits-flow": 3400}
 
 
 def _versions() -> dict[str, str]:
@@ -43,7 +46,9 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _train_with_progress(recipe: Recipe, digits: Digits, folder: Path, every: int) -> Trainer:
+def _train_with_progress(
+    recipe: Recipe, objective: Objective, digits: Digits, folder: Path, every: int
+) -> Trainer:
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -58,14 +63,13 @@ def _train_with_progress(recipe: Recipe, digits: Digits, folder: Path, every: in
         def show(trainer: Trainer) -> None:
             progress.update(task, completed=trainer.step, loss=trainer.loss)
 
-        trainer = train_transformer(recipe, digits, folder, every, show)
+        trainer = train_transformer(recipe, objective, digits, folder, every, show)
         show(trainer)  # a finished run takes no step
         return trainer
 
 
-def write_transformer(trainer: Trainer, path: Path) -> None:
-    """Write the averaged weights in compact form, in fp16, with how they were made."""
-    small = compact(trainer.averaged_state())
+def write_transformer(trainer: Trainer, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a trained model's tensors in fp16, with how they were made."""
     metadata = {
         "recipe": json.dumps(asdict(trainer.recipe)),
         "seed": str(trainer.recipe.seed),
@@ -73,14 +77,15 @@ def write_transformer(trainer: Trainer, path: Path) -> None:
         "final_loss": f"{trainer.loss:.5f}",
         "versions": json.dumps(_versions()),
     }
-    save_asset(path, {key: tensor.half() for key, tensor in small.items()}, metadata)
+    save_asset(path, {key: tensor.half() for key, tensor in tensors.items()}, metadata)
+    log.info("wrote %s; loss %.4f", path, trainer.loss)
 
 
-def train(recipe: Recipe, folder: Path, checkpoint_every: int) -> None:
-    """Train both models on the digits and write both assets to `folder`, each atomically."""
+def train_digits(recipe: Recipe, folder: Path, checkpoint_every: int) -> None:
+    """Train the DiT and the classifier on the digits and write both assets, each atomically."""
     digits, held_out = load_digits()
-    trainer = _train_with_progress(recipe, digits, folder, checkpoint_every)
-    write_transformer(trainer, folder / DIGITS_FILE)
+    trainer = _train_with_progress(recipe, NoisePrediction(), digits, folder, checkpoint_every)
+    write_transformer(trainer, compact(trainer.averaged_state()), folder / DIGITS_FILE)
 
     classifier, real = train_classifier(digits, recipe.seed)
     reached = accuracy(classifier, held_out)
@@ -90,8 +95,21 @@ def train(recipe: Recipe, folder: Path, checkpoint_every: int) -> None:
         "versions": json.dumps(_versions()),
     }
     save_classifier(folder / CLASSIFIER_FILE, classifier, real, metadata)
-    log.info("transformer: loss %.4f; classifier: %.4f on held-out", trainer.loss, reached)
-    log.info("wrote %s and %s", folder / DIGITS_FILE, folder / CLASSIFIER_FILE)
+    log.info("wrote %s; %.4f right on held-out digits", folder / CLASSIFIER_FILE, reached)
+
+
+def train_flow(recipe: Recipe, folder: Path, checkpoint_every: int) -> None:
+    """Train the Flux on the digits and write its asset, the frozen text encoders with it."""
+    from ditq_converters.demo.flow.pipeline import join
+    from ditq_converters.demo.flow.training import RectifiedFlow
+
+    objective, (digits, _) = RectifiedFlow(recipe.seed), load_digits()
+    trainer = _train_with_progress(recipe, objective, digits, folder, checkpoint_every)
+    tensors = join(trainer.averaged_state(), *objective.encoders)
+    write_transformer(trainer, tensors, folder / FLOW_FILE)
+
+
+TRAIN = {"digits": train_digits, "digits-flow": train_flow}
 
 
 def _positive(text: str) -> int:
@@ -104,17 +122,18 @@ def _positive(text: str) -> int:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m ditq_converters.demo.train")
+    parser.add_argument("model", choices=list(TRAIN))
     parser.add_argument("--out", type=Path, required=True, help="folder for assets and checkpoint")
-    parser.add_argument("--steps", type=_positive, default=Recipe.steps)
+    parser.add_argument("--steps", type=_positive, help=f"default: {STEPS}")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS")
     arguments = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
     torch.set_num_threads(1)  # the model is too small to gain from more, and sums keep their order
-    recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
+    recipe = Recipe(steps=arguments.steps or STEPS[arguments.model], seed=arguments.seed)
     try:
-        train(recipe, arguments.out, arguments.checkpoint_every)
+        TRAIN[arguments.model](recipe, arguments.out, arguments.checkpoint_every)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
 

@@ -1,4 +1,4 @@
-"""The training loop of the demo transformer: seeded, and resumable to the same weights."""
+"""The training loop of the demo transformers: seeded, and resumable to the same weights."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ditq_converters.demo.architecture import (
-    NULL_LABEL,
-    build_scheduler,
-    build_transformer,
-    tie_embedders,
-)
 from ditq_converters.demo.digits import Digits
 from ditq_runtime.files import atomic_file
-
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -40,7 +30,7 @@ class Recipe:
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm.
         ema_decay: of the averaged weights, which are the ones that are kept.
-        label_drop: share of labels replaced by the null label (arXiv:2207.12598, Alg. 1).
+        label_drop: share of samples that are not told their digit (arXiv:2207.12598, Alg. 1).
     """
 
     steps: int = 4000
@@ -62,61 +52,59 @@ class Recipe:
         return self.final_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
 
 
-@torch.no_grad()
-def initialise(transformer: DiTTransformer2DModel, seed: int) -> None:
-    """Set the initial weights of DiT (arXiv:2212.09748, section 3.2), in place.
+class Objective(Protocol):
+    """What a transformer learns, and from which weights it starts."""
 
-    Xavier-uniform linears and patch embedding, N(0, 0.02) time and label embeddings, and zeros in
-    the modulation and output layers, so that every block starts as the identity.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in transformer.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        embedder = transformer.transformer_blocks[0].norm1.emb
-        nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(embedder.timestep_embedder.linear_2.weight, std=0.02)
-        nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
-        modulations = [block.norm1.linear for block in transformer.transformer_blocks]
-        for linear in [*modulations, transformer.proj_out_1, transformer.proj_out_2]:
-            nn.init.zeros_(linear.weight)
+    initial_loss: float  # what the first step costs, about
+
+    def build(self, seed: int) -> nn.Module:
+        """Build the transformer with its initial weights, in eval mode."""
+        ...
+
+    def loss(
+        self,
+        transformer: Any,
+        clean: torch.Tensor,
+        labels: torch.Tensor,
+        dropped: torch.Tensor,
+        rng: torch.Generator,
+    ) -> torch.Tensor:
+        """Mean squared error of one batch; noise and timesteps come from `rng`.
+
+        Args:
+            transformer: what `build` returned.
+            clean: [N, 1, 8, 8] images.
+            labels: [N] digits.
+            dropped: [N] bool: samples that are not told their digit.
+            rng: where all random numbers come from.
+        """
+        ...
 
 
 class Trainer:
     """A transformer in training, with all that is needed to stop and to go on."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        """Start from the initial weights of `recipe.seed`."""
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, objective: Objective) -> None:
+        """Start from the objective's initial weights for `recipe.seed`."""
+        self.recipe, self.objective = recipe, objective
         self.step = 0
-        self.loss = 1.0  # a running mean, started at what the zero output of step 0 costs
-        self.transformer = build_transformer()
-        tie_embedders(self.transformer)
-        initialise(self.transformer, recipe.seed)
+        self.loss = objective.initial_loss  # a running mean
+        self.transformer = objective.build(recipe.seed)
         self.parameters = dict(self.transformer.named_parameters())  # tied ones appear once
         self.average = {key: value.detach().clone() for key, value in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self._scheduler = build_scheduler()
 
     def advance(self, digits: Digits) -> None:
-        """Take one optimizer step on the noise-prediction error (arXiv:2006.11239, Eq. 14)."""
+        """Take one optimizer step."""
         recipe, rng = self.recipe, self.generator
         picks = torch.randint(len(digits.labels), (recipe.batch_size,), generator=rng)
-        clean = digits.images[picks]
         dropped = torch.rand(recipe.batch_size, generator=rng) < recipe.label_drop
-        labels = digits.labels[picks].masked_fill(dropped, NULL_LABEL)
-        timesteps = torch.randint(1000, (recipe.batch_size,), generator=rng)
-        noise = torch.randn(clean.shape, generator=rng)
-        noisy = self._scheduler.add_noise(clean, noise, timesteps)
-
-        predicted = self.transformer(noisy, timestep=timesteps, class_labels=labels).sample
-        loss = F.mse_loss(predicted, noise)
+        loss = self.objective.loss(
+            self.transformer, digits.images[picks], digits.labels[picks], dropped, rng
+        )
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), recipe.gradient_clip)
@@ -180,6 +168,7 @@ class Trainer:
 
 def train_transformer(
     recipe: Recipe,
+    objective: Objective,
     digits: Digits,
     folder: Path,
     checkpoint_every: int = 500,
@@ -190,7 +179,8 @@ def train_transformer(
     A run that is killed and started again gives bit for bit the weights of a run that was not.
 
     Args:
-        recipe: what to train.
+        recipe: how to train.
+        objective: what to train.
         digits: the training images.
         folder: where `checkpoint.pt` is kept.
         checkpoint_every: steps between checkpoints; the last step always writes one.
@@ -199,7 +189,7 @@ def train_transformer(
     Raises:
         ValueError: the folder's checkpoint was made with another recipe.
     """
-    trainer, path = Trainer(recipe), folder / CHECKPOINT_FILE
+    trainer, path = Trainer(recipe, objective), folder / CHECKPOINT_FILE
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         trainer.load(path)
