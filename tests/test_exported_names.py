@@ -35,12 +35,15 @@ EXPORTED = {
     ],
     ditq_converters: [
         "CalibrationStats",
+        "Plan",
         "Recipe",
         "StatisticsError",
         "calibrate",
         "convert",
         "evaluate",
+        "make_plan",
         "open_model",
+        "read_plan",
     ],
 }
 

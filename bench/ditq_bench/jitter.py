@@ -19,7 +19,7 @@ import torch
 from ditq_bench.methods import ABLATIONS, Subject, prepare, read_rows
 from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import forced_sqnr
-from ditq_converters.methods import METHODS, BlockTransform, Options, SiteData, Transform
+from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
 from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.files import atomic_file
 
@@ -43,7 +43,7 @@ def perturbed(method: str, amount: float, seed: int) -> Iterator[str]:
     """The name of a method like `method` whose factors are off by exp(amount * Gaussian), while the block lasts."""
     original, generator = METHODS[method], torch.Generator().manual_seed(seed)
 
-    def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
+    def transform(sites: Sequence[SiteData], options: Any) -> BlockTransform:
         assert original.transform is not None
         choice = original.transform(sites, options)
         return replace(choice, sites={name: _off(t) for name, t in choice.sites.items()})

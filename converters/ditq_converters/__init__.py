@@ -1,9 +1,10 @@
 """The workshop: turn a float Diffusion Transformer into a packed low-bit checkpoint, offline.
 
-from ditq_converters import Recipe, calibrate, convert, open_model
+from ditq_converters import calibrate, convert, evaluate, make_plan, open_model
 pipe = open_model("demo:digits")
 stats = calibrate(pipe, out="stats")
-packed = convert(pipe, Recipe(method="smoothquant", weights="w4p"), stats, out="out")
+plan = make_plan(pipe, stats, method="smoothquant", weights="w4p")
+packed = convert(pipe, plan, stats, out="out")
 evaluate(packed, pipe, out="report")
 
 Names load when they are used.
@@ -22,26 +23,35 @@ if TYPE_CHECKING:
     from ditq_converters.convert.story import convert
     from ditq_converters.evaluate.evaluation import evaluate
     from ditq_converters.models.open import open_model
+    from ditq_converters.plan.file import read_plan
+    from ditq_converters.plan.make import make_plan
+    from ditq_converters.plan.plan import Plan
     from ditq_converters.plan.recipe import Recipe
 
 __all__ = [
     "CalibrationStats",
+    "Plan",
     "Recipe",
     "StatisticsError",
     "calibrate",
     "convert",
     "evaluate",
+    "make_plan",
     "open_model",
+    "read_plan",
 ]
 
 _HOME = {
     "CalibrationStats": "calibrate.stats",
+    "Plan": "plan.plan",
     "Recipe": "plan.recipe",
     "StatisticsError": "calibrate.stats",
     "calibrate": "calibrate.run",
     "convert": "convert.story",
     "evaluate": "evaluate.evaluation",
+    "make_plan": "plan.make",
     "open_model": "models.open",
+    "read_plan": "plan.file",
 }
 
 

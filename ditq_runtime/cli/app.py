@@ -23,7 +23,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
 ]  # UsageError, of the click that typer runs on
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
 RESUMES = "interrupted; the same command goes on where it can"
-ORDER = ("demo", "inspect", "calibrate", "convert", "sample", "eval", "bench", "tune", "doctor")
+ORDER = (
+    "demo", "inspect", "calibrate", "plan", "convert", "sample", "eval", "bench", "tune", "doctor",
+)  # fmt: skip
 HELP = """Low-bit runtime for Diffusion Transformers: convert once, sample in integers.
 
 Start with `ditq demo`. Every command has --help with an example; --debug anywhere shows tracebacks.

@@ -32,7 +32,7 @@ def model_card(path: str | Path, report: dict[str, Any] | None = None, grid: boo
     folder = open_folder(path)
     if folder.scheme is None or folder.quantization is None:
         raise ValueError(f"model_card: {path} is a float model, not a packed one")
-    recipe = folder.quantization.get("recipe") or {}
+    made = {k: v for k, v in (folder.quantization.get("recipe") or {}).items() if k != "plan"}
     whole = (Path(path) / "model_index.json").exists()
     title = f"# {folder.scheme.architecture}, {_bits(folder)}"
     picture = [f"![samples]({GRID})", ""] if grid else []
@@ -41,7 +41,7 @@ def model_card(path: str | Path, report: dict[str, Any] | None = None, grid: boo
             "---", "library_name: diffusers", "tags: [ditq, quantized]", "---", "", title, "", *picture,
             "Packed by ditq: integer weights and activations, played through diffusers.", "",
             *_loading(whole, folder.scheme.architecture), "",
-            "## How it was made", "", *_rows(("setting", "value"), sorted(_flat(recipe).items())), "",
+            "## How it was made", "", *_rows(("setting", "value"), sorted(_flat(made).items())), "",
             "## Size", "", *_rows(("part", "bytes"), _sizes(folder)), "",
             "## Measured", "", *_measured(report), "",
         ]

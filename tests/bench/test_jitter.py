@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ditq_bench import jitter
-from ditq_converters.methods import METHODS, Options, SiteData
+from ditq_converters.methods import METHODS, SiteData
 
 
 def site():
@@ -18,9 +18,9 @@ def site():
 
 
 def test_factors_are_off_by_the_amount_and_shifts_are_not():
-    plain = METHODS["htg"].transform([site()], Options())
+    plain = METHODS["htg"].transform([site()], METHODS["htg"].options())
     with jitter.perturbed("htg", 0.05, seed=3) as name:
-        moved = METHODS[name].transform([site()], Options())
+        moved = METHODS[name].transform([site()], METHODS[name].options())
     assert torch.equal(moved.sites["qkv"].shift, plain.sites["qkv"].shift)
     assert moved.group_of_call == plain.group_of_call
     ratio = (moved.sites["qkv"].smooth / plain.sites["qkv"].smooth).log()
@@ -30,15 +30,17 @@ def test_factors_are_off_by_the_amount_and_shifts_are_not():
 
 
 def test_the_seed_decides_and_the_table_of_methods_is_left_as_it_was():
-    before, found = dict(METHODS), []
+    before, found = list(METHODS), []
     for seed in (1, 1, 2):
         with jitter.perturbed("ptq4dit", 0.05, seed) as name:
-            found.append(METHODS[name].transform([site()], Options()).sites["qkv"].smooth)
+            found.append(
+                METHODS[name].transform([site()], METHODS[name].options()).sites["qkv"].smooth
+            )
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     with pytest.raises(RuntimeError, match="stop"), jitter.perturbed("ditas", 0.05, 0):
         raise RuntimeError("stop")
-    assert before == METHODS
+    assert before == list(METHODS)
 
 
 def test_rows_hold_mean_and_deviation(tmp_path, monkeypatch):

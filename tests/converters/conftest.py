@@ -118,7 +118,8 @@ def slow_down(events):
             event()
             return result
         return slow
-    safetensors.torch.save_file = ditq_converters.calibrate.stats.save_file = save_file
+    stats = sys.modules["ditq_converters.calibrate.stats"]  # the attribute is a function
+    safetensors.torch.save_file = stats.save_file = save_file
     for name in ("rename", "replace", "fsync"):
         setattr(os, name, around(getattr(os, name)))
     shutil.copyfile = around(shutil.copyfile)  # a move that copies would not be atomic

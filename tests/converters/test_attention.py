@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
-from ditq_converters.convert.attention import plan_attention
 from ditq_converters.convert.fold import block_linears
+from ditq_converters.convert.site_data import site_data
+from ditq_converters.convert.transforms import decide
 from ditq_converters.methods import METHODS
-from ditq_converters.sites.sites import site_data
+from ditq_converters.plan.make import make_plan
 from ditq_kernels.reference import attention as reference
 from ditq_runtime.families import family_of
 from ditq_runtime.format.attention import AttentionFormat
@@ -153,17 +154,17 @@ def test_static_scales_are_those_of_the_folded_operands(model, stats, recorded, 
     """V as the attention sees it: (V - z) / s of the output projection's transform, from the tensors themselves."""
     only = METHODS[method].static_call
     calls = slice(None) if only is None else slice(only, only + 1)
-    recipe = Recipe(method, attention=values, attention_scales="static", search=False)
-    packed = convert(model, recipe, stats, quiet=True)
+    plan = make_plan(
+        model, method=method, attention=values, attention_scales="static", search=False
+    )
+    packed = convert(model, plan, stats, quiet=True)
     for block in BLOCKS:
         core = packed.get_submodule(f"{block}.attn1.core")
         table = FAMILY.block_tables(model)[block]
         linears = block_linears(model.get_submodule(block), table)
-        sites, transform = (
-            site_data(table, block, linears, recipe, stats),
-            METHODS[method].transform,
-        )
-        folded = None if transform is None else transform(sites, recipe.options).sites.get("o_proj")
+        part = plan.part(block)
+        sites = site_data(table, block, linears, part, stats)
+        folded = decide(table, linears, part, sites).sites.get("o_proj")
         for operand in OPERANDS if values == "int8" else OPERANDS[:2]:
             tensors = [y.double() for y in recorded[f"{block}.attn1.{operand}"][calls]]
             if operand == "v" and folded is not None:
@@ -196,11 +197,12 @@ def test_a_whole_model_survives_the_disk_and_stays_close(
     report = ditq.execution_report(loaded)
     assert report.totals["integer_attentions"] == 2
     provenance = loaded.config.quantization_config.recipe
-    assert (provenance["attention"], provenance["attention_scales"]) == (values, scales)
+    (kept,) = provenance["plan"]["attention"].values()
+    assert (kept["values"], kept.get("scales", "token")) == (values, scales)
 
 
 def formats(model, **fields):
-    plans = plan_attention(model, FAMILY, Recipe(**fields))
+    plans = make_plan(model, **fields).attention
     assert [plan.name for plan in plans] == [f"{block}.attn1" for block in BLOCKS]
     return [plan.format for plan in plans], [plan.reason for plan in plans]
 
@@ -213,7 +215,10 @@ def test_what_is_planned(model):
     assert formats(model, method="htg", attention="none", **static)[0] == [None, None]
     kept, reasons = formats(model, attention="int8", keep=("*.0.attn1",), **static)
     assert kept == [None, STATIC]
-    assert reasons == ["kept float by --keep", ""]
+    assert reasons == [
+        "attention stays float by choice",
+        "Q and K in int8, P and V in int8",
+    ]
 
 
 def test_keeping_one_attention_float(model, stats):

@@ -147,7 +147,8 @@ def test_a_converted_table_leaves_no_mean_error_in_any_group(model, stats, activ
     """The oracle is the float model's own linear on the recorded rows, before any fold."""
     recipe = Recipe("htg", "w4p", activations, 32, num_groups=3, bias_correction=True)
     packed = convert(model, recipe, stats, quiet=True)
-    assert packed.config.quantization_config.recipe["bias_correction"] is True
+    kept = packed.config.quantization_config.recipe["plan"]["linears"]
+    assert kept["transformer_blocks.*.ff.net.2"]["bias_correction"] is True
     block = "transformer_blocks.1"
     bounds = packed.state_dict()[f"{block}.timestep_groups.bounds"]
     for site, name in (
@@ -204,7 +205,7 @@ def test_linears_that_stay_float_keep_their_bias(model, stats):
 
 def test_it_needs_rows_and_says_so(model, tmp_path):
     recipe = Recipe("linear", bias_correction=True)
-    with pytest.raises(ValueError, match="linear with token activations needs statistics"):
+    with pytest.raises(ValueError, match=r"to_q: bias correction needs statistics"):
         convert(model, recipe, quiet=True)
     bare = calibrate(model, tmp_path / "stats", steps=2, samples=1, rows=0, quiet=True)
     with pytest.raises(StatisticsError, match=r"no sampled rows; calibrate .* --rows 64"):

@@ -13,6 +13,7 @@ from ditq_converters.cli.calibrate import calibrate
 from ditq_converters.cli.convert import convert
 from ditq_converters.cli.demo import demo
 from ditq_converters.cli.inspect import inspect
+from ditq_converters.cli.plan import plan
 from ditq_runtime import QuantLinear
 
 
@@ -20,7 +21,7 @@ from ditq_runtime import QuantLinear
 def ditq():
     """Run a command line; commands only, without the script's error handling."""
     app = typer.Typer()
-    for command in (inspect, calibrate, convert, demo):
+    for command in (inspect, calibrate, plan, convert, demo):
         app.command()(command)
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(a) for a in arguments])
@@ -117,7 +118,8 @@ def test_convert_corrects_biases_where_asked(ditq, stats, tmp_path):
     result = ditq("convert", "demo:digits", out, "--bias-correction", "--stats", stats[0])
     assert result.exit_code == 0, result.output
     config = json.loads((out / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["recipe"]["bias_correction"] is True
+    plan = config["quantization_config"]["recipe"]["plan"]
+    assert plan["linears"]["transformer_blocks.*.ff.net.2"]["bias_correction"] is True
 
 
 def test_convert_calibrates_where_it_must_and_keeps_the_statistics(ditq, tmp_path):
@@ -206,7 +208,7 @@ def test_inspect_a_float_model(ditq):
     assert len(layers) == 6 * 9 + 2
     assert layers["transformer_blocks.0.attn1.to_q"]["format"] == "fp32"
     assert layers["transformer_blocks.0.attn1.to_k"]["format"] == "w4p64_token"
-    assert layers["transformer_blocks.0.ff.net.2"]["format"] == "w4p64_token_smooth"
+    assert layers["transformer_blocks.0.ff.net.2"]["format"] == "w4p64_token"
     assert layers["proj_out_2"]["format"] == "float"
     quantized = [e for e in layers.values() if e["format"] not in ("float", "fp32")]
     share = sum(e["parameters"] for e in quantized) / report["parameters"]
@@ -232,9 +234,7 @@ def test_inspect_a_packed_model(ditq, stats, tmp_path):
         assert sum(report["bytes_by_category"].values()) == report["bytes"]
         layers = {entry["format"]: entry["layers"] for entry in report["formats"]}
         final = {"w8_weight_only": 1}
-        assert (
-            layers == {"w4p64_token": 30, "w4p64_token_smooth": 6, "w4p64_weight_only": 6} | final
-        )
+        assert layers == {"w4p64_token": 36, "w4p64_weight_only": 6} | final
     table = ditq("inspect", out)
     assert table.exit_code == 0
     assert "packed with smoothquant" in table.stdout
@@ -266,7 +266,7 @@ def test_demo_prints_its_checks(ditq, tmp_path, monkeypatch):
     assert json.loads(ditq("demo", "--json").stdout) == report
 
 
-@pytest.mark.parametrize("command", ["inspect", "calibrate", "convert", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "calibrate", "plan", "convert", "demo"])
 def test_help_has_an_example(ditq, command):
     result = ditq(command, "--help")
     assert result.exit_code == 0

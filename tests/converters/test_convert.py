@@ -11,7 +11,15 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
+from ditq_converters import (
+    CalibrationStats,
+    Recipe,
+    StatisticsError,
+    calibrate,
+    convert,
+    make_plan,
+    read_plan,
+)
 from ditq_runtime import QuantLinear, execution_report
 
 LINEAR = Recipe(method="linear")
@@ -59,6 +67,7 @@ def test_a_pipeline_becomes_a_pipeline(pipe, stats, tmp_path):
     out = tmp_path / "deep" / "out"
     packed = convert(pipe, Recipe(weights="w4p"), stats, out, quiet=True)
     assert sorted(path.name for path in out.iterdir()) == [
+        "ditq",
         "model_index.json",
         "scheduler",
         "transformer",
@@ -83,6 +92,7 @@ def test_a_transformer_becomes_a_transformer(pipe, stats, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "ditq",
     ]
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == 15
@@ -115,8 +125,12 @@ def test_provenance_is_kept(pipe, stats, tmp_path):
     )
     config = json.loads((tmp_path / "o" / "transformer" / "config.json").read_text())
     made = config["quantization_config"]["recipe"]
-    expected = {"method": "smoothquant", "weights": "w4p", "keep": ["*.to_q"], "alpha": 0.75}
-    assert expected.items() <= made.items()
+    assert (made["method"], made["weights"], made["activations"]) == ("smoothquant", "w4p", "token")
+    short = made["plan"]
+    assert short["sites"]["transformer_blocks.*.fc2"]["options"] == {"alpha": 0.75}
+    assert short["linears"]["transformer_blocks.*.attn1.to_q"] == {"weights": "fp32"}
+    whole = read_plan(tmp_path / "o" / "ditq" / "plan.json")
+    assert whole == make_plan(pipe, weights="w4p", keep=("*.to_q",), alpha=0.75)
     assert "2211.10438" in made["source"]
     assert made["calibration"] == {
         "calls": 2,

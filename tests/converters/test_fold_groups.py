@@ -8,8 +8,8 @@ from torch import nn
 
 from ditq_converters.calibrate.stats import StatisticsError
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block
+from ditq_converters.convert.groups import group_bounds
 from ditq_converters.methods import Transform
-from ditq_converters.sites.sites import group_bounds
 from ditq_runtime.families.dit import BLOCK, DIT
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.layers.timestep_groups import TimestepGroups

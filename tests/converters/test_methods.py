@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ditq_converters.methods import METHODS, Options, SiteData
+from ditq_converters.methods import METHODS, SiteData
+from ditq_converters.methods.smoothquant import SmoothQuantOptions
 
 
 def smooth(site, alpha):
     """The factor smoothquant gives one site; it groups no timesteps and shifts nothing."""
-    choice = METHODS["smoothquant"].transform([site], Options(alpha=alpha))
+    choice = METHODS["smoothquant"].transform([site], SmoothQuantOptions(alpha=alpha))
     assert choice.num_groups == 1
     assert choice.sites["fc1"].shift is None
     return choice.sites["fc1"].smooth

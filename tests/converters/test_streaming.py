@@ -92,7 +92,7 @@ def test_a_transformer_alone(source, tmp_path):
     ):
         convert(model, LINEAR, out=tmp_path / out, quiet=True)
     assert files(tmp_path / "pieces") == files(tmp_path / "memory")
-    assert sorted(files(tmp_path / "pieces")) == ["config.json", WEIGHTS]
+    assert sorted(files(tmp_path / "pieces")) == ["config.json", WEIGHTS, "ditq/plan.json"]
 
 
 def test_half_precision_weights_are_read_as_fp32(make_dit, tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 import ditq_runtime
 from ditq_converters import Recipe, convert
+from ditq_converters.plan.file import read_plan
 from ditq_runtime import CheckpointError, DitqConfig, DitqQuantizer, QuantLinear, execution_report
 
 NAMES = [
@@ -50,10 +51,7 @@ def _sample(pipe, labels=(3, 7), steps=2):
 def test_what_is_loaded_is_what_was_converted(pipes, stats, packed_folder, load, forward, name):
     kind = "shared" if name in SHARED else "own"
     loaded = load(packed_folder(name))
-    recipe = dict(loaded.config.quantization_config.recipe)
-    fields = ("method", "weights", "activations", "group_size", "modulation", "alpha")
-    fields += ("attention", "attention_scales")
-    made = Recipe(**{f: recipe[f] for f in fields}, keep=tuple(recipe["keep"]))
+    made = read_plan(packed_folder(name) / "ditq" / "plan.json")
     packed = convert(pipes[kind], made, stats[kind], quiet=True)
     _same(loaded, packed)
     assert torch.equal(forward(loaded), forward(packed))

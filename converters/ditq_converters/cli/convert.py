@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ditq_converters.cli import choices as c
 from ditq_converters.cli import options as o
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ditq_converters.plan.recipe import Recipe
+    from torch import nn
+
+    from ditq_converters.plan.plan import Plan
     from ditq_runtime.format.scheme import Scheme
 
 
+@c.with_choices
 def convert(
+    context: typer.Context,
     model: o.ModelArgument,
     out: o.OutArgument,
-    method: o.MethodOption = "smoothquant",
-    weights: o.WeightsOption = "w8",
-    activations: o.ActivationsOption = "token",
-    group_size: o.GroupSizeOption = 64,
-    modulation: o.ModulationOption = "",
-    attention: o.AttentionOption = "",
-    attention_scales: o.AttentionScalesOption = "",
-    keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
-    lora_rank: o.LoraRankOption = None,
-    alpha: o.AlphaOption = 0.5,
-    search: o.SearchOption = True,
-    ssc: o.SscOption = True,
-    shift: o.ShiftOption = True,
-    scale: o.ScaleOption = True,
-    groups: o.GroupsOption = None,
-    linkage: o.LinkageOption = "ward",
-    ema: o.EmaOption = 0.99,
-    range_method: o.RangeMethodOption = "minmax",
-    rounding: o.RoundingOption = "nearest",
-    bias_correction: o.BiasCorrectionOption = False,
-    profile: o.ProfileOption = "int",
-    symmetric: o.SymmetricOption = None,
+    choices: dict[str, Any],
+    plan: c.PlanOption = None,
+    set: c.SetOption = [],  # noqa: B006  typer needs a list default and does not mutate it
     stats: o.StatsOption = None,
     steps: o.StepsOption = 50,
     samples: o.SamplesOption = 32,
@@ -55,49 +42,39 @@ def convert(
 ) -> None:
     """Convert a float Diffusion Transformer into a packed low-bit checkpoint.
 
-    Calibrates first where the recipe needs it and no --stats are given; the statistics stay in OUT.stats, serve
+    Calibrates first where the plan needs it and no --stats are given; the statistics stay in OUT.stats, serve
     later conversions, and let a killed run resume. With a --memory-budget that MODEL does not fit into, its weights
     stay on disk and it is converted block by block, into the same bytes; finished blocks stay in .OUT.blocks, so that
     the same command goes on after a kill.
 
     Example: ditq convert demo:digits out --method smoothquant --weights w4p
     """
-    from ditq_converters.plan.recipe import Recipe
+    from ditq_converters.plan.make import refuse_profile
     from ditq_runtime.files import check_new
 
+    c.refuse_choices(context, plan)
+    recipe = c.recipe_of(choices)
     try:
-        layout = (method, weights, activations, group_size, modulation or None, tuple(keep))
-        choices: dict[str, Any] = {
-            "search": search,
-            "ssc": ssc,
-            "shift": shift,
-            "scale": scale,
-            "ema": ema,
-            "range_method": range_method,
-            "rounding": rounding,
-            "bias_correction": bias_correction,
-            "profile": profile,
-            "symmetric": symmetric,
-            "attention": attention or None,
-            "attention_scales": attention_scales or None,
-        }
-        recipe = Recipe(*layout, lora_rank, alpha, num_groups=groups, linkage=linkage, **choices)
-        recipe.check_integer()
+        refuse_profile(recipe)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
     budget = o.parse_budget(memory_budget)
     check_new(out)
     begin = time.perf_counter()
-    plan = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
-    calibration = {"steps": steps, **plan, "prompts": prompts, "memory_budget": budget}
-    _convert(model, out, recipe, stats, device, max_shard_size, calibration)
+    sampling = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
+    calibration = {"steps": steps, **sampling, "prompts": prompts, "memory_budget": budget}
+
+    def planned(transformer: nn.Module) -> Plan:
+        return c.plan_for(transformer, recipe, plan, set)
+
+    _convert(model, out, planned, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 
 
 def _convert(
     model: str,
     out: Path,
-    recipe: Recipe,
+    planned: Callable[[nn.Module], Plan],
     stats: Path | None,
     device: str,
     max_shard_size: str,
@@ -107,24 +84,20 @@ def _convert(
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.convert.story import convert as run
-    from ditq_converters.methods import METHODS
     from ditq_converters.models.open import open_model, transformer_of
-    from ditq_converters.plan.layers import plan_layers
-    from ditq_runtime.families import family_of
 
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
-    transformer = transformer_of(pipe)
-    plan_layers(transformer, family_of(type(transformer).__name__), recipe)
+    plan = planned(transformer_of(pipe))
     o.place(pipe, device)
     opened = None
     if stats is not None:
         opened = CalibrationStats.open(stats)
-    elif recipe.needs_statistics:
-        if METHODS[recipe.method].static_call is not None:  # Meta: one forward at the highest noise
+    elif plan.needs_statistics:
+        if plan.one_call:  # Meta: one forward at the highest noise
             calibration = {**calibration, "sampler": "t_max", "steps": None}
         folder = out.with_name(f"{out.name}.stats")
-        opened = calibrate(pipe, folder, rows=64 if recipe.needs_rows else 0, **calibration)
-    run(pipe, recipe, opened, out, max_shard_size)
+        opened = calibrate(pipe, folder, rows=64 if plan.needs_rows else 0, **calibration)
+    run(pipe, plan, opened, out, max_shard_size)
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:

@@ -9,73 +9,70 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ditq_converters.cli import choices as c
 from ditq_converters.cli import options as o
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from ditq_converters.plan.plan import Plan
 
 
+@c.with_choices
 def inspect(
+    context: typer.Context,
     path: o.ModelArgument,
-    method: o.MethodOption = "smoothquant",
-    weights: o.WeightsOption = "w8",
-    activations: o.ActivationsOption = "token",
-    group_size: o.GroupSizeOption = 64,
-    attention: o.AttentionOption = "",
-    attention_scales: o.AttentionScalesOption = "",
-    keep: o.KeepOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    choices: dict[str, Any],
+    plan: c.PlanOption = None,
+    set: c.SetOption = [],  # noqa: B006  typer needs a list default and does not mutate it
     json: o.JsonOption = False,
 ) -> None:
-    """Show the fold plan and coverage of a float model, or scheme, sizes and backend of a packed one.
+    """Show what `convert` would do to a float model, with coverage; or scheme, sizes and backend of a packed one.
 
     Example: ditq inspect demo:digits --weights w4p
     """
+    from ditq_converters.models.open import open_skeleton
     from ditq_runtime.host.hub_cache import local
 
     path = local(path)
     if _is_packed(path):
         _show_packed(inspect_packed(path), json)
         return
-    from ditq_converters.plan.recipe import Recipe
-
-    try:
-        layout = (method, weights, activations, group_size, None, tuple(keep))
-        values, scales = attention or None, attention_scales or None
-        recipe = Recipe(*layout, attention=values, attention_scales=scales)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from error
-    _show_float(inspect_float(path, recipe), json)
+    c.refuse_choices(context, plan)
+    recipe = c.recipe_of(choices)
+    model = open_skeleton(path)
+    _show_float(inspect_float(model, c.plan_for(model, recipe, plan, set)), json)
 
 
-def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
-    """The plan of every linear of a float model, with coverage in parameters, FLOPs and bytes."""
-    from ditq_converters.convert.attention import plan_attention
-    from ditq_converters.models.open import open_skeleton
-    from ditq_converters.plan.layers import plan_layers
-    from ditq_converters.sites.coverage import coverage
+def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """A plan for a float model, with its coverage in parameters, FLOPs and bytes."""
+    from ditq_converters.plan.coverage import coverage, parameters_of, planned_formats
+    from ditq_converters.plan.sites import kind_of
     from ditq_runtime.families import family_of
 
-    model = open_skeleton(path)
     family = family_of(type(model).__name__)
-    plans = plan_layers(model, family, recipe)
-    attention = [
-        {"name": plan.name, "format": str(plan.format or "float"), "reason": plan.reason}
-        for plan in plan_attention(model, family, recipe)
-    ]
-    covered = coverage(model, plans)
+    covered, formats = coverage(model, family, plan), planned_formats(model, plan)
+    reasons = {site.name: site.reason for site in plan.sites}
+    kinds = {
+        f"{block}.{site.name}": kind_of(table, site)
+        for block, table in family.block_tables(model).items()
+        for site in table.sites
+    }
     total = sum(p.numel() for p in model.parameters())
     layers: list[dict[str, Any]] = [
         {
-            "name": plan.name,
-            "site": plan.site,
-            "kind": plan.kind,
-            "format": plan.format.name if plan.format else "float",
-            "fold": plan.fold,
-            "parameters": plan.parameters,
-            "flops": covered.flops[plan.name] if covered.flops else None,
+            "name": entry.name,
+            "site": entry.site.rpartition(".")[2],
+            "kind": kinds.get(entry.site, "-"),
+            "format": getattr(formats[entry.name], "name", "float"),
+            "fold": reasons.get(entry.site, entry.reason),
+            "reason": entry.reason,
+            "parameters": parameters_of(model, entry.name),
+            "flops": covered.flops[entry.name] if covered.flops else None,
         }
-        for plan in plans
+        for entry in plan.linears
     ]
     quantized = sum(e["parameters"] for e in layers if e["format"] not in ("float", "fp32"))
     return {
@@ -87,7 +84,10 @@ def inspect_float(path: str, recipe: Any) -> dict[str, Any]:
         "float_bytes": covered.float_bytes,
         "packed_bytes": covered.packed_bytes,
         "layers": layers,
-        "attention": attention,
+        "attention": [
+            {"name": entry.name, "format": str(entry.format or "float"), "reason": entry.reason}
+            for entry in plan.attention
+        ],
     }
 
 

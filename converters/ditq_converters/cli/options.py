@@ -14,60 +14,10 @@ ModelArgument = Annotated[
         help="demo:digits, demo:digits-salient, demo:digits-asymmetric, a diffusers folder, or a hub id.",
     ),
 ]
-MethodOption = Annotated[
-    str, typer.Option(help="linear, smoothquant, meta, ditas, ptq4dit or htg.")
-]
-WeightsOption = Annotated[
-    str,
-    typer.Option(
-        help="w8 (int8 per channel), w4p (4 bits, two-level groups) or w4g (4 bits, real scales)."
-    ),
-]
-ActivationsOption = Annotated[
-    str, typer.Option(help="token (a scale per token) or static (calibrated range).")
-]
-RangeMethodOption = Annotated[
-    str,
-    typer.Option(help="Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."),
-]
-ProfileOption = Annotated[
-    str,
-    typer.Option(help="int; paper and code round in float: only `ditq bench profiles` takes them."),
-]
-RoundingOption = Annotated[
-    str, typer.Option(help="nearest, or gptq: later columns make up for the error of earlier ones.")
-]
-BiasCorrectionOption = Annotated[
-    bool,
-    typer.Option(
-        "--bias-correction", help="Take the mean output error on sampled rows back through biases."
-    ),
-]
-GroupSizeOption = Annotated[int, typer.Option(help="Input channels per group of w4p or w4g.")]
-ModulationOption = Annotated[
-    str, typer.Option(help="Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights.")
-]
-SymmetricOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--symmetric/--asymmetric", help="w4g without zero points; default: as the method has it."
-    ),
-]
-AttentionOption = Annotated[
-    str,
-    typer.Option(
-        help="none (float), int8 or bf16 (type of P and V; Q and K are int8); default: as the method has it."
-    ),
-]
-AttentionScalesOption = Annotated[
-    str, typer.Option(help="token or static (calibrated, per head); default: as --activations.")
-]
 RecordAttentionOption = Annotated[
     bool,
     typer.Option("--attention/--no-attention", help="Also record the ranges of Q, K and V."),
 ]
-KeepOption = Annotated[list[str], typer.Option(help="Glob of linears that stay float; repeatable.")]
-AlphaOption = Annotated[float, typer.Option(help="Migration strength of smoothing, 0 to 1.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per calibration sample.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 CfgOption = Annotated[float, typer.Option(help="Guidance weight; statistics cover both halves.")]
@@ -124,23 +74,6 @@ OutArgument = Annotated[
     Path,
     typer.Argument(metavar="OUT", help="Folder to write; it appears complete or not at all."),
 ]
-LoraRankOption = Annotated[
-    int | None,
-    typer.Option(min=0, help="Rank of a low-rank branch; default: as the method has it."),
-]
-SearchOption = Annotated[
-    bool, typer.Option("--search/--no-search", help="ditas: search alpha per layer.")
-]
-SscOption = Annotated[
-    bool, typer.Option("--ssc/--no-ssc", help="ptq4dit: weigh calls by rank correlation.")
-]
-ShiftOption = Annotated[bool, typer.Option("--shift/--no-shift", help="htg: shift channels.")]
-ScaleOption = Annotated[bool, typer.Option("--scale/--no-scale", help="htg: scale channels.")]
-GroupsOption = Annotated[
-    int | None, typer.Option(min=1, help="htg: timestep groups; default: a tenth of the calls.")
-]
-LinkageOption = Annotated[str, typer.Option(help="htg: ward, centroid, average or exact_dp.")]
-EmaOption = Annotated[float, typer.Option(help="htg: moving average of channel ranges.")]
 StatsOption = Annotated[
     Path | None,
     typer.Option(help="Statistics of `ditq calibrate`; default: OUT.stats, made if needed."),

@@ -12,6 +12,7 @@ A site's input X becomes (X - z_g) u with u = 1 / s and z_g one shift per timest
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,11 @@ def site_weight(linears: Block, site: Site) -> torch.Tensor:
 
 
 def fold_block(
-    linears: Block, table: BlockTable, transforms: dict[str, Transform]
+    linears: Block,
+    table: BlockTable,
+    transforms: dict[str, Transform],
+    in_quantizer: Collection[str] = (),
+    float_readers: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Fold in place; every AdaLN modulation becomes direct (emits its multiplier), with or without factors.
 
@@ -80,6 +85,8 @@ def fold_block(
         linears: the block's linears, fp64; changed in place.
         table: of the block.
         transforms: site name -> what happens to it; sites that are absent are left alone.
+        in_quantizer: sites whose transform the quantizer applies, though a producer could.
+        float_readers: consumers without a quantizer: they read what the producer makes.
 
     Returns:
         Consumer name -> u = 1 / s [K] fp64 for the factors no producer absorbs, 1 where one does.
@@ -90,25 +97,35 @@ def fold_block(
     on_the_fly = {}
     for site in table.sites:
         transform = transforms.get(site.name, Transform())
-        for name in site.consumers:
-            _absorb(linears[name], transform)
-        left = transform.smooth  # what no producer takes
+        folded, left = transform, transform.smooth  # what the producer takes, and what it does not
+        if site.name in in_quantizer or isinstance(site.producer, OnTheFly):
+            _check_unshifted(site, transform)
+            folded = Transform()
         match site.producer:
             case AdaLN() as producer:
                 chunks = table.chunks(producer.modulation)
-                _fold_modulation(linears[producer.modulation], chunks, producer, transform)
-                left = None
-            case ValueRows(values):
-                left = _fold_values([linears[name] for name in values], site, transform)
-            case OnTheFly(reason) if transform.shift is not None:
-                raise ValueError(f"fold: site {site.name} cannot be shifted: {reason}")
-        if left is not None:
-            on_the_fly.update(dict.fromkeys(site.consumers, 1 / left))
+                _fold_modulation(linears[producer.modulation], chunks, producer, folded)
+                left = left if folded is not transform else None
+            case ValueRows(values) if folded is transform:
+                folded, left = _fold_values([linears[name] for name in values], site, transform)
+        for name in site.consumers:
+            _absorb(linears[name], folded if name in float_readers else transform)
+            if left is not None and name not in float_readers:
+                on_the_fly[name] = 1 / left
     return on_the_fly
 
 
+def _check_unshifted(site: Site, transform: Transform) -> None:
+    if transform.shift is not None:
+        why = site.producer.reason if isinstance(site.producer, OnTheFly) else "on the fly"
+        raise ValueError(f"fold: site {site.name} cannot be shifted: {why}")
+
+
 def stored_folds(
-    linears: Block, table: BlockTable, transforms: dict[str, Transform]
+    linears: Block,
+    table: BlockTable,
+    transforms: dict[str, Transform],
+    in_quantizer: Collection[str] = (),
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `fold_shift` [S, K]; fp32.
 
@@ -118,7 +135,8 @@ def stored_folds(
     for site in table.sites:
         transform = transforms.get(site.name, Transform())
         shift, smooth = transform.shift, transform.smooth
-        if isinstance(site.producer, OnTheFly) or (shift is None and smooth is None):
+        on_the_fly = isinstance(site.producer, OnTheFly) or site.name in in_quantizer
+        if on_the_fly or (shift is None and smooth is None):
             continue
         stored = {} if shift is None else {"fold_shift": shift.flip(0).float()}
         scale = (
@@ -141,8 +159,12 @@ def _absorb(linear: LinearTensors, transform: Transform) -> None:
 
 def _fold_values(
     values: list[LinearTensors], site: Site, transform: Transform
-) -> torch.Tensor | None:
-    """Fold into the rows of V; returns the factor [K] that is left for the channels beyond them, None for none."""
+) -> tuple[Transform, torch.Tensor | None]:
+    """Fold into the rows of V.
+
+    Returns:
+        What V took, and the factor [K] that is left for the channels beyond; None for none.
+    """
     width = len(values[0].weight)
     smooth, shift = transform.smooth, transform.shift
     if shift is not None and bool((shift[:, width:] != 0).any()):
@@ -156,8 +178,10 @@ def _fold_values(
         if smooth is not None:
             value.scale_rows(slice(None), 1 / smooth[:width])
     if smooth is None or bool((smooth[width:] == 1).all()):
-        return None
-    return torch.cat([torch.ones(width, dtype=torch.float64), smooth[width:]])
+        return transform, None
+    taken, left = smooth.clone(), smooth.clone()
+    taken[width:], left[:width] = 1, 1
+    return Transform(taken, shift), left
 
 
 def _fold_modulation(

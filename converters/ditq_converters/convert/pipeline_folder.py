@@ -8,9 +8,15 @@ from typing import Any
 
 from ditq_runtime.files import atomic_folder
 
+PLAN = Path("ditq") / "plan.json"
+
 
 def write_pipeline(
-    pipe: Any, out: Path, max_shard_size: str = "10GB", labels_of: Any = None
+    pipe: Any,
+    out: Path,
+    max_shard_size: str = "10GB",
+    labels_of: Any = None,
+    plan: str | None = None,
 ) -> None:
     """Save a pipeline, or a transformer alone, atomically.
 
@@ -19,6 +25,7 @@ def write_pipeline(
         out: the folder; must not exist, or be empty.
         max_shard_size: as in diffusers' `save_pretrained`.
         labels_of: the pipeline whose class names to keep; default: `pipe`.
+        plan: text of the plan that it was made by; None for a float model.
 
     Raises:
         FileExistsError: `out` is in use.
@@ -27,6 +34,14 @@ def write_pipeline(
         pipe.save_pretrained(part, max_shard_size=max_shard_size)
         forget_paths(part)
         _keep_labels(labels_of or pipe, part / "model_index.json")
+        if plan is not None:
+            keep_plan(part, plan)
+
+
+def keep_plan(folder: Path, plan: str) -> None:
+    """Write the plan, with its reasons, beside what it made; nothing reads it to load or to sample."""
+    (folder / PLAN).parent.mkdir()
+    (folder / PLAN).write_text(plan)
 
 
 def forget_paths(folder: Path) -> None:

@@ -12,19 +12,23 @@ from torch import nn
 
 from ditq_converters.calibrate.memory import give_back
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
-from ditq_converters.convert.attention import attention_formats
 from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
 from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.methods import METHODS
 from ditq_converters.models.open import open_model, transformer_of
-from ditq_converters.plan.layers import plan_layers
+from ditq_converters.plan.attention import BY_CHOICE
+from ditq_converters.plan.check import check_plan, check_statistics
+from ditq_converters.plan.compact import compact, headline
+from ditq_converters.plan.file import to_json
+from ditq_converters.plan.make import plan_of
+from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.progress import progress_bar
+from ditq_converters.progress import note, progress_bar
 from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
 from ditq_converters.streaming.write import check_room, write_streamed
-from ditq_runtime.families import family_of
+from ditq_runtime.families import Family, family_of
 from ditq_runtime.files import check_new
 from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
@@ -32,7 +36,7 @@ from ditq_runtime.format.layer import LayerFormat
 
 def convert(
     pipe: Any,
-    recipe: Recipe,
+    plan: Plan | Recipe,
     stats: CalibrationStats | None = None,
     out: str | Path | None = None,
     max_shard_size: str = "10GB",
@@ -44,7 +48,7 @@ def convert(
 
     Args:
         pipe: a diffusers pipeline, or its transformer alone, not changed; or a MODEL that `open_model` opens.
-        recipe: every choice.
+        plan: what happens to every linear (`make_plan`, `plan.file.read_plan`); or the choices that make one.
         stats: a calibration of this very model; needed by static activations and by methods that smooth.
         out: folder to write, a pipeline or a transformer as `pipe` is; it appears complete or not at all.
         max_shard_size: as in diffusers' `save_pretrained`.
@@ -57,12 +61,11 @@ def convert(
         The packed transformer, in memory; its tensors on meta if it was converted block by block.
 
     Raises:
-        ValueError: an unsupported model, missing statistics, a layer that cannot have the recipe's format, a tensor
-            that is not finite, a budget that one block does not fit into.
+        ValueError: an unsupported model, a plan that is not for it, missing statistics, a tensor that is not finite,
+            a budget that one block does not fit into.
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
-    recipe.check_integer()
     if out is not None:
         check_new(Path(out))
     if isinstance(pipe, str | Path):
@@ -73,31 +76,33 @@ def convert(
         )
     model = transformer_of(pipe)
     family = family_of(type(model).__name__)
-    plans = plan_layers(model, family, recipe)
+    plan = checked_plan(plan, model, family, quiet)
+    check_statistics(plan, stats)
     on_disk = streamed_of(model) is not None
     if on_disk:
         check_room(model, out)
     check_finite(model)
-    check_statistics(model, recipe, stats)
-    by_name = {plan.name: plan for plan in plans}
-    attention = attention_formats(model, family, recipe, quiet)
+    if stats is not None:
+        stats.check_model(model)
+    used = stats if plan.needs_statistics else None
+    attention = {entry.name: entry.format for entry in plan.attention if entry.format is not None}
 
     @torch.no_grad()
     def one_part(name: str) -> PackedBlock:
         if name == family.final_modulation:
-            return convert_final_modulation(model, by_name[name])
+            return convert_final_modulation(model, name, plan.part(name))
         with weights_of(model, name):
-            return convert_block(model, family, name, recipe, stats, by_name, attention)
+            return convert_block(model, family, name, plan.part(name), used)
 
-    made = provenance(recipe, stats)
+    made = provenance(plan, stats)
     if on_disk:
         assert out is not None
         return convert_on_disk(
-            pipe, model, one_part, attention, made, Path(out), max_shard_size, quiet
+            pipe, model, one_part, attention, made, to_json(plan), Path(out), max_shard_size, quiet
         )
     packed = convert_in_memory(model, one_part, attention, made, quiet)
     if out is not None:
-        save(pipe, packed, Path(out), max_shard_size)
+        save(pipe, packed, to_json(plan), Path(out), max_shard_size)
     return packed
 
 
@@ -130,6 +135,7 @@ def convert_on_disk(
     one_part: Callable[[str], PackedBlock],
     attention: dict[str, AttentionFormat],
     made: dict[str, Any],
+    plan: str,
     out: Path,
     max_shard_size: str,
     quiet: bool,
@@ -148,18 +154,19 @@ def convert_on_disk(
                 give_back()
                 advance()
     scheme = make_scheme(model, family, done.formats(parts), done.shapes(), attention)
-    return write_streamed(pipe, model, scheme, made, done, out, max_shard_size)
+    return write_streamed(pipe, model, scheme, made, plan, done, out, max_shard_size)
 
 
-def check_statistics(model: nn.Module, recipe: Recipe, stats: CalibrationStats | None) -> None:
-    """ValueError if a recipe lacks the statistics it needs, StatisticsError if they are of another model."""
-    if stats is not None:
-        stats.check_model(model)
-    elif recipe.needs_statistics:
-        raise ValueError(
-            f"convert: method {recipe.method} with {recipe.activations} activations needs statistics; "
-            "run `ditq calibrate` first and pass them"
-        )
+def checked_plan(given: Plan | Recipe, model: nn.Module, family: Family, quiet: bool) -> Plan:
+    """The plan of a recipe, or a plan that is checked; tells what a method's default leaves float."""
+    if isinstance(given, Plan):
+        check_plan(given, model, family)
+        return given
+    plan = plan_of(model, family, given)
+    left = [a for a in plan.attention if a.format is None and a.reason != BY_CHOICE]
+    if left:
+        note(f"{left[0].name}: its attention stays float: {left[0].reason}", quiet)
+    return plan
 
 
 def check_finite(model: nn.Module) -> None:
@@ -174,12 +181,14 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def provenance(recipe: Recipe, stats: CalibrationStats | None) -> dict[str, Any]:
-    """What `config.json` keeps of how the checkpoint was made."""
+def provenance(plan: Plan, stats: CalibrationStats | None) -> dict[str, Any]:
+    """What `config.json` keeps of how the checkpoint was made; `ditq/plan.json` beside it has the reasons."""
+    methods = dict.fromkeys(site.method for site in plan.sites)
     made: dict[str, Any] = {
-        **recipe.to_dict(),
-        "source": METHODS[recipe.method].source,
+        **headline(plan),
+        "source": "; ".join(METHODS[method].source for method in methods),
         "ditq": ditq_version(),
+        "plan": compact(plan),
     }
     if stats is not None:
         kept = ("calls", "sampler", "model_hash")
@@ -197,10 +206,10 @@ def ditq_version() -> str:
         return "source"
 
 
-def save(pipe: Any, packed: Any, out: Path, max_shard_size: str) -> None:
+def save(pipe: Any, packed: Any, plan: str, out: Path, max_shard_size: str) -> None:
     """Write the packed transformer, inside a copy of its pipeline where there is one, atomically."""
     if isinstance(pipe, nn.Module):
-        write_pipeline(packed, out, max_shard_size)
+        write_pipeline(packed, out, max_shard_size, plan=plan)
         return
     components = {**pipe.components, "transformer": packed}
-    write_pipeline(type(pipe)(**components), out, max_shard_size, labels_of=pipe)
+    write_pipeline(type(pipe)(**components), out, max_shard_size, labels_of=pipe, plan=plan)

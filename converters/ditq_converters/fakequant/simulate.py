@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,19 @@ from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.fold import LinearTensors, block_linears
+from ditq_converters.convert.groups import group_bounds
+from ditq_converters.convert.site_data import site_data
 from ditq_converters.fakequant.granularity import fake_quantize_weight
 from ditq_converters.fakequant.linear import SimulatedLinear
 from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
 from ditq_converters.fakequant.weights import SimulatedWeight
-from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform, ranges
+from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
 from ditq_converters.methods.profiles import Profile, profile_of
 from ditq_converters.models.open import transformer_of
+from ditq_converters.plan.entries import MODULATION, QUANTIZED, SitePlan
+from ditq_converters.plan.make import plan_of
+from ditq_converters.plan.plan import Part
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.sites.sites import group_bounds, site_data
 from ditq_runtime.families import BlockTable, family_of, get_linear
 from ditq_runtime.layers.timestep_groups import GroupIndex
 
@@ -49,16 +54,18 @@ def simulate(
     granularity = granularity or profile.granularity_at(BITS[recipe.weights])
     model = transformer_of(pipe)
     stats.check_model(model)
-    tables = family_of(type(model).__name__).block_tables(model)
+    family = family_of(type(model).__name__)
+    plan = plan_of(model, family, replace(recipe, profile="int"))
     simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     groups: Groups = []
-    for block, table in tables.items():
-        layers, found = _block(model, table, block, recipe, profile, granularity, stats)
+    for block, table in family.block_tables(model).items():
+        part = plan.part(block)
+        layers, found = _block(model, table, block, part, recipe, profile, granularity, stats)
         groups.append(found)
         for name, layer in layers.items():
             simulated.get_submodule(block).set_submodule(name, layer)
         if profile.modulation:
-            _round_modulations(simulated, table, block, recipe, profile)
+            _round_modulations(simulated, part, BITS[recipe.weights], profile)
     simulated.register_forward_pre_hook(_group_finder(groups), with_kwargs=True)
     return simulated
 
@@ -67,6 +74,7 @@ def _block(
     model: nn.Module,
     table: BlockTable,
     block: str,
+    part: Part,
     recipe: Recipe,
     profile: Profile,
     granularity: str,
@@ -74,7 +82,7 @@ def _block(
 ) -> tuple[dict[str, SimulatedLinear], tuple[torch.Tensor, GroupIndex]]:
     """Name -> simulated linear, and the block's timestep groups."""
     linears = block_linears(model.get_submodule(block), table)
-    sites = site_data(table, block, linears, recipe, stats)
+    sites = site_data(table, block, linears, part, stats, every=True)
     consumers = {site.name: site.consumers for site in table.sites}
     weights = {
         name: SimulatedWeight(
@@ -84,13 +92,13 @@ def _block(
         for name in consumers[site.name]
     }
     readers = {site.name: [weights[name] for name in consumers[site.name]] for site in sites}
-    choice = block_transform(recipe.method, profile, sites, recipe.options, readers)
+    choice = block_transform(part, profile, sites, readers)
     layers, index = {}, GroupIndex()
     for site in sites:
         transform = choice.sites.get(site.name, Transform())
-        limits = _static_range(site, transform, choice, profile, recipe)
+        limits = _static_range(part.sites[site.name], site, choice, profile)
         for name in consumers[site.name]:
-            if not recipe.keeps(f"{block}.{name}"):
+            if part.linears[f"{block}.{name}"].weights in QUANTIZED:
                 layers[name] = _layer(
                     linears[name], weights[name], transform, profile.act_rule, limits, index
                 )
@@ -117,12 +125,12 @@ def _layer(
 
 
 def _static_range(
-    site: SiteData, transform: Transform, choice: BlockTransform, profile: Profile, recipe: Recipe
+    entry: SitePlan, site: SiteData, choice: BlockTransform, profile: Profile
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The range of a site's transformed input; None where every call has its own."""
     if profile.activations != "static_tensor":
         return None
-    only = METHODS[recipe.method].static_call
+    transform, only = choice.sites.get(site.name, Transform()), entry.only_call
     calls = slice(None) if only is None else slice(only, only + 1)
     groups = choice.group_of_call
     pair = ranges.minmax(
@@ -131,14 +139,11 @@ def _static_range(
     return ranges.search(profile.range_method, site.rows_after(transform, groups, only), *pair)
 
 
-def _round_modulations(
-    simulated: nn.Module, table: BlockTable, block: str, recipe: Recipe, profile: Profile
-) -> None:
+def _round_modulations(simulated: nn.Module, part: Part, bits: int, profile: Profile) -> None:
     """Round the weights of a block's AdaLN linears in place, one range a row."""
-    for name in table.modulations:
-        if not recipe.keeps(f"{block}.{name}"):
-            weight = get_linear(simulated, f"{block}.{name}").weight
-            bits = BITS[recipe.weights]
+    for name, entry in part.linears.items():
+        if entry.site == MODULATION and entry.weights in QUANTIZED:
+            weight = get_linear(simulated, name).weight
             rounded = fake_quantize_weight(
                 weight.double(), "per_out_channel", bits, profile.weight_rule
             )

@@ -9,42 +9,41 @@ import torch
 
 from ditq_converters.fakequant.rounding import RULES
 from ditq_converters.fakequant.weights import SimulatedWeight
-from ditq_converters.methods import METHODS, BlockTransform, Options, SiteData, Transform
-from ditq_converters.methods.ditas import ALPHAS
+from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
+from ditq_converters.methods.ditas import ALPHAS, DitasOptions
 from ditq_converters.methods.profiles import Profile
 from ditq_converters.methods.ptq4dit import ALPHA, call_weights
 from ditq_converters.methods.smoothquant import smooth_factor
+from ditq_converters.plan.plan import Part
 
 ACT_BITS = 8
 SiteWeights = dict[str, list[SimulatedWeight]]  # site -> the weights of its readers
 
 
 def block_transform(
-    method: str,
-    profile: Profile,
-    sites: Sequence[SiteData],
-    options: Options,
-    weights: SiteWeights,
+    part: Part, profile: Profile, sites: Sequence[SiteData], weights: SiteWeights
 ) -> BlockTransform:
     """The transforms of one block.
 
     Args:
-        method: its name.
+        part: its entries of the plan; one method for all that are transformed.
         profile: the simulated quantizers.
         sites: of the block, with rows.
-        options: of the recipe.
         weights: read by DiTAS's search.
     """
     one_group = (0,) * len(sites[0].minimum)
-    transform = METHODS[method].transform
-    if method == "ditas":
-        factors = {site.name: _ditas_factor(site, profile, options, weights) for site in sites}
-    elif method == "ptq4dit" and profile.ssc_unit == "row":
-        factors = {site.name: _row_factor(site) for site in sites if site.foldable}
-    elif transform is None:
-        factors = {}
+    given = [site for site in sites if part.sites[site.name].transforms]
+    if not given:
+        return BlockTransform({}, one_group)
+    entry = part.sites[given[0].name]
+    options, transform = entry.method_options, METHODS[entry.method].transform
+    assert transform is not None
+    if entry.method == "ditas":
+        factors = {site.name: _ditas_factor(site, profile, options, weights) for site in given}
+    elif entry.method == "ptq4dit" and profile.ssc_unit == "row":
+        factors = {site.name: _row_factor(site) for site in given}
     else:  # nothing is folded here, so the shift behind V may follow the groups as well
-        return transform([replace(site, grouped=site.foldable) for site in sites], options)
+        return transform([replace(site, shifts="groups") for site in given], options)
     return BlockTransform({name: Transform(s) for name, s in factors.items()}, one_group)
 
 
@@ -84,7 +83,7 @@ def search_losses(
 
 
 def _ditas_factor(
-    site: SiteData, profile: Profile, options: Options, weights: SiteWeights
+    site: SiteData, profile: Profile, options: DitasOptions, weights: SiteWeights
 ) -> torch.Tensor:
     a = site.absmax.amax(dim=0)
     w = torch.stack([weight.absmax for weight in weights[site.name]]).amax(dim=0)

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+
+SHIFTS = ("none", "constant", "groups")  # what a site can be shifted by
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """What a site's input and the weights of its readers are rounded to: what a search must imitate.
+
+    Attributes:
+        weights: `w8`, `w4p` or `w4g`; where readers differ, that of most outputs.
+        group_size: input channels per group of `w4p` or `w4g`.
+        symmetric: `w4g` without zero points.
+        activations: `token`, `token_asym` or `static`.
+    """
+
+    weights: str = "w8"
+    group_size: int = 64
+    symmetric: bool = False
+    activations: str = "token"
 
 
 @dataclass(frozen=True)
@@ -17,20 +37,21 @@ class SiteData:
         minimum: [T, K] fp32, per call (noisiest first) and channel, over all samples, CFG halves and tokens.
         maximum: [T, K] fp32.
         weight: [N, K] fp64, the weights of all linears that read the site, stacked.
-        foldable: a producer can absorb a factor and a shift; otherwise only a factor, applied on the fly.
-        grouped: its producer can take a shift per timestep group (AdaLN rows); through V a shift is one for all.
+        shifts: what it can be shifted by: `none`; `constant`, one shift for all calls (through V); `groups`, one per
+            timestep group (AdaLN rows, or the quantizer).
         rows: [C, n, K] fp32, sampled input rows of the calls `row_calls`; None where none were recorded.
         row_calls: the calls that rows were sampled at.
+        quantizers: what its input and weights are rounded to.
     """
 
     name: str
     minimum: torch.Tensor
     maximum: torch.Tensor
     weight: torch.Tensor
-    foldable: bool = True
-    grouped: bool = True
+    shifts: str = "groups"
     rows: torch.Tensor | None = None
     row_calls: tuple[int, ...] = ()
+    quantizers: Quantizers = Quantizers()
 
     def rows_after(
         self, transform: Transform, group_of_call: Sequence[int], only: int | None = None
@@ -79,36 +100,8 @@ class SiteData:
 
 
 @dataclass(frozen=True)
-class Options:
-    """The choices a method may read; those of its paper are the defaults.
-
-    Attributes:
-        alpha: migration strength of smoothing, s = a^alpha / w^(1 - alpha) (SmoothQuant Eq. 4).
-        weights: `w8`, `w4p` or `w4g`: the weight quantizer a search must imitate.
-        group_size: input channels per group of `w4p` or `w4g`.
-        symmetric: `w4g` without zero points.
-        activations: `token` or `static`: the activation quantizer a search must imitate.
-        search: DiTAS: search alpha on its 21-point grid; otherwise take `alpha`.
-        ssc: PTQ4DiT: weigh calls by Spearman's rho; otherwise take the middle call.
-        shift: HTG: shift channels per timestep group.
-        scale: HTG: scale channels.
-        num_groups: HTG: timestep groups; None: max(1, T // 10).
-        linkage: HTG: `ward`, `centroid`, `average` or `exact_dp`.
-        ema: HTG: coefficient of the moving average of channel ranges.
-    """
-
-    alpha: float = 0.5
-    weights: str = "w8"
-    group_size: int = 64
-    symmetric: bool | None = None
-    activations: str = "token"
-    search: bool = True
-    ssc: bool = True
-    shift: bool = True
-    scale: bool = True
-    num_groups: int | None = None
-    linkage: str = "ward"
-    ema: float = 0.99
+class NoOptions:
+    """A method without choices of its own."""
 
 
 @dataclass(frozen=True)
@@ -160,28 +153,54 @@ class BlockTransform:
 
 @dataclass(frozen=True)
 class Method:
-    """A published method.
+    """A way to choose transforms. Packages bring their own through the entry-point group `ditq.methods`.
 
     Attributes:
         name: as in `--method`.
         source: paper and equation.
         needs_statistics: whether `transform` reads the calibration.
-        transform: (sites of one block, options) -> transforms; None: no transform at all.
-        needs_rows: whether `transform` reads sampled rows.
+        transform: (sites of one block, options) -> transforms, a pure function; None: no transform at all.
+        options: a frozen dataclass of the choices it reads, the defaults of its paper; `transform` gets an instance.
+        needs_rows: whether `transform` reads sampled rows; an option `search` that is off takes that back.
         lora_rank: rank of the low-rank branch it comes with.
-        on_the_fly: it also smooths sites that no producer can absorb a factor of.
-        symmetric: its `w4g` weights have no zero points, unless a recipe says otherwise.
-        attention: what attention products become by default: `none`, `int8` or `bf16` (see `Recipe.attention`).
+        on_the_fly: it also transforms inputs behind an activation function, and raw streams, which no producer can
+            take a factor of.
+        symmetric: its `w4g` weights have no zero points, unless a choice says otherwise.
+        attention: what attention products become by default: `none`, `int8` or `bf16`.
         static_call: the one call whose range static activations take (Meta: 0); None: all calls.
+        over_time: its shifts follow the timestep.
     """
 
     name: str
     source: str
     needs_statistics: bool
-    transform: Callable[[Sequence[SiteData], Options], BlockTransform] | None
+    transform: Callable[[Sequence[SiteData], Any], BlockTransform] | None
+    options: type[Any] = NoOptions
     needs_rows: bool = False
     lora_rank: int = 0
     on_the_fly: bool = True
     static_call: int | None = None
     symmetric: bool = False
     attention: str = "none"
+    over_time: bool = False
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """Names of its own choices."""
+        return tuple(field.name for field in fields(self.options))
+
+    def options_from(self, chosen: dict[str, Any]) -> Any:
+        """An instance of `options`.
+
+        Raises:
+            ValueError: a choice that the method does not have, or a value that it refuses.
+        """
+        unknown = sorted(set(chosen) - set(self.option_names))
+        if unknown:
+            has = ", ".join(self.option_names) or "none"
+            raise ValueError(f"method {self.name} has no option {unknown[0]!r}; it has: {has}")
+        return self.options(**chosen)
+
+    def reads_rows(self, options: Any) -> bool:
+        """Whether its transform reads sampled rows under these options."""
+        return self.needs_rows and bool(getattr(options, "search", True))

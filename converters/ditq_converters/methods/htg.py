@@ -9,15 +9,46 @@ and 8, which Eq. 6 drops). Groups are clustered once a block, so that all its la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ditq_converters.methods import timestep_groups
-from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
-from ditq_converters.methods.smoothquant import smooth_factor
+from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform
+from ditq_converters.methods.smoothquant import check_fraction, smooth_factor
 
 CALLS_PER_GROUP = 10
 ALPHA = 0.5  # s = sqrt(m / w)
+LINKAGES = (*timestep_groups.LINKAGES, "exact_dp")
+
+
+@dataclass(frozen=True)
+class HtgOptions:
+    """Choices of HTG.
+
+    Attributes:
+        shift: shift channels per timestep group.
+        scale: scale channels.
+        num_groups: timestep groups; None: max(1, T // 10).
+        linkage: `ward`, `centroid`, `average` or `exact_dp`.
+        ema: coefficient of the moving average of channel ranges, in [0, 1].
+    """
+
+    shift: bool = True
+    scale: bool = True
+    num_groups: int | None = None
+    linkage: str = "ward"
+    ema: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Check ranges and names."""
+        check_fraction("ema", self.ema)
+        if self.linkage not in LINKAGES:
+            raise ValueError(
+                f"option linkage must be one of {', '.join(LINKAGES)}, got {self.linkage!r}"
+            )
+        if self.num_groups is not None and self.num_groups < 1:
+            raise ValueError(f"option num_groups must be at least 1, got {self.num_groups}")
 
 
 def channel_centres(site: SiteData) -> torch.Tensor:
@@ -25,7 +56,7 @@ def channel_centres(site: SiteData) -> torch.Tensor:
     return (site.maximum.double() + site.minimum.double()) / 2
 
 
-def group_calls(sites: Sequence[SiteData], options: Options) -> tuple[int, ...]:
+def group_calls(sites: Sequence[SiteData], options: HtgOptions) -> tuple[int, ...]:
     """One partition of the calls for a block, from the concatenated centres of the sites shifted per group (Eq. 3).
 
     Args:
@@ -39,7 +70,7 @@ def group_calls(sites: Sequence[SiteData], options: Options) -> tuple[int, ...]:
         ValueError: an unknown linkage, or fewer than one group.
     """
     num_calls = len(sites[0].minimum)
-    grouped = [channel_centres(site) for site in sites if site.grouped and site.foldable]
+    grouped = [channel_centres(site) for site in sites if site.shifts == "groups"]
     if not options.shift or not grouped:
         return (0,) * num_calls
     wanted = options.num_groups
@@ -90,23 +121,23 @@ def moving_average(absmax: torch.Tensor, coefficient: float) -> torch.Tensor:
     return mean
 
 
-def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
-    """Shift and scale every site whose producer can absorb both; the paper leaves the second MLP layer alone.
+def transform(sites: Sequence[SiteData], options: HtgOptions) -> BlockTransform:
+    """Shift and scale every site; the plan leaves the second MLP layer out, as the paper does.
 
-    Sites with `grouped` off (behind V) get one shift for all calls, the mean of z_i: their producer sees all groups.
+    Sites with one shift for all calls (behind V, whose producer sees all groups) get the mean of z_i.
     """
     group_of_call = group_calls(sites, options)
     transforms = {}
     if options.shift or options.scale:
         for site in sites:
-            if site.foldable:
-                groups = group_of_call if site.grouped else (0,) * len(group_of_call)
-                transforms[site.name] = _site_transform(site, groups, options)
+            groups = group_of_call if site.shifts == "groups" else (0,) * len(group_of_call)
+            transforms[site.name] = _site_transform(site, groups, options)
     return BlockTransform(transforms, group_of_call)
 
 
-def _site_transform(site: SiteData, groups: Sequence[int], options: Options) -> Transform:
-    shift = group_means(channel_centres(site), groups) if options.shift else None
+def _site_transform(site: SiteData, groups: Sequence[int], options: HtgOptions) -> Transform:
+    shifted = options.shift and site.shifts != "none"
+    shift = group_means(channel_centres(site), groups) if shifted else None
     if not options.scale:
         return Transform(shift=shift)
     no_shift = torch.zeros(len(groups), site.minimum.shape[1], dtype=torch.float64)
@@ -120,6 +151,8 @@ HTG = Method(
     source="HTG, arXiv:2503.06930, Eq. 2-8 and Alg. 1",
     needs_statistics=True,
     transform=transform,
+    options=HtgOptions,
     on_the_fly=False,
     attention="int8",
+    over_time=True,
 )

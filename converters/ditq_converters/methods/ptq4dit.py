@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
+from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform
 from ditq_converters.methods.smoothquant import smooth_factor
 
 MAX_CALLS = 25  # calibration calls of the paper at 256 pixels
 ALPHA = 0.5  # CSB: s = sqrt(a / w)
+
+
+@dataclass(frozen=True)
+class Ptq4ditOptions:
+    """Choices of PTQ4DiT.
+
+    Attributes:
+        ssc: weigh calls by Spearman's rho; otherwise take the middle call.
+    """
+
+    ssc: bool = True
 
 
 def calibration_calls(num_calls: int) -> list[int]:
@@ -75,12 +87,11 @@ def aggregate(site: SiteData, ssc: bool) -> torch.Tensor:
     return (eta[:, None] * salience).sum(dim=0)
 
 
-def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
-    """CSB, Eq. 5-7 and 14: balance every site whose producer can absorb the factor; the second MLP layer stays."""
+def transform(sites: Sequence[SiteData], options: Ptq4ditOptions) -> BlockTransform:
+    """CSB, Eq. 5-7 and 14: balance every site; the plan leaves the second MLP layer out, as the paper does."""
     transforms = {
         site.name: Transform(smooth_factor(aggregate(site, options.ssc), site.weight_absmax, ALPHA))
         for site in sites
-        if site.foldable
     }
     return BlockTransform(transforms, (0,) * len(sites[0].minimum))
 
@@ -90,6 +101,7 @@ PTQ4DIT = Method(
     source="PTQ4DiT, arXiv:2405.16005, Eq. 4-14",
     needs_statistics=True,
     transform=transform,
+    options=Ptq4ditOptions,
     on_the_fly=False,
     attention="int8",
 )

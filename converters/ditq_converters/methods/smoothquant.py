@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ditq_converters.methods.base import BlockTransform, Method, Options, SiteData, Transform
+from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform
 
 GUARD = 1e-5  # smallest absmax that enters the formula
 LIMIT = 1e4  # factors stay in [1 / LIMIT, LIMIT]
+
+
+@dataclass(frozen=True)
+class SmoothQuantOptions:
+    """Choices of SmoothQuant.
+
+    Attributes:
+        alpha: migration strength, s = a^alpha / w^(1 - alpha) (Eq. 4), in [0, 1].
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check_fraction("alpha", self.alpha)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """ValueError for an option outside [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"option {name} must lie in [0, 1], got {value}")
 
 
 def smooth_factor(a: torch.Tensor, w: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -27,7 +49,7 @@ def smooth_factor(a: torch.Tensor, w: torch.Tensor, alpha: float) -> torch.Tenso
     return (a**alpha / w ** (1 - alpha)).clamp(1 / LIMIT, LIMIT)
 
 
-def transform(sites: Sequence[SiteData], options: Options) -> BlockTransform:
+def transform(sites: Sequence[SiteData], options: SmoothQuantOptions) -> BlockTransform:
     """Smooth every site with the maximum over all calls."""
     factors = {
         site.name: Transform(
@@ -43,4 +65,5 @@ SMOOTHQUANT = Method(
     source="SmoothQuant, arXiv:2211.10438, Eq. 4, with the maximum over all calls",
     needs_statistics=True,
     transform=transform,
+    options=SmoothQuantOptions,
 )

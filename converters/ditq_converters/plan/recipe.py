@@ -1,32 +1,33 @@
-"""Recipe: every choice of a conversion, validated once, stored in the checkpoint as provenance."""
+"""Recipe: the choices of a conversion as keywords, validated once. `make_plan` turns them into a plan."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from typing import Any
 
-from ditq_converters.methods import METHODS, Options
+from ditq_converters.methods import METHODS
 from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
 from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
-from ditq_converters.methods.timestep_groups import LINKAGES
+from ditq_converters.plan.entries import ACTIVATIONS as ALL_ACTIVATIONS
+from ditq_converters.plan.entries import QUANTIZED, ROUNDINGS
+from ditq_converters.plan.plan import KEPT_DTYPES
 from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
 
-WEIGHTS = ("w8", "w4p", "w4g")
-ACTIVATIONS = ("token", "static")
-ROUNDINGS = ("nearest", "gptq")
+ACTIVATIONS = tuple(name for name in ALL_ACTIVATIONS if name != "none")
 ATTENTION = ("none", *VALUES)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to convert.
+    """How to convert, in one form for all linears.
 
     Attributes:
         method: a name in `ditq_converters.methods.METHODS`.
-        weights: `w8` (int8 per output channel), `w4p` (4 bits, two-level groups) or `w4g` (4 bits,
-            a real scale and zero point per group, as the papers have it; slower, the reference for accuracy).
+        weights: `w8` (int8 per output channel), `w4p` (4 bits, two-level groups; a width that no group divides takes
+            `w8`) or `w4g` (4 bits, a real scale and zero point per group, as the papers have it; slower, the
+            reference for accuracy).
         activations: `token` (a scale per token, computed when it runs) or `static` (calibrated range).
         group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
@@ -44,7 +45,10 @@ class Recipe:
         profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
             released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
         symmetric: `w4g` weights without zero points; None: as the method has it (Meta: symmetric).
-        alpha: and the fields below: see `ditq_converters.methods.Options`.
+        kept_dtype: what tensors that stay float are stored in: `fp32` (as the model was opened) or `bf16`.
+        alpha: of smoothquant, and of ditas without its search; this and the fields below: see the options of the
+            methods (`ditq_converters.methods`). A method reads those that it has.
+        options: choices of a method that a package brings.
 
     Raises:
         ValueError: a field is out of its range; the message lists the choices.
@@ -72,6 +76,8 @@ class Recipe:
     attention: str | None = None
     attention_scales: str | None = None
     bias_correction: bool = False
+    kept_dtype: str = "fp32"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Validate every field."""
@@ -80,21 +86,16 @@ class Recipe:
                 f"recipe: keep must be a tuple of patterns, got the string {self.keep!r}"
             )
         _one_of("method", self.method, tuple(METHODS))
-        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("weights", self.weights, QUANTIZED)
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("attention", self.attention or "none", ATTENTION)
-        _one_of("attention_scales", self.attention_scales or self.activations, SCALES)
-        _one_of("modulation", self.modulation or self.weights, WEIGHTS)
+        _one_of("attention_scales", self.attention_scales or self.attention_default, SCALES)
+        _one_of("modulation", self.modulation or self.weights, QUANTIZED)
+        _one_of("kept_dtype", self.kept_dtype, KEPT_DTYPES)
         if self.group_size < 32 or self.group_size % 32:
             raise ValueError(
                 f"recipe: group_size must be a positive multiple of 32, got {self.group_size}"
             )
-        for field in ("alpha", "ema"):
-            if not 0.0 <= getattr(self, field) <= 1.0:
-                raise ValueError(f"recipe: {field} must lie in [0, 1], got {getattr(self, field)}")
-        _one_of("linkage", self.linkage, (*LINKAGES, "exact_dp"))
-        if self.num_groups is not None and self.num_groups < 1:
-            raise ValueError(f"recipe: num_groups must be at least 1, got {self.num_groups}")
         _one_of("profile", self.profile, PROFILE_NAMES)
         if self.profile != "int":
             profile_of(self.method, self.profile)
@@ -110,23 +111,18 @@ class Recipe:
             )
         if self.rank < 0:
             raise ValueError(f"recipe: lora_rank must not be negative, got {self.rank}")
+        try:
+            METHODS[self.method].options_from(self.method_options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"recipe: {error}") from error
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether a calibration must have run."""
-        needs = METHODS[self.method].needs_statistics or self.needs_rows
-        attention = self.attention_format
-        static = (self.activations, None if attention is None else attention.scales)
-        return needs or "static" in static
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether the calibration must have sampled rows."""
-        if self.profile != "int":
-            return True
-        searches_alpha = METHODS[self.method].needs_rows and self.search
-        searches_range = self.range_method != "minmax"
-        return searches_alpha or searches_range or self.rounding == "gptq" or self.bias_correction
+    @classmethod
+    def of(cls, **choices: Any) -> Recipe:
+        """A recipe from keywords; what is no field of it is an option of the method."""
+        own = {entry.name for entry in fields(cls)}
+        options = {name: value for name, value in choices.items() if name not in own}
+        given = {name: value for name, value in choices.items() if name in own}
+        return cls(**{**given, "options": {**given.get("options", {}), **options}})
 
     @property
     def rank(self) -> int:
@@ -139,15 +135,24 @@ class Recipe:
         return METHODS[self.method].symmetric if self.symmetric is None else self.symmetric
 
     @property
-    def options(self) -> Options:
-        """What the method is told."""
-        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+    def method_options(self) -> dict[str, Any]:
+        """What the method is told, where it is not its default."""
+        method, own = METHODS[self.method], {entry.name for entry in fields(self)}
+        defaults = method.options()
+        told = {name: getattr(self, name) for name in method.option_names if name in own}
+        told = {name: value for name, value in told.items() if value != getattr(defaults, name)}
+        return {**told, **self.options}
+
+    @property
+    def attention_default(self) -> str:
+        """Scales of attention where nobody says."""
+        return "static" if self.activations == "static" else "token"
 
     @property
     def attention_format(self) -> AttentionFormat | None:
         """How attention products run; None: in float."""
         values = self.attention or METHODS[self.method].attention
-        scales = self.attention_scales or self.activations
+        scales = self.attention_scales or self.attention_default
         return None if values == "none" else AttentionFormat(values, scales)
 
     @property
@@ -155,20 +160,12 @@ class Recipe:
         """Weights of the modulation linears."""
         return self.modulation or self.weights
 
-    def check_integer(self) -> None:
-        """ValueError for a profile that only rounds in float, which no packed checkpoint can hold."""
-        if self.profile != "int":
-            raise ValueError(
-                f"convert: profile {self.profile} rounds in float and no packed checkpoint can hold it; score it with "
-                f"`ditq bench profiles --methods {self.method}`, or convert with profile int"
-            )
-
     def keeps(self, layer: str) -> bool:
         """Whether a module stays float."""
         return any(fnmatch(layer, pattern) for pattern in self.keep)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, for provenance."""
+        """JSON-safe, for reports."""
         attention = self.attention_format
         return {
             **asdict(self),
@@ -181,6 +178,6 @@ class Recipe:
         }
 
 
-def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"recipe: {field} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"recipe: {name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What reads the same input, and what the statistics say about it. Open `find.py` first, then `sites.py`.
+"""What reads the same input, and what feeds it. Open `find.py` first.
 
 In comes a float model and the inputs of one forward; out goes a `Family`: what each block's linears read, what feeds
 it, and why the other linears stay float.

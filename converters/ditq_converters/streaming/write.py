@@ -18,7 +18,7 @@ from torch import nn
 
 from ditq_converters.calibrate.memory import SLACK, held
 from ditq_converters.convert.pack import packed_skeleton
-from ditq_converters.convert.pipeline_folder import forget_paths
+from ditq_converters.convert.pipeline_folder import forget_paths, keep_plan
 from ditq_converters.streaming import finished
 from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
 from ditq_converters.streaming.opening import (
@@ -52,6 +52,7 @@ def write_streamed(
     model: nn.Module,
     scheme: Scheme,
     recipe: dict[str, Any],
+    plan: str,
     done: finished.FinishedBlocks,
     out: Path,
     max_shard_size: str,
@@ -63,6 +64,7 @@ def write_streamed(
         model: the streamed float transformer.
         scheme: of the packed one.
         recipe: its provenance.
+        plan: text of the plan that it was made by.
         done: all blocks.
         out: the folder.
         max_shard_size: as in diffusers' `save_pretrained`.
@@ -80,6 +82,7 @@ def write_streamed(
             _copy_components(folder, part, type(packed).__name__)
             _write_transformer(packed, part / "transformer", read, max_shard_size)
         forget_paths(part)
+        keep_plan(part, plan)
     finished.forget(out)
     return packed
 

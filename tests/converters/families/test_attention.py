@@ -15,7 +15,7 @@ import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.calibrate.recorder import Recorder
 from ditq_converters.calibrate.rows import RowPlan
-from ditq_converters.plan.layers import plan_layers
+from ditq_converters.plan.make import make_plan
 from ditq_runtime import DitqConfig, FallbackError, execution_report
 from ditq_runtime.families import ValueRows, family_of
 from ditq_runtime.format.attention import AttentionFormat
@@ -402,9 +402,7 @@ def test_a_family_without_a_table_is_refused():
             joint_attention_dim=32, caption_projection_dim=64, pos_embed_max_size=64,
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"AuraFlow.*its attention does not run quantized yet"):
-        plan_layers(
-            model, family_of("AuraFlowTransformer2DModel"), Recipe("linear", attention="int8")
-        )
+        make_plan(model, method="linear", attention="int8")
 
 
 @pytest.mark.parametrize("name", ["pixart-attention", "sd3.5-attention", "flux-attention"])

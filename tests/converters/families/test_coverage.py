@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import AuraFlowTransformer2DModel, FluxTransformer2DModel
 
-from ditq_converters import Recipe, convert
+from ditq_converters import convert
 from ditq_converters.cli.inspect import inspect_float
-from ditq_converters.plan.layers import plan_layers
-from ditq_converters.sites.coverage import coverage
+from ditq_converters.models.open import open_skeleton
+from ditq_converters.plan.coverage import coverage
+from ditq_converters.plan.make import make_plan
 from ditq_runtime.families import family_of
 from ditq_runtime.format.folder import open_folder
 
@@ -25,18 +26,23 @@ KINDS = {
 }
 
 
-def plans_of(model, recipe):
-    return plan_layers(model, family_of(type(model).__name__), recipe)
+def covered_by(model, **choices):
+    return coverage(model, family_of(type(model).__name__), make_plan(model, **choices))
+
+
+def inspected(folder, **choices):
+    model = open_skeleton(str(folder))
+    return inspect_float(model, make_plan(model, **choices))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weights", ["w8", "w4p"])
 def test_predicted_bytes_are_the_stored_ones(make_case, tmp_path, name, weights):
     model, _ = make_case(name, torch.bfloat16)
-    recipe = Recipe("linear", weights, "token", group_size=32)
-    convert(model, recipe, out=tmp_path / "out", quiet=True)
+    choices = {"method": "linear", "weights": weights, "group_size": 32}
+    convert(model, make_plan(model, **choices), out=tmp_path / "out", quiet=True)
     stored = sum(info.nbytes for info in open_folder(tmp_path / "out").headers.values())
-    covered = coverage(model, plans_of(model, recipe))
+    covered = covered_by(model, **choices)
     assert covered.packed_bytes == stored
     assert covered.float_bytes == sum(t.numel() * 2 for t in model.state_dict().values())
 
@@ -48,7 +54,7 @@ def test_flops_of_a_dit_by_hand(make_case):
     integer = blocks * 2 * tokens * 12 * d * d
     embedder = 2 * (256 * d + d * d)  # of every block, and once more for the final layer
     rest = blocks * (embedder + 2 * 6 * d * d) + embedder + 2 * d * 2 * d + 2 * tokens * d * 32
-    covered = coverage(model, plans_of(model, Recipe("linear")))
+    covered = covered_by(model, method="linear")
     assert sum(covered.flops.values()) == integer + rest
     assert covered.integer_flops_share == integer / (integer + rest)
     assert covered.tokens == tokens
@@ -57,7 +63,7 @@ def test_flops_of_a_dit_by_hand(make_case):
 def test_flops_of_flux_count_both_streams(make_case):
     """1024 image tokens, 512 of text: one stream each in a double block, both in a single one."""
     model, _ = make_case("flux-dev")
-    flops = coverage(model, plans_of(model, Recipe("linear"))).flops
+    flops = covered_by(model, method="linear").flops
     assert flops["transformer_blocks.0.attn.to_q"] == 2 * 1024 * 64 * 64
     assert flops["transformer_blocks.0.attn.add_q_proj"] == 2 * 512 * 64 * 64
     assert flops["single_transformer_blocks.1.proj_out"] == 2 * 1536 * (64 + 256) * 64
@@ -72,7 +78,7 @@ def test_inspect_needs_no_weights_and_names_every_linear(make_case, tmp_path, na
         file.write_bytes(
             file.read_bytes()[:-1]
         )  # damaged on purpose: only headers are there to be read
-    report = inspect_float(str(tmp_path), Recipe())
+    report = inspected(tmp_path)
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert {layer["name"] for layer in report["layers"]} == linears
     assert {layer["kind"] for layer in report["layers"]} == KINDS[name]
@@ -86,7 +92,7 @@ def test_a_generic_family_has_no_flops_but_a_plan(tmp_path):
         sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=32, caption_projection_dim=64, pos_embed_max_size=64,
     ).save_pretrained(tmp_path)  # fmt: skip
-    report = inspect_float(str(tmp_path), Recipe("linear"))
+    report = inspected(tmp_path, method="linear")
     assert report["integer_flops_share"] is None
     assert {layer["kind"] for layer in report["layers"]} == {"-"}
     assert report["packed_bytes"] < report["float_bytes"]
@@ -96,7 +102,7 @@ def test_full_size_flux_is_inspected_without_its_weights(tmp_path):
     """11.9 billion parameters; 27 % of them modulation, so nearly all become integers."""
     config = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = inspect_float(str(tmp_path), Recipe())
+    report = inspected(tmp_path)
     assert 11.8e9 < report["parameters"] < 12e9
     assert report["architecture"] == FluxTransformer2DModel.__name__
     assert report["quantized_parameters_share"] > 0.99
@@ -116,4 +122,4 @@ def test_an_old_folder_that_says_transformer_2d_is_inspected_as_what_it_is(
     config |= {"_class_name": "Transformer2DModel", "norm_type": norm}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    assert inspect_float(str(tmp_path), Recipe())["architecture"] == type(model).__name__
+    assert inspected(tmp_path)["architecture"] == type(model).__name__

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.plan.layers import plan_layers
+from ditq_converters.plan.make import make_plan
 from ditq_runtime import CheckpointError, QuantLinear, execution_report
 from ditq_runtime.families import FAMILIES, family_of
 from ditq_runtime.families.generic import generic_family
@@ -106,11 +106,11 @@ def test_blocks_are_integers_and_all_else_is_as_it_was(case):
     assert attention
     assert {n for n in attention if "emb" not in n} <= integer <= linears
     assert not [n for n in integer if "emb" in n or n.startswith(("proj_out", "norm_out"))]
-    for plan in plan_layers(model, family_of(type(model).__name__), RECIPE):
-        assert (plan.format is not None) == (plan.name in integer)
-        assert "float" in plan.fold or plan.format is not None  # what stays float says so, and why
-        if plan.format is not None and plan.site == "modulation":
-            assert plan.format.activations == "none"
+    for entry in make_plan(model, method="linear").linears:
+        assert (entry.weights == "w8") == (entry.name in integer)
+        assert entry.weights == "w8" or (entry.weights == "as it is" and "float" in entry.reason)
+        if entry.site == "modulation":
+            assert entry.activations == "none"
 
 
 def test_one_forward_errs_as_its_codes_do(case, cost_of_codes):

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from ditq_converters.methods import Options, SiteData, smoothquant
-from ditq_converters.methods.htg import HTG, group_means, moving_average, shifted_absmax
+from ditq_converters.methods import SiteData, smoothquant
+from ditq_converters.methods.htg import (
+    HTG,
+    HtgOptions,
+    group_means,
+    moving_average,
+    shifted_absmax,
+)
 from ditq_converters.methods.timestep_groups import exact_dp, greedy
 
 
@@ -32,7 +38,7 @@ def test_by_hand():
     x = torch.tensor([[[-1.0], [3.0]], [[1.0], [7.0]], [[10.0], [12.0]]])
     low, high = x.amin(dim=1), x.amax(dim=1)
     weight = torch.tensor([[0.125], [-0.25]], dtype=torch.float64)
-    block = HTG.transform([SiteData("fc1", low, high, weight)], Options(num_groups=2, ema=0.75))
+    block = HTG.transform([SiteData("fc1", low, high, weight)], HtgOptions(num_groups=2, ema=0.75))
     assert block.group_of_call == (0, 0, 1)
     assert block.sites["fc1"].shift.tolist() == [[2.5], [11.0]]
     assert block.sites["fc1"].smooth.tolist() == [3.5]
@@ -41,8 +47,8 @@ def test_by_hand():
 @pytest.mark.parity("P8")
 def test_without_shift_and_average_one_call_is_smoothquant():
     site = as_site(inputs(calls=1))
-    found = HTG.transform([site], Options(shift=False, ema=0.0))
-    expected = smoothquant.SMOOTHQUANT.transform([site], Options(alpha=0.5))
+    found = HTG.transform([site], HtgOptions(shift=False, ema=0.0))
+    expected = smoothquant.SMOOTHQUANT.transform([site], smoothquant.SmoothQuantOptions(alpha=0.5))
     assert found.group_of_call == expected.group_of_call == (0,)
     assert found.sites["qkv"].shift is None
     assert torch.equal(found.sites["qkv"].smooth, expected.sites["qkv"].smooth)
@@ -52,7 +58,7 @@ def test_without_shift_and_average_one_call_is_smoothquant():
 def test_a_group_for_every_call_shifts_every_call_by_its_centre():
     x = inputs(calls=7)
     site = as_site(x)
-    block = HTG.transform([site], Options(num_groups=99))  # no more groups than calls
+    block = HTG.transform([site], HtgOptions(num_groups=99))  # no more groups than calls
     assert block.group_of_call == tuple(range(7))
     shift = block.sites["qkv"].shift
     np.testing.assert_array_equal(shift.numpy(), centres(x))
@@ -97,7 +103,7 @@ def test_no_root_of_a_negative_number():
     """After a group's shift a channel may lie wholly below zero: its signed maximum would be negative."""
     x = torch.tensor([[[-9.0], [-8.0]], [[5.0], [6.0]]])
     site = SiteData("qkv", x.amin(dim=1), x.amax(dim=1), -torch.ones(2, 1, dtype=torch.float64))
-    smooth = HTG.transform([site], Options()).sites["qkv"].smooth  # shift -1.5, A = 7.5 twice
+    smooth = HTG.transform([site], HtgOptions()).sites["qkv"].smooth  # shift -1.5, A = 7.5 twice
     torch.testing.assert_close(smooth, torch.tensor([7.5], dtype=torch.float64).sqrt())
 
 
@@ -105,16 +111,16 @@ def test_the_average_runs_from_the_noisiest_call():
     x = torch.zeros(3, 2, 1)
     x[0] = torch.tensor([[-100.0], [100.0]])
     site = SiteData("qkv", x.amin(dim=1), x.amax(dim=1), torch.ones(1, 1, dtype=torch.float64))
-    smooth = HTG.transform([site], Options()).sites["qkv"].smooth
+    smooth = HTG.transform([site], HtgOptions()).sites["qkv"].smooth
     np.testing.assert_allclose(smooth.item() ** 2, 100 * 0.99**2, rtol=1e-14)
 
 
 def block_of_sites(calls=20):
     return [
         as_site(inputs(calls, seed=1), "qkv"),
-        as_site(inputs(calls, seed=2) * 5, "o_proj", grouped=False),
+        as_site(inputs(calls, seed=2) * 5, "o_proj", shifts="constant"),
         as_site(inputs(calls, seed=3, width=11), "fc1"),
-        as_site(inputs(calls, seed=4) * 5, "fc2", foldable=False, grouped=False),
+        as_site(inputs(calls, seed=4) * 5, "fc2", shifts="none"),
     ]
 
 
@@ -122,7 +128,7 @@ def block_of_sites(calls=20):
 def test_a_block_is_clustered_once_on_its_grouped_sites(linkage):
     sites = block_of_sites()
     z = torch.cat([(sites[i].maximum.double() + sites[i].minimum.double()) / 2 for i in (0, 2)], 1)
-    block = HTG.transform(sites, Options(num_groups=4, linkage=linkage))
+    block = HTG.transform(sites, HtgOptions(num_groups=4, linkage=linkage))
     expected = exact_dp(z, 4) if linkage == "exact_dp" else greedy(z, 4, linkage)
     assert block.group_of_call == expected
     assert block.num_groups == 4
@@ -132,7 +138,7 @@ def test_a_block_is_clustered_once_on_its_grouped_sites(linkage):
 
 def test_one_shift_for_all_groups_where_the_producer_has_no_groups():
     sites = block_of_sites()
-    found = HTG.transform(sites, Options(num_groups=4)).sites["o_proj"]
+    found = HTG.transform(sites, HtgOptions(num_groups=4)).sites["o_proj"]
     mean = ((sites[1].maximum.double() + sites[1].minimum.double()) / 2).mean(dim=0)
     # a sum of 20 numbers below 512
     torch.testing.assert_close(found.shift, mean[None], rtol=0, atol=1e-12)
@@ -142,40 +148,46 @@ def test_one_shift_for_all_groups_where_the_producer_has_no_groups():
     torch.testing.assert_close(found.smooth, expected, rtol=1e-13, atol=0)
 
 
-def test_what_cannot_be_folded_is_left_alone():
-    assert list(HTG.transform(block_of_sites(), Options()).sites) == ["qkv", "o_proj", "fc1"]
+def test_what_cannot_be_shifted_is_only_scaled():
+    found = HTG.transform(block_of_sites(), HtgOptions()).sites["fc2"]
+    data = block_of_sites()[3]
+    assert found.shift is None
+    m = moving_average(data.absmax, 0.99)
+    assert torch.equal(found.smooth, smoothquant.smooth_factor(m, data.weight_absmax, 0.5))
 
 
 @pytest.mark.parametrize(("calls", "groups"), [(1, 1), (9, 1), (10, 1), (19, 1), (20, 2), (59, 5)])
 def test_a_group_for_every_ten_calls(calls, groups):
-    assert HTG.transform([as_site(inputs(calls))], Options()).num_groups == groups
+    assert HTG.transform([as_site(inputs(calls))], HtgOptions()).num_groups == groups
 
 
 def test_the_halves_can_be_switched_off():
     sites = block_of_sites()
-    both = HTG.transform(sites, Options())
-    shift_only = HTG.transform(sites, Options(scale=False))
+    both = HTG.transform(sites, HtgOptions())
+    shift_only = HTG.transform(sites, HtgOptions(scale=False))
     assert shift_only.group_of_call == both.group_of_call
+    assert shift_only.sites.pop("fc2").shift is None
     for name, site in shift_only.sites.items():
         assert site.smooth is None
         assert torch.equal(site.shift, both.sites[name].shift)
-    scale_only = HTG.transform(sites, Options(shift=False))
+    scale_only = HTG.transform(sites, HtgOptions(shift=False))
     assert scale_only.num_groups == 1
     for site, data in zip(scale_only.sites.values(), sites, strict=False):
         assert site.shift is None
         m = moving_average(data.absmax, 0.99)
         assert torch.equal(site.smooth, smoothquant.smooth_factor(m, data.weight_absmax, 0.5))
-    neither = HTG.transform(sites, Options(shift=False, scale=False))
+    neither = HTG.transform(sites, HtgOptions(shift=False, scale=False))
     assert neither.sites == {}
     assert neither.group_of_call == (0,) * 20
 
 
 def test_without_a_grouped_site_there_is_one_group():
-    block = HTG.transform(block_of_sites()[1:2], Options(num_groups=4))
+    block = HTG.transform(block_of_sites()[1:2], HtgOptions(num_groups=4))
     assert block.num_groups == 1
     assert block.sites["o_proj"].shift.shape == (1, 6)
 
 
-def test_less_than_one_group_is_refused():
-    with pytest.raises(ValueError, match="num_groups"):
-        HTG.transform(block_of_sites(), Options(num_groups=0))
+@pytest.mark.parametrize("options", [{"num_groups": 0}, {"ema": 1.5}, {"linkage": "single"}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"option {next(iter(options))} must"):
+        HtgOptions(**options)

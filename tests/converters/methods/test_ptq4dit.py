@@ -7,16 +7,17 @@ import pytest
 import scipy.stats
 import torch
 
-from ditq_converters.methods import Options, SiteData
+from ditq_converters.methods import SiteData
 from ditq_converters.methods.ptq4dit import (
     PTQ4DIT,
+    Ptq4ditOptions,
     aggregate,
     average_ranks,
     calibration_calls,
     call_weights,
     spearman,
 )
-from ditq_converters.methods.smoothquant import SMOOTHQUANT
+from ditq_converters.methods.smoothquant import SMOOTHQUANT, SmoothQuantOptions
 
 
 def as_site(salience, weight, name="qkv", **flags):
@@ -104,8 +105,8 @@ def test_aggregate_by_hand():
 @pytest.mark.parity("P8")
 def test_one_call_is_smoothquant_at_that_call():
     site = random_site(calls=1)
-    found = PTQ4DIT.transform([site], Options())
-    expected = SMOOTHQUANT.transform([site], Options(alpha=0.5))
+    found = PTQ4DIT.transform([site], Ptq4ditOptions())
+    expected = SMOOTHQUANT.transform([site], SmoothQuantOptions(alpha=0.5))
     assert torch.equal(found.sites["qkv"].smooth, expected.sites["qkv"].smooth)
     assert found.sites["qkv"].shift is None
 
@@ -115,8 +116,8 @@ def test_one_call_is_smoothquant_at_that_call():
 def test_without_ssc_it_is_smoothquant_at_the_middle_call(calls, middle):
     site = random_site(calls)
     one = SiteData("qkv", site.minimum[middle][None], site.maximum[middle][None], site.weight)
-    found = PTQ4DIT.transform([site], Options(ssc=False))
-    expected = SMOOTHQUANT.transform([one], Options(alpha=0.5))
+    found = PTQ4DIT.transform([site], Ptq4ditOptions(ssc=False))
+    expected = SMOOTHQUANT.transform([one], SmoothQuantOptions(alpha=0.5))
     assert torch.equal(found.sites["qkv"].smooth, expected.sites["qkv"].smooth)
     assert found.group_of_call == (0,) * calls
 
@@ -139,7 +140,7 @@ def test_only_calibration_calls_count():
 def test_balancing_makes_salience_equal():
     """CSB: B^X = 1 / s and B^W = s undo each other, and a / s = w s."""
     site = random_site(calls=9, width=300)
-    smooth = PTQ4DIT.transform([site], Options()).sites["qkv"].smooth
+    smooth = PTQ4DIT.transform([site], Ptq4ditOptions()).sites["qkv"].smooth
     a = aggregate(site, ssc=True)
     torch.testing.assert_close(a / smooth, site.weight_absmax * smooth, rtol=1e-12, atol=0)
     balanced = (a * site.weight_absmax).sqrt()  # Eq. 5, then B^X = balanced / a, B^W = balanced / w
@@ -151,7 +152,7 @@ def test_balancing_makes_salience_equal():
 @pytest.mark.parametrize("seed", range(20))
 def test_of_a_single_call_the_overall_salience_does_not_grow(seed):
     site = random_site(calls=1, seed=seed)
-    smooth = PTQ4DIT.transform([site], Options()).sites["qkv"].smooth
+    smooth = PTQ4DIT.transform([site], Ptq4ditOptions()).sites["qkv"].smooth
     x, w = site.absmax[0], site.weight_absmax
     after = max((x / smooth).max(), (w * smooth).max())
     assert after <= max(x.max(), w.max()) * (1 + 1e-14)  # a root, a quotient and a product round
@@ -161,11 +162,6 @@ def test_of_several_calls_it_can_grow():
     """One channel, salience 1, 1e-3, 1e-3, 1e-3: rho = 0, a = 0.25075, so the first call becomes
     1 / sqrt(0.25075) = 1.99701. Eq. 8 is a statement about a single call."""
     site = as_site([[1.0], [1e-3], [1e-3], [1e-3]], [[1.0]])
-    smooth = PTQ4DIT.transform([site], Options()).sites["qkv"].smooth
+    smooth = PTQ4DIT.transform([site], Ptq4ditOptions()).sites["qkv"].smooth
     # 1e-3 is rounded to fp32: 3 * 2^-24 * 1e-3 / 0.25 / 2 relative
     np.testing.assert_allclose(1 / smooth.item(), 0.25075**-0.5, rtol=4e-10)
-
-
-def test_what_cannot_be_folded_is_left_alone():
-    sites = [random_site(name="fc1"), random_site(name="fc2", foldable=False)]
-    assert list(PTQ4DIT.transform(sites, Options()).sites) == ["fc1"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ditq_converters.methods import METHODS, Options, SiteData, Transform
-from ditq_converters.methods.htg import HTG
+from ditq_converters.methods import METHODS, SiteData, Transform
+from ditq_converters.methods.htg import HTG, HtgOptions
 from ditq_converters.methods.ranges import after, minmax, ptq4dit_pct, qdiff_mse
 
 
@@ -55,7 +55,7 @@ def test_htg_centres_what_it_shifts():
     x = inputs(tokens=50) + 100
     weight = torch.ones(3, 8, dtype=torch.float64)
     site = SiteData("qkv", x.amin(1), x.amax(1), weight)
-    block = HTG.transform([site], Options(num_groups=12, scale=False))
+    block = HTG.transform([site], HtgOptions(num_groups=12, scale=False))
     low, high = after(site.minimum, site.maximum, block.sites["qkv"], block.group_of_call)
     # opposite ends of numbers below 256
     torch.testing.assert_close(low, -high, rtol=0, atol=1e-13)

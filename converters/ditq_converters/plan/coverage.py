@@ -11,8 +11,9 @@ from torch import nn
 
 from ditq_converters.calibrate.captions import Captions
 from ditq_converters.calibrate.hosts import HOSTS, Batch, Host
-from ditq_converters.plan.layers import LayerPlan
-from ditq_runtime.families import family_of
+from ditq_converters.plan.plan import Plan
+from ditq_runtime.families import Family, get_linear
+from ditq_runtime.format.layer import LayerFormat
 
 FLOAT_BYTES = 2  # bf16, what large models are published and run in
 
@@ -36,34 +37,57 @@ class Coverage:
     packed_bytes: int
 
 
-def coverage(model: nn.Module, plans: list[LayerPlan]) -> Coverage:
+def coverage(model: nn.Module, family: Family, plan: Plan) -> Coverage:
     """What a plan makes of a model.
 
     Args:
         model: a float transformer; its weights are not read.
-        plans: of `plan_layers`.
+        family: of its class.
+        plan: for it.
     """
     total = FLOAT_BYTES * sum(tensor.numel() for tensor in model.state_dict().values())
-    packed = total
-    for plan in plans:
-        if plan.format is not None:
-            packed += _stored_bytes(plan) - FLOAT_BYTES * plan.parameters
-    for block, table in family_of(type(model).__name__).block_tables(model).items():
+    packed = total + site_bytes(plan)
+    formats = planned_formats(model, plan)
+    for entry in plan.linears:
+        layer_format = formats[entry.name]
+        if layer_format is not None:
+            stored = layer_format.tensors(entry.shape[1], entry.shape[0]).values()
+            packed += sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in stored)
+            packed -= FLOAT_BYTES * parameters_of(model, entry.name)
+    for block, table in family.block_tables(model).items():
         for name in table.tables:  # rows in bf16 become rows and factors in fp32
             packed += (2 * 4 - FLOAT_BYTES) * model.get_parameter(f"{block}.{name}").numel()
     host = HOSTS.get(type(model).__name__)
     if host is None:
         return Coverage(None, None, None, total, packed)
     rows = _count_rows(model, host)
-    flops = {p.name: 2 * rows[p.name] * p.in_features * p.out_features for p in plans}
-    integer = sum(flops[p.name] for p in plans if p.format is not None and p.format.integer_gemm)
+    flops = {e.name: 2 * rows[e.name] * e.shape[0] * e.shape[1] for e in plan.linears}
+    integer = sum(flops[entry.name] for entry in plan.linears if entry.is_integer)
     return Coverage(flops, integer / sum(flops.values()), max(rows.values()), total, packed)
 
 
-def _stored_bytes(plan: LayerPlan) -> int:
-    assert plan.format is not None
-    tensors = plan.format.tensors(plan.in_features, plan.out_features).values()
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors)
+def planned_formats(model: nn.Module, plan: Plan) -> dict[str, LayerFormat | None]:
+    """Linear name -> the format that it will have, before it is known whether a shift gives it a bias."""
+    return {
+        entry.name: entry.layer_format(get_linear(model, entry.name).bias is not None)
+        for entry in plan.linears
+    }
+
+
+def site_bytes(plan: Plan) -> int:
+    """Of the factors [K] fp32, and of static scales and zero points; shifts are not known before the statistics."""
+    total = 0
+    for site, readers in zip(plan.sites, plan.readers().values(), strict=True):
+        integer = [reader for reader in readers if reader.is_integer]
+        if integer:
+            total += 4 * integer[0].shape[1] * site.transforms
+            total += 8 * (integer[0].activations == "static")
+    return total
+
+
+def parameters_of(model: nn.Module, name: str) -> int:
+    """Weights and biases of a linear."""
+    return sum(p.numel() for p in get_linear(model, name).parameters(recurse=False))
 
 
 def _count_rows(model: Any, host: Host) -> dict[str, int]:

@@ -34,6 +34,8 @@ def test_defaults():
         "attention": "none",
         "attention_scales": None,
         "bias_correction": False,
+        "kept_dtype": "fp32",
+        "options": {},
     }
 
 
@@ -61,6 +63,8 @@ def test_defaults():
         ({"alpha": -0.01}, "alpha must lie in"),
         ({"alpha": 1.01}, "alpha must lie in"),
         ({"alpha": math.nan}, "alpha must lie in"),
+        ({"kept_dtype": "fp16"}, "kept_dtype must be one of fp32, bf16, got 'fp16'"),
+        ({"options": {"strength": 1}}, "smoothquant has no option 'strength'; it has: alpha"),
     ],
 )
 def test_refusals(fields, sentence):
@@ -86,25 +90,6 @@ def test_one_keep_pattern_is_not_a_string_of_patterns():
     """Its characters would be the patterns, and `*` among them would keep every layer float, silently."""
     with pytest.raises(ValueError, match="keep"):
         Recipe(keep="*.to_q")
-
-
-@pytest.mark.parametrize(
-    ("method", "activations", "needed"),
-    [
-        ("linear", "token", False),
-        ("linear", "static", True),
-        ("smoothquant", "token", True),
-        ("smoothquant", "static", True),
-    ],
-)
-def test_who_needs_statistics(method, activations, needed):
-    assert Recipe(method=method, activations=activations).needs_statistics is needed
-
-
-def test_static_attention_needs_statistics_too():
-    assert not Recipe("linear", attention="int8").needs_statistics
-    assert Recipe("linear", attention="int8", attention_scales="static").needs_statistics
-    assert not Recipe("linear", attention_scales="static").needs_statistics
 
 
 @pytest.mark.parametrize("method", ["linear", "smoothquant", "meta", "ditas", "ptq4dit", "htg"])

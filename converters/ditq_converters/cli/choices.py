@@ -1,0 +1,152 @@
+"""The choices of a conversion as options, declared once: `plan`, `convert` and `inspect` have all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditq_converters.plugins import found_methods
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ditq_converters.plan.plan import Plan
+    from ditq_converters.plan.recipe import Recipe
+
+
+def _option(kind: Any, default: Any, text: str, *names: str, **limits: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=text, **limits)], default
+
+
+# keyword of `Recipe` -> its type and help, and its default
+CHOICES: dict[str, tuple[Any, Any]] = {
+    "method": _option(str, "smoothquant", f"One of {', '.join(found_methods())}."),
+    "weights": _option(
+        str,
+        "w8",
+        "w8 (int8 per channel), w4p (4 bits, two-level groups) or w4g (4 bits, real scales).",
+    ),
+    "activations": _option(str, "token", "token (a scale per token) or static (calibrated range)."),
+    "group_size": _option(int, 64, "Input channels per group of w4p or w4g."),
+    "modulation": _option(
+        str | None, None, "Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights."
+    ),
+    "attention": _option(
+        str | None,
+        None,
+        "none (float), int8 or bf16 (type of P and V; Q and K are int8); default: as the method has it.",
+    ),
+    "attention_scales": _option(
+        str | None, None, "token or static (calibrated, per head); default: as --activations."
+    ),
+    "keep": _option(list[str], [], "Glob of linears that stay float; repeatable."),
+    "kept_dtype": _option(str, "fp32", "What stays float is stored in fp32 (as opened) or bf16."),
+    "lora_rank": _option(
+        int | None, None, "Rank of a low-rank branch; default: as the method has it.", min=0
+    ),
+    "rounding": _option(
+        str, "nearest", "nearest, or gptq: later columns make up for the error of earlier ones."
+    ),
+    "bias_correction": _option(
+        bool,
+        False,
+        "Take the mean output error on sampled rows back through biases.",
+        "--bias-correction",
+    ),
+    "range_method": _option(
+        str, "minmax", "Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."
+    ),
+    "symmetric": _option(
+        bool | None,
+        None,
+        "w4g without zero points; default: as the method has it.",
+        "--symmetric/--asymmetric",
+    ),
+    "profile": _option(
+        str, "int", "int; paper and code round in float: only `ditq bench profiles` takes them."
+    ),
+    "alpha": _option(float, 0.5, "Migration strength of smoothing, 0 to 1."),
+    "search": _option(bool, True, "ditas: search alpha per layer.", "--search/--no-search"),
+    "ssc": _option(bool, True, "ptq4dit: weigh calls by rank correlation.", "--ssc/--no-ssc"),
+    "shift": _option(bool, True, "htg: shift channels.", "--shift/--no-shift"),
+    "scale": _option(bool, True, "htg: scale channels.", "--scale/--no-scale"),
+    "num_groups": _option(
+        int | None, None, "htg: timestep groups; default: a tenth of the calls.", "--groups", min=1
+    ),
+    "linkage": _option(str, "ward", "htg: ward, centroid, average or exact_dp."),
+    "ema": _option(float, 0.99, "htg: moving average of channel ranges."),
+}
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        help="Change entries of the plan: PATTERN:field=value, as 'transformer_blocks.*.ff.net.2:weights=w8'; also "
+        "an option of a site's method; repeatable.",
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option("--plan", help="A plan of `ditq plan`, in place of the choices below."),
+]
+
+
+def with_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option per choice; it gets them together, as its argument `choices`."""
+
+    def run(**given: Any) -> None:
+        choices = {name: given.pop(name) for name in CHOICES}
+        command(**given, choices={**choices, "keep": tuple(choices["keep"])})
+
+    own = inspect.signature(command, eval_str=True).parameters
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(name, keyword, default=default, annotation=kind)
+        for name, (kind, default) in CHOICES.items()
+    ]
+    kept = [part.replace(kind=keyword) for name, part in own.items() if name != "choices"]
+    signature = inspect.Signature([*kept, *added])
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {part.name: part.annotation for part in signature.parameters.values()}
+    return run
+
+
+def recipe_of(choices: dict[str, Any]) -> Recipe:
+    """The recipe; a choice that is out of its range is misuse."""
+    from ditq_converters.plan.recipe import Recipe
+
+    try:
+        return Recipe(**choices)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from error
+
+
+def refuse_choices(context: typer.Context, plan: Path | None) -> None:
+    """A plan holds every choice: others beside it would be lost without a word."""
+    for name in CHOICES if plan is not None else ():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"--plan holds every choice already, and {name} was given too; change the plan with --set."
+            )
+
+
+def plan_for(model: nn.Module, recipe: Recipe, path: Path | None, rules: list[str]) -> Plan:
+    """The plan of a file, or of the choices, changed by rules and checked."""
+    from ditq_converters.plan.check import check_plan
+    from ditq_converters.plan.file import read_plan
+    from ditq_converters.plan.make import plan_of
+    from ditq_runtime.families import family_of
+
+    family = family_of(type(model).__name__)
+    if path is None:
+        return plan_of(model, family, recipe, rules)
+    plan = read_plan(path)
+    for rule in rules:
+        plan.set_rule(rule)
+    check_plan(plan, model, family)
+    return plan

@@ -1,0 +1,106 @@
+"""Choices -> plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.models.open import open_skeleton, transformer_of
+from ditq_converters.plan.attention import plan_attention
+from ditq_converters.plan.check import check_plan, check_statistics
+from ditq_converters.plan.entries import LinearPlan, SitePlan
+from ditq_converters.plan.linears import plan_modulation, plan_outside, plan_reader
+from ditq_converters.plan.plan import Plan
+from ditq_converters.plan.recipe import Recipe
+from ditq_converters.plan.sites import plan_site
+from ditq_runtime.families import Family, family_of, get_linear
+
+
+def make_plan(
+    model: Any,
+    stats: CalibrationStats | None = None,
+    *,
+    set: Sequence[str] = (),
+    **choices: Any,
+) -> Plan:
+    """Decide about every site, linear and attention of a model.
+
+    Args:
+        model: a diffusers pipeline, or its transformer alone; or a MODEL that `open_model` opens, whose weights are
+            not read.
+        stats: a calibration; the plan is checked against what it holds.
+        set: changes, each `PATTERN:field=value` as in `Plan.set_rule`, one after another.
+        **choices: fields of `Recipe`, and options of its method.
+
+    Returns:
+        The plan, to read, to change, to save (`plan.file.write_plan`) and to convert with.
+
+    Raises:
+        ValueError: a choice out of its range; a keep pattern or a change that matches nothing; attention that was
+            asked for and cannot run quantized; entries that do not go together.
+        StatisticsError: the statistics lack what the plan needs.
+    """
+    opened = open_skeleton(str(model)) if isinstance(model, str | Path) else transformer_of(model)
+    family = family_of(type(opened).__name__)
+    plan = plan_of(opened, family, Recipe.of(**choices), set)
+    if stats is not None:
+        check_statistics(plan, stats)
+    return plan
+
+
+def plan_of(model: nn.Module, family: Family, recipe: Recipe, rules: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe, changed by rules. Errors as `make_plan`."""
+    refuse_profile(recipe)
+    sites: list[SitePlan] = []
+    linears: list[LinearPlan] = []
+    for block, table in family.block_tables(model).items():
+        for site in table.sites:
+            entry = plan_site(block, site, recipe)
+            sites.append(entry)
+            linears += [
+                plan_reader(name, get_linear(model, name), entry.name, recipe)
+                for name in entry.readers
+            ]
+        for name in (f"{block}.{name}" for name in table.modulations):
+            linears.append(plan_modulation(name, get_linear(model, name), table, recipe))
+    if family.final_modulation is not None:
+        name = family.final_modulation
+        linears.append(plan_modulation(name, get_linear(model, name), None, recipe))
+    known = {entry.name for entry in linears}
+    linears += [
+        plan_outside(name, module, family)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in known
+    ]
+    attention = plan_attention(model, family, recipe)
+    plan = Plan(family.architecture, tuple(sites), tuple(linears), attention, recipe.kept_dtype)
+    _check_keep(plan, recipe)
+    for rule in rules:
+        plan.set_rule(rule)
+    check_plan(plan, model, family)
+    return plan
+
+
+def refuse_profile(recipe: Recipe) -> None:
+    """ValueError for a profile that only rounds in float, which no packed checkpoint can hold."""
+    if recipe.profile != "int":
+        raise ValueError(
+            f"convert: profile {recipe.profile} rounds in float and no packed checkpoint can hold it; score it with "
+            f"`ditq bench profiles --methods {recipe.method}`, or convert with profile int"
+        )
+
+
+def _check_keep(plan: Plan, recipe: Recipe) -> None:
+    names = [entry.name for entry in plan.linears if entry.weights != "as it is"]
+    if recipe.attention_format is not None:
+        names += [entry.name for entry in plan.attention]
+    for pattern in recipe.keep:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(
+                f"--keep {pattern!r} matches none of the {len(names)} quantized modules; see `ditq inspect`"
+            )

@@ -1,0 +1,110 @@
+"""What happens to one site: whether a method transforms it, and where factor and shift go."""
+
+from __future__ import annotations
+
+from ditq_converters.methods import METHODS
+from ditq_converters.plan.entries import SitePlan
+from ditq_converters.plan.recipe import Recipe
+from ditq_runtime.families import (
+    AdaLN,
+    BlockTable,
+    NormWeights,
+    OnTheFly,
+    ProductRows,
+    Site,
+    ValueRows,
+)
+
+UNTOLD = "-"  # kind of an `OnTheFly` site whose producer no table describes
+
+
+def plan_site(block: str, site: Site, recipe: Recipe) -> SitePlan:
+    """The entry of one site under a recipe."""
+    method = METHODS[recipe.method]
+    readers = tuple(f"{block}.{name}" for name in site.consumers)
+    place = place_of(site, rest=method.on_the_fly)
+    name, reason = method.name, f"{method.name}: {where(site, place)}"
+    if method.transform is None:
+        reason = f"{method.name} transforms nothing"
+    elif all(recipe.keeps(reader) for reader in readers):
+        name, reason = "linear", "no transform: all that read it stay float"
+    elif isinstance(site.producer, OnTheFly) and not method.on_the_fly:
+        name, reason = "linear", f"{method.name} leaves it alone: {site.producer.reason}"
+    return SitePlan(
+        f"{block}.{site.name}",
+        readers,
+        place,
+        name,
+        recipe.method_options if name == recipe.method else {},
+        shifts_at(site, place),
+        recipe.range_method,
+        "all" if method.static_call is None else "noisiest",
+        reason,
+    )
+
+
+def place_of(site: Site, rest: bool = True) -> str:
+    """Where the transform of a site goes by itself; `rest`: channels beyond V are left to the quantizer."""
+    match site.producer:
+        case AdaLN():
+            return "adaln"
+        case ValueRows(_, beyond):
+            return "value+quantizer" if rest and beyond is not None else "value"
+        case NormWeights():
+            return "norm"
+        case ProductRows():
+            return "product"
+        case OnTheFly():
+            return "quantizer"
+
+
+def shifts_at(site: Site, place: str) -> str:
+    """What a site can be shifted by where its transform goes there."""
+    match site.producer:
+        case _ if place == "quantizer":
+            return "none"
+        case AdaLN():
+            return "groups"
+        case ValueRows(_, _, takes_shift) | NormWeights(_, takes_shift):
+            return "constant" if takes_shift else "none"
+    return "none"
+
+
+def places_of(site: Site) -> tuple[str, ...]:
+    """Where the transform of a site may go."""
+    return tuple(dict.fromkeys((place_of(site), place_of(site, rest=False), "quantizer")))
+
+
+def where(site: Site, place: str) -> str:
+    """In words."""
+    match site.producer:
+        case AdaLN(modulation) if place != "quantizer":
+            return f"into the AdaLN rows of {modulation}"
+        case ValueRows(values, rest) if place != "quantizer":
+            through = f"through V, into the rows of {', '.join(values)}"
+            if rest is None:
+                return through
+            left = "on the fly" if place == "value+quantizer" else "none"
+            return f"{through}; the other channels {left}: {rest}"
+        case NormWeights(norm) if place != "quantizer":
+            return f"into the weights of {norm}"
+        case ProductRows(linear) if place != "quantizer":
+            return f"into the rows of {linear}"
+        case OnTheFly(reason):
+            return f"on the fly: {reason}"
+    return "on the fly"
+
+
+def kind_of(table: BlockTable, site: Site) -> str:
+    """Fold kind of a site, as `ditq inspect` names it."""
+    match site.producer:
+        case AdaLN(modulation):
+            return "K2" if modulation in table.tables else "K1"
+        case ValueRows(_, rest):
+            return "V" if rest is None else "V|G"
+        case NormWeights():
+            return "K5"
+        case ProductRows():
+            return "M"
+        case OnTheFly(_, kind):
+            return kind
