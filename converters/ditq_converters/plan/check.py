@@ -11,7 +11,7 @@ from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
 from ditq_converters.methods import METHODS
 from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan, SitePlan
 from ditq_converters.plan.plan import Plan
-from ditq_converters.plan.sites import places_of
+from ditq_converters.plan.sites import places_of, shifts_at
 from ditq_runtime.attention.install import unsupported
 from ditq_runtime.families import Family, Site
 from ditq_runtime.format.layer import GROUPED
@@ -118,6 +118,11 @@ def _check_site(entry: SitePlan, site: Site, readers: list[LinearPlan]) -> None:
     if entry.place not in places_of(site):
         raise ValueError(
             f"plan: {entry.name}: place must be one of {', '.join(places_of(site))}, got {entry.place!r}"
+        )
+    if entry.shifts not in ("none", shifts_at(site, entry.place)):
+        raise ValueError(
+            f"plan: {entry.name}: shifts must be {shifts_at(site, entry.place)!r} or none where its transform goes to "
+            f"{entry.place!r}, got {entry.shifts!r}"
         )
     kinds = sorted({reader.activations for reader in readers if reader.is_integer})
     if len(kinds) > 1:
