@@ -45,6 +45,13 @@ def test_a_broken_promise_is_found():
     assert "proj_out_1.bias: all zeros or all ones" in found
 
 
+def test_a_timestep_that_changes_nothing_is_found():
+    """Flux's coordinates of text are zeros: their half is no other."""
+    tiny = dataclasses.replace(CLASSES["FluxTransformer2DModel"], timestep="txt_ids")
+    model = tiny.build()
+    assert problems(tiny, model, tiny.inputs(model)) == ["txt_ids: another one changes nothing"]
+
+
 def test_every_parameter_is_drawn_and_other_seeds_draw_others():
     tiny = CLASSES["DiTTransformer2DModel"]
     first, second = tiny.build(seed=1), tiny.build(seed=2)

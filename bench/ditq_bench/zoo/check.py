@@ -46,8 +46,20 @@ def problems(tiny: Tiny, model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     results = outputs(model, inputs)
     if not results or not all(result.isfinite().all() for result in results):
         found.append("a result is missing or not finite")
+    for name in names:
+        if name in inputs and not _depends(model, inputs, name, results):
+            found.append(f"{name}: another one changes nothing")
     found += [f"a result of size {r.std():.1e}" for r in results if not 0.1 < r.std() < 10]
     return found
+
+
+def _depends(model: nn.Module, inputs: dict[str, Any], name: str, results: list) -> bool:
+    """Whether half of a timestep gives other results."""
+    half = inputs[name] / 2 if inputs[name].is_floating_point() else inputs[name] // 2
+    return any(
+        not torch.equal(a, b)
+        for a, b in zip(results, outputs(model, {**inputs, name: half}), strict=True)
+    )
 
 
 def same_bits(tiny: Tiny, model: nn.Module, inputs: dict[str, Any]) -> bool:

@@ -161,3 +161,19 @@ def _qwen25(tokenizer: Any) -> Any:
         text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
         vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
+
+
+def qwen3_vl() -> tuple[Any, Any]:
+    """(tokenizer of bytes, Qwen3-VL with its vision tower)."""
+    tokenizer = byte_tokenizer(*VISION)
+    text = {
+        **_SMALL, **_HEADS, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2, "out_hidden_size": WIDTH,
+        "patch_size": 4, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return tokenizer, transformers.Qwen3VLModel(config)

@@ -107,6 +107,33 @@ def _cogview3() -> Any:
     return _one_text(diffusers.CogView3PlusPipeline, entry, encoders.t5(), scheduler=scheduler)
 
 
+def _krea2() -> Any:
+    """Its text is three layers of the encoder, which the transformer fuses itself."""
+    return _one_text(
+        diffusers.Krea2Pipeline, "Krea2Transformer2DModel", encoders.qwen3_vl(), vae=autoencoders.qwen_image(),
+        scheduler=flow(use_dynamic_shifting=True), text_encoder_select_layers=(0, 1, 2),
+    )  # fmt: skip
+
+
+def _hunyuan_image() -> Any:
+    """Distilled, with a second text for what is to be written in quotes."""
+    tokenizer_2, encoder_2 = encoders.byt5()
+    return _one_text(
+        diffusers.HunyuanImagePipeline, "HunyuanImageTransformer2DModel", encoders.qwen25(),
+        vae=autoencoders.hunyuan_image(), tokenizer_2=tokenizer_2, text_encoder_2=encoder_2,
+    )  # fmt: skip
+
+
+def _longcat() -> Any:
+    """The processor, which would rewrite prompts, is its tokenizer here: the calls ask for no rewriting."""
+    text = encoders.qwen25()
+    scheduler = flow(use_dynamic_shifting=True)
+    return _one_text(
+        diffusers.LongCatImagePipeline, "LongCatImageTransformer2DModel", text, text_processor=text[0],
+        scheduler=scheduler,
+    )  # fmt: skip
+
+
 _NO_BINS = {"use_resolution_binning": False}  # they begin at 256 pixels
 _PIXART = {**_NO_BINS, "clean_caption": False}
 _DIT = tuple({"class_labels": [label], "num_inference_steps": 2} for label in (1, 207))
@@ -169,4 +196,7 @@ PIPELINES_IMAGE: dict[str, Pipe] = {
         ),
         calls(max_sequence_length=256),
     ),
+    "Krea2": Pipe(_krea2, calls(max_sequence_length=256)),
+    "HunyuanImage": Pipe(_hunyuan_image, calls(max_sequence_length=None)),
+    "LongCatImage": Pipe(_longcat, calls(max_sequence_length=None, enable_prompt_rewrite=False)),
 }  # fmt: skip
