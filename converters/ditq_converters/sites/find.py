@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,33 +18,40 @@ from torch import nn
 from ditq_converters.sites.folds import propose
 from ditq_converters.sites.inputs import forward_inputs
 from ditq_converters.sites.prove import Prover
+from ditq_converters.sites.reasons import kept, why_float
 from ditq_converters.sites.timestep import timestep_argument
 from ditq_converters.sites.trace import Graph, trace
 from ditq_converters.sites.twin import make_twin, widen
-from ditq_converters.sites.usage import Usage, why_float, why_outside
+from ditq_converters.sites.usage import Usage
 from ditq_runtime.families import FAMILIES, BlockTable, Family, OnTheFly, Site, family_of
 from ditq_runtime.families.generic import block_lists
 
+_FOUND: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()  # what was discovered before
 UNTOLD = OnTheFly("what feeds it is not known yet", "-")
 
 
 def family_for(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
-    """The family of a model: the table of its class, or what is discovered on it.
+    """The family of a model: the table of its class, or what is discovered on it, once.
 
     Args:
         model: a transformer of diffusers; its weights are not read and may be on meta.
-        inputs: keyword arguments of one forward; None: made from its configuration.
+        inputs: keyword arguments of one forward; None: made from its configuration. Not read if this very model has
+            been asked about before.
 
     Raises:
         ValueError: no transformer of diffusers, inputs that cannot be made, or a block that a forward does not reach.
     """
     known = family_of(type(model).__name__)
-    return known if known.architecture in FAMILIES else find_sites(model, inputs)
+    if known.architecture in FAMILIES:
+        return known
+    if model not in _FOUND:
+        _FOUND[model] = find_sites(model, inputs)
+    return _FOUND[model]
 
 
 def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
     """Discover sites and what folds exactly, also where the class has a table. Arguments, errors as `family_for`."""
-    found, twins = _traced(model, inputs or forward_inputs(model))
+    found, twins = _traced(model, inputs)
     names = _blocks(found.usage, found.twin)
     tables = _prover(found).prove(
         {name: propose(found.graph, name, _table(found.usage, name)) for name in names}
@@ -57,7 +65,7 @@ def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family
     return Family(
         type(model).__name__,
         lambda model: of_model,
-        _kept(found.usage, model, twins),
+        kept(found.usage, model, twins),
         timestep_argument=argument,
         why_no_timestep=why,
     )
@@ -74,14 +82,16 @@ class Traced:
     usage: Usage
 
 
-def _traced(model: nn.Module, inputs: dict[str, Any]) -> tuple[Traced, dict[str, str]]:
+def _traced(model: nn.Module, inputs: dict[str, Any] | None) -> tuple[Traced, dict[str, str]]:
     """A forward of a twin, and which of its blocks stands for each of the model's."""
-    wide = widen(inputs)
     for full_depth in (False, True):
         try:
             twin = make_twin(model, full_depth)
+            wide = widen(forward_inputs(twin) if inputs is None else inputs)
             graph, out = trace(twin, wide)
         except Exception as error:  # whatever a class raises that needs its depth
+            if full_depth and inputs is None:
+                raise
             if full_depth:
                 raise ValueError(
                     f"{type(model).__name__}: a forward on these inputs failed: {type(error).__name__}: {error}"
@@ -158,19 +168,3 @@ def _shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def _kept(usage: Usage, model: nn.Module, twins: dict[str, str]) -> dict[str, str]:
-    """Full name of every linear of the model that stays float -> why."""
-    kept = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        block = next((b for b in twins if name.startswith(f"{b}.")), None)
-        if block is None:
-            kept[name] = why_outside(usage, name, module)
-            continue
-        why = why_float(usage, twins[block] + name.removeprefix(block), module)
-        if why is not None:
-            kept[name] = why
-    return kept

@@ -34,14 +34,23 @@ def make_twin(model: Any, full_depth: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         twin: nn.Module = type(model).from_config(config)
     generator = torch.Generator().manual_seed(0)
-    done: dict[int, nn.Parameter] = {}
     for module in twin.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in done:
-                drawn = _draw(name, parameter, module, generator)
-                done[id(parameter)] = nn.Parameter(drawn, requires_grad=False)
-            setattr(module, name, done[id(parameter)])
+            drawn = _draw(name, parameter, module, generator)
+            setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+    _tie(twin, model)
     return nn.Module.to(twin, torch.float64).eval()
+
+
+def _tie(twin: nn.Module, model: nn.Module) -> None:
+    """Parameters that are one in the model are one in its twin."""
+    first: dict[int, str] = {}
+    known = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        owner, _, field = name.rpartition(".")
+        if other != name and {name, other} <= known:
+            setattr(twin.get_submodule(owner), field, twin.get_parameter(other))
 
 
 def widen(inputs: Any) -> Any:

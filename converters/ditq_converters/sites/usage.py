@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ditq_converters.sites.trace import MOVES, Graph, Op
@@ -14,15 +13,7 @@ from ditq_converters.sites.trace import MOVES, Graph, Op
 ACTIVATIONS = frozenset({
     "gelu", "silu", "relu", "tanh", "sigmoid", "leaky_relu", "mish", "softplus", "elu", "hardswish",
 })  # fmt: skip
-SELECTIONS = frozenset({"topk", "sort", "argsort", "argmax", "max"})
 THROUGH = MOVES | ACTIVATIONS | {"add", "sub", "mul", "div", "_softmax", "softmax"}
-
-EMBEDDER = "embedder: one row per sample, kept float"
-OUTSIDE = "outside the repeated blocks: embedder or final layer, kept float"
-ROUTER = "router of a mixture of experts: its choices are not to be disturbed, kept float"
-UNREAD = "not read by the traced forward, kept float"
-UNCALLED = "its weight is read without a call of its module, kept float"
-SUBCLASS = "a subclass of nn.Linear, kept float"
 
 
 class Usage:
@@ -31,6 +22,7 @@ class Usage:
     Attributes:
         graph: the forward.
         batch: samples in it.
+        users: for every value, the operations that read it.
     """
 
     def __init__(self, graph: Graph, inputs: dict[str, Any]) -> None:
@@ -41,7 +33,7 @@ class Usage:
             for name, argument in inputs.items()
             if all(self._is_condition(leaf) for leaf in _tensors(argument))
         }
-        self._users = graph.users()
+        self.users = graph.users()
 
     def per_sample(self, name: str) -> bool:
         """Whether a linear reads one row per sample, or what depends on nothing but timestep, label and the like."""
@@ -53,22 +45,6 @@ class Usage:
     def embeds(self, name: str) -> bool:
         """Whether all that comes out of a per-sample linear passes an activation into another per-sample linear."""
         return self._reaches(name) == {True}
-
-    def routes(self, name: str) -> bool:
-        """Whether the output of a linear decides which experts run."""
-        seen: set[int] = set()
-        todo = [out for op in self.graph.calls[name] for out in op.outputs if out is not None]
-        while todo:
-            value = todo.pop()
-            for op in self._users[value]:
-                if op.index in seen:
-                    continue
-                seen.add(op.index)
-                if op.name in SELECTIONS:
-                    return True
-                if op.name in THROUGH:
-                    todo += [out for out in op.outputs if out is not None]
-        return False
 
     @cached_property
     def depends(self) -> list[frozenset[str]]:
@@ -92,7 +68,7 @@ class Usage:
         seen = set(todo)
         while todo:
             value, activated = todo.pop()
-            for op in self._users[value]:
+            for op in self.users[value]:
                 step = self._step(op, activated)
                 if isinstance(step, bool):
                     ends.add(step)
@@ -114,7 +90,10 @@ class Usage:
         return (activated,) if op.name in THROUGH and condition else False
 
     def _is_condition(self, leaf: torch.Tensor) -> bool:
-        return leaf.dim() == 0 or (leaf.dim() <= 2 and len(leaf) == self.batch)
+        """A number, one per sample, or one row of numbers per sample; [B, T] of integers are tokens."""
+        if leaf.dim() < 2:
+            return leaf.dim() == 0 or len(leaf) == self.batch
+        return leaf.dim() == 2 and len(leaf) == self.batch and leaf.is_floating_point()
 
 
 def batch_of(inputs: dict[str, Any]) -> int:
@@ -122,26 +101,6 @@ def batch_of(inputs: dict[str, Any]) -> int:
     tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim()]
     sizes = [len(x) for x in tensors if x.dim() == 1] or [len(x) for x in tensors]
     return min(sizes, default=1)
-
-
-def why_float(usage: Usage, name: str, module: nn.Linear) -> str | None:
-    """Why a linear of the repeated blocks stays float; None if it becomes integers."""
-    if type(module) is not nn.Linear:
-        return SUBCLASS
-    if name not in usage.graph.calls:
-        return UNREAD
-    if name not in usage.graph.called:
-        return UNCALLED
-    if usage.routes(name):
-        return ROUTER
-    return EMBEDDER if usage.per_sample(name) and usage.embeds(name) else None
-
-
-def why_outside(usage: Usage, name: str, module: nn.Linear) -> str:
-    """Why a linear outside of the repeated blocks stays float."""
-    if name in usage.graph.calls and usage.per_sample(name):
-        return EMBEDDER
-    return why_float(usage, name, module) or OUTSIDE
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:

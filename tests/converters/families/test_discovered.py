@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ditq_bench.zoo import CLASSES
 from ditq_converters.sites.find import family_for, find_sites
 from ditq_runtime.families import FAMILIES, OnTheFly, ValueRows
 
@@ -61,6 +62,14 @@ def test_the_rest_stays_float_for_its_reason(both):
 def test_a_class_with_a_table_keeps_it(make_case):
     model, inputs = make_case("flux-dev")
     assert family_for(model, inputs) is FAMILIES["FluxTransformer2DModel"]
+
+
+def test_a_model_is_asked_for_inputs_once():
+    model = CLASSES["OmniGenTransformer2DModel"].build()
+    with pytest.raises(ValueError, match="pass its keyword arguments as inputs"):
+        family_for(model)
+    found = family_for(model, CLASSES["OmniGenTransformer2DModel"].inputs(model))
+    assert family_for(model) is found
 
 
 def test_a_model_of_many_blocks_is_found_by_two(make_case):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from ditq_converters.sites.reasons import why_float
 from ditq_converters.sites.timestep import timestep_argument
 from ditq_converters.sites.trace import trace
-from ditq_converters.sites.usage import Usage, why_float
+from ditq_converters.sites.usage import Usage
 
 WIDTH, BATCH = 8, 2
 
