@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditq_runtime as ditq
 from ditq_converters import CalibrationStats, Recipe, calibrate, convert, open_model
-from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.layers.carrier import here
 
 SAMPLES, CAPTION_TOKENS = 2, 8
 RECIPES = {
@@ -63,9 +63,7 @@ class Launches(TorchDispatchMode):
 
 def launches_of(block: Any, width: int, tokens: int) -> Counter[str]:
     """Operators of one forward of a block whose modulation was computed before the sampling loop."""
-    holder = HoistedModulation()
-    holder.value = torch.randn(SAMPLES, 6 * width)
-    setattr(block, HOISTED, holder)
+    here().hoisted = {block: torch.randn(SAMPLES, 6 * width)}
     hidden, caption = torch.randn(SAMPLES, tokens, width), {}
     if block.attn2 is not None:  # padded, with the mask as PixArt's model gives it
         mask = torch.zeros(SAMPLES, 1, CAPTION_TOKENS).index_fill_(2, torch.tensor([5, 6, 7]), -1e4)
@@ -73,7 +71,7 @@ def launches_of(block: Any, width: int, tokens: int) -> Counter[str]:
         caption = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
     with torch.no_grad(), Launches() as counted:
         block(hidden, **caption)
-    delattr(block, HOISTED)
+    here().hoisted = None
     return counted.ops
 
 

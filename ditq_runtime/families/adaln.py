@@ -11,11 +11,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
-
-TIMESTEP_NOTE = "timestep_note"
-HOISTED = (
-    "hoisted_modulation"  # name of the holder in a module that `ditq_runtime.speed.prepare` reached
-)
+from ditq_runtime.layers.carrier import here
 
 
 class Modulation(NamedTuple):
@@ -67,16 +63,18 @@ def add_mlp(
     return add_gated(hidden, m.gate_mlp, mlp(x))
 
 
-class HoistedModulation:
-    """Where a module finds the modulation [B, N] that was computed before the sampling loop; None: compute it."""
+HOISTS = "ditq_hoists"  # attribute of a model: the `ditq_runtime.speed.hoist.Hoist` of each prepared pipeline
 
-    value: torch.Tensor | None = None
+
+def hoisted_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model whose modulation some prepared pipeline computes before its sampling loop."""
+    return {module for hoist in getattr(model, HOISTS, ()) for module in hoist.holders}
 
 
 def hoisted(module: nn.Module) -> torch.Tensor | None:
     """The modulation [B, N] that waits for a module in this forward; None: it computes its own."""
-    value: torch.Tensor | None = getattr(getattr(module, HOISTED, None), "value", None)
-    return value
+    waiting = here().hoisted
+    return None if waiting is None else waiting.get(module)
 
 
 def modulation(norm: Any, embedding: torch.Tensor) -> Modulation:
@@ -89,11 +87,11 @@ def find_group(block: nn.Module, timestep: torch.Tensor | None = None) -> None:
 
     Args:
         block: with or without timestep groups.
-        timestep: [B]; None for blocks that are not given it: the model's forward noted it (`TimestepNote`).
+        timestep: [B]; None for blocks that are not given it: the forward carries it.
     """
     groups = getattr(block, TIMESTEP_GROUPS, None)
     if groups is not None:
-        groups(getattr(block, TIMESTEP_NOTE).value if timestep is None else timestep)
+        groups(timestep)
 
 
 _SUBCLASSES: dict[tuple[type, Any], type] = {}

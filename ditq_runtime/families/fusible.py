@@ -17,6 +17,7 @@ from ditq_runtime.families.fused import Layout
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.layers.linear import QuantLinear
 
+OBSERVES = "observes"  # attribute of a hook that only looks, and needs no module to be called
 FUSION = "fusion"  # name of the `Fusion` in a block
 
 
@@ -97,7 +98,8 @@ def is_hooked(part: nn.Module | None) -> bool:
     """Somebody wants to see or change what the module does when it is called."""
     if part is None:
         return False
-    return bool(part._forward_hooks or part._forward_pre_hooks or _has_own_forward(part))
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return not all(hasattr(hook, OBSERVES) for hook in hooks) or _has_own_forward(part)
 
 
 def _has_own_forward(part: nn.Module) -> bool:

@@ -14,12 +14,12 @@ from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.host.sites import install_sites
+from ditq_runtime.layers.carrier import carry
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.modulation_table import ModulationTable
 from ditq_runtime.layers.site import Site
 from ditq_runtime.layers.timestep_freq import set_timestep_freq
 from ditq_runtime.layers.timestep_groups import TimestepGroups
-from ditq_runtime.layers.timestep_note import install_note
 
 
 def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> None:
@@ -52,9 +52,14 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         _install_tables(block, table, groups)
         if table.use_direct_multiplier is not None:
             table.use_direct_multiplier(block)
-        grouped += [block] if groups is not None else []
+        if groups is not None:
+            grouped.append(name)
+            if (
+                table.use_direct_multiplier is None
+            ):  # such a block does not look for its group itself
+                block.register_forward_pre_hook(_find_group)
     if grouped:
-        install_note(model, grouped)
+        carry_timestep(model, scheme.timestep)
     for name, attention_format in scheme.attention.items():
         attention_install.install(model, name, attention_format)
     if scheme.shared_embedder:
@@ -110,24 +115,34 @@ def check_architecture(model: nn.Module, scheme: Scheme) -> None:
 
 def _install_groups(name: str, block: nn.Module) -> TimestepGroups | None:
     """Give a block with grouped layers the module that finds its current group, and its layers the place to look."""
-    grouped: dict[QuantLinear | Site, int] = {}
+    counts = set[int]()
     for module in block.modules():
-        if isinstance(module, QuantLinear) and module.format.groups > 1:
-            grouped[module] = module.format.groups
-        elif isinstance(module, Site) and module.format.quantizer_shifts > 1:
-            grouped[module] = module.format.shifts
-    counts = set(grouped.values())
+        if isinstance(module, QuantLinear):
+            counts.add(module.format.groups)
+        elif isinstance(module, Site):
+            counts.add(max(module.format.quantizer_shifts, 1))
+    counts.discard(1)
     if len(counts) > 1:
         raise CheckpointError(
             f"{name}: its layers and sites have {sorted(counts)} timestep groups, one number is needed"
         )
-    if not grouped:
+    if not counts:
         return None
     groups = TimestepGroups(counts.pop())
     setattr(block, TIMESTEP_GROUPS, groups)
-    for module in grouped:
-        module.group_index = groups.current
     return groups
+
+
+def carry_timestep(model: nn.Module, argument: str) -> None:
+    """Let the forwards of a model with timestep groups carry their timestep; CheckpointError for no such argument."""
+    try:
+        carry(model, argument)
+    except ValueError as error:
+        raise CheckpointError(f"scheme: timestep: {error}") from error
+
+
+def _find_group(block: nn.Module, args: object) -> None:
+    getattr(block, TIMESTEP_GROUPS)()
 
 
 def _install_tables(block: nn.Module, table: BlockTable, groups: TimestepGroups | None) -> None:
@@ -136,7 +151,6 @@ def _install_tables(block: nn.Module, table: BlockTable, groups: TimestepGroups 
         parameter = block.get_parameter(name)
         delattr(block, name)
         module = ModulationTable(parameter.numel(), 1 if groups is None else groups.num_groups)
-        module.group_index = None if groups is None else groups.current
         setattr(block, name, module)
 
 

@@ -15,7 +15,7 @@ import ditq_kernels as k
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.layers.pinned import Pinned
 from ditq_runtime.layers.site import Codes, Site
-from ditq_runtime.layers.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import group_index, of_groups
 
 
 class QuantLinear(Pinned, nn.Linear):
@@ -28,7 +28,6 @@ class QuantLinear(Pinned, nn.Linear):
             multiplier (1 + scale) / s in half precision costs as much as the quantization.
         folded: a producer absorbed a factor of its input, or its own rows were scaled for a consumer.
         site: what it reads, which quantizes it; no submodule, as other linears may read it too. None: float input.
-        group_index: where the block leaves its timestep group, for a layer with one bias per group.
     """
 
     format: LayerFormat
@@ -36,7 +35,6 @@ class QuantLinear(Pinned, nn.Linear):
     wide_output: bool
     folded: bool
     site: Site | None
-    group_index: GroupIndex | None
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter
     group_scale: nn.Parameter
@@ -58,7 +56,6 @@ class QuantLinear(Pinned, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
-        self.group_index = None
         self.folded = False
         self.read(None)
         self.register_parameter("bias", None)
@@ -150,15 +147,14 @@ class QuantLinear(Pinned, nn.Linear):
             options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)
             options["lora_up"] = self.lora_up
         if self.format.groups > 1:
-            options["bias_index"] = self._group()
+            options["bias_index"] = group_index(len(codes.q))
         return options
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:
             return self._weight_only(rows, self.bias, out_dtype)
-        assert self.group_index is not None
         y = self._weight_only(rows, None, torch.float32)  # then the bias, then the cast
-        return (y + self.group_index.rows(self.bias, len(y))).to(out_dtype)
+        return (y + of_groups(self.bias, len(y))).to(out_dtype)
 
     def _weight_only(
         self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
@@ -172,11 +168,6 @@ class QuantLinear(Pinned, nn.Linear):
             return k.linear_w4_per_group(rows, self.weight, *group, bias, out_dtype=out_dtype)
         group = (self.group_scale, self.group_offset)
         return k.linear_w4(rows, self.weight, *group, self.weight_scale, bias, out_dtype=out_dtype)
-
-    def _group(self) -> torch.Tensor:
-        """The timestep group of each sample, [B]."""
-        assert self.group_index is not None
-        return self.group_index.value
 
     def dequantized_weight(self) -> torch.Tensor:
         """The weight the codes stand for: fp32 [N, K], in the folded units of the scheme."""

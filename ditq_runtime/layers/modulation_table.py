@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ditq_runtime.layers.pinned import Pinned
-from ditq_runtime.layers.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import of_groups
 
 
 class ModulationTable(Pinned):
@@ -17,7 +17,6 @@ class ModulationTable(Pinned):
     Attributes:
         weight: fp32 [N], the factor u; 1 on the rows of gates.
         bias: fp32 [N], or [G, N] with timestep groups: u * (table + 1), u * (table - z), or the table itself.
-        group_index: where the block leaves its timestep group, for G > 1.
     """
 
     def __init__(self, num_rows: int, groups: int = 1, device: torch.device | str = "meta") -> None:
@@ -26,7 +25,6 @@ class ModulationTable(Pinned):
         shape = (num_rows,) if groups == 1 else (groups, num_rows)
         self.weight = nn.Parameter(torch.empty(num_rows, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(shape, device=device), requires_grad=False)
-        self.group_index: GroupIndex | None = None
 
     def forward(self, shared: torch.Tensor) -> torch.Tensor:
         """Add the block's table to the shared modulation.
@@ -39,6 +37,5 @@ class ModulationTable(Pinned):
         """
         bias: torch.Tensor = self.bias
         if bias.dim() == 2:
-            assert self.group_index is not None
-            bias = self.group_index.rows(bias, shared.shape[0])
+            bias = of_groups(bias, shared.shape[0])
         return shared.to(torch.promote_types(shared.dtype, torch.float32)) * self.weight + bias

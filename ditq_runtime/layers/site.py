@@ -14,7 +14,7 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.pinned import Pinned
-from ditq_runtime.layers.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import group_index
 
 
 class Codes(NamedTuple):
@@ -37,7 +37,6 @@ class Site(Pinned):
     Attributes:
         format: what is stored and where the transform went.
         in_features: K.
-        group_index: where the block leaves its timestep group, for several shifts.
         smooth_inv: fp32 [K] that the quantizer multiplies by.
         shift: fp32 [S, K] that it subtracts first.
         act_scale: fp32 [1], static activations.
@@ -59,7 +58,6 @@ class Site(Pinned):
         """Allocate the stored tensors, uninitialized."""
         super().__init__()
         self.in_features, self.format = in_features, site_format
-        self.group_index: GroupIndex | None = None
         for name in ("smooth_inv", "shift", "scale", "fold_shift"):
             self.register_parameter(name, None)
         for name, (dtype, shape) in site_format.tensors(in_features).items():
@@ -105,10 +103,14 @@ class Site(Pinned):
         self, rows: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor, eps: float
     ) -> Codes:
         """The codes of LN(rows) * multiplier + shift: rows [T, K], the others [B, K] fp32."""
-        options = self._token(len(rows))
+        if self.shift is not None and self.format.shifts == 1:
+            shift, options = shift - self.shift, {}
+        else:
+            options = self._subtraction(len(shift))
         if self.is_static:
-            static = {"scale": self.act_scale.data, "zero_point": self.act_zero}
-            options = static | self._subtraction(len(rows))
+            options |= {"scale": self.act_scale.data, "zero_point": self.act_zero}
+        elif self.format.activations == "token_asym":
+            options["asymmetric"] = True
         *codes, _ = k.adaln_quantize(rows, multiplier, shift, self.smooth_inv, eps=eps, **options)
         q, step, *zero_point = codes
         return Codes(q, step, self.act_zero if self.is_static else next(iter(zero_point), None))
@@ -137,8 +139,7 @@ class Site(Pinned):
             return {}
         if self.format.shifts == 1:
             return {"group_shift": self.shift}
-        assert self.group_index is not None
-        return {"group_shift": self.shift, "group_index": self.group_index.value}
+        return {"group_shift": self.shift, "group_index": group_index(num_rows)}
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -1,7 +1,8 @@
 """Which timestep group is now: found on the device, once per block, from the timestep argument (HTG, arXiv:2503.06930).
 
-A grouped layer has one bias per group. The index is per sample, so a batch may mix timesteps; it is a tensor, so
-nothing waits for the GPU, nothing recompiles when it changes, and a CUDA graph replays it.
+A grouped layer has one bias per group. The index is per sample, so a batch may mix timesteps, or per token where the
+model is given a timestep for each; it is a tensor, so nothing waits for the GPU, nothing recompiles when it changes,
+and a CUDA graph replays it.
 """
 
 from __future__ import annotations
@@ -9,26 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ditq_runtime.layers.carrier import here
 from ditq_runtime.layers.pinned import Pinned
-
-
-class GroupIndex:
-    """Where a block leaves its current group for the layers that read it. A plain object: it has no state to save."""
-
-    value: torch.Tensor
-
-    def rows(self, table: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The rows of a table for the current batch.
-
-        Args:
-            table: [G, N].
-            num_rows: B * T rows, sample by sample, or B.
-
-        Returns:
-            [num_rows, N].
-        """
-        chosen = table[self.value]  # [B, N]
-        return chosen.repeat_interleave(num_rows // chosen.shape[0], dim=0)
 
 
 class TimestepGroups(Pinned):
@@ -37,7 +20,6 @@ class TimestepGroups(Pinned):
     Attributes:
         num_groups: G.
         bounds: fp32 [G - 1], ascending timestep values; group 0 holds the smallest timesteps, t <= bounds[0].
-        current: told the index at every forward.
     """
 
     def __init__(self, num_groups: int, device: torch.device | str = "meta") -> None:
@@ -46,14 +28,67 @@ class TimestepGroups(Pinned):
         self.num_groups = num_groups
         bounds = torch.empty(num_groups - 1, dtype=torch.float32, device=device)
         self.bounds = nn.Parameter(bounds, requires_grad=False)
-        self.current = GroupIndex()
 
-    def forward(self, timestep: torch.Tensor) -> None:
-        """Note the group of every sample.
+    def forward(self, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """Find the groups, and leave them for the layers of the block.
 
         Args:
-            timestep: [B], or one value for all samples, in any dtype; outside the calibrated range the nearest
-                group is taken.
+            timestep: [B], one for each token [B, L], or one value for all samples, in any dtype; outside the calibrated
+                range the nearest group is taken. None: what the model was given.
+
+        Returns:
+            int64 [B], [B, L] or [1].
+
+        Raises:
+            ValueError: the model was given none.
         """
-        values = timestep.reshape(-1).float().contiguous()  # pipelines pass t.expand(B)
-        self.current.value = torch.bucketize(values, self.bounds)
+        given = here().timestep if timestep is None else timestep
+        if given is None:
+            raise ValueError(
+                "timestep groups: no timestep reached the block; call the model, with its timestep, and no other "
+                "packed model inside of its forward"
+            )
+        values = given.float()
+        if values.dim() != 2 or values.shape[1] == 1:
+            values = values.reshape(-1)
+        index = torch.bucketize(values.contiguous(), self.bounds)  # pipelines pass t.expand(B)
+        here().index = index
+        return index
+
+
+def group_index(num_rows: int) -> torch.Tensor:
+    """The timestep group of each sample of the block that runs, int64 [B], or of each of its rows, [B * L].
+
+    Args:
+        num_rows: T, of what the caller works on.
+
+    Raises:
+        ValueError: no group was found in this forward, or groups per token for other tokens than these.
+    """
+    index = here().index
+    if index is None:
+        raise ValueError(
+            "timestep groups: a layer with groups ran outside of a forward of its model; call the model"
+        )
+    if index.dim() == 1:
+        return index
+    if index.numel() != num_rows:
+        raise ValueError(
+            f"timestep groups: the model was given a timestep for each of {list(index.shape)} tokens, and this layer "
+            f"reads {num_rows} rows; give one timestep a sample, or convert without timestep groups"
+        )
+    return index.reshape(-1)
+
+
+def of_groups(table: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The rows of a table for the batch of the block that runs.
+
+    Args:
+        table: [G, N].
+        num_rows: B * T rows, sample by sample, or B.
+
+    Returns:
+        [num_rows, N].
+    """
+    chosen = table[group_index(num_rows)]  # [B, N]
+    return chosen.repeat_interleave(num_rows // chosen.shape[0], dim=0)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Site
-from ditq_runtime.layers.timestep_groups import GroupIndex
+from ditq_runtime.layers.timestep_groups import of_groups
 from ditq_runtime.lora.file import Adapter, read_adapters
 
 ADAPTERS = "adapters"  # name of the module in a linear that holds its branches
@@ -108,20 +108,13 @@ class LoraBranch(nn.Module):
     up: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        bias: torch.Tensor | None,
-        group_index: GroupIndex | None,
-    ) -> None:
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Keep; nothing is trained here."""
         super().__init__()
         self.down = nn.Parameter(down.contiguous(), requires_grad=False)
         self.up = nn.Parameter(up.contiguous(), requires_grad=False)
         kept = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=False)
         self.register_parameter("bias", kept)
-        self.group_index = group_index
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the branch of x [..., K] to y [..., N]; the sum is taken in fp32 or wider."""
@@ -129,8 +122,8 @@ class LoraBranch(nn.Module):
         branch = (rows @ self.down.t()) @ self.up.t()
         if self.bias is not None:
             table: torch.Tensor = self.bias
-            if self.group_index is not None and table.dim() == 2:
-                table = self.group_index.rows(table, rows.shape[0])
+            if table.dim() == 2:
+                table = of_groups(table, rows.shape[0])
             branch = branch + table
         wide = torch.promote_types(y.dtype, torch.float32)
         return (y.to(wide) + branch.to(wide).reshape(y.shape)).to(y.dtype)
@@ -156,13 +149,12 @@ def _branch(
         if layer in site.format.producers and site.scale is not None:
             rows = _row_factors(site, site.format.producers[layer], len(up))
             up, bias = up * rows[:, None], None if bias is None else bias * rows
-    device, dtype, groups = linear.weight.device, linear.weight.dtype, None
+    device, dtype = linear.weight.device, linear.weight.dtype
     if isinstance(linear, QuantLinear):
         dtype = torch.float32 if linear.wide_output else linear.compute_dtype
-        groups = linear.group_index
     if bias is not None:
         bias = (bias[0] if len(bias) == 1 else bias).to(device, torch.float32)
-    return LoraBranch(down.to(device, dtype), up.to(device, dtype), bias, groups)
+    return LoraBranch(down.to(device, dtype), up.to(device, dtype), bias)
 
 
 def _of_reader(

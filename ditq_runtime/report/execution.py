@@ -16,7 +16,7 @@ import ditq_kernels as k
 from ditq_runtime.attention.backend import chosen_attentions
 from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
-from ditq_runtime.families.adaln import HOISTED
+from ditq_runtime.families.adaln import hoisted_modules
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.lora.adapter import ADAPTER_OPS, ADAPTERS
 from ditq_runtime.report.attention import (
@@ -176,9 +176,8 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     runs = attention_runs(
         model, attentions, scheme.attention, watch.products, watch.fused_attentions
     )
-    blocks = (model.get_submodule(name) for name in family.block_names(model))
-    hoisted = sum(hasattr(block, HOISTED) for block in blocks)
-    return ExecutionReport(layers, runs, watch.blocks, hoisted)
+    blocks = {model.get_submodule(name) for name in family.block_names(model)}
+    return ExecutionReport(layers, runs, watch.blocks, len(blocks & hoisted_modules(model)))
 
 
 def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditq_runtime.families.fusible import fusible_blocks, why_not
+from ditq_runtime.families.fusible import OBSERVES, fusible_blocks, why_not
+from ditq_runtime.layers.carrier import here
 from ditq_runtime.report.attention import Operation, operation
 from ditq_runtime.report.fused import BlockRun, FusedBlock
 
@@ -68,14 +69,16 @@ class Watch(TorchDispatchMode):
         entries += [(m, self._enter_attention(name)) for m, name in self._attentions.items()]
         entries += [(b.block, self._enter_block(name)) for name, b in self.fused.items()]
         for module, enter in entries:
-            self._hooks.append(module.register_forward_pre_hook(enter))
-            self._hooks.append(module.register_forward_hook(self._leave))
+            self._hooks.append(module.register_forward_pre_hook(self._observer(enter)))
+            self._hooks.append(module.register_forward_hook(self._observer(self._leave)))
+        here().watch = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Take the hooks out."""
         super().__exit__(*error)
+        here().watch = None
         for hook in self._hooks:
             hook.remove()
 
@@ -114,6 +117,16 @@ class Watch(TorchDispatchMode):
             attentions = block.attentions()
             self.products |= attentions
             self.fused_attentions |= attentions.keys()
+
+    def _observer(self, hook: Any) -> Any:
+        """A hook of ours: it changes nothing, and forwards of other threads pass it by."""
+
+        def observe(*given: Any) -> None:
+            if here().watch is self:
+                hook(*given)
+
+        setattr(observe, OBSERVES, True)
+        return observe
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()

@@ -11,8 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families.adaln import HOISTED, HoistedModulation
+from ditq_runtime.families.adaln import HOISTS
 from ditq_runtime.families.family import Hoistable
+from ditq_runtime.layers.carrier import PerThread, here
+
+
+class _Run(PerThread):
+    """What one thread samples with.
+
+    Attributes:
+        step: its place in the schedule that was announced; -1: none.
+        key: what the values depend on.
+        held: the tensors in the key, so that an id is not used again.
+        values: of every holder, for all steps.
+    """
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.key: tuple[Any, ...] = ()
+        self.held: tuple[Any, ...] = ()
+        self.values: list[torch.Tensor] = []
 
 
 class Hoist:
@@ -26,18 +44,15 @@ class Hoist:
     Attributes:
         tables: how often modulation was computed for a whole schedule.
         hits: forwards that used it.
+        holders: the modules it computes for.
     """
 
     def __init__(self, model: Any, scheduler: Any, hoistable: Hoistable) -> None:
         """Install."""
         self.tables, self.hits = 0, 0
-        self._scheduler, self._step = scheduler, -1
-        self._hoistable, self._holders = hoistable, hoistable.holders(model)
-        self._key: tuple[Any, ...] = ()
-        self._held: tuple[Any, ...] = ()
-        self._values: list[torch.Tensor] = []
-        for module in self._holders:
-            setattr(module, HOISTED, HoistedModulation())
+        self._model, self._scheduler, self._run = model, scheduler, _Run()
+        self._hoistable, self.holders = hoistable, hoistable.holders(model)
+        setattr(model, HOISTS, [*getattr(model, HOISTS, ()), self])
         self._scale = scheduler.scale_model_input
         scheduler.scale_model_input = self._announced
         self._hooks = [
@@ -50,15 +65,15 @@ class Hoist:
         del self._scheduler.scale_model_input
         for hook in self._hooks:
             hook.remove()
-        for module in self._holders:
-            delattr(module, HOISTED)
+        getattr(self._model, HOISTS).remove(self)
 
     def _announced(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kw: Any) -> Any:
-        self._step = _position(self._scheduler.timesteps, timestep)
+        self._run.step = _position(self._scheduler.timesteps, timestep)
         return self._scale(sample, timestep, *args, **kw)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step, self._step = self._step, -1
+        run = self._run
+        step, run.step = run.step, -1
         timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
         if step < 0 or timestep is None or conditions is None:
             return
@@ -69,24 +84,23 @@ class Hoist:
         batch = len(conditions[0] if conditions else hidden)
         contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
         key = (contents, id(steps), batch, timestep.dtype, hidden.dtype)
-        if key != self._key:
-            if _elsewhere(self._holders, hidden.device):
+        if key != run.key:
+            if _elsewhere(self.holders, hidden.device):
                 return
             timesteps = steps.to(timestep).repeat_interleave(batch)
             rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
             with torch.no_grad():
-                self._values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
-            self._held = conditions, steps  # so that an id is not used again
-            self._key = key
+                run.values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
+            here().index = None  # of all steps
+            run.held, run.key = (conditions, steps), key
             self.tables += 1
         now = slice(step * batch, (step + 1) * batch)
-        for module, values in zip(self._holders, self._values, strict=True):
-            getattr(module, HOISTED).value = values[now]
+        pairs = zip(self.holders, run.values, strict=True)
+        here().hoisted = {module: values[now] for module, values in pairs}
         self.hits += 1
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for module in self._holders:
-            getattr(module, HOISTED).value = None
+        here().hoisted = None
 
 
 def _elsewhere(modules: list[nn.Module], device: torch.device) -> bool:

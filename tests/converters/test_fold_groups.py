@@ -12,7 +12,8 @@ from ditq_converters.convert.groups import group_bounds
 from ditq_converters.methods import Transform
 from ditq_runtime.families.dit import BLOCK, DIT
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
-from ditq_runtime.layers.timestep_groups import TimestepGroups
+from ditq_runtime.layers.carrier import here
+from ditq_runtime.layers.timestep_groups import TimestepGroups, group_index, of_groups
 
 WIDTH, GROUPS = 64, 3
 BOUNDS = (250.0, 600.0)
@@ -24,15 +25,15 @@ EXACT = (
 class GroupedLinear(nn.Module):
     """An fp64 linear whose bias is chosen by the block's group index: the oracle of a packed layer."""
 
-    def __init__(self, tensors: LinearTensors, index, u=None):
+    def __init__(self, tensors: LinearTensors, u=None):
         super().__init__()
         self.weight = nn.Parameter(tensors.weight)
         zeros = torch.zeros(1, len(tensors.weight), dtype=torch.float64)
         self.bias = nn.Parameter(zeros if tensors.bias is None else tensors.bias)
-        self.index, self.u = index, u
+        self.u = u
 
     def forward(self, x):
-        bias = self.bias[self.index.value] if len(self.bias) > 1 else self.bias
+        bias = self.bias[here().index] if len(self.bias) > 1 else self.bias
         bias = bias if x.dim() == 2 else bias[:, None]
         return (x if self.u is None else x * self.u) @ self.weight.t() + bias
 
@@ -64,7 +65,7 @@ def folded_copy(model, transforms):
         for layer, tensors in linears.items():
             tensors.bias = None if tensors.bias is None else tensors.bias.flip(0)
             parent, _, leaf = layer.rpartition(".")
-            grouped = GroupedLinear(tensors, groups.current, on_the_fly.get(layer))
+            grouped = GroupedLinear(tensors, on_the_fly.get(layer))
             setattr(block.get_submodule(parent), leaf, grouped)
     return folded
 
@@ -91,8 +92,7 @@ def test_the_grouped_model_is_the_same_function(make_dit, smooth, shift, attenti
     assert torch.equal(positional, mixed)
     torch.testing.assert_close(single, mixed[1:2], rtol=1e-12, atol=1e-12)
     index = folded.transformer_blocks[0].timestep_groups
-    index(timesteps)
-    assert index.current.value.tolist() == [0, 0, 1, 2]
+    assert index(timesteps).tolist() == [0, 0, 1, 2]
 
 
 def test_the_test_would_see_groups_that_disagree(make_dit):
@@ -134,11 +134,27 @@ def test_timesteps_that_do_not_fall_are_refused():
 def test_any_dtype_and_one_timestep_for_all(dtype):
     groups = TimestepGroups(3, device="cpu")
     groups.bounds.data = torch.tensor(BOUNDS)
-    groups(torch.tensor(999, dtype=dtype).expand(4))
-    assert groups.current.value.tolist() == [2] * 4
+    assert groups(torch.tensor(999, dtype=dtype).expand(4)).tolist() == [2] * 4
     groups(torch.tensor(-5, dtype=dtype))
     table = torch.arange(6.0).reshape(3, 2)
-    assert groups.current.rows(table, 3).tolist() == [[0.0, 1.0]] * 3
+    assert of_groups(table, 3).tolist() == [[0.0, 1.0]] * 3
+    here().index = None
+
+
+def test_a_timestep_for_each_token():
+    """[B, L] of a model that denoises its tokens unevenly; layers that read other tokens have no group."""
+    groups = TimestepGroups(3, device="cpu")
+    groups.bounds.data = torch.tensor(BOUNDS)
+    assert groups(torch.tensor([[999, 0, 599], [0, 0, 999]])).tolist() == [[2, 0, 1], [0, 0, 2]]
+    assert group_index(6).tolist() == [2, 0, 1, 0, 0, 2]
+    table = torch.arange(3.0)[:, None]
+    assert of_groups(table, 6).flatten().tolist() == [2, 0, 1, 0, 0, 2]
+    with pytest.raises(ValueError, match=r"each of \[2, 3\] tokens, and this layer reads 12 rows"):
+        of_groups(table, 12)
+    assert groups(torch.tensor([[999], [0]])).tolist() == [2, 0]  # one a sample after all
+    here().index = None
+    with pytest.raises(ValueError, match="no timestep reached the block"):
+        groups()
 
 
 @pytest.mark.parity("P19")
@@ -146,12 +162,10 @@ def test_groups_switch_at_the_boundary_and_other_step_counts_map_by_timestep():
     groups = TimestepGroups(3, device="cpu")
     groups.bounds.data = group_bounds([900.0, 700.0, 400.0, 380.0, 20.0], (0, 0, 1, 1, 2))
     just_above = torch.nextafter(torch.tensor(550.0), torch.tensor(600.0)).item()
-    groups(torch.tensor([550.0, just_above, 200.0, 200.1]))
-    assert groups.current.value.tolist() == [1, 2, 0, 1]
-    groups(
-        torch.tensor([999, 833, 666, 500, 333, 166, 0])
-    )  # seven steps, where five were calibrated
-    assert groups.current.value.tolist() == [2, 2, 2, 1, 1, 0, 0]
+    assert groups(torch.tensor([550.0, just_above, 200.0, 200.1])).tolist() == [1, 2, 0, 1]
+    # seven steps, where five were calibrated
+    steps = torch.tensor([999, 833, 666, 500, 333, 166, 0])
+    assert groups(steps).tolist() == [2, 2, 2, 1, 1, 0, 0]
 
 
 def test_boundaries_survive_casts():

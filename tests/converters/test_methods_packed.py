@@ -109,7 +109,7 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples_alone(grouped, batch):
     low, high = loaded.transformer_blocks[0].timestep_groups.bounds.tolist()
     batch = {**batch, "timestep": torch.tensor([3, int(low + high) // 2, 500, 999])}
     together = forward(loaded, batch)
-    groups = loaded.transformer_blocks[0].timestep_groups.current.value
+    groups = loaded.transformer_blocks[0].timestep_groups(batch["timestep"])
     assert len(set(groups.tolist())) == 3
     for i in range(4):
         alone = forward(loaded, {key: value[i : i + 1] for key, value in batch.items()})

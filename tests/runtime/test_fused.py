@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_runtime.families.adaln import HOISTED, HoistedModulation
 from ditq_runtime.families.fused import Layout
 from ditq_runtime.families.fusible import examine
+from ditq_runtime.layers.carrier import here
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.report.fused import BlockRun
 
@@ -205,15 +205,15 @@ def _modulation():
 
 
 def _block(block, modulation, dtype=torch.float32):
-    holder = HoistedModulation()
-    holder.value = modulation.rows()
-    setattr(block, HOISTED, holder)
+    here().hoisted = {block: modulation.rows()}
     caption = {}
     if block.attn2 is not None:
         caption["encoder_hidden_states"] = _randn(B, 6, D, seed=7).to(dtype)
         caption["encoder_attention_mask"] = ((1 - MASK.to(dtype)) * -10000.0)[:, None]
     with torch.no_grad():
-        return block(_randn(B, TOKENS, D, seed=6).to(dtype), **caption)
+        made = block(_randn(B, TOKENS, D, seed=6).to(dtype), **caption)
+    here().hoisted = None
+    return made
 
 
 U = 2.0**-8  # unit roundoff of bf16

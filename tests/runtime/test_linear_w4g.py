@@ -8,8 +8,8 @@ import torch
 
 from ditq_runtime import LayerFormat, QuantLinear
 from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.carrier import here
 from ditq_runtime.layers.site import Site
-from ditq_runtime.layers.timestep_groups import GroupIndex
 
 K, N, GROUP = 96, 40, 32
 FORMATS = [
@@ -113,10 +113,13 @@ def test_a_low_rank_branch_and_a_bias_come_after_the_scales(activations):
 def test_each_sample_gets_the_bias_of_its_timestep_group(activations, index):
     layer_format = LayerFormat("w4g", activations, GROUP, groups=3)
     layer, steps, stored = layer_of(layer_format, bias=(3, N))
-    layer.group_index = GroupIndex()
-    layer.group_index.value = torch.tensor(index)
     y = integer_product(*codes_of(rows(), layer_format, stored), steps, stored)
-    assert torch.equal(layer(rows()), torch.from_numpy(y + stored["bias"][index]))
+    with pytest.raises(ValueError, match="ran outside of a forward of its model"):
+        layer(rows())
+    here().index = torch.tensor(index)
+    made = layer(rows())
+    here().index = None
+    assert torch.equal(made, torch.from_numpy(y + stored["bias"][index]))
 
 
 @pytest.mark.parametrize("bias", [False, True])

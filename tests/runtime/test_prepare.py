@@ -1,6 +1,5 @@
 """configure and prepare: switches that exist, modulation computed once per run, the same images."""
 
-from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
-from ditq_runtime.families.adaln import HOISTED, TIMESTEP_NOTE, HoistedModulation
+from ditq_runtime.layers.carrier import here
 from ditq_runtime.speed.cuda_graph import GraphedForward
 from ditq_runtime.speed.hoist import _elsewhere, _position
 
@@ -57,7 +56,7 @@ def test_one_compiled_graph_serves_all_steps_and_groups(folders):
         told = {**inputs, "timestep": torch.tensor(times)}
         with torch.no_grad():
             assert torch.equal(compiled(**told).sample, model(**told).sample)
-        groups |= set(model.transformer_blocks[0].timestep_groups.current.value.tolist())
+        groups |= set(model.transformer_blocks[0].timestep_groups(told["timestep"]).tolist())
     torch.compiler.reset()
     assert groups == {0, 1, 2}
     assert len(graphs) == 1
@@ -326,14 +325,13 @@ def test_the_cpu_backend_gives_the_same_bits_and_the_report_names_it(folders, pr
 class _Replayed:
     """Stands in for a CUDA graph: replays one call on the memory that it was recorded with, into the same output."""
 
-    def __init__(self, forward, places):
+    def __init__(self, forward):
         self.forward = forward
-        self.held = [(p, name, getattr(p, name).value) for p, name in places if hasattr(p, name)]
+        self.held = here().timestep, here().hoisted
         self.output = forward()
 
     def replay(self):
-        for place, name, tensor in self.held:
-            getattr(place, name).value = tensor
+        here().timestep, here().hoisted = self.held
         for name, value in self.forward().items():
             self.output[name].copy_(value)
 
@@ -343,7 +341,7 @@ def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
     model, graphs = pixarts(96), []
 
     def record(forward):
-        graphs.append(_Replayed(forward, product(model.modules(), (HOISTED, TIMESTEP_NOTE))))
+        graphs.append(_Replayed(forward))
         return graphs[-1], graphs[-1].output
 
     monkeypatch.setattr("ditq_runtime.speed.cuda_graph._record", record)
@@ -363,17 +361,15 @@ def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
 
     def hoist(seed):
         """Another value than the modulation of the call."""
-        for place, parts in zip(places, (6, 6, 7), strict=True):
-            setattr(place, HOISTED, HoistedModulation())
-            getattr(place, HOISTED).value = _randn(2, parts * 96, seed=seed)
+        pairs = zip(places, (6, 6, 7), strict=True)
+        here().hoisted = {place: _randn(2, n * 96, seed=seed) for place, n in pairs}
 
     def calls():
         own = [call(seed) for seed in range(3)]
         for seed in range(2):
             hoist(seed)
             own.append(call(0))
-        for place in places:
-            delattr(place, HOISTED)
+            here().hoisted = None
         return torch.stack(own)
 
     expected = calls()

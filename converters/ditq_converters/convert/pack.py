@@ -38,7 +38,8 @@ def make_scheme(
     shared = skeleton.has_shared_embedder(model, family, module)
     sites = placed_sites(model, family, formats, shapes)
     scheme = Scheme.of(type(model).__name__, shared, formats, sites, attention)
-    return replace(scheme, timestep_freq=get_timestep_freq(model))
+    timestep = family.timestep_argument or "timestep"
+    return replace(scheme, timestep=timestep, timestep_freq=get_timestep_freq(model))
 
 
 def pack_model(

@@ -7,9 +7,18 @@ from torch import nn
 
 from ditq_converters.fakequant.granularity import FoldedWeight
 from ditq_converters.fakequant.rounding import RULES, asymmetric_codes
-from ditq_runtime.layers.timestep_groups import GroupIndex
 
 Range = tuple[torch.Tensor, torch.Tensor]
+
+
+class Groups:
+    """Where a block of a simulation finds the timestep group of every sample. One thread runs it.
+
+    Attributes:
+        value: int64 [B].
+    """
+
+    value: torch.Tensor
 
 
 class SimulatedLinear(nn.Module):
@@ -28,7 +37,7 @@ class SimulatedLinear(nn.Module):
         act_rule: str,
         act_bits: int,
         act_range: Range | None,
-        group: GroupIndex,
+        group: Groups,
     ) -> None:
         """Keep the parts.
 

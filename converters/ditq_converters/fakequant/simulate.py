@@ -14,7 +14,7 @@ from ditq_converters.convert.fold import LinearTensors, block_linears
 from ditq_converters.convert.groups import group_bounds
 from ditq_converters.convert.site_data import site_data
 from ditq_converters.fakequant.granularity import fake_quantize_weight
-from ditq_converters.fakequant.linear import SimulatedLinear
+from ditq_converters.fakequant.linear import Groups, SimulatedLinear
 from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
 from ditq_converters.fakequant.weights import SimulatedWeight
 from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
@@ -25,10 +25,9 @@ from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Part
 from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.families import BlockTable, family_of, get_linear
-from ditq_runtime.layers.timestep_groups import GroupIndex
 
 BITS = {"w8": 8, "w4p": 4, "w4g": 4}
-Groups = list[tuple[torch.Tensor, GroupIndex]]  # per block: boundaries, and where its group is left
+Bounds = list[tuple[torch.Tensor, Groups]]  # per block: boundaries, and where its group is left
 
 
 def simulate(
@@ -57,7 +56,7 @@ def simulate(
     family = family_of(type(model).__name__)
     plan = plan_of(model, family, replace(recipe, profile="int"))
     simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    groups: Groups = []
+    groups: Bounds = []
     for block, table in family.block_tables(model).items():
         part = plan.part(block)
         layers, found = _block(model, table, block, part, recipe, profile, granularity, stats)
@@ -79,7 +78,7 @@ def _block(
     profile: Profile,
     granularity: str,
     stats: CalibrationStats,
-) -> tuple[dict[str, SimulatedLinear], tuple[torch.Tensor, GroupIndex]]:
+) -> tuple[dict[str, SimulatedLinear], tuple[torch.Tensor, Groups]]:
     """Name -> simulated linear, and the block's timestep groups."""
     linears = block_linears(model.get_submodule(block), table)
     sites = site_data(table, block, linears, part, stats, every=True)
@@ -93,7 +92,7 @@ def _block(
     }
     readers = {site.name: [weights[name] for name in consumers[site.name]] for site in sites}
     choice = block_transform(part, profile, sites, readers)
-    layers, index = {}, GroupIndex()
+    layers, index = {}, Groups()
     for site in sites:
         transform = choice.sites.get(site.name, Transform())
         limits = _static_range(part.sites[site.name], site, choice, profile)
@@ -111,7 +110,7 @@ def _layer(
     transform: Transform,
     act_rule: str,
     limits: tuple[torch.Tensor, torch.Tensor] | None,
-    index: GroupIndex,
+    index: Groups,
 ) -> SimulatedLinear:
     smooth, shift, bias = transform.smooth, transform.shift, linear.bias
     if shift is not None:
@@ -156,7 +155,7 @@ def _bounds(stats: CalibrationStats, choice: BlockTransform) -> torch.Tensor:
     return group_bounds(stats.timesteps, choice.group_of_call)
 
 
-def _group_finder(groups: Groups) -> Any:
+def _group_finder(groups: Bounds) -> Any:
     """A forward pre-hook of the transformer that tells every block the group of each sample."""
 
     def find(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from ditq_converters.convert.fold import block_linears, fold_block
 from ditq_converters.methods import Transform
 from ditq_runtime.families import AdaLN, ValueRows, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
+from ditq_runtime.layers.carrier import carry, here
 from ditq_runtime.layers.modulation_table import ModulationTable
 from ditq_runtime.layers.timestep_groups import TimestepGroups
-from ditq_runtime.layers.timestep_note import install_note
 
 GROUPS, BOUNDS = 3, (250.0, 600.0)
 NAMES = ["dit", "pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-schnell", "flux-dev"]
@@ -24,16 +24,16 @@ EXACT = 1e-12
 class GroupedLinear(nn.Module):
     """An fp64 linear whose bias is chosen by the block's group index: the oracle of a packed layer."""
 
-    def __init__(self, tensors, index, u):
+    def __init__(self, tensors, u):
         super().__init__()
         self.weight = nn.Parameter(tensors.weight, requires_grad=False)
         zeros = torch.zeros(1, len(tensors.weight), dtype=torch.float64)
         bias = zeros if tensors.bias is None else tensors.bias
         self.bias = nn.Parameter(bias.flip(0), requires_grad=False)
-        self.index, self.u = index, u
+        self.u = u
 
     def forward(self, x):
-        bias = self.bias[self.index.value] if len(self.bias) > 1 else self.bias
+        bias = self.bias[here().index] if len(self.bias) > 1 else self.bias
         bias = bias if x.dim() == 2 else bias[:, None]
         return (x if self.u is None else x * self.u) @ self.weight.t() + bias
 
@@ -54,7 +54,6 @@ def random_transform(site, block, width, generator, shift):
 
 def folded_copy(model, family, generator, shift=True, only=None):
     folded = copy.deepcopy(model)
-    blocks = []
     for name, table in family.block_tables(model).items():
         source, block = model.get_submodule(name), folded.get_submodule(name)
         transforms = {
@@ -74,15 +73,14 @@ def folded_copy(model, family, generator, shift=True, only=None):
             if layer in table.tables:
                 delattr(block, layer)
                 module = ModulationTable(len(tensors.weight), len(tensors.bias), "cpu").double()
-                module.weight.data, module.group_index = tensors.weight[:, 0], groups.current
+                module.weight.data = tensors.weight[:, 0]
                 bias = tensors.bias.flip(0)
                 module.bias.data = bias if len(bias) > 1 else bias[0]
             else:
-                module = GroupedLinear(tensors, groups.current, on_the_fly.get(layer))
+                module = GroupedLinear(tensors, on_the_fly.get(layer))
             setattr(block.get_submodule(parent), leaf, module)
         table.use_direct_multiplier(block)
-        blocks.append(block)
-    install_note(folded, blocks)
+    carry(folded, "timestep")
     return folded
 
 
@@ -101,7 +99,7 @@ def test_a_folded_model_is_the_same_function(make_case, run, name, shift):
     assert truth.dtype == torch.float64
     assert relative(run(folded, inputs), truth) < EXACT
     first = folded.get_submodule(family.block_names(model)[0])
-    assert getattr(first, TIMESTEP_GROUPS).current.value.tolist() == [0, 0, 1, 2]
+    assert getattr(first, TIMESTEP_GROUPS)(inputs["timestep"]).tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)

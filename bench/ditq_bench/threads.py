@@ -1,0 +1,172 @@
+"""Thread stress: several threads on one packed model must get the bits that one thread gets.
+
+    python -m ditq_bench.threads --forwards 1000
+
+Three kinds: `shared`, threads that call the model at timesteps of their own; `prepared`, half of them in pipelines that
+`ditq.prepare` hoists the modulation of; `reported`, one more thread asks for execution reports all the while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+import ditq_runtime as ditq
+from ditq_runtime.cli.output import print_table, say
+from ditq_runtime.families import family_of
+
+THREADS, STEPS = 6, 4
+KINDS = ("shared", "prepared", "reported")
+FORMATS = [
+    *itertools.product(("w8", "w4p", "w4g"), ("token", "static"), ("htg",)),
+    ("w8", "token", "smoothquant"),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the threads of one combination got.
+
+    Attributes:
+        name: of the model.
+        kind: one of `KINDS`.
+        forwards: of all threads.
+        wrong: those that differ from the forwards of one thread.
+    """
+
+    name: str
+    kind: str
+    forwards: int
+    wrong: int
+
+
+Work = Callable[[], list[torch.Tensor]]
+
+
+def stress_model(name: str, model: Any, kind: str, forwards: int) -> Outcome:
+    """Run one combination.
+
+    Args:
+        name: for the outcome.
+        model: a packed transformer on the CPU, with example inputs in its family table.
+        kind: one of `KINDS`; `prepared` needs modulation that can be hoisted.
+        forwards: at least, of all threads.
+
+    Raises:
+        Exception: the first one of any thread.
+    """
+    works, undo = _works(model, kind)
+    expected = [work() for work in works]  # one thread
+    rounds = -(-forwards // sum(map(len, expected)))
+    ends, wrong, failures = threading.Event(), [0] * THREADS, list[BaseException]()
+
+    def repeat(i: int) -> None:
+        try:
+            for _ in range(rounds):
+                pairs = zip(works[i](), expected[i], strict=True)
+                wrong[i] += sum(not torch.equal(got, truth) for got, truth in pairs)
+        except BaseException as error:
+            failures.append(error)
+
+    def report() -> None:
+        try:
+            while not ends.is_set():
+                ditq.execution_report(model)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(i,)) for i in range(THREADS)]
+    reporter = [threading.Thread(target=report)] if kind == "reported" else []
+    for thread in (*threads, *reporter):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ends.set()
+    for thread in reporter:
+        thread.join()
+    undo()
+    if failures:
+        raise failures[0]
+    return Outcome(name, kind, rounds * sum(map(len, expected)), sum(wrong))
+
+
+def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
+    """What each thread does, and how to take out what was prepared."""
+    prepared = []
+    works = []
+    for i in range(THREADS):
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(STEPS + i)
+        if kind == "prepared" and i % 2:
+            prepared.append(ditq.prepare(SimpleNamespace(transformer=model, scheduler=scheduler)))
+        works.append(_sampling(model, scheduler))
+
+    def undo() -> None:
+        for handle in prepared:
+            handle.undo()
+
+    return works, undo
+
+
+def _sampling(model: Any, scheduler: Any) -> Work:
+    """The model at every step of a schedule, called as a pipeline would."""
+    family = family_of(type(model).__name__)
+    assert family.example_inputs is not None
+    inputs = family.example_inputs(model)
+    hidden, given = inputs.pop("hidden_states"), inputs.pop("timestep")
+
+    def sample() -> list[torch.Tensor]:
+        outputs = []
+        for step in scheduler.timesteps:
+            latents = scheduler.scale_model_input(hidden, step)
+            timestep = (step * family.timestep_scale).to(given.dtype).expand(len(given))
+            with torch.no_grad():
+                outputs.append(model(hidden_states=latents, timestep=timestep, **inputs)[0])
+        return outputs
+
+    return sample
+
+
+def models(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Packed copies of demo:digits in all formats: name, transformer."""
+    from ditq_converters import Recipe, calibrate, convert, open_model
+
+    pipe = open_model("demo:digits")
+    stats = calibrate(pipe, folder / "stats", steps=8, samples=2, quiet=True)
+    for weights, activations, method in FORMATS:
+        recipe = Recipe(method, weights, activations)
+        yield f"{method} {weights} {activations}", convert(pipe, recipe, stats, quiet=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns 0 if no forward was wrong."""
+    parser = argparse.ArgumentParser(description="Several threads on one packed model.")
+    parser.add_argument("--forwards", type=int, default=1000, help="for each combination")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = [
+            stress_model(name, model, kind, options.forwards)
+            for name, model in models(Path(folder))
+            for kind in KINDS
+        ]
+    rows: list[tuple[Any, ...]] = [(o.name, o.kind, o.forwards, o.wrong) for o in outcomes]
+    print_table(f"{THREADS} threads on one model", ("model", "kind", "forwards", "wrong"), rows)
+    wrong = sum(outcome.wrong for outcome in outcomes)
+    say(f"{wrong} forwards differ" if wrong else "every forward has the bits of one thread")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
