@@ -20,14 +20,18 @@ def after_import(package: str, function: str) -> None:
     if package in sys.modules:
         _call(function)
         return
+    for finder in sys.meta_path:
+        if isinstance(finder, _Watch) and finder.package == package:
+            finder.functions.append(function)
+            return
     sys.meta_path.insert(0, _Watch(package, function))
 
 
 class _Watch(MetaPathFinder):
-    """Finds one package as Python would, once, and has its loader call back."""
+    """Finds one package as Python would, once, and has its loader call back; all that wait for it share one."""
 
     def __init__(self, package: str, function: str) -> None:
-        self.package, self.function = package, function
+        self.package, self.functions = package, [function]
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -52,13 +56,14 @@ class _Calling(Loader):
         return self.own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the package, then the function; whatever looks at the module finds its own loader."""
+        """Run the package, then the functions, first come first; whatever looks at the module finds its own loader."""
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.own
         self.own.exec_module(module)
         if self.watch in sys.meta_path:
             sys.meta_path.remove(self.watch)
-            _call(self.watch.function)
+            for function in self.watch.functions:
+                _call(function)
 
 
 def _call(function: str) -> None:

@@ -17,6 +17,7 @@ ORDERS = {
     "theirs first": "import diffusers, ditq_runtime\n",
     "a part of ours": "import ditq_runtime.families\n",
     "theirs, inside a part of ours": "from ditq_runtime.layers.linear import QuantLinear\nimport diffusers\n",
+    "a command of ours": "from ditq_runtime.cli import app\napp.run(['--version'])\nimport diffusers\n",
 }
 
 
