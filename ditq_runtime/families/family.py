@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_runtime.families.sites import AdaLN, Site
+from ditq_runtime.families.sites import AdaLN, NormWeights, Site
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class BlockTable:
     tables: dict[str, int] = field(default_factory=dict)
     use_direct_multiplier: Callable[[nn.Module], None] | None = None
     attentions: tuple[str, ...] = ()
+
+    @property
+    def norms(self) -> list[str]:
+        """Norms that absorb transforms."""
+        return [s.producer.norm for s in self.sites if isinstance(s.producer, NormWeights)]
 
     @property
     def linears(self) -> list[str]:

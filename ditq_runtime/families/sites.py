@@ -90,15 +90,18 @@ class ProductRows:
 
 @dataclass(frozen=True)
 class OnTheFly:
-    """No producer can absorb a factor exactly; the quantizer multiplies by it.
+    """No producer can absorb a transform exactly; the quantizer applies it.
 
     Attributes:
         reason: why, in words for `ditq inspect`.
         kind: `G` behind an activation function, `X` anything else, `-` a producer that no table describes.
+        takes_shift: methods that shift may do it here, the quantizer subtracts. Not behind an activation and not on
+            streams that the tables of DiT, PixArt, SD3 and Flux name: there they shift where their papers do.
     """
 
     reason: str
     kind: str = "G"
+    takes_shift: bool = False
 
 
 Producer = AdaLN | ValueRows | NormWeights | ProductRows | OnTheFly

@@ -25,17 +25,17 @@ EXACT = (
 class GroupedLinear(nn.Module):
     """An fp64 linear whose bias is chosen by the block's group index: the oracle of a packed layer."""
 
-    def __init__(self, tensors: LinearTensors, u=None):
+    def __init__(self, tensors: LinearTensors, left=None):
         super().__init__()
         self.weight = nn.Parameter(tensors.weight)
         zeros = torch.zeros(1, len(tensors.weight), dtype=torch.float64)
         self.bias = nn.Parameter(zeros if tensors.bias is None else tensors.bias)
-        self.u = u
+        self.smooth = 1 if left is None else left.smooth
 
     def forward(self, x):
         bias = self.bias[here().index] if len(self.bias) > 1 else self.bias
         bias = bias if x.dim() == 2 else bias[:, None]
-        return (x if self.u is None else x * self.u) @ self.weight.t() + bias
+        return (x / self.smooth) @ self.weight.t() + bias
 
 
 def random_transforms(generator, smooth=True, shift=True):
@@ -110,11 +110,16 @@ def test_the_test_would_see_groups_that_disagree(make_dit):
     assert float((wrong - truth).abs().max() / truth.abs().max()) > 1e-6
 
 
-def test_a_shift_before_gelu_is_refused(make_dit):
-    linears = block_linears(make_dit().transformer_blocks[0], BLOCK)
-    shift = torch.zeros(1, 4 * WIDTH, dtype=torch.float64)
-    with pytest.raises(ValueError, match="fc2 cannot be shifted"):
-        fold_block(linears, BLOCK, {"fc2": Transform(None, shift)})
+def test_a_shift_that_no_producer_takes_is_left_to_the_quantizer(make_dit):
+    block = make_dit().double().transformer_blocks[0]
+    linears = block_linears(block, BLOCK)
+    shift = torch.linspace(-1, 1, 2 * 4 * WIDTH, dtype=torch.float64).reshape(2, -1)
+    left = fold_block(linears, BLOCK, {"fc2": Transform(None, shift)})
+    assert left.keys() == {"ff.net.2"}
+    assert torch.equal(left["ff.net.2"].shift, shift)
+    second = block.ff.net[2]
+    expected = second.bias + shift @ second.weight.T  # b + W z_g
+    assert float((linears["ff.net.2"].bias - expected).abs().max()) < EXACT
 
 
 @pytest.mark.parity("P19")

@@ -140,9 +140,9 @@ def plan_for(model: nn.Module, recipe: Recipe, path: Path | None, rules: list[st
     from ditq_converters.plan.check import check_plan
     from ditq_converters.plan.file import read_plan
     from ditq_converters.plan.make import plan_of
-    from ditq_runtime.families import family_of
+    from ditq_converters.sites import family_or_row
 
-    family = family_of(type(model).__name__)
+    family = family_or_row(model)
     if path is None:
         return plan_of(model, family, recipe, rules)
     plan = read_plan(path)

@@ -50,9 +50,9 @@ def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """A plan for a float model, with its coverage in parameters, FLOPs and bytes."""
     from ditq_converters.plan.coverage import coverage, parameters_of, planned_formats
     from ditq_converters.plan.sites import kind_of
-    from ditq_runtime.families import family_of
+    from ditq_converters.sites import family_or_row
 
-    family = family_of(type(model).__name__)
+    family = family_or_row(model)
     covered, formats = coverage(model, family, plan), planned_formats(model, plan)
     reasons = {site.name: site.reason for site in plan.sites}
     kinds = {

@@ -11,6 +11,7 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.attention import static_scales
 from ditq_converters.convert.bias_correction import corrected_bias
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
+from ditq_converters.convert.fold_producers import norm_tensors
 from ditq_converters.convert.groups import group_bounds
 from ditq_converters.convert.observed import Observed, observe
 from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, store_table
@@ -51,7 +52,7 @@ def convert_block(
     observed = observe(part, data, choice)
     in_quantizer = [name for name, site in part.sites.items() if site.place == "quantizer"]
     floats = [name for name in linears if not _is_integer(part, f"{block}.{name}")]
-    smooth_inv = fold_block(linears, table, choice.sites, in_quantizer, floats)
+    left = fold_block(linears, table, choice.sites, in_quantizer, floats)
 
     tensors, formats, quantizers = {}, {}, dict[str, dict[str, torch.Tensor]]()
     for name, linear in linears.items():
@@ -60,9 +61,12 @@ def convert_block(
             linear.bias = linear.bias.flip(0)  # tables run by rising timestep, calls by falling
         if name in table.tables:
             stored = store_table(linear)
+        elif name in table.norms:
+            weight = model.get_parameter(f"{full}.weight")
+            stored = norm_tensors(linear, weight.dtype)
         else:
             entry, known = part.linears[full], observed.get(full, Observed())
-            quantizer = quantizer_tensors(known.act_range, smooth_inv.get(name))
+            quantizer = quantizer_tensors(known.act_range, left.get(name))
             formats[full], stored = convert_linear(linear, entry, quantizer, known)
             if entry.is_integer:
                 quantizers[entry.site.removeprefix(f"{block}.")] = quantizer

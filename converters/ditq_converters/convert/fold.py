@@ -7,7 +7,9 @@ A site's input X becomes (X - z_g) u with u = 1 / s and z_g one shift per timest
   emits the multiplier a = (1 + scale) / s itself (HTG Eq. 11, PTQ4DiT Eq. 19-21);
 * a table added to a modulation that all blocks share (adaLN-single): as the bias of a diagonal modulation linear,
   whose weight is one factor per row;
-* V producer: rows (W, b) <- u (W, b - z), exact because softmax rows sum to one.
+* V producer: rows (W, b) <- u (W, b - z), exact because softmax rows sum to one;
+* norms and products: see `fold_producers.py`;
+* anywhere else the quantizer subtracts z_g and multiplies by u.
 """
 
 from __future__ import annotations
@@ -18,15 +20,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ditq_converters.convert.fold_producers import fold_norm, fold_product
 from ditq_converters.methods import Transform
-from ditq_runtime.families import AdaLN, BlockTable, OnTheFly, Site, ValueRows, get_linear
+from ditq_runtime.families import (
+    AdaLN,
+    BlockTable,
+    NormWeights,
+    OnTheFly,
+    ProductRows,
+    Site,
+    ValueRows,
+    get_linear,
+)
 
 
 @dataclass
 class LinearTensors:
     """A linear in fp64: weight [N, K]; bias [G, N], one row per timestep group, or None.
 
-    A modulation table [N] is one too: weight [N, 1], the factor of every row, and the table as its bias.
+    A modulation table [N] is one too: weight [N, 1], the factor of every row, and the table as its bias; and so is a
+    norm: weight [N, 1].
     """
 
     weight: torch.Tensor
@@ -45,6 +58,13 @@ class LinearTensors:
         rows = table.detach().double().cpu().reshape(1, -1).clone()
         return cls(torch.ones(rows.shape[1], 1, dtype=torch.float64), rows)
 
+    @classmethod
+    def of_norm(cls, norm: nn.Module) -> LinearTensors:
+        """A norm's weight and bias in fp64 on the CPU."""
+        fields = {name: p.detach().double().cpu() for name, p in norm.named_parameters()}
+        bias = fields["bias"][None].clone() if "bias" in fields else None
+        return cls(fields["weight"][:, None].clone(), bias)
+
     def add_to_bias(self, term: torch.Tensor) -> None:
         """Add [G, N] or [1, N] to the bias, which grows a row per group where the term has them."""
         self.bias = term.clone() if self.bias is None else self.bias + term
@@ -60,11 +80,11 @@ Block = dict[str, LinearTensors]
 
 
 def block_linears(block: nn.Module, table: BlockTable) -> Block:
-    """What a fold may change: consumers of the block's sites, its modulation linears and its modulation tables."""
+    """What a fold may change: consumers of the block's sites, modulation linears and tables, and norms."""
     linears = {name: LinearTensors.of(get_linear(block, name)) for name in table.linears}
-    return linears | {
-        name: LinearTensors.of_table(block.get_parameter(name)) for name in table.tables
-    }
+    tables = {name: LinearTensors.of_table(block.get_parameter(name)) for name in table.tables}
+    norms = {name: LinearTensors.of_norm(block.get_submodule(name)) for name in table.norms}
+    return linears | tables | norms
 
 
 def site_weight(linears: Block, site: Site) -> torch.Tensor:
@@ -78,7 +98,7 @@ def fold_block(
     transforms: dict[str, Transform],
     in_quantizer: Collection[str] = (),
     float_readers: Collection[str] = (),
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Transform]:
     """Fold in place; every AdaLN modulation becomes direct (emits its multiplier), with or without factors.
 
     Args:
@@ -89,7 +109,7 @@ def fold_block(
         float_readers: consumers without a quantizer: they read what the producer makes.
 
     Returns:
-        Consumer name -> u = 1 / s [K] fp64 for the factors no producer absorbs, 1 where one does.
+        Consumer name -> what its quantizer applies: what no producer absorbs, 1 and 0 where one does.
 
     Raises:
         ValueError: a shift on channels that no producer can take it from.
@@ -97,28 +117,29 @@ def fold_block(
     on_the_fly = {}
     for site in table.sites:
         transform = transforms.get(site.name, Transform())
-        folded, left = transform, transform.smooth  # what the producer takes, and what it does not
+        folded, left = transform, None  # what the producer takes, and what it does not
         if site.name in in_quantizer or isinstance(site.producer, OnTheFly):
-            _check_unshifted(site, transform)
-            folded = Transform()
+            folded, left = Transform(), transform if _does_something(transform) else None
         match site.producer:
             case AdaLN() as producer:
                 chunks = table.chunks(producer.modulation)
                 _fold_modulation(linears[producer.modulation], chunks, producer, folded)
-                left = left if folded is not transform else None
-            case ValueRows(values) if folded is transform:
-                folded, left = _fold_values([linears[name] for name in values], site, transform)
+            case ValueRows(values):
+                folded, rest = _fold_values([linears[name] for name in values], site, folded)
+                left = rest or left
+            case NormWeights(norm):
+                fold_norm(linears[norm], folded)
+            case ProductRows(linear) as producer:
+                fold_product(linears[linear], producer, folded)
         for name in site.consumers:
             _absorb(linears[name], folded if name in float_readers else transform)
             if left is not None and name not in float_readers:
-                on_the_fly[name] = 1 / left
+                on_the_fly[name] = left
     return on_the_fly
 
 
-def _check_unshifted(site: Site, transform: Transform) -> None:
-    if transform.shift is not None:
-        why = site.producer.reason if isinstance(site.producer, OnTheFly) else "on the fly"
-        raise ValueError(f"fold: site {site.name} cannot be shifted: {why}")
+def _does_something(transform: Transform) -> bool:
+    return transform.smooth is not None or transform.shift is not None
 
 
 def stored_folds(
@@ -159,11 +180,11 @@ def _absorb(linear: LinearTensors, transform: Transform) -> None:
 
 def _fold_values(
     values: list[LinearTensors], site: Site, transform: Transform
-) -> tuple[Transform, torch.Tensor | None]:
+) -> tuple[Transform, Transform | None]:
     """Fold into the rows of V.
 
     Returns:
-        What V took, and the factor [K] that is left for the channels beyond; None for none.
+        What V took, and what is left for the channels beyond; None for nothing.
     """
     width = len(values[0].weight)
     smooth, shift = transform.smooth, transform.shift
@@ -181,7 +202,7 @@ def _fold_values(
         return transform, None
     taken, left = smooth.clone(), smooth.clone()
     taken[width:], left[:width] = 1, 1
-    return Transform(taken, shift), left
+    return Transform(taken, shift), Transform(left)
 
 
 def _fold_modulation(

@@ -81,20 +81,22 @@ def quantize_linear(
 
 
 def quantizer_tensors(
-    act_range: tuple[torch.Tensor, torch.Tensor] | None, smooth_inv: torch.Tensor | None
+    act_range: tuple[torch.Tensor, torch.Tensor] | None, left: Transform | None
 ) -> dict[str, torch.Tensor]:
     """Tensors of `SiteFormat.tensors` that a site's quantizer applies.
 
     Args:
         act_range: low and high of the transformed input, for static activations.
-        smooth_inv: [K] u = 1 / s that no producer absorbed.
+        left: what no producer absorbed; shifts by falling timestep, stored by rising.
     """
     tensors: dict[str, torch.Tensor] = {}
     if act_range is not None:
         scale, zero = k.asymmetric_scale(*act_range)
         tensors = {"act_scale": scale.reshape(1), "act_zero": zero.reshape(1)}
-    if smooth_inv is not None:
-        tensors["smooth_inv"] = smooth_inv.float()
+    if left is not None and left.smooth is not None:
+        tensors["smooth_inv"] = (1 / left.smooth).float()
+    if left is not None and left.shift is not None:
+        tensors["shift"] = left.shift.flip(0).float().contiguous()
     return tensors
 
 

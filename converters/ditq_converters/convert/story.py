@@ -25,10 +25,11 @@ from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import note, progress_bar
+from ditq_converters.sites import family_or_row
 from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
 from ditq_converters.streaming.write import check_room, write_streamed
-from ditq_runtime.families import Family, family_of
+from ditq_runtime.families import Family
 from ditq_runtime.files import check_new
 from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
@@ -43,6 +44,7 @@ def convert(
     quiet: bool = False,
     *,
     memory_budget: int | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Turn a float model into a packed checkpoint.
 
@@ -56,6 +58,8 @@ def convert(
         memory_budget: bytes of main memory for a MODEL: one that is larger is read and converted block by block, into
             the same bytes. Finished blocks stay in the hidden folder `.OUT.blocks` until `out` is complete: killed,
             the same call goes on after them.
+        inputs: keyword arguments of one forward, on which the sites of a class without a table are found; None: made
+            from its configuration.
 
     Returns:
         The packed transformer, in memory; its tensors on meta if it was converted block by block.
@@ -75,7 +79,7 @@ def convert(
             "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
         )
     model = transformer_of(pipe)
-    family = family_of(type(model).__name__)
+    family = family_or_row(model, inputs)
     plan = checked_plan(plan, model, family, quiet)
     check_statistics(plan, stats)
     on_disk = streamed_of(model) is not None
@@ -98,9 +102,18 @@ def convert(
     if on_disk:
         assert out is not None
         return convert_on_disk(
-            pipe, model, one_part, attention, made, to_json(plan), Path(out), max_shard_size, quiet
+            pipe,
+            model,
+            family,
+            one_part,
+            attention,
+            made,
+            to_json(plan),
+            Path(out),
+            max_shard_size,
+            quiet,
         )
-    packed = convert_in_memory(model, one_part, attention, made, quiet)
+    packed = convert_in_memory(model, family, one_part, attention, made, quiet)
     if out is not None:
         save(pipe, packed, to_json(plan), Path(out), max_shard_size)
     return packed
@@ -108,6 +121,7 @@ def convert(
 
 def convert_in_memory(
     model: nn.Module,
+    family: Family,
     one_part: Callable[[str], PackedBlock],
     attention: dict[str, AttentionFormat],
     made: dict[str, Any],
@@ -116,7 +130,6 @@ def convert_in_memory(
     """Convert all parts and assemble the packed transformer."""
     tensors: dict[str, torch.Tensor] = {}
     formats: dict[str, LayerFormat] = {}
-    family = family_of(type(model).__name__)
     parts = family.part_names(model)
     with progress_bar("converting", len(parts), quiet=quiet) as advance:
         for name in parts:
@@ -132,6 +145,7 @@ def convert_in_memory(
 def convert_on_disk(
     pipe: Any,
     model: nn.Module,
+    family: Family,
     one_part: Callable[[str], PackedBlock],
     attention: dict[str, AttentionFormat],
     made: dict[str, Any],
@@ -141,7 +155,6 @@ def convert_on_disk(
     quiet: bool,
 ) -> nn.Module:
     """Convert the parts that an earlier run did not, one in memory at a time, then write the folder from disk."""
-    family = family_of(type(model).__name__)
     parts = family.part_names(model)
     done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(model)})
     earlier = done.names()

@@ -18,13 +18,15 @@ from ditq_converters.plan.linears import plan_modulation, plan_outside, plan_rea
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sites import plan_site
-from ditq_runtime.families import Family, family_of, get_linear
+from ditq_converters.sites import family_or_row
+from ditq_runtime.families import Family, get_linear
 
 
 def make_plan(
     model: Any,
     stats: CalibrationStats | None = None,
     *,
+    inputs: dict[str, Any] | None = None,
     set: Sequence[str] = (),
     **choices: Any,
 ) -> Plan:
@@ -34,6 +36,8 @@ def make_plan(
         model: a diffusers pipeline, or its transformer alone; or a MODEL that `open_model` opens, whose weights are
             not read.
         stats: a calibration; the plan is checked against what it holds.
+        inputs: keyword arguments of one forward, on which the sites of a class without a table are found; None: made
+            from its configuration.
         set: changes, each `PATTERN:field=value` as in `Plan.set_rule`, one after another.
         **choices: fields of `Recipe`, and options of its method.
 
@@ -46,7 +50,7 @@ def make_plan(
         StatisticsError: the statistics lack what the plan needs.
     """
     opened = open_skeleton(str(model)) if isinstance(model, str | Path) else transformer_of(model)
-    family = family_of(type(opened).__name__)
+    family = family_or_row(opened, inputs)
     plan = plan_of(opened, family, Recipe.of(**choices), set)
     if stats is not None:
         check_statistics(plan, stats)

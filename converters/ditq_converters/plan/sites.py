@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditq_converters.methods import METHODS
+from ditq_converters.methods import METHODS, Method
 from ditq_converters.plan.entries import SitePlan
 from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.families import (
@@ -22,13 +22,17 @@ def plan_site(block: str, site: Site, recipe: Recipe) -> SitePlan:
     """The entry of one site under a recipe."""
     method = METHODS[recipe.method]
     readers = tuple(f"{block}.{name}" for name in site.consumers)
-    place = place_of(site, rest=method.on_the_fly)
+    place = place_under(site, method)
     name, reason = method.name, f"{method.name}: {where(site, place)}"
     if method.transform is None:
         reason = f"{method.name} transforms nothing"
     elif all(recipe.keeps(reader) for reader in readers):
         name, reason = "linear", "no transform: all that read it stay float"
-    elif isinstance(site.producer, OnTheFly) and not method.on_the_fly:
+    elif (
+        isinstance(site.producer, OnTheFly)
+        and not method.on_the_fly
+        and not site.producer.takes_shift
+    ):
         name, reason = "linear", f"{method.name} leaves it alone: {site.producer.reason}"
     return SitePlan(
         f"{block}.{site.name}",
@@ -41,6 +45,14 @@ def plan_site(block: str, site: Site, recipe: Recipe) -> SitePlan:
         "all" if method.static_call is None else "noisiest",
         reason,
     )
+
+
+def place_under(site: Site, method: Method) -> str:
+    """Where the transform of a method goes; shifts per timestep group go to the quantizer, and not into a norm."""
+    match site.producer:
+        case NormWeights() | ValueRows(takes_shift=False) if method.over_time:
+            return "quantizer"
+    return place_of(site, rest=method.on_the_fly)
 
 
 def place_of(site: Site, rest: bool = True) -> str:
@@ -61,8 +73,10 @@ def place_of(site: Site, rest: bool = True) -> str:
 def shifts_at(site: Site, place: str) -> str:
     """What a site can be shifted by where its transform goes there."""
     match site.producer:
+        case OnTheFly(takes_shift=takes_shift):
+            return "groups" if takes_shift else "none"
         case _ if place == "quantizer":
-            return "none"
+            return "groups"
         case AdaLN():
             return "groups"
         case ValueRows(_, _, takes_shift) | NormWeights(_, takes_shift):

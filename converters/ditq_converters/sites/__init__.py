@@ -4,6 +4,6 @@ In comes a float model and the inputs of one forward; out goes a `Family`: what 
 it, and why the other linears stay float.
 """
 
-from ditq_converters.sites.find import family_for, find_sites
+from ditq_converters.sites.find import family_for, family_or_row, find_sites
 
-__all__ = ["family_for", "find_sites"]
+__all__ = ["family_for", "family_or_row", "find_sites"]

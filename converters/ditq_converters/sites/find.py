@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ditq_converters.progress import note
 from ditq_converters.sites.folds import propose
-from ditq_converters.sites.inputs import forward_inputs
+from ditq_converters.sites.inputs import NoInputs, forward_inputs
 from ditq_converters.sites.prove import Prover
 from ditq_converters.sites.reasons import kept, why_float
 from ditq_converters.sites.timestep import timestep_argument
@@ -47,6 +48,15 @@ def family_for(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family
     if model not in _FOUND:
         _FOUND[model] = find_sites(model, inputs)
     return _FOUND[model]
+
+
+def family_or_row(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
+    """As `family_for`; where no inputs can be made, the row of every class: each linear a site of its own, no folds."""
+    try:
+        return family_for(model, inputs)
+    except NoInputs as error:
+        note(f"{error}; until then each linear is a site of its own and nothing folds")
+        return family_of(type(model).__name__)
 
 
 def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:

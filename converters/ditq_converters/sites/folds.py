@@ -43,7 +43,7 @@ def on_the_fly(graph: Graph, block: str, site: Site) -> OnTheFly:
             f"its input is the output of {op.name.upper()}, which no factor passes through", "G"
         )
     made = "nothing in the model" if op is None else f"`{op.name}`"
-    return OnTheFly(f"its input is made by {made}, into which no factor folds exactly", "X")
+    return OnTheFly(f"its input is made by {made}, into which no factor folds exactly", "X", True)
 
 
 def _producer(walk: Walk, block: str, site: Site) -> Producer:

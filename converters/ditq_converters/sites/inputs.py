@@ -35,6 +35,10 @@ LATENTS = (  # what latents may look like; -1: channels
 )
 
 
+class NoInputs(ValueError):
+    """No inputs can be made for a class."""
+
+
 class Unlike(Exception):
     """A layer expects `width` where an argument of the odd width `odd` came."""
 
@@ -148,7 +152,7 @@ def forward_inputs(twin: Any) -> dict[str, Any]:
         twin: a model with weights, in fp64; it is run until inputs fit.
 
     Raises:
-        ValueError: none were found.
+        NoInputs: none were found.
     """
     known = [name for name in inspect.signature(type(twin).forward).parameters if name in MAKERS]
     plain = [name for name in known if not name.endswith("_2")]  # without a second text encoder
@@ -167,7 +171,7 @@ def forward_inputs(twin: Any) -> dict[str, Any]:
                 break
             else:
                 return inputs
-    raise ValueError(
+    raise NoInputs(
         f"{type(twin).__name__}: its sites are found on one forward, whose inputs cannot be made from its "
         "configuration; pass its keyword arguments as inputs (--inputs FILE)"
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from ditq_converters.convert.fold import block_linears, fold_block
 from ditq_converters.methods import Transform
-from ditq_runtime.families import AdaLN, ValueRows, family_of
+from ditq_runtime.families import AdaLN, OnTheFly, ValueRows, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
 from ditq_runtime.layers.carrier import carry, here
 from ditq_runtime.layers.modulation_table import ModulationTable
@@ -24,18 +24,23 @@ EXACT = 1e-12
 class GroupedLinear(nn.Module):
     """An fp64 linear whose bias is chosen by the block's group index: the oracle of a packed layer."""
 
-    def __init__(self, tensors, u):
+    def __init__(self, tensors, left):
         super().__init__()
         self.weight = nn.Parameter(tensors.weight, requires_grad=False)
         zeros = torch.zeros(1, len(tensors.weight), dtype=torch.float64)
         bias = zeros if tensors.bias is None else tensors.bias
         self.bias = nn.Parameter(bias.flip(0), requires_grad=False)
-        self.u = u
+        self.left = left or Transform()
 
     def forward(self, x):
         bias = self.bias[here().index] if len(self.bias) > 1 else self.bias
         bias = bias if x.dim() == 2 else bias[:, None]
-        return (x if self.u is None else x * self.u) @ self.weight.t() + bias
+        if self.left.shift is not None:
+            shift = self.left.shift.flip(0)
+            shift = shift[here().index] if len(shift) > 1 else shift
+            x = x - (shift if x.dim() == 2 else shift[:, None])
+        smooth = 1 if self.left.smooth is None else self.left.smooth
+        return (x / smooth) @ self.weight.t() + bias
 
 
 def random_transform(site, block, width, generator, shift):
@@ -43,13 +48,17 @@ def random_transform(site, block, width, generator, shift):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     s, z = 0.2 + 4.8 * draw(width), None
-    if shift and isinstance(site.producer, AdaLN):
+    if shift and (isinstance(site.producer, AdaLN) or takes_groups(site)):
         z = 6 * draw(GROUPS, width) - 3
     elif shift and isinstance(site.producer, ValueRows):
         values = block.get_submodule(site.producer.values[0]).out_features
         z = torch.zeros(1, width, dtype=torch.float64)
         z[:, :values] = 6 * draw(1, values) - 3
     return Transform(s, z)
+
+
+def takes_groups(site):
+    return isinstance(site.producer, OnTheFly) and site.producer.takes_shift
 
 
 def folded_copy(model, family, generator, shift=True, only=None):
