@@ -46,7 +46,8 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         _swap(model, name, scheme.format_of(name), compute_dtype, wide_output=name in wide)
     install_sites(model, scheme)
     grouped = []
-    for name, table in tables.items():
+    for name in dict.fromkeys([*tables, *(site.rpartition(".")[0] for site in scheme.sites)]):
+        table = tables.get(name, BlockTable(()))  # discovery finds blocks that no name tells
         block = model.get_submodule(name)
         groups = _install_groups(name, block)
         _install_tables(block, table, groups)

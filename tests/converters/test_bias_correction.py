@@ -8,6 +8,7 @@ from ditq_converters import Recipe, StatisticsError, calibrate, convert
 from ditq_converters.convert.bias_correction import CHUNK, SampledRows, corrected_bias
 from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors
+from ditq_converters.methods import Transform
 from ditq_runtime import QuantLinear
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SiteFormat
@@ -89,7 +90,10 @@ def test_the_mean_output_of_the_layer_is_that_of_the_float_one(weights, activati
     layer_format = LayerFormat(weights, activations, group, lora_rank=rank)
     smooth_inv = torch.linspace(0.3, 2, K, dtype=torch.float64) if smooth else None
     stored = quantize_linear(linear, layer_format)
-    quantizer = quantizer_tensors(LIMITS if activations == "static" else None, smooth_inv)
+    quantizer = quantizer_tensors(
+        LIMITS if activations == "static" else None,
+        Transform(1 / smooth_inv) if smooth else None,
+    )
     site = Site(K, SiteFormat(("linear",), activations, smooth=smooth))
     site.load_state_dict(quantizer, assign=True)
     corrected = corrected_bias(linear, layer_format, stored, quantizer, one_group(x))

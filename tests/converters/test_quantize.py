@@ -101,11 +101,13 @@ def test_fp32_layers_store_the_folded_weight():
     assert sorted(stored) == ["bias", "weight"]
 
 
-def test_smooth_inv_is_stored_in_fp32():
-    u = torch.linspace(1e-4, 1e4, 96, dtype=torch.float64)
-    stored = quantizer_tensors(None, u)
-    assert torch.equal(stored["smooth_inv"], u.float())
-    assert [*stored] == ["smooth_inv"]
+def test_what_the_quantizer_applies_is_stored_in_fp32_by_rising_timestep():
+    s = torch.linspace(1e-4, 1e4, 96, dtype=torch.float64)
+    shift = torch.arange(3 * 96, dtype=torch.float64).reshape(3, 96)
+    stored = quantizer_tensors(None, Transform(s, shift))
+    assert torch.equal(stored["smooth_inv"], (1 / s).float())
+    assert torch.equal(stored["shift"], shift[[2, 1, 0]].float())
+    assert [*quantizer_tensors(None, Transform(s))] == ["smooth_inv"]
 
 
 def test_static_range_by_hand():

@@ -87,14 +87,14 @@ def test_inspect_needs_no_weights_and_names_every_linear(make_case, tmp_path, na
     json.dumps(report)
 
 
-def test_a_generic_family_has_no_flops_but_a_plan(tmp_path):
+def test_a_discovered_family_has_no_flops_but_a_plan(tmp_path):
     AuraFlowTransformer2DModel(
         sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=32, caption_projection_dim=64, pos_embed_max_size=64,
     ).save_pretrained(tmp_path)  # fmt: skip
     report = inspected(tmp_path, method="linear")
     assert report["integer_flops_share"] is None
-    assert {layer["kind"] for layer in report["layers"]} == {"-"}
+    assert {layer["kind"] for layer in report["layers"]} == {"-", "V", "M", "X"}
     assert report["packed_bytes"] < report["float_bytes"]
 
 
