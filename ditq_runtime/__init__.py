@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ditq_runtime.host.hub import push_to_hub
     from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
     from ditq_runtime.layers.linear import QuantLinear
-    from ditq_runtime.lora.adapter import load_lora, unload_lora
+    from ditq_runtime.lora.adapter import load_lora
+    from ditq_runtime.lora.switch import set_lora, unload_lora
     from ditq_runtime.report.execution import ExecutionReport, LayerRun, execution_report
     from ditq_runtime.speed.prepare import Prepared, prepare
     from ditq_runtime.version import __version__
@@ -47,6 +48,7 @@ __all__ = [
     "prepare",
     "push_to_hub",
     "register",
+    "set_lora",
     "unload_lora",
 ]
 
@@ -69,7 +71,8 @@ _HOME = {
     "prepare": "speed.prepare",
     "push_to_hub": "host.hub",
     "register": "host.plugin",
-    "unload_lora": "lora.adapter",
+    "set_lora": "lora.switch",
+    "unload_lora": "lora.switch",
 }
 
 
@@ -83,3 +86,4 @@ def __getattr__(name: str) -> Any:
 
 
 after_import("diffusers", "ditq_runtime.host.enter:enter_diffusers")
+after_import("peft", "ditq_runtime.lora.branch:enter_peft")

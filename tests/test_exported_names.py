@@ -31,6 +31,7 @@ EXPORTED = {
         "prepare",
         "push_to_hub",
         "register",
+        "set_lora",
         "unload_lora",
     ],
     ditq_converters: [

@@ -29,6 +29,10 @@ class Later:
         """An attribute of the class."""
         return getattr(self._real(), name)
 
+    def __instancecheck__(self, instance: Any) -> bool:
+        """`isinstance` of the class."""
+        return isinstance(instance, self._real())
+
     def _real(self) -> Any:
         module, name = self._home
         return getattr(importlib.import_module(module), name)

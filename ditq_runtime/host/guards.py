@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,36 +12,93 @@ CANNOT = {
     "ditq's kernels read the shared input once anyway",
     "fuse_lora": "an adapter cannot be merged into integer weights; leave it beside them, unfused",
 }
+IP_ADAPTER = (
+    "a factor was folded into the attention's values, and an IP-Adapter would add values without it, silently wrong; "
+    "convert with a method that folds nothing into V, or leave the adapter out"
+)
+# PEFT's layers that only add to, or scale, what the linear gives; the others read its float weight
+BESIDE = (
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.loha.layer.Linear",
+    "peft.tuners.lokr.layer.Linear",
+)
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # of a LoRA, without the float weight
+NO_FLOAT = "a packed ditq transformer has integer codes in its place; use plain LoRA, or tune the float model"
+
+
+class Refusal:
+    """Stands for a method, in an instance: says why not. Copies and pickles with its owner."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Remember both."""
+        self.name, self.reason = name, reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse."""
+        raise ValueError(f"{self.name}: not possible on a packed ditq transformer: {self.reason}")
+
+
+class CheckedUpdate:
+    """Stands for `update_layer` of PEFT's LoRA layer around packed weights: refuses what would read them."""
+
+    def __init__(self, layer: Any) -> None:
+        """Remember the layer."""
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an adapter."""
+        for options in (
+            kwargs,
+            *(vars(a) for a in (*args, *kwargs.values()) if hasattr(a, "use_dora")),
+        ):
+            init = options.get("init_lora_weights")
+            if options.get("use_dora"):
+                raise ValueError(f"DoRA: it reads the float weight, and {NO_FLOAT}")
+            if init not in INITS:
+                raise ValueError(
+                    f"init_lora_weights={init!r}: it reads the float weight, and {NO_FLOAT}"
+                )
+        return type(self.layer).update_layer(self.layer, *args, **kwargs)
 
 
 def refuse_methods(model: Any) -> None:
     """Replace, on one packed model, the methods that would fail on integer weights."""
-    for name, reason in CANNOT.items():
+    from ditq_runtime.layers.linear import QuantLinear  # not above: this file is light
+    from ditq_runtime.lora.verbs import bind_verbs
+
+    cannot = dict(CANNOT)
+    if any(
+        isinstance(m, QuantLinear) and m.folded and ".to_out." in name
+        for name, m in model.named_modules()
+    ):
+        cannot["_load_ip_adapter_weights"] = IP_ADAPTER
+    for name, reason in cannot.items():
         if hasattr(type(model), name):
-            setattr(model, name, MethodType(_refusal(name, reason), model))
+            setattr(model, name, Refusal(name.removeprefix("_"), reason))
+    bind_verbs(model)
 
 
-def _refusal(name: str, reason: str) -> Any:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(f"{name}: not possible on a packed ditq transformer: {reason}")
-
-    return refuse
-
-
-def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+def _watch_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Called by torch for every module that gets a submodule: PEFT's wrappers take the linear as `base_layer`."""
     if name != "base_layer":
         return
     from ditq_runtime.layers.linear import QuantLinear  # not above: this file is light
 
-    if isinstance(child, QuantLinear) and child.folded:
-        wrapper = f"{type(parent).__module__}.{type(parent).__name__}"
+    if not isinstance(child, QuantLinear):
+        return
+    wrapper = f"{type(parent).__module__}.{type(parent).__name__}"
+    if child.folded:
         raise ValueError(
             f"{wrapper}: a factor was folded into or out of this linear, so a plain adapter on it would be silently "
             "wrong; use ditq.load_lora(pipe, path), which folds the adapter too"
         )
+    if wrapper not in BESIDE:
+        raise ValueError(f"{wrapper}: it reads the float weight, and {NO_FLOAT}")
+    vars(parent)["merge"] = Refusal("merge", CANNOT["fuse_lora"])
+    if ".lora." in wrapper:
+        vars(parent)["update_layer"] = CheckedUpdate(parent)
 
 
 def watch_wrapping() -> None:
-    """Refuse wrappers around folded linears, whoever makes them; called once, by importing `ditq_runtime`."""
-    register_module_module_registration_hook(_refuse_wrapping)
+    """Check wrappers around packed linears, whoever makes them; called once, by importing `ditq_runtime`."""
+    register_module_module_registration_hook(_watch_wrapping)

@@ -34,7 +34,8 @@ from ditq_runtime.host.on_the_fly import (
     rename_tables,
     scale_rows,
 )
-from ditq_runtime.lora.adapter import ADAPTERS
+from ditq_runtime.lora.branch import ADAPTERS
+from ditq_runtime.lora.file import without_peft
 
 
 class DitqMethod(str, Enum):
@@ -273,7 +274,8 @@ class DitqQuantizer(DiffusersQuantizer):
             raise ValueError(
                 "a ditq checkpoint is saved as safetensors only; drop safe_serialization=False"
             )
-        return {key: value for key, value in state_dict.items() if not self._is_absent(key)}, {}
+        own = without_peft(state_dict)
+        return {key: value for key, value in own.items() if not self._is_absent(key)}, {}
 
     def _is_absent(self, key: str) -> bool:
         adapter = f".{ADAPTERS}." in key

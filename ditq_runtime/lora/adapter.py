@@ -19,11 +19,15 @@ from torch import nn
 
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Site
-from ditq_runtime.layers.timestep_groups import of_groups
-from ditq_runtime.lora.file import Adapter, read_adapters
-
-ADAPTERS = "adapters"  # name of the module in a linear that holds its branches
-ADAPTER_OPS = ["aten.mm", "aten.mm"]  # what a branch runs: down, up
+from ditq_runtime.lora.branch import ADAPTERS, Adapters, LoraBranch, add_branches
+from ditq_runtime.lora.file import Adapter, LoraFile, read_adapters
+from ditq_runtime.lora.switch import (
+    check_name,
+    check_not_graphed,
+    packed_model,
+    tell_diffusers,
+    text_encoders_of,
+)
 
 
 def load_lora(
@@ -31,108 +35,98 @@ def load_lora(
     source: str | Path | Mapping[str, torch.Tensor],
     name: str = "default",
     scale: float = 1.0,
+    replace: bool = False,
 ) -> list[str]:
     """Add a LoRA that was trained on the float model to a packed transformer.
 
     The adapter stays beside the integer weights, in the compute dtype; `save_pretrained` does not write it. Load it
-    before offloading, and before compiling.
+    before offloading. What torch has compiled in this process is compiled again after it, but not after `replace`.
+    The verbs of diffusers (`set_adapters`, `disable_lora`, `unload_lora_weights`, ...) act on it where the model's
+    class has them, and need PEFT; `set_lora` and `unload_lora` need nothing.
 
     Args:
-        target: a pipeline with a packed `transformer`, or the transformer.
-        source: a `.safetensors` file, a folder written by PEFT or diffusers, or a state dict.
-        name: to unload it by.
+        target: a pipeline with a packed `transformer`, or the transformer; compiled or not.
+        source: a `.safetensors` file, a folder written by PEFT or diffusers, or a state dict. Tensors of text encoders
+            are handed to those of the pipeline.
+        name: to switch and unload it by.
         scale: multiplies the adapter's own alpha / r.
+        replace: put it in the place of the adapter of that name, at the same addresses: its rank may not be higher,
+            nor may it reach linears that the other does not; linears that it leaves out get zeros.
 
     Returns:
         The names of the linears that gained a branch.
 
     Raises:
-        ValueError: the model is not packed, or is offloaded; a name in use; a layer that the model lacks or that has
-            other sizes; anything that is not a plain LoRA. Nothing is changed then.
+        ValueError: the model is not packed, is offloaded, or replays a CUDA graph; a name in use, or none to replace;
+            a layer that the model lacks or that has other sizes; anything that is not a plain LoRA. Nothing is
+            changed then.
     """
-    model = _packed(target, "load_lora")
-    adapters = read_adapters(source)
+    model = packed_model(target, "load_lora")
+    check_name(name, scale)
+    return attach(target, model, read_adapters(source), name, scale, replace)
+
+
+def attach(
+    target: Any, model: Any, file: LoraFile, name: str, scale: float, replace: bool
+) -> list[str]:
+    """`load_lora` of what was read, checked before anything is changed."""
+    check_not_graphed(model, "load_lora")
+    give_text = text_encoders_of(target, file, name, scale)
     folds = [m for m in model.modules() if isinstance(m, Site) and m.format.is_folded]
     linears: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    branches: list[tuple[Any, LoraBranch]] = []
-    for layer, adapter in adapters.items():
+    branches: dict[str, LoraBranch] = {}
+    for layer, adapter in file.adapters.items():
         linear = linears.get(layer)
-        _check(layer, linear, adapter, name)
-        branches.append((linear, _branch(folds, layer, linear, adapter, scale)))
-    for linear, branch in branches:
-        if not hasattr(linear, ADAPTERS):
-            setattr(linear, ADAPTERS, nn.ModuleDict())
-            linear.register_forward_hook(_add_branches)
-        getattr(linear, ADAPTERS)[name] = branch
-    return list(adapters)
+        _check(layer, linear, adapter, None if replace else name)
+        branches[layer] = _branch(folds, layer, linear, adapter, scale)
+    if replace:
+        _replace(linears, branches, name)
+        return list(branches)
+    taken = getattr(model, "peft_config", {})
+    if name in taken:
+        raise ValueError(
+            f"load_lora: PEFT has an adapter {name!r} on this model; choose another name"
+        )
+    rank = (getattr(model, "_prepare_lora_hotswap_kwargs", None) or {}).get("target_rank", 0)
+    for layer, branch in branches.items():
+        branch.widen(rank)
+        adapters_of(linears[layer]).add(name, branch)
+    tell_diffusers(model, name, file.adapters)
+    give_text()
+    return list(branches)
 
 
-def unload_lora(target: Any, name: str = "default") -> None:
-    """Remove a LoRA.
-
-    Args:
-        target: as given to `load_lora`.
-        name: of the adapter.
-
-    Raises:
-        ValueError: no adapter has this name.
-    """
-    model = _packed(target, "unload_lora")
-    found = [m for m in model.modules() if name in getattr(m, ADAPTERS, ())]
-    if not found:
-        raise ValueError(f"unload_lora: no adapter is called {name!r}")
-    for linear in found:
-        del getattr(linear, ADAPTERS)[name]
-        if not getattr(linear, ADAPTERS):
-            _forget_adapters(linear)
+def adapters_of(linear: Any) -> Adapters:
+    """What holds a linear's branches, made at the first."""
+    if not hasattr(linear, ADAPTERS):
+        setattr(linear, ADAPTERS, Adapters())
+        linear.register_forward_hook(add_branches)
+    adapters: Adapters = getattr(linear, ADAPTERS)
+    return adapters
 
 
-def _forget_adapters(linear: nn.Module) -> None:
-    """Take out what the first adapter brought: its block may run fused again."""
-    delattr(linear, ADAPTERS)
-    hooks = linear._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is _add_branches]:
-        del hooks[key]
-
-
-class LoraBranch(nn.Module):
-    """up @ (down @ x) + bias, added to a linear's output.
-
-    Attributes:
-        down: [r, K] in the linear's compute dtype.
-        up: [N, r].
-        bias: fp32 [N], or [G, N] with timestep groups, or None.
-    """
-
-    down: nn.Parameter
-    up: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Keep; nothing is trained here."""
-        super().__init__()
-        self.down = nn.Parameter(down.contiguous(), requires_grad=False)
-        self.up = nn.Parameter(up.contiguous(), requires_grad=False)
-        kept = None if bias is None else nn.Parameter(bias.contiguous(), requires_grad=False)
-        self.register_parameter("bias", kept)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add the branch of x [..., K] to y [..., N]; the sum is taken in fp32 or wider."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
-        branch = (rows @ self.down.t()) @ self.up.t()
-        if self.bias is not None:
-            table: torch.Tensor = self.bias
-            if table.dim() == 2:
-                table = of_groups(table, rows.shape[0])
-            branch = branch + table
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return (y.to(wide) + branch.to(wide).reshape(y.shape)).to(y.dtype)
-
-
-def _add_branches(linear: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    for branch in getattr(linear, ADAPTERS).values():
-        output = branch(args[0], output)
-    return output
+def _replace(linears: dict[str, Any], branches: dict[str, LoraBranch], name: str) -> None:
+    """Put branches in the place of those of one name; refused before any is changed."""
+    held: dict[str, Any] = {
+        layer: getattr(linear, ADAPTERS)[name]
+        for layer, linear in linears.items()
+        if name in getattr(linear, ADAPTERS, ())
+    }
+    if not held:
+        raise ValueError(f"load_lora: there is no adapter {name!r} to replace; load it without")
+    for layer, branch in branches.items():
+        if layer not in held:
+            raise ValueError(
+                f"load_lora: {layer} has no branch of {name!r} to replace; unload that, and load this one"
+            )
+        rank, room = len(branch.down), len(held[layer].down)
+        if rank > room or (branch.bias is not None and held[layer].bias is None):
+            raise ValueError(
+                f"load_lora: {layer} has rank {rank}, and what {name!r} holds has room for {room}; call "
+                "enable_lora_hotswap(target_rank=...) before the first, or unload it and load this one"
+            )
+    for layer, branch in held.items():
+        branch.replace(branches.get(layer))
 
 
 def _branch(
@@ -154,7 +148,13 @@ def _branch(
         dtype = torch.float32 if linear.wide_output else linear.compute_dtype
     if bias is not None:
         bias = (bias[0] if len(bias) == 1 else bias).to(device, torch.float32)
-    return LoraBranch(down.to(device, dtype), up.to(device, dtype), bias)
+    down, up = down.to(device, dtype), up.to(device, dtype)
+    for tensor in (down, up):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"load_lora: {layer} has values that {dtype} cannot hold; load the model in another dtype"
+            )
+    return LoraBranch(down, up, bias)
 
 
 def _of_reader(
@@ -177,18 +177,7 @@ def _row_factors(site: Site, begins: tuple[int, ...], num_rows: int) -> torch.Te
     return rows
 
 
-def _packed(target: Any, caller: str) -> Any:
-    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if model is None or getattr(config, "scheme", None) is None:
-        raise ValueError(
-            f"{caller}: {type(target).__name__} holds no packed ditq transformer; a float model takes "
-            "load_lora_weights of diffusers"
-        )
-    return model
-
-
-def _check(layer: str, linear: Any, adapter: Adapter, name: str) -> None:
+def _check(layer: str, linear: Any, adapter: Adapter, name: str | None) -> None:
     if not isinstance(linear, nn.Linear):
         raise ValueError(
             f"load_lora: {layer} is no linear of the model; was the adapter trained on another architecture?"

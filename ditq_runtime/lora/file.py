@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PREFIXES = ("base_model.model.", "transformer.")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 METADATA = "lora_adapter_metadata"
 # the layer, then which tensor; an adapter's name may stand between lora_A and weight
 KEY = re.compile(
@@ -42,16 +43,61 @@ class Adapter:
     strength: float
 
 
-def read_adapters(source: str | Path | Mapping[str, torch.Tensor]) -> dict[str, Adapter]:
-    """The adapters of a transformer, by the name of their linear.
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file holds.
+
+    Attributes:
+        adapters: of the transformer, by the name of their linear.
+        text: name of a text encoder -> its tensors, under their names in the file.
+        stored: the metadata that came with it, as stored.
+    """
+
+    adapters: dict[str, Adapter]
+    text: dict[str, dict[str, torch.Tensor]]
+    stored: dict[str, Any]
+
+    def config_of(self, part: str) -> dict[str, Any] | None:
+        """The metadata of one text encoder, in diffusers' layout; None: there is none."""
+        found = {key: value for key, value in self.stored.items() if key.startswith(f"{part}.")}
+        return found or None
+
+
+def read_adapters(
+    source: str | Path | Mapping[str, torch.Tensor], stored: dict[str, Any] | None = None
+) -> LoraFile:
+    """The adapters of a transformer, by the name of their linear, and what the file holds for text encoders.
 
     Args:
         source: a `.safetensors` file, a folder written by PEFT or diffusers, or a state dict.
+        stored: metadata of a state dict, as PEFT and diffusers write it.
 
     Raises:
-        ValueError: no such file, a pickle, a tensor that is no part of a LoRA, an incomplete or misshapen pair.
+        ValueError: no such file, a pickle, a tensor that is no part of a LoRA, an incomplete or misshapen pair, nothing
+            for the transformer.
     """
-    state, config = _read(source)
+    state, stored = (source, stored or {}) if isinstance(source, Mapping) else _read(source)
+    config = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    if config.get("use_dora"):
+        raise ValueError(
+            "load_lora: this is a DoRA, which rescales the float weights; only plain LoRA is read"
+        )
+    text = {part: _begin(state, f"{part}.") for part in TEXT_ENCODERS}
+    text = {part: tensors for part, tensors in text.items() if tensors}
+    rest = {k: t for k, t in state.items() if not k.startswith(tuple(f"{p}." for p in text))}
+    if text and not rest:
+        raise ValueError(
+            f"load_lora: it holds tensors of {', '.join(text)} only, none of the transformer; "
+            "take load_lora_weights of diffusers"
+        )
+    return LoraFile(_adapters(rest, config), text, dict(stored))
+
+
+def _begin(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _adapters(state: Mapping[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Adapter]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         name = _strip(key)
@@ -101,11 +147,7 @@ def _alpha(layer: str, rank: int, config: dict[str, Any]) -> float:
     return float(config.get("lora_alpha") or rank)
 
 
-def _read(
-    source: str | Path | Mapping[str, torch.Tensor],
-) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-    if isinstance(source, Mapping):
-        return source, {}
+def _read(source: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).exists()]
@@ -122,13 +164,29 @@ def _read(
         stored = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     beside = path.parent / "adapter_config.json"
     if beside.exists():
-        stored |= json.loads(beside.read_text())
-    config = {key.removeprefix("transformer."): value for key, value in stored.items()}
-    if config.get("use_dora"):
+        stored |= json.loads(beside.read_text(encoding="utf-8"))
+    return state, stored
+
+
+def without_peft(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a model with adapters of PEFT, as it is without them.
+
+    Raises:
+        ValueError: PEFT trains whole copies of modules in it, which are no adapter to leave out.
+    """
+    inside = ".base_layer."
+    copied = [key for key in state if ".modules_to_save." in key]
+    if copied:
         raise ValueError(
-            f"load_lora: {path} is a DoRA, which rescales the float weights; only plain LoRA is read"
+            f"save_pretrained: PEFT holds a trained copy of {copied[0].partition('.modules_to_save.')[0]}; save the "
+            "adapter with save_lora_adapter, and unload it first"
         )
-    return state, config
+    wrapped = tuple({f"{key.partition(inside)[0]}." for key in state if inside in key})
+    return {
+        key.replace(inside, "."): tensor
+        for key, tensor in state.items()
+        if inside in key or not key.startswith(wrapped)
+    }
 
 
 def _strip(key: str) -> str:

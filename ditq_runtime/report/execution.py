@@ -6,6 +6,7 @@ it ran in. A layer the scheme promises in integers that ran anything else is an 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.families.adaln import hoisted_modules
 from ditq_runtime.layers.linear import QuantLinear
-from ditq_runtime.lora.adapter import ADAPTER_OPS, ADAPTERS
+from ditq_runtime.lora.branch import ADAPTER_OPS, num_running
 from ditq_runtime.report.attention import (
     AttentionRun,
     attention_runs,
@@ -134,7 +135,7 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     """Run one forward of a packed transformer and report, per linear and attention, what really executed.
 
     Args:
-        model: a transformer loaded from a packed checkpoint.
+        model: a transformer loaded from a packed checkpoint; one that is compiled runs uncompiled here.
         inputs: keyword arguments of its forward; default: one image of the model's own size, where its family
             table has one.
 
@@ -145,7 +146,8 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         ValueError: the model is not a packed transformer, or needs `inputs`.
         FallbackError: a layer or attention that the scheme lists was replaced, did not run, or ran something else.
     """
-    config = getattr(model.config, "quantization_config", None)
+    model = getattr(model, "_orig_mod", model)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     scheme = getattr(config, "scheme", None)
     if scheme is None:
         raise ValueError(
@@ -158,12 +160,12 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     inputs = inputs or _example_inputs(model, family)
     given = next((n for n in UNFUSING if inputs.get(n) is not None and inputs[n] != {}), None)
     watch = Watch(model, attentions, "" if given is None else f"{given} given to the model")
-    with watch, torch.no_grad():
+    with _uncompiled(model), watch, torch.no_grad():
         model(**inputs)
     watch.finish()
     layers = []
     for name in watch.order:
-        layer = get_linear(model, name)
+        layer = watch.linear(name) or get_linear(model, name)
         if isinstance(layer, QuantLinear):
             layers.append(_packed_run(name, layer, watch))
         else:
@@ -180,6 +182,13 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     return ExecutionReport(layers, runs, watch.blocks, len(blocks & hoisted_modules(model)))
 
 
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run what is compiled as it is written: operators can be seen there alone."""
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 def _example_inputs(model: nn.Module, family: Family) -> dict[str, Any]:
     if family.example_inputs is None:
         raise ValueError(
@@ -193,7 +202,7 @@ def _check_in_place(model: nn.Module, listed: dict[str, str]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in listed:
         module = modules.get(name)
-        if type(module) is not QuantLinear:
+        if type(getattr(module, "base_layer", module)) is not QuantLinear:  # PEFT adds beside it
             raise FallbackError(
                 f"{name}: the scheme promises a packed layer, but the model has a {type(module).__name__} there; "
                 "load the checkpoint again and do not replace or wrap its linears"
@@ -224,7 +233,7 @@ def _packed_run(name: str, layer: QuantLinear, watch: Watch) -> LayerRun:
 def _check_ops(name: str, layer: QuantLinear, ran: list[str]) -> None:
     """FallbackError unless a layer that is no part of a fused block ran what its format promises."""
     expected = [f"ditq.{op}" for op in layer.format.ops]
-    expected += ADAPTER_OPS * len(getattr(layer, ADAPTERS, ()))
+    expected += ADAPTER_OPS * num_running(layer)
     if not ran or ran != expected * (len(ran) // len(expected)):
         raise FallbackError(
             f"{name}: expected {' + '.join(expected)}, but {' + '.join(ran) or 'nothing'} ran"

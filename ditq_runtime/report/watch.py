@@ -14,6 +14,12 @@ from ditq_runtime.report.attention import Operation, operation
 from ditq_runtime.report.fused import BlockRun, FusedBlock
 
 FLOAT_GEMMS = frozenset({"mm", "addmm", "bmm", "linear", "matmul", "_int_mm"})
+WRAPPED = ".base_layer"  # where PEFT's layers keep the linear they stand for
+
+
+def without_adapter(name: str) -> str:
+    """The name of a linear as it is without PEFT's layer around it."""
+    return name.removesuffix(WRAPPED)
 
 
 class Watch(TorchDispatchMode):
@@ -46,7 +52,7 @@ class Watch(TorchDispatchMode):
             f"{name}.{part}" for name, block in self.fused.items() for part in block.bypassed
         }
         self._linears = {
-            module: name
+            module: without_adapter(name)
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name not in bypassed
         }
@@ -105,6 +111,11 @@ class Watch(TorchDispatchMode):
             if owner not in self.rows:
                 self.order.append(owner)
                 self.rows[owner] = args[0].shape[0]
+
+    def linear(self, name: str) -> nn.Linear | None:
+        """The linear that was watched under a name; None for one of a fused block."""
+        found: dict[str, nn.Linear] = {known: module for module, known in self._linears.items()}
+        return found.get(name)
 
     def finish(self) -> None:
         """Give the operators of fused blocks to their linears and attentions.

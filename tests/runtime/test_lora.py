@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SITES, SiteFormat
+from ditq_runtime.speed.cuda_graph import GraphedForward
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
 GROUPS, WIDTH = 3, 64
@@ -231,7 +233,10 @@ LAYER = "transformer_blocks.0.attn1.to_q"
         ({f"{LAYER}.lora_A.weight": A[:, :8], f"{LAYER}.lora_B.weight": B}, r"K, N = \(64, 64\)"),
         ({f"{LAYER}x.lora_A.weight": A, f"{LAYER}x.lora_B.weight": B}, "no linear of the model"),
         ({f"{LAYER}.lora_A.weight": A / 0, f"{LAYER}.lora_B.weight": B}, "not finite"),
-        ({"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B}, "no linear"),
+        (
+            {"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B},
+            "none of the transformer",
+        ),
     ],
 )
 def test_what_is_no_adapter_of_this_model_is_refused(packed_folder, load, forward, state, sentence):
@@ -297,3 +302,111 @@ def test_other_modules_may_be_called_base_layer():
     module = nn.Module()
     module.base_layer = nn.Linear(2, 2)
     assert isinstance(module.base_layer, nn.Linear)
+
+
+def _few(seed):
+    g = torch.Generator().manual_seed(seed)
+    pairs = ((f"{LAYER}.lora_A.weight", A), (f"{LAYER}.lora_B.weight", B))
+    return {key: torch.randn(like.shape, generator=g) for key, like in pairs}
+
+
+def test_adapters_reach_a_compiled_model(build_model):
+    packed = _fold_exactly(build_model(num_layers=1), False)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    plain = _run(compiled, [10, 700])
+    ditq.load_lora(compiled, _few(0))
+    once = _run(compiled, [10, 700])
+    assert torch.equal(once, _run(packed, [10, 700]))
+    assert not torch.equal(once, plain)
+    with torch.compiler.set_stance("fail_on_recompile"):  # a hot swap compiles nothing
+        ditq.load_lora(compiled, _few(1), replace=True)
+        swapped = _run(compiled, [10, 700])
+    assert torch.equal(swapped, _run(packed, [10, 700]))
+    assert not torch.equal(swapped, once)
+    ditq.set_lora(compiled, {})
+    assert torch.equal(_run(compiled, [10, 700]), plain)
+    ditq.unload_lora(compiled)
+    assert torch.equal(_run(compiled, [10, 700]), plain)
+    torch.compiler.reset()
+
+
+def test_a_captured_graph_would_not_see_an_adapter(packed_folder, load):
+    model = load(packed_folder("w8_static"))
+    graph = GraphedForward(model)
+    with pytest.raises(ValueError, match="replays a CUDA graph"):
+        ditq.load_lora(model, _few(0))
+    graph.remove()
+    assert ditq.load_lora(model, _few(0)) == [LAYER]
+
+
+# -- what PEFT does that reads the float weight, which is codes here
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"use_dora": True}, "DoRA: it reads the float weight"),
+        ({"init_lora_weights": "pissa"}, "'pissa': it reads the float weight"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "'olora'"),
+        ({"init_lora_weights": "mica"}, "'mica'"),
+        ("OFTConfig", "OFT|oft"),
+        ("BOFTConfig", "boft"),
+        ("IA3Config", "ia3"),
+    ],
+)
+def test_tuners_that_read_the_weight_are_refused(peft, packed_folder, load, options, sentence):
+    model = load(packed_folder("w8_token"))
+    targets = {"target_modules": ["to_q"]}
+    if isinstance(options, dict):
+        config = peft.LoraConfig(r=4, **targets, **options)
+    else:
+        extra = {"feedforward_modules": []} if options == "IA3Config" else {}
+        extra |= {"oft_block_size": 8, "r": 0} if options == "OFTConfig" else {}
+        config = getattr(peft, options)(**targets, **extra)
+    with pytest.raises(ValueError, match=sentence):
+        peft.inject_adapter_in_model(config, model)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "LoKrConfig"])
+def test_tuners_beside_the_weight_act_as_on_float(
+    peft, pipes, packed_folder, load, forward, kind, tmp_path
+):
+    """What they add is that of the float model; merging is refused; what is saved is the model alone, and loads."""
+    config = getattr(peft, kind)(r=4, target_modules=["to_q", "ff.net.2"])
+    float_model, model = copy.deepcopy(pipes["shared"].transformer), load(packed_folder("w8_token"))
+    plain, untuned = forward(model), forward(float_model)
+    for m in (float_model, model):
+        g = torch.Generator().manual_seed(0)
+        peft.inject_adapter_in_model(config, m)
+        for name, parameter in m.named_parameters():
+            if "default" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=g)
+    expected = forward(float_model.eval())
+    assert _error(forward(model.eval()), expected) < 0.05 < 0.1 < _error(untuned, expected)
+    report = ditq.execution_report(model)
+    assert report.totals["integer_linears"] == 12
+    assert {"transformer_blocks.0.attn1.to_q"} <= {row.name for row in report.layers}
+    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
+    with pytest.raises(ValueError, match="merge: not possible"):
+        layers[0].merge()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(forward(type(model).from_pretrained(tmp_path)), plain)
+
+
+def test_text_encoder_tensors_go_to_the_text_encoder(packed_folder, load):
+    model, given = load(packed_folder("w8_static")), []
+    text = {"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B}
+    state = {f"transformer.{key}": value for key, value in _few(0).items()} | text
+    with pytest.raises(ValueError, match="also holds a LoRA of text_encoder, which DiTTransformer"):
+        ditq.load_lora(model, state)
+    pipe = SimpleNamespace(
+        transformer=model,
+        text_encoder=nn.Linear(2, 2),
+        load_lora_into_text_encoder=lambda tensors, **options: given.append((tensors, options)),
+    )
+    assert ditq.load_lora(pipe, state, name="style", scale=0.5) == [LAYER]
+    ((tensors, options),) = given
+    assert tensors == text
+    assert options["prefix"] == "text_encoder"
+    assert (options["adapter_name"], options["lora_scale"]) == ("style", 0.5)

@@ -1,6 +1,7 @@
 """LoRA on packed PixArt, SD3 and Flux: the float model's update through every kind of fold. PEFT is the oracle."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -141,3 +142,110 @@ def test_plain_peft_is_refused_on_folded_linears(make_case, name):
     config = peft.LoraConfig(r=4, target_modules=["to_q"])
     with pytest.raises(ValueError, match=r"silently wrong; use ditq\.load_lora"):
         peft.inject_adapter_in_model(config, packed)
+
+
+# -- the verbs of diffusers, each on the float model (PEFT, the oracle) and on a folded one
+
+
+def state_of(targets, model, seed, rank=4):
+    """A random adapter, as a file holds it: alpha is the rank."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name in targets:
+        n, k = model.get_submodule(name).weight.shape
+        state[f"transformer.{name}.lora_A.weight"] = 0.2 * torch.randn(rank, k, generator=generator)
+        state[f"transformer.{name}.lora_B.weight"] = 0.2 * torch.randn(n, rank, generator=generator)
+    return state
+
+
+VERBS = {
+    "one of two": lambda m: m.set_adapters("style"),
+    "both, weighted": lambda m: m.set_adapters(["style", "again"], [0.5, -2.0]),
+    "disabled": lambda m: m.disable_lora(),
+    "enabled": lambda m: m.enable_lora(),
+    "all off": lambda m: m.disable_adapters(),
+    "all on": lambda m: m.enable_adapters(),
+    "set_adapter": lambda m: m.set_adapter("again"),
+    "one deleted": lambda m: m.delete_adapters("again"),
+    "the other": lambda m: m.set_adapters("style", 0.7),
+    "unloaded": lambda m: m.unload_lora(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings("ignore:Adapter again was active")
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev"])
+def test_every_verb_acts_as_on_the_float_model(make_case, run, name):
+    model, inputs = make_case(name)
+    packed, targets = fold_exactly(model), linears_of(model)
+    tuned = copy.deepcopy(model)
+    for seed, adapter in enumerate(("style", "again")):
+        state = state_of(targets, model, seed)
+        ditq.load_lora(packed, state, name=adapter)
+        tuned.load_lora_adapter(dict(state), adapter_name=adapter)
+    seen = []
+    for verb, act in VERBS.items():
+        act(tuned)
+        act(packed)
+        for scale in (1.0, 0.0, 0.5) if verb == "both, weighted" else (1.0,):
+            given = {**inputs, "joint_attention_kwargs": {"scale": scale}}
+            expected = run(tuned, given)
+            assert error_of(run(packed, given), expected) < 5e-5, (verb, scale)
+            seen.append(expected)
+            if scale == 0.0:  # diffusers forgets the weights after it, on the float model
+                tuned.set_adapters(["style", "again"], [0.5, -2.0])
+                assert error_of(run(packed, inputs), run(tuned, inputs)) < 5e-5
+    assert min(error_of(a, b) for a, b in itertools.pairwise(seen)) > 1e-2  # verbs act
+    with pytest.raises(ValueError, match="got 'style'"):
+        packed.delete_adapters("style")
+    assert not hasattr(packed, "peft_config")
+
+
+def test_load_lora_weights_folds_by_itself(make_case, run):
+    """What a pipeline calls: the whole interface of diffusers, with hot swap."""
+    model, inputs = make_case("sd3.5")
+    packed, targets = fold_exactly(model), linears_of(model)
+    tuned = copy.deepcopy(model)
+    for m in (tuned, packed):
+        m.enable_lora_hotswap(target_rank=8)
+    for seed, rank in ((0, 4), (1, 8), (2, 2)):
+        state = state_of(targets, model, seed, rank)
+        for m in (tuned, packed):
+            m.load_lora_adapter(dict(state), adapter_name="style", hotswap=seed > 0)
+        assert error_of(run(packed, inputs), run(tuned, inputs)) < 5e-5
+    few = state_of(targets[:3], model, 3, 2)
+    with pytest.raises(ValueError, match="room for 8"):
+        ditq.load_lora(packed, state_of(targets, model, 4, 9), name="style", replace=True)
+    ditq.load_lora(packed, few, name="style", replace=True)  # the others get zeros
+    alone = fold_exactly(model)
+    ditq.load_lora(alone, few)
+    # its rank is padded to 8: sums may take another order
+    assert error_of(run(packed, inputs), run(alone, inputs)) < 5e-6
+    with pytest.raises(ValueError, match="no adapter 'other' to replace"):
+        ditq.load_lora(packed, few, name="other", replace=True)
+    with pytest.raises(ValueError, match="keep the file"):
+        packed.save_lora_adapter("nowhere", "style")
+    with pytest.raises(ValueError, match="fuse_lora: not possible"):
+        packed.fuse_lora()
+
+
+def test_a_class_without_verbs_has_those_of_ditq(make_case, run):
+    model, inputs = make_case("pixart-sigma")
+    packed, targets = fold_exactly(model), linears_of(model)
+    plain = run(packed, inputs)
+    for seed, adapter in enumerate(("style", "again")):
+        ditq.load_lora(packed, state_of(targets, model, seed), name=adapter)
+    ditq.set_lora(packed, {"again": 0.5})
+    alone = fold_exactly(model)
+    ditq.load_lora(alone, state_of(targets, model, 1), scale=0.5)
+    assert error_of(run(packed, inputs), run(alone, inputs)) < 1e-6
+    ditq.set_lora(packed, {})
+    assert torch.equal(run(packed, inputs), plain)
+    with pytest.raises(ValueError, match="expected a finite factor of one of style, again"):
+        ditq.set_lora(packed, {"other": 1.0})
+    with pytest.raises(
+        ValueError, match=r"takes none in its attention arguments; use ditq\.set_lora"
+    ):
+        run(packed, {**inputs, "cross_attention_kwargs": {"scale": 0.5}})
+    for name in ("a.b", "", "items"):
+        with pytest.raises(ValueError, match="cannot be called"):
+            ditq.load_lora(packed, state_of(targets, model, 1), name=name)
