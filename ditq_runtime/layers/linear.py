@@ -160,7 +160,7 @@ class QuantLinear(Pinned, nn.Linear):
         self, rows: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         if self.format.weights == "fp32":
-            return nn.functional.linear(rows.float(), self.weight, bias).to(out_dtype)
+            return _linear_fp32(rows.float(), self.weight, bias).to(out_dtype)
         if self.format.weights == "w8":
             return k.linear_w8(rows, self.weight, self.weight_scale, bias, out_dtype=out_dtype)
         if self.format.weights == "w4g":
@@ -190,3 +190,14 @@ class QuantLinear(Pinned, nn.Linear):
         """Shape and format, for `print(model)`."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, {self.format}, compute_dtype={self.compute_dtype}"
+
+
+def _linear_fp32(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A linear that stays fp32 under autocast, which would take its weights to half precision."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return nn.functional.linear(rows, weight, bias)
+    return nn.functional.linear(rows, weight, bias)

@@ -37,6 +37,7 @@ from ditq_converters.models.open import transformer_of
 from ditq_converters.progress import note, progress_bar
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.files import remove_leftovers
+from ditq_runtime.surroundings import steady
 
 __all__ = ["SAMPLERS", "calibrate", "class_ids", "draw_labels", "make_scheduler"]
 
@@ -44,6 +45,7 @@ STEPS = 50
 IF_ABSENT = {"attention": False}  # what a manifest means that was written before there was the key
 
 
+@steady()
 def calibrate(
     pipe: Any,
     out: str | Path,

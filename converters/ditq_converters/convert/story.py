@@ -33,8 +33,10 @@ from ditq_runtime.families import Family
 from ditq_runtime.files import check_new
 from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.surroundings import steady
 
 
+@steady()
 def convert(
     pipe: Any,
     plan: Plan | Recipe,

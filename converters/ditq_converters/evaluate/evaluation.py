@@ -31,8 +31,10 @@ from ditq_converters.progress import progress_bar
 from ditq_runtime.files import check_new
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category
+from ditq_runtime.surroundings import steady
 
 
+@steady()
 def evaluate(
     packed_pipe: Any,
     float_pipe: Any,
