@@ -20,6 +20,6 @@ setup(
         "ditq_kernels": ["py.typed", "tuned/*.json"],
         "ditq_runtime": ["py.typed"],
         "ditq_converters": ["py.typed", "demo/assets/*"],
-        "ditq_bench": ["py.typed", "census/*.json"],
+        "ditq_bench": ["py.typed", "census/*.json", "host/*.c"],
     },
 )

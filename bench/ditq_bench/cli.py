@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ditq_bench.census.command import census
+from ditq_bench.host.command import host
 from ditq_bench.kernels_command import kernels
 from ditq_bench.model_command import model
 
@@ -20,6 +21,7 @@ def _group() -> None:
 
 
 bench.command()(census)
+bench.command()(host)
 bench.command()(kernels)
 bench.command()(model)
 

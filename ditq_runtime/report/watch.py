@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ditq_kernels.ops.library import plan_fault
+from ditq_runtime.errors import FallbackError
 from ditq_runtime.families.fusible import OBSERVES, fusible_blocks, why_not
 from ditq_runtime.layers.carrier import here
 from ditq_runtime.report.attention import Operation, operation
@@ -66,6 +68,7 @@ class Watch(TorchDispatchMode):
         self.fused_attentions: set[str] = set()
         self.order: list[str] = []
         self._inside: list[str] = []
+        self._faults: list[str] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Watch:
@@ -93,6 +96,9 @@ class Watch(TorchDispatchMode):
         if self._inside:
             space, _, rest = str(func).partition(".")
             name = rest.partition(".")[0]
+            fault = plan_fault(name, args) if space == "ditq" else ""
+            if fault:
+                self._faults.append(f"{self._inside[-1]}: {fault}; start the process again")
             self._note(self._inside[-1], space, name, args)
         return func(*args, **(kwargs or {}))
 
@@ -121,8 +127,11 @@ class Watch(TorchDispatchMode):
         """Give the operators of fused blocks to their linears and attentions.
 
         Raises:
-            FallbackError: a fused block ran something else.
+            FallbackError: a fused block ran something else, or a plan of an op, which runs where nobody watches, is not
+                what the op runs.
         """
+        if self._faults:
+            raise FallbackError(self._faults[0])
         for block in self.fused.values():
             self.fused_ops |= block.ops_of_linears()
             attentions = block.attentions()

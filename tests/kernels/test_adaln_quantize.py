@@ -8,7 +8,7 @@ import torch
 import ditq_kernels as k
 from ditq_kernels._triton import adaln_quantize as kernel
 from ditq_kernels.launch.tuning import RowConfig
-from ditq_kernels.ops import row_fused
+from ditq_kernels.ops import dispatch
 from ditq_kernels.reference import fused as reference_fused
 
 EPS = 1e-6
@@ -161,8 +161,10 @@ def test_opcheck(static, generator):
     given = tuple(STATIC.values()) if static else (None, None)
     for values_dtype in (None, torch.bfloat16):
         arguments = (x, multiplier, shift, EPS, smooth_inv, *table, *given, values_dtype)
-        torch.library.opcheck(row_fused._adaln_quantize, (*arguments, not static))
-    torch.library.opcheck(row_fused._gelu_quantize, (x, smooth_inv, *given, *table, not static))
+        torch.library.opcheck(dispatch.adaln_quantize.overload, (*arguments, not static))
+    torch.library.opcheck(
+        dispatch.gelu_quantize.overload, (x, smooth_inv, *given, *table, not static)
+    )
 
 
 REFUSALS = [

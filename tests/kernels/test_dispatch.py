@@ -44,12 +44,12 @@ OPS = ROW_OPS + ATTENTION
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    torch.library.opcheck(getattr(dispatch, op), arguments(op))
+    torch.library.opcheck(getattr(dispatch, op).overload, arguments(op))
 
 
 def test_opcheck_of_a_scale_for_each_head():
     x = torch.randn(5, 64)
-    torch.library.opcheck(dispatch.quantize_static, (x, torch.rand(4) / 99, None, None))
+    torch.library.opcheck(dispatch.quantize_static.overload, (x, torch.rand(4) / 99, None, None))
 
 
 @pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_w4a8"])
@@ -58,13 +58,15 @@ def test_opcheck_of_every_stage(op):
     bias = torch.randn(3, 24)
     arguments_[4 if op == "gemm_w8a8" else 6] = bias
     stages = (torch.tensor([2, 0]), torch.randn(6, 5).bfloat16(), torch.randn(24, 5).bfloat16())
-    torch.library.opcheck(getattr(dispatch, op), (*arguments_, *stages))
+    torch.library.opcheck(getattr(dispatch, op).overload, (*arguments_, *stages))
 
 
 @pytest.mark.parametrize("op", ATTENTION)
 def test_opcheck_of_attention_codes(op):
     codes = (torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32), torch.rand(192))
-    torch.library.opcheck(getattr(dispatch, op), (*arguments(op)[:-1], torch.float32, *codes))
+    torch.library.opcheck(
+        getattr(dispatch, op).overload, (*arguments(op)[:-1], torch.float32, *codes)
+    )
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -73,7 +75,9 @@ def test_fakes_match_on_strided_rows(op):
     wide = torch.zeros(5, 100, dtype=first.dtype)
     wide[:, 8:72] = first
     torch.library.opcheck(
-        getattr(dispatch, op), (wide[:, 8:72], *rest), test_utils=("test_schema", "test_faketensor")
+        getattr(dispatch, op).overload,
+        (wide[:, 8:72], *rest),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
@@ -116,7 +120,7 @@ def test_attention_takes_and_gives_tokens_of_heads(op):
     """[B, T, H, D] memory in and out."""
     q, keys, v, *rest = arguments(op)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, keys, v)]
-    torch.library.opcheck(getattr(dispatch, op), (*turned, *rest))
+    torch.library.opcheck(getattr(dispatch, op).overload, (*turned, *rest))
     y = getattr(dispatch, op)(*turned, *rest)
     assert torch.equal(y, getattr(dispatch, op)(q, keys, v, *rest))
     assert y.transpose(1, 2).is_contiguous()
@@ -126,7 +130,7 @@ def test_kernels_see_the_caller_s_tensor_object(monkeypatch):
     """The cache of prepared int4 weights is keyed on it."""
     seen = []
     monkeypatch.setattr(
-        dispatch.reference, "linear_w4", lambda x, packed, *rest: seen.append(packed) or x + 0
+        dispatch.linear, "linear_w4", lambda x, packed, *rest: seen.append(packed) or x + 0
     )
     x, *parts, bias, out_dtype = arguments("linear_w4")
     for context in (torch.no_grad, torch.inference_mode):

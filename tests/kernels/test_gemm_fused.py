@@ -9,7 +9,7 @@ import torch
 import ditq_kernels as k
 from ditq_kernels._triton import gemm_gelu_quantize, gemm_residual
 from ditq_kernels.launch.tuning import TileConfig
-from ditq_kernels.ops import gemm_fused
+from ditq_kernels.ops import dispatch
 from ditq_kernels.reference import fused as reference_fused
 from ditq_kernels.reference import linear as reference
 
@@ -214,9 +214,9 @@ def test_opcheck(weights, generator):
     rest = (*rest, stages["bias_index"], None, None)
     residual, gate = stream(6, 8, 2, torch.bfloat16, generator)
     for gates in (gate, None):
-        torch.library.opcheck(gemm_fused._gemm_residual, (q, *parts, residual, gates, *rest))
+        torch.library.opcheck(dispatch.gemm_residual.overload, (q, *parts, residual, gates, *rest))
     extra = codes_problem(8, generator)
-    torch.library.opcheck(gemm_fused._gemm_gelu_quantize, (q, *parts, *extra, *rest))
+    torch.library.opcheck(dispatch.gemm_gelu_quantize.overload, (q, *parts, *extra, *rest))
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 64, 4, 2), (64, 16, 64, 4, 2)])

@@ -9,7 +9,7 @@ import torch
 import ditq_kernels as k
 from ditq_kernels._triton import gemm_qkv_quantize as kernel
 from ditq_kernels.launch.tuning import TileConfig
-from ditq_kernels.ops import qkv_fused
+from ditq_kernels.ops import dispatch
 
 WEIGHTS = ("w8", "w4p", "w4g")
 VALUES = 2
@@ -184,7 +184,7 @@ def test_opcheck(weights, options, generator):
     arguments = problem(weights, 2, 5, 2, 32, generator) | options
     tests = ("test_schema", "test_faketensor")  # compiled blocks have a test of their own
     torch.library.opcheck(
-        qkv_fused._gemm_qkv_quantize, tuple(operands(arguments)), test_utils=tests
+        dispatch.gemm_qkv_quantize.overload, tuple(operands(arguments)), test_utils=tests
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels._triton import w4_expand as kernel
-from ditq_kernels.ops import expand
+from ditq_kernels.ops import dispatch
 
 
 def problem(num_rows, in_features, group_size, generator):
@@ -37,7 +37,7 @@ def test_kernel_and_op(num_rows, in_features, group_size, device, generator):
 
 def test_opcheck_and_refusal(generator):
     _, *parts = problem(3, 64, 32, generator)
-    torch.library.opcheck(expand._w4_expand, tuple(parts))
+    torch.library.opcheck(dispatch.w4_expand.overload, tuple(parts))
     with pytest.raises(ValueError, match=r"^w4_expand: packed must be \[N, K / 2\] uint8"):
         k.w4_expand(parts[0].to(torch.int8), *parts[1:])
 

@@ -8,6 +8,8 @@ from torch import nn
 
 import ditq_kernels as k
 import ditq_runtime as ditq
+from ditq_kernels.launch import plans
+from ditq_kernels.ops import dispatch
 from ditq_runtime import FallbackError, QuantLinear, execution_report
 from ditq_runtime.families.dit import example_inputs
 from ditq_runtime.layers.site import Site
@@ -262,3 +264,22 @@ def test_a_layer_whose_output_is_not_computed_is_a_fallback(model, monkeypatch):
     monkeypatch.setattr(layer, "forward", lambda x: torch.zeros_like(x))
     with pytest.raises(FallbackError, match=rf"{Q}: .*nothing ran"):
         execution_report(model)
+
+
+def test_a_poisoned_plan_fails_the_report(model):
+    """Where nobody watches, calls run plans: the report holds those that are kept to what the ops run."""
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        model(**inputs)
+    execution_report(model, inputs)
+    kept = [key for key in plans._plans if key[0] == "gemm_w8a8"]
+    assert kept
+    for key in kept:
+        plans._plans[key] = plans.FunctionPlan(dispatch.quantize_per_token)
+    try:
+        with pytest.raises(
+            FallbackError, match=r"^\S+: the plan kept for gemm_w8a8 is FunctionPlan"
+        ):
+            execution_report(model, inputs)
+    finally:
+        plans.clear()

@@ -64,7 +64,11 @@ def gemm_residual(
     """As `reference_fused.gemm_residual`."""
     total, dequantize = _sums(q, weight, group_scale, group_offset, dequantize)
     out = residual.new_empty(residual.shape)
-    samples = None if gate is None else reference.by_sample(torch.arange(len(gate)), len(q))
+    samples = (
+        None
+        if gate is None
+        else reference.by_sample(torch.arange(len(gate), device=q.device), len(q))
+    )
     for rows, y in dequantized_blocks(total, *dequantize):
         if gate is not None and samples is not None:
             y.mul_(gate[samples[rows]])
@@ -114,7 +118,7 @@ def _sums(
     group_offset: torch.Tensor | None,
     dequantize: tuple[Any, ...],
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """Sums of weights as in `gemm_fused.checked_parts`, and what `dequantized_blocks` is left to do with them."""
+    """Sums of weights as in `gemm_fused.parts_of`, and what `dequantized_blocks` is left to do with them."""
     if group_scale is None and group_offset is not None:
         scale, weight_scale, bias, zero_point, _, *branch = dequantize
         total = scaled_sums(q, weight, weight_scale, group_offset, zero_point)

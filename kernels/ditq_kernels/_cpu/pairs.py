@@ -75,7 +75,9 @@ def _shifted(q: torch.Tensor, weights: PairedWeights) -> torch.Tensor:
 
 
 def _multiply(shifted: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    # nothing here may depend on torch's default dtype and device
+    one = torch.ones(1, dtype=torch.float32, device=shifted.device)
+    zero = torch.zeros(1, dtype=torch.int32, device=shifted.device)
     return torch.ops.onednn.qlinear_pointwise(
         shifted.contiguous(), 1.0, SHIFT, part, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip
@@ -97,7 +99,7 @@ def _prepare(weight: torch.Tensor, *groups: torch.Tensor) -> PairedWeights:
 
 def _with_copies(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [N, columns] int8 none of whose pairs can saturate, and the inputs that the added columns copy."""
-    inputs = torch.arange(in_features := weight.shape[1])
+    inputs = torch.arange(in_features := weight.shape[1], device=weight.device)
     blocks, sources = [], []
     while weight.shape[1]:
         if weight.shape[1] % 2:  # pairs do not reach into the next block
@@ -118,7 +120,7 @@ def _with_copies(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _every_second(copied: torch.Tensor, in_features: int) -> int:
     """How many leading copies are inputs 0, 2, 4 and so on."""
-    regular = torch.arange(0, in_features, 2)[: len(copied)]
+    regular = torch.arange(0, in_features, 2, device=copied.device)[: len(copied)]
     same = copied[: len(regular)] == regular
     return len(regular) if bool(same.all()) else int((~same).int().argmax())
 
@@ -143,7 +145,7 @@ def _check(weights: PairedWeights, weight: torch.Tensor) -> None:
         RuntimeError: a product is wrong.
     """
     low, high = CODES
-    rows = torch.full((3, weight.shape[1]), high, dtype=torch.int8)
+    rows = torch.full((3, weight.shape[1]), high, dtype=torch.int8, device=weight.device)
     rows[1] = low
     rows[2, ::3] = low
     expected = reference.integer_matmul(rows, weight)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import on_device_of, static_codes
+from ditq_kernels._triton.parts.common import on_device_of, run_kernel, static_codes
 from ditq_kernels._triton.parts.rows import (
     load_row_part,
     load_vectors,
@@ -132,7 +132,8 @@ def launch(
     block_a, block_b = row_parts(in_features)
     rows_per_sample = num_tokens // multiplier.shape[0]
     with on_device_of(x):
-        _adaln_quantize_kernel[(triton.cdiv(num_tokens, config.rows),)](
+        run_kernel(
+            _adaln_quantize_kernel, (triton.cdiv(num_tokens, config.rows),),
             x, multiplier, shift, group_shift, group_index, smooth_inv, scale, zero_point,
             q, scales if scale is None else None, zeros if asymmetric else None,
             None if values_dtype is None else values,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ditq_kernels._triton.parts import softmax_tiles as attention
-from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of
+from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of, run_kernel
 from ditq_kernels._triton.parts.softmax_tiles import (
     LOWEST_LOGIT,
     PER_TOKEN,
@@ -126,7 +126,8 @@ def launch(
     parts = attention.VALUE_PARTS[head_dim]
     tiles = triton.cdiv(num_queries, config.block_q)
     with on_device_of(q):
-        _attention_qk_int8_pv_bf16_kernel[(batch * heads * tiles,)](
+        run_kernel(
+            _attention_qk_int8_pv_bf16_kernel, (batch * heads * tiles,),
             q, k, v, out, out_scale, out_zero_point, out_smooth_inv, q_scale, k_scale,
             None if key_mask is None else key_mask.view(torch.uint8),
             softmax_scale * attention.LOG2_E, num_queries, num_keys, heads,

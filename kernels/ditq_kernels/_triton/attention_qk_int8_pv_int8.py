@@ -11,7 +11,12 @@ import triton.language as tl
 
 from ditq_kernels._triton.parts import softmax_tiles as attention
 from ditq_kernels._triton.parts import transpose_v
-from ditq_kernels._triton.parts.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels._triton.parts.common import (
+    INTERPRETED,
+    ROUND_TO_INTEGER,
+    on_device_of,
+    run_kernel,
+)
 from ditq_kernels._triton.parts.softmax_tiles import (
     LOWEST_LOGIT,
     PER_TOKEN,
@@ -208,7 +213,8 @@ def launch(
         if not (has_tokens_inside(v) and has_whole_words(v)):
             v, v_sum = transpose_v.launch(v, sum(parts), block_k)
         memory_keys = v.stride(3)
-        _attention_qk_int8_pv_int8_kernel[(batch * heads * tiles,)](
+        run_kernel(
+            _attention_qk_int8_pv_int8_kernel, (batch * heads * tiles,),
             q, k, v, out, out_scale, out_zero_point, out_smooth_inv, q_scale, k_scale, v_scale, v_zero_point,
             v_sum, None if key_mask is None else key_mask.view(torch.uint8),
             softmax_scale * attention.LOG2_E, num_queries, num_keys,

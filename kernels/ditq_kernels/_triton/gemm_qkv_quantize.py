@@ -22,6 +22,7 @@ from ditq_kernels._triton.parts.common import (
     INTERPRETED,
     on_device_of,
     rounded_steps,
+    run_kernel,
     tile_of_program,
 )
 from ditq_kernels._triton.parts.epilogue import Bias, Scales, dequantized, plus_bias
@@ -226,7 +227,8 @@ def launch(
             kernel, parts, constants = _real_groups(
                 weights, weight_scales, group_offsets, zero_point, weight_sums, in_features, config
             )
-        kernel[(programs,)](
+        run_kernel(
+            kernel, (programs,),
             q, *parts, epilogue, stage,
             num_tokens, out_features, in_features, q.stride(0), parts[0][0].stride(0),
             **constants, BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,

@@ -17,6 +17,7 @@ from ditq_kernels._triton.parts.common import (
     GROUP_T,
     INTERPRETED,
     on_device_of,
+    run_kernel,
     tile_of_program,
 )
 from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch, write_tile
@@ -202,7 +203,8 @@ def run(
         weights = prepared_w4(packed, group_scale, group_offset)
 
         def launch_grid(grid: tuple[int, int], to: torch.Tensor, stages: Any, splits: int) -> None:
-            _gemm_w4a8_kernel[grid](
+            run_kernel(
+                _gemm_w4a8_kernel, grid,
                 q, weights.split, weights.groups, to, stages,
                 num_tokens, out_features, in_features,
                 q.stride(0), weights.split.stride(0), to.stride(0),

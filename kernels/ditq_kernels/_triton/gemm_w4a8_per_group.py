@@ -18,6 +18,7 @@ from ditq_kernels._triton.parts.common import (
     INTERPRETED,
     ROUND_TO_INTEGER,
     on_device_of,
+    run_kernel,
     tile_of_program,
 )
 from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch, write_tile
@@ -212,7 +213,8 @@ def run(
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(q):
         weights = prepared_w4g(packed, weight_scale, weight_zero, weight_sum)
-        _gemm_w4a8_per_group_kernel[(tiles,)](
+        run_kernel(
+            _gemm_w4a8_per_group_kernel, (tiles,),
             q, weights.split, out, weights.scale, weights.zero, weights.sums, zero_point, epilogue,
             num_tokens, out_features, in_features,
             q.stride(0), weights.split.stride(0), out.stride(0),

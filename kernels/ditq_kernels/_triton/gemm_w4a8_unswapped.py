@@ -8,7 +8,13 @@ import triton
 import triton.language as tl
 
 from ditq_kernels._triton.gemm_w4a8 import expand_nibbles
-from ditq_kernels._triton.parts.common import GROUP_T, INTERPRETED, on_device_of, tile_of_program
+from ditq_kernels._triton.parts.common import (
+    GROUP_T,
+    INTERPRETED,
+    on_device_of,
+    run_kernel,
+    tile_of_program,
+)
 from ditq_kernels._triton.parts.epilogue import gemm_launch, write_tile
 from ditq_kernels._triton.parts.prepared_w4 import prepared_w4
 from ditq_kernels.launch import tuning
@@ -73,7 +79,8 @@ def launch(
             raise ValueError(
                 f"gemm_w4a8_unswapped: K must be a multiple of {weights.unit}, got {in_features}; use gemm_w4a8"
             )
-        _gemm_w4a8_unswapped_kernel[(tiles,)](
+        run_kernel(
+            _gemm_w4a8_unswapped_kernel, (tiles,),
             q, weights.split, weights.groups, out, epilogue,
             num_tokens, out_features, in_features,
             q.stride(0), weights.split.stride(0), out.stride(0),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ditq_kernels._triton import gemm_w8a8_persistent
 from ditq_kernels._triton.parts import split_k
-from ditq_kernels._triton.parts.common import GROUP_T, on_device_of, tile_of_program
+from ditq_kernels._triton.parts.common import GROUP_T, on_device_of, run_kernel, tile_of_program
 from ditq_kernels._triton.parts.epilogue import Epilogue, gemm_launch, write_tile
 from ditq_kernels._triton.parts.split_k import inputs_of_program, write_sums
 from ditq_kernels.launch import tuning
@@ -109,7 +109,8 @@ def run(
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(out_features, config.block_n)
 
     def launch_grid(grid: tuple[int, int], to: torch.Tensor, stages: Any, splits: int) -> None:
-        _gemm_w8a8_kernel[grid](
+        run_kernel(
+            _gemm_w8a8_kernel, grid,
             q, weight, to, stages,
             num_tokens, out_features, in_features, q.stride(0), weight.stride(0), to.stride(0),
             EVEN_K=in_features % config.block_k == 0, SPLITS=splits,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditq_kernels._triton.parts.common import GROUP_T, tile_of
+from ditq_kernels._triton.parts.common import GROUP_T, run_kernel, tile_of
 from ditq_kernels._triton.parts.epilogue import Epilogue, write_tile
 from ditq_kernels.launch import tuning, waves
 
@@ -71,7 +71,8 @@ def run(
     operands: tuple[Any, Any] = (q, weight)
     if config.loads == "tma":
         operands = _descriptor(q, config.block_t, config), _descriptor(weight, config.block_n, config)
-    _gemm_w8a8_persistent_kernel[(programs_of(config, q.device, tiles),)](
+    run_kernel(
+        _gemm_w8a8_persistent_kernel, (programs_of(config, q.device, tiles),),
         *operands, out, epilogue,
         num_tokens, out_features, in_features, q.stride(0), weight.stride(0), out.stride(0),
         EVEN_K=in_features % config.block_k == 0,

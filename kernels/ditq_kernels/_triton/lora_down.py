@@ -7,7 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import INTERPRETED, ROUND_TO_INTEGER, on_device_of
+from ditq_kernels._triton.parts.common import (
+    INTERPRETED,
+    ROUND_TO_INTEGER,
+    on_device_of,
+    run_kernel,
+)
 from ditq_kernels.launch import tuning
 
 
@@ -65,7 +70,8 @@ def launch(
     block_r = min(config.block_n, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(rank, block_r)
     with on_device_of(q):
-        _lora_down_kernel[(tiles,)](
+        run_kernel(
+            _lora_down_kernel, (tiles,),
             q, down, out, scale, zero_point,
             num_tokens, rank, in_features, q.stride(0), down.stride(0),
             PER_TOKEN_SCALE=scale.numel() > 1,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import on_device_of
+from ditq_kernels._triton.parts.common import on_device_of, run_kernel
 from ditq_kernels._triton.parts.rows import (
     prepared_row_part,
     row_parts,
@@ -55,7 +55,8 @@ def launch(
         config = tuning.row_config("quantize_per_token", tables, num_tokens, in_features)
     block_a, block_b = row_parts(in_features)
     with on_device_of(x):
-        _quantize_per_token_kernel[(triton.cdiv(num_tokens, config.rows),)](
+        run_kernel(
+            _quantize_per_token_kernel, (triton.cdiv(num_tokens, config.rows),),
             x, q, scale, zero_point if asymmetric else None,
             stages_before(num_tokens, config.rows, gelu, smooth_inv, group_shift, group_index),
             num_tokens, in_features, x.stride(0), q.stride(0),

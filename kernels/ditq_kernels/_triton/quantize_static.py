@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import asymmetric_codes, on_device_of
+from ditq_kernels._triton.parts.common import asymmetric_codes, on_device_of, run_kernel
 from ditq_kernels._triton.parts.rows import (
     prepared_row_part,
     row_parts,
@@ -69,7 +69,8 @@ def launch(
     block_a, block_b = row_parts(in_features)
     head_dim = in_features // len(scale) if len(scale) > 1 else 0
     with on_device_of(x):
-        _quantize_static_kernel[(triton.cdiv(num_tokens, config.rows),)](
+        run_kernel(
+            _quantize_static_kernel, (triton.cdiv(num_tokens, config.rows),),
             x, scale, zero_point, q,
             stages_before(num_tokens, config.rows, gelu, smooth_inv, group_shift, group_index),
             num_tokens, in_features, x.stride(0), q.stride(0),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import on_device_of
+from ditq_kernels._triton.parts.common import on_device_of, run_kernel
 from ditq_kernels.launch import tuning
 
 BYTES = 256  # of a row in one program
@@ -47,7 +47,8 @@ def launch(
         config = tuning.row_config("w4_expand", tables, num_rows, in_features)
     programs = (triton.cdiv(num_rows, config.rows), triton.cdiv(in_features, 2 * BYTES))
     with on_device_of(packed):
-        _w4_expand_kernel[programs](
+        run_kernel(
+            _w4_expand_kernel, programs,
             packed, group_scale, group_offset, out, num_rows, in_features,
             packed.stride(0), group_scale.stride(0), group_offset.stride(0),
             GROUP_SIZE=in_features // group_scale.shape[1], ROWS=config.rows, BYTES=BYTES,

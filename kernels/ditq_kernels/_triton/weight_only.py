@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of
+from ditq_kernels._triton.parts.common import INTERPRETED, on_device_of, run_kernel
 from ditq_kernels.launch import tuning
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -102,7 +102,8 @@ def launch(
         strides = group_scale.stride(0), group_offset.stride(0)
     tiles = triton.cdiv(batch, config.block_t) * triton.cdiv(out_features, config.block_n)
     with on_device_of(x):
-        _weight_only_kernel[(tiles,)](
+        run_kernel(
+            _weight_only_kernel, (tiles,),
             x, weight, out, group_scale, group_offset, weight_scale, bias,
             batch, out_features, in_features,
             x.stride(0), weight.stride(0), *strides, out.stride(0),

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ditq_kernels.launch import recording
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -33,6 +35,16 @@ def prepared(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., An
     Raises:
         RuntimeError: they are not prepared yet and a CUDA graph is being captured.
     """
+    run = recording.active()
+    if run is None:
+        return _found(op, parts, prepare)
+    with run.paused():
+        found = _found(op, parts, prepare)
+    run.prepared.append((parts, found))
+    return found
+
+
+def _found(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., Any]) -> Any:
     key = parts[0]
     entry = _cache.get(key)
     stamps = None if any(part.is_inference() for part in parts) else _stamps(parts)

@@ -73,6 +73,12 @@ def attention_qk_int8_pv_int8(
         ValueError: a wrong shape, dtype, device or layout, or too many keys for an int32 sum.
         NotImplementedError: a head dimension without a kernel.
     """
+    arguments = (
+        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
+    if (plan := dispatch.attention_qk_int8_pv_int8.plan(arguments)) is not None:
+        return plan(arguments)
     op = "attention_qk_int8_pv_int8"
     checks_attention.check_attention(op, q, k, v, torch.int8)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
@@ -84,10 +90,7 @@ def attention_qk_int8_pv_int8(
     checks_attention.check_attention_output(
         op, q, out_dtype, out_scale, out_zero_point, out_smooth_inv
     )
-    return dispatch.attention_qk_int8_pv_int8(
-        q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
-        out_scale, out_zero_point, out_smooth_inv,
-    )  # fmt: skip
+    return dispatch.attention_qk_int8_pv_int8(*arguments)
 
 
 def attention_qk_int8_pv_bf16(
@@ -132,16 +135,19 @@ def attention_qk_int8_pv_bf16(
         ValueError: a wrong shape, dtype, device or layout.
         NotImplementedError: a head dimension without a kernel.
     """
+    arguments = (
+        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
+        out_scale, out_zero_point, out_smooth_inv,
+    )  # fmt: skip
+    if (plan := dispatch.attention_qk_int8_pv_bf16.plan(arguments)) is not None:
+        return plan(arguments)
     op = "attention_qk_int8_pv_bf16"
     checks_attention.check_attention(op, q, k, v, torch.bfloat16)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
     checks_attention.check_attention_output(
         op, q, out_dtype, out_scale, out_zero_point, out_smooth_inv
     )
-    return dispatch.attention_qk_int8_pv_bf16(
-        q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
-        out_scale, out_zero_point, out_smooth_inv,
-    )  # fmt: skip
+    return dispatch.attention_qk_int8_pv_bf16(*arguments)
 
 
 def _check_logits(

@@ -3,8 +3,7 @@
 import torch
 
 from ditq_kernels.checks import tensors as checks
-from ditq_kernels.codes import packing
-from ditq_kernels.launch.backend import implementation
+from ditq_kernels.ops import dispatch
 
 
 def w4_expand(
@@ -25,18 +24,8 @@ def w4_expand(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
-    checks.check_groups("w4_expand", packed, group_scale, group_offset, like=packed)
-    return _w4_expand(packed, group_scale, group_offset)
-
-
-@torch.library.custom_op("ditq::w4_expand", mutates_args=())
-def _w4_expand(
-    packed: torch.Tensor, group_scale: torch.Tensor, group_offset: torch.Tensor
-) -> torch.Tensor:
-    run = implementation("w4_expand", packed.device, packing.expand_w4p)
-    return run(packed, group_scale, group_offset)
-
-
-@_w4_expand.register_fake
-def _(packed, group_scale, group_offset):
-    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
+    arguments = (packed, group_scale, group_offset)
+    if (plan := dispatch.w4_expand.plan(arguments)) is not None:
+        return plan(arguments)
+    checks.check_groups("w4_expand", *arguments, like=packed)
+    return dispatch.w4_expand(*arguments)

@@ -12,8 +12,7 @@ from ditq_kernels.checks import gemm as checks_gemm
 from ditq_kernels.checks import tensors as checks
 from ditq_kernels.codes.weights import W4P, W8
 from ditq_kernels.codes.weights_w4g import W4G
-from ditq_kernels.launch.backend import implementation
-from ditq_kernels.reference import fused as reference_fused
+from ditq_kernels.ops import dispatch
 
 Weight = W8 | W4P | W4G
 Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -57,9 +56,13 @@ def gemm_residual(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
-    op = "gemm_residual"
+    parts = parts_of(weight)
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
-    parts = checked_parts(op, q, weight, stages)
+    arguments = (q, *parts, residual, gate, *stages)
+    if (plan := dispatch.gemm_residual.plan(arguments)) is not None:
+        return plan(arguments)
+    op = "gemm_residual"
+    check_layer(op, q, weight, stages)
     shape = (q.shape[0], parts[0].shape[0])
     checks.check_matrix(op, "residual", residual, checks.FLOATS, "[T, N]")
     named = [("residual", residual, shape[0])]
@@ -74,7 +77,7 @@ def gemm_residual(
                 f"{op}: {name} must be [{rows}, {shape[1]}] as the layer's result, got "
                 f"{list(tensor.shape)}; pass that of this layer"
             )
-    return _gemm_residual(q, *parts, residual, gate, *stages)
+    return dispatch.gemm_residual(*arguments)
 
 
 def gemm_gelu_quantize(
@@ -121,97 +124,48 @@ def gemm_gelu_quantize(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
-    op = "gemm_gelu_quantize"
+    parts = parts_of(weight)
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
-    parts = checked_parts(op, q, weight, stages)
+    arguments = (q, *parts, out_scale, out_zero_point, out_smooth_inv, *stages)
+    if (plan := dispatch.gemm_gelu_quantize.plan(arguments)) is not None:
+        return plan(arguments)
+    op = "gemm_gelu_quantize"
+    check_layer(op, q, weight, stages)
     checks.check_vector(op, "out_scale", out_scale, torch.float32, (1,), like=q)
     checks.check_vector(op, "out_zero_point", out_zero_point, torch.int32, (1,), like=q)
     if out_smooth_inv is not None:
         lengths = (parts[0].shape[0],)
         checks.check_vector(op, "out_smooth_inv", out_smooth_inv, torch.float32, lengths, like=q)
-    return _gemm_gelu_quantize(q, *parts, out_scale, out_zero_point, out_smooth_inv, *stages)
+    return dispatch.gemm_gelu_quantize(*arguments)
 
 
-def checked_parts(op: str, q: torch.Tensor, weight: Weight, stages: tuple[Any, ...]) -> Parts:
-    """The weights as ops take them, after checks of all that GEMMs share.
+def parts_of(weight: Weight) -> Parts:
+    """The weights as ops take them; the scale of the weights travels in the stages.
 
     Returns:
         codes, group_scale, group_offset: of `W8` only codes; of `W4P` all; of `W4G` no group_scale, and in the place
-        of the offset the zero point of each group. The scale of the weights travels in the stages.
+        of the offset the zero point of each group.
     """
+    if isinstance(weight, W4G):
+        return weight.packed, None, weight.weight_zero
+    if isinstance(weight, W4P):
+        return weight.packed, weight.group_scale, weight.group_offset
+    return weight.qweight, None, None
+
+
+def check_layer(op: str, q: torch.Tensor, weight: Weight, stages: tuple[Any, ...]) -> None:
+    """Checks of all that GEMMs of any weights share; stages from the scale of the activations on."""
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
-    parts: Parts
     check_stages, codes_a_byte = checks_gemm.check_epilogue, 2
     if isinstance(weight, W4G):
         checks.check_real_groups(op, weight.packed, weight.scale, weight.weight_zero, like=q)
-        parts = weight.packed, None, weight.weight_zero
         check_stages = checks_gemm.check_epilogue_of_groups
     elif isinstance(weight, W4P):
         checks.check_groups(op, weight.packed, weight.group_scale, weight.group_offset, like=q)
-        parts = weight.packed, weight.group_scale, weight.group_offset
     else:
         checks.check_matrix(op, "weight", weight.qweight, (torch.int8,), "[N, K]")
         checks.check_device(op, "weight", weight.qweight, q)
-        parts, codes_a_byte = (weight.qweight, None, None), 1
-    checks.check_inner(op, codes_a_byte * parts[0].shape[1], q.shape[1], "weight")
-    check_stages(op, q, parts[0].shape[0], *stages)
-    return parts
-
-
-@torch.library.custom_op("ditq::gemm_residual", mutates_args=())
-def _gemm_residual(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    group_scale: torch.Tensor | None,
-    group_offset: torch.Tensor | None,
-    residual: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    bias_index: torch.Tensor | None,
-    lora_x: torch.Tensor | None,
-    lora_up: torch.Tensor | None,
-) -> torch.Tensor:
-    run = implementation("gemm_residual", q.device, reference_fused.gemm_residual)
-    return run(
-        q, weight, group_scale, group_offset, residual, gate, scale, weight_scale, bias, zero_point,
-        weight_sum, bias_index, lora_x, lora_up,
-    )  # fmt: skip
-
-
-@_gemm_residual.register_fake
-def _(q, weight, group_scale, group_offset, residual, *_):
-    return residual.new_empty(residual.shape)
-
-
-@torch.library.custom_op("ditq::gemm_gelu_quantize", mutates_args=())
-def _gemm_gelu_quantize(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    group_scale: torch.Tensor | None,
-    group_offset: torch.Tensor | None,
-    out_scale: torch.Tensor,
-    out_zero_point: torch.Tensor,
-    out_smooth_inv: torch.Tensor | None,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    bias_index: torch.Tensor | None,
-    lora_x: torch.Tensor | None,
-    lora_up: torch.Tensor | None,
-) -> torch.Tensor:
-    run = implementation("gemm_gelu_quantize", q.device, reference_fused.gemm_gelu_quantize)
-    return run(
-        q, weight, group_scale, group_offset, out_scale, out_zero_point, out_smooth_inv, scale,
-        weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up,
-    )  # fmt: skip
-
-
-@_gemm_gelu_quantize.register_fake
-def _(q, weight, *_):
-    return q.new_empty((q.shape[0], weight.shape[0]))
+        codes_a_byte = 1
+    codes = parts_of(weight)[0]
+    checks.check_inner(op, codes_a_byte * codes.shape[1], q.shape[1], "weight")
+    check_stages(op, q, codes.shape[0], *stages)

@@ -52,6 +52,12 @@ def gemm_w8a8(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
+        lora_up,
+    )  # fmt: skip
+    if (plan := dispatch.gemm_w8a8.plan(arguments)) is not None:
+        return plan(arguments)
     op = "gemm_w8a8"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
@@ -62,10 +68,7 @@ def gemm_w8a8(
         lora_x, lora_up,
     )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
-    return dispatch.gemm_w8a8(
-        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
-        lora_up,
-    )  # fmt: skip
+    return dispatch.gemm_w8a8(*arguments)
 
 
 def gemm_w4a8(
@@ -109,6 +112,12 @@ def gemm_w4a8(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (
+        q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
+        out_dtype, bias_index, lora_x, lora_up,
+    )  # fmt: skip
+    if (plan := dispatch.gemm_w4a8.plan(arguments)) is not None:
+        return plan(arguments)
     op = "gemm_w4a8"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=q)
@@ -118,10 +127,7 @@ def gemm_w4a8(
         lora_x, lora_up,
     )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
-    return dispatch.gemm_w4a8(
-        q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
-        out_dtype, bias_index, lora_x, lora_up,
-    )  # fmt: skip
+    return dispatch.gemm_w4a8(*arguments)
 
 
 def lora_down(
@@ -148,6 +154,9 @@ def lora_down(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
+    arguments = (q, down, scale, zero_point)
+    if (plan := dispatch.lora_down.plan(arguments)) is not None:
+        return plan(arguments)
     op = "lora_down"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_matrix(op, "down", down, (torch.bfloat16,), "[R, K]")
@@ -157,7 +166,7 @@ def lora_down(
     checks.check_vector(op, "scale", scale, torch.float32, lengths, like=q)
     if zero_point is not None:
         checks.check_vector(op, "zero_point", zero_point, torch.int32, lengths, like=q)
-    return dispatch.lora_down(q, down, scale, zero_point)
+    return dispatch.lora_down(*arguments)
 
 
 def linear_w8(
@@ -187,6 +196,9 @@ def linear_w8(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
+    arguments = (x, weight, weight_scale, bias, out_dtype)
+    if (plan := dispatch.linear_w8.plan(arguments)) is not None:
+        return plan(arguments)
     op = "linear_w8"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
@@ -194,7 +206,7 @@ def linear_w8(
     checks.check_device(op, "weight", weight, x)
     check_channels(op, x, weight.shape[0], weight_scale, bias)
     checks.check_out_dtype(op, out_dtype)
-    return dispatch.linear_w8(x, weight, weight_scale, bias, out_dtype)
+    return dispatch.linear_w8(*arguments)
 
 
 def linear_w4(
@@ -226,10 +238,13 @@ def linear_w4(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
+    arguments = (x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
+    if (plan := dispatch.linear_w4.plan(arguments)) is not None:
+        return plan(arguments)
     op = "linear_w4"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=x)
     checks.check_inner(op, 2 * packed.shape[1], x.shape[1], "packed")
     check_channels(op, x, packed.shape[0], weight_scale, bias)
     checks.check_out_dtype(op, out_dtype)
-    return dispatch.linear_w4(x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
+    return dispatch.linear_w4(*arguments)

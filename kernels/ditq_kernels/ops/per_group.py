@@ -8,8 +8,7 @@ import torch
 
 from ditq_kernels.checks import tensors as checks
 from ditq_kernels.checks.gemm import check_bias, check_epilogue_of_groups
-from ditq_kernels.launch.backend import implementation
-from ditq_kernels.reference import linear as reference
+from ditq_kernels.ops import dispatch
 
 
 def gemm_w4a8_per_group(
@@ -54,6 +53,12 @@ def gemm_w4a8_per_group(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or a group too large for an int32 sum.
     """
+    arguments = (
+        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
+        bias_index, lora_x, lora_up,
+    )  # fmt: skip
+    if (plan := dispatch.gemm_w4a8_per_group.plan(arguments)) is not None:
+        return plan(arguments)
     op = "gemm_w4a8_per_group"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=q)
@@ -62,10 +67,7 @@ def gemm_w4a8_per_group(
         op, q, packed.shape[0], scale, weight_scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up
     )  # fmt: skip
     checks.check_out_dtype(op, out_dtype)
-    return _gemm_w4a8_per_group(
-        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
-        bias_index, lora_x, lora_up,
-    )  # fmt: skip
+    return dispatch.gemm_w4a8_per_group(*arguments)
 
 
 def linear_w4_per_group(
@@ -97,58 +99,13 @@ def linear_w4_per_group(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
+    arguments = (x, packed, weight_scale, weight_zero, bias, out_dtype)
+    if (plan := dispatch.linear_w4_per_group.plan(arguments)) is not None:
+        return plan(arguments)
     op = "linear_w4_per_group"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=x)
     checks.check_inner(op, 2 * packed.shape[1], x.shape[1], "packed")
     check_bias(op, x, packed.shape[0], bias)
     checks.check_out_dtype(op, out_dtype)
-    return _linear_w4_per_group(x, packed, weight_scale, weight_zero, bias, out_dtype)
-
-
-@torch.library.custom_op("ditq::gemm_w4a8_per_group", mutates_args=())
-def _gemm_w4a8_per_group(
-    q: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    weight_sum: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    bias_index: torch.Tensor | None = None,
-    lora_x: torch.Tensor | None = None,
-    lora_up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    run = implementation("gemm_w4a8_per_group", q.device, reference.gemm_w4a8_per_group)
-    return run(
-        q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
-        bias_index, lora_x, lora_up,
-    )  # fmt: skip
-
-
-@_gemm_w4a8_per_group.register_fake
-def _(
-    q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
-    bias_index=None, lora_x=None, lora_up=None,
-):  # fmt: skip
-    return q.new_empty((q.shape[0], packed.shape[0]), dtype=out_dtype)
-
-
-@torch.library.custom_op("ditq::linear_w4_per_group", mutates_args=())
-def _linear_w4_per_group(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    run = implementation("linear_w4_per_group", x.device, reference.linear_w4_per_group)
-    return run(x, packed, weight_scale, weight_zero, bias, out_dtype)
-
-
-@_linear_w4_per_group.register_fake
-def _(x, packed, weight_scale, weight_zero, bias, out_dtype):
-    return x.new_empty((x.shape[0], packed.shape[0]), dtype=out_dtype)
+    return dispatch.linear_w4_per_group(*arguments)

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from ditq_kernels.checks import tensors as checks
-from ditq_kernels.launch.backend import implementation
-from ditq_kernels.ops.gemm_fused import Weight, checked_parts
-from ditq_kernels.reference import fused as reference_fused
+from ditq_kernels.ops import dispatch
+from ditq_kernels.ops.gemm_fused import Weight, check_layer, parts_of
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,36 +51,39 @@ def gemm_qkv_quantize(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
-    op = "gemm_qkv_quantize"
-    _check_count(op, q, "weights", weights)
-    for name, three in (("biases", biases), ("weight_sums", weight_sums)):
-        if three is not None:
-            _check_count(op, q, name, three)
-    parts = []
-    for i, weight in enumerate(weights):
-        bias, weight_sum = (three and three[i] for three in (biases, weight_sums))
-        stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, None, None)
-        parts.append(checked_parts(op, q, weight, stages))
-        _check_alike(op, parts[0], parts[-1])
-    _check_heads(op, q, len(parts[0][0]), batch, heads)
-    for scales in _check_count(op, q, "head_scales", head_scales):
-        checks.check_vector(op, "head_scales", scales, torch.float32, (1, heads), like=q)
-    if v_zero_point is not None:
-        checks.check_vector(op, "v_zero_point", v_zero_point, torch.int32, (1, heads), like=q)
+    parts = [parts_of(weight) for weight in weights]
     codes, *groups = ([part[i] for part in parts if part[i] is not None] for i in range(3))
-    return _gemm_qkv_quantize(
+    arguments = (
         q, codes, *groups, list(head_scales), v_zero_point, batch, heads,
         scale, [w.scale for w in weights], list(biases or ()), zero_point, list(weight_sums or ()), bias_index,
     )  # fmt: skip
+    if (plan := dispatch.gemm_qkv_quantize.plan(arguments)) is not None:
+        return plan(arguments)
+    op = "gemm_qkv_quantize"
+    _check_count(op, "weights", weights)
+    _check_count(op, "head_scales", head_scales)
+    for name, three in (("biases", biases), ("weight_sums", weight_sums)):
+        if three is not None:
+            _check_count(op, name, three)
+    for i, weight in enumerate(weights):
+        bias, weight_sum = (three and three[i] for three in (biases, weight_sums))
+        stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, None, None)
+        check_layer(op, q, weight, stages)
+        _check_alike(op, parts[0], parts[i])
+    _check_heads(op, q, len(codes[0]), batch, heads)
+    for scales in head_scales:
+        checks.check_vector(op, "head_scales", scales, torch.float32, (1, heads), like=q)
+    if v_zero_point is not None:
+        checks.check_vector(op, "v_zero_point", v_zero_point, torch.int32, (1, heads), like=q)
+    return dispatch.gemm_qkv_quantize(*arguments)
 
 
-def _check_count(op: str, q: torch.Tensor, name: str, three: Any) -> Any:
+def _check_count(op: str, name: str, three: Any) -> None:
     if len(three) != 3:
         raise ValueError(
             f"{op}: {name} must be three, of the queries, keys and values, got {len(three)}; "
             "use the op of one layer for fewer"
         )
-    return three
 
 
 def _check_alike(op: str, first: tuple[Any, ...], other: tuple[Any, ...]) -> None:
@@ -107,32 +109,3 @@ def _check_heads(op: str, q: torch.Tensor, out_features: int, batch: int, heads:
                 f"{op}: {name} must divide {whole}, got {parts}; pass the number of images of q and the "
                 "number of heads of the attention"
             )
-
-
-@torch.library.custom_op("ditq::gemm_qkv_quantize", mutates_args=())
-def _gemm_qkv_quantize(
-    q: torch.Tensor,
-    weights: list[torch.Tensor],
-    group_scales: list[torch.Tensor],
-    group_offsets: list[torch.Tensor],
-    head_scales: list[torch.Tensor],
-    v_zero_point: torch.Tensor | None,
-    batch: int,
-    heads: int,
-    scale: torch.Tensor,
-    weight_scales: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    zero_point: torch.Tensor | None,
-    weight_sums: list[torch.Tensor],
-    bias_index: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = implementation("gemm_qkv_quantize", q.device, reference_fused.gemm_qkv_quantize)
-    return run(
-        q, weights, group_scales, group_offsets, head_scales, v_zero_point, batch, heads,
-        scale, weight_scales, biases, zero_point, weight_sums, bias_index,
-    )  # fmt: skip
-
-
-@_gemm_qkv_quantize.register_fake
-def _(q, weights, group_scales, group_offsets, head_scales, v_zero_point, batch, heads, *_):
-    return reference_fused.new_heads(q, batch, heads, weights[0].shape[0] // heads)

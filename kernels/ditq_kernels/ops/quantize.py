@@ -67,12 +67,14 @@ def quantize_per_token(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (x, smooth_inv, group_shift, group_index, asymmetric)
+    if (plan := dispatch.quantize_per_token.plan(arguments)) is not None:
+        codes, scale, zero_point = plan(arguments)
+        return (codes, scale, zero_point) if asymmetric else (codes, scale)
     op = "quantize_per_token"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric=asymmetric)
     checks_rows.check_shift(op, x, group_shift, group_index)
-    codes, scale, zero_point = dispatch.quantize_per_token(
-        x, smooth_inv, group_shift, group_index, asymmetric
-    )
+    codes, scale, zero_point = dispatch.quantize_per_token(*arguments)
     return (codes, scale, zero_point) if asymmetric else (codes, scale)
 
 
@@ -104,10 +106,13 @@ def quantize_static(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (x, scale, zero_point, smooth_inv, group_shift, group_index)
+    if (plan := dispatch.quantize_static.plan(arguments)) is not None:
+        return plan(arguments)
     op = "quantize_static"
     checks_rows.check_rows(op, x, smooth_inv)
     checks_rows.check_shift(op, x, group_shift, group_index)
     checks.check_head_scales(op, scale, like=x)
     if zero_point is not None:
         checks.check_vector(op, "zero_point", zero_point, torch.int32, (1,), like=x)
-    return dispatch.quantize_static(x, scale, zero_point, smooth_inv, group_shift, group_index)
+    return dispatch.quantize_static(*arguments)

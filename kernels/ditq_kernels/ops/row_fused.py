@@ -11,8 +11,7 @@ import torch
 from ditq_kernels.checks import gemm as checks_gemm
 from ditq_kernels.checks import rows as checks_rows
 from ditq_kernels.checks import tensors as checks
-from ditq_kernels.launch.backend import implementation
-from ditq_kernels.reference import fused as reference_fused
+from ditq_kernels.ops import dispatch
 
 
 def gelu_quantize(
@@ -44,14 +43,14 @@ def gelu_quantize(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric)
+    if (plan := dispatch.gelu_quantize.plan(arguments)) is not None:
+        return _given_or_made(*plan(arguments), scale, asymmetric)
     op = "gelu_quantize"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric)
     checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
     checks_rows.check_shift(op, x, group_shift, group_index)
-    codes, scales, zeros = _gelu_quantize(
-        x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric
-    )
-    return _given_or_made(codes, scales, zeros, scale, asymmetric)
+    return _given_or_made(*dispatch.gelu_quantize(*arguments), scale, asymmetric)
 
 
 def adaln_quantize(
@@ -96,6 +95,12 @@ def adaln_quantize(
     Raises:
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
+    arguments = (
+        x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype,
+        asymmetric,
+    )  # fmt: skip
+    if (plan := dispatch.adaln_quantize.plan(arguments)) is not None:
+        return _with_values(plan(arguments), scale, values_dtype, asymmetric)
     op = "adaln_quantize"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric)
     checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
@@ -122,11 +127,17 @@ def adaln_quantize(
     checks_gemm.check_samples(op, "multiplier", samples, x.shape[0])
     if values_dtype is not None:
         checks.check_out_dtype(op, values_dtype)
-    codes, scales, zeros, values = _adaln_quantize(
-        x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype, asymmetric
-    )  # fmt: skip
-    made = _given_or_made(codes, scales, zeros, scale, asymmetric)
-    return *made, None if values_dtype is None else values
+    return _with_values(dispatch.adaln_quantize(*arguments), scale, values_dtype, asymmetric)
+
+
+def _with_values(
+    made: tuple[torch.Tensor, ...],
+    scale: torch.Tensor | None,
+    values_dtype: torch.dtype | None,
+    asymmetric: bool,
+) -> tuple[Any, ...]:
+    *codes, values = made
+    return *_given_or_made(*codes, scale, asymmetric), None if values_dtype is None else values
 
 
 def _given_or_made(
@@ -140,63 +151,3 @@ def _given_or_made(
     if asymmetric:
         return codes, scales, zeros
     return codes, scales if scale is None else scale
-
-
-@torch.library.custom_op("ditq::gelu_quantize", mutates_args=())
-def _gelu_quantize(
-    x: torch.Tensor,
-    smooth_inv: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    group_shift: torch.Tensor | None = None,
-    group_index: torch.Tensor | None = None,
-    asymmetric: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = implementation("gelu_quantize", x.device, reference_fused.gelu_quantize)
-    return run(x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric)
-
-
-@_gelu_quantize.register_fake
-def _(x, smooth_inv, scale, zero_point, group_shift=None, group_index=None, asymmetric=False):
-    return _fake_codes(x, scale, asymmetric)
-
-
-@torch.library.custom_op("ditq::adaln_quantize", mutates_args=())
-def _adaln_quantize(
-    x: torch.Tensor,
-    multiplier: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    smooth_inv: torch.Tensor | None,
-    group_shift: torch.Tensor | None,
-    group_index: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    values_dtype: torch.dtype | None,
-    asymmetric: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = implementation("adaln_quantize", x.device, reference_fused.adaln_quantize)
-    return run(
-        x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype, asymmetric
-    )  # fmt: skip
-
-
-@_adaln_quantize.register_fake
-def _(
-    x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype,
-    asymmetric=False,
-):  # fmt: skip
-    num_values = 0 if values_dtype is None else x.shape[0]
-    values = x.new_empty((num_values, x.shape[1]), dtype=values_dtype or torch.float32)
-    return *_fake_codes(x, scale, asymmetric), values
-
-
-def _fake_codes(x, scale, asymmetric):
-    """Codes, a scale a row unless one is given, a zero point a row if asymmetric."""
-    num_scales = x.shape[0] if scale is None else 0
-    num_zeros = x.shape[0] if asymmetric else 0
-    return (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(num_scales, dtype=torch.float32),
-        x.new_empty(num_zeros, dtype=torch.int32),
-    )

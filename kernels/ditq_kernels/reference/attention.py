@@ -84,8 +84,8 @@ def _by_heads(
 
     Logits of all heads would fit into no cache, and those of long sequences into no memory.
     """
-    softmax_step = torch.tensor(softmax_scale * math.log2(math.e), dtype=torch.float32)
-    row_step = _per_row(q_scale) * softmax_step.to(q.device)
+    step = softmax_scale * math.log2(math.e)
+    row_step = _per_row(q_scale) * torch.tensor(step, dtype=torch.float32, device=q.device)
     mask = None if key_mask is None else key_mask[:, None, None]
     inputs = (q, k, row_step, _per_row(k_scale).transpose(-2, -1), mask, *of_values)
     at_once = max(1, LOGITS_AT_ONCE // max(1, q.shape[2] * k.shape[2]))

@@ -24,7 +24,7 @@ def gemm(
     weight_sum: torch.Tensor | None,
     *stages: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Fp32 [T, N] of any GEMM; the weights as in `gemm_fused.checked_parts`."""
+    """Fp32 [T, N] of any GEMM; the weights as in `gemm_fused.parts_of`."""
     if group_scale is None and group_offset is not None:
         return reference.gemm_w4a8_per_group(
             q, weight, scale, weight_scale, group_offset, bias, zero_point, weight_sum, torch.float32, *stages

@@ -161,7 +161,7 @@ def gemm_w4a8_per_group(
     """Int8 activations [T, K] times int4 weights, int32 within a group of inputs, fp32 across groups."""
     weight = packing.expand_w4g(packed, weight_zero)
     group_size = q.shape[1] // weight_scale.shape[1]
-    y = torch.zeros(q.shape[0], weight.shape[0], device=q.device)
+    y = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.float32, device=q.device)
     parts = zip(q.split(group_size, 1), weight.split(group_size, 1), strict=True)
     for group, (q_part, weight_part) in enumerate(
         parts

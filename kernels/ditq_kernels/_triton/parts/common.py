@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ditq_kernels._triton.parts import stages, versions
 from ditq_kernels.codes import numerics
+from ditq_kernels.launch import recording
 
 INT8_MAX = tl.constexpr(numerics.INT8_MAX)
 INT8_MIN = tl.constexpr(-numerics.INT8_OFFSET)
@@ -75,6 +76,15 @@ def tile_of(program, T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T
     group_t = tl.minimum(tiles_t - first_t, GROUP_T)
     inside = program % programs_per_group
     return first_t + inside % group_t, inside // group_t
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`; a recording of this thread gets the compiled kernel and all arguments."""
+    compiled = kernel[grid](*arguments, **options)
+    run = recording.active()
+    if run is not None and not INTERPRETED:
+        constants = (options[name] for name in kernel.arg_names[len(arguments) :])
+        run.launches.append((compiled, grid, (*arguments, *constants)))
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

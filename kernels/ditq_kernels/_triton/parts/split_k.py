@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ditq_kernels._triton.parts.common import run_kernel
 from ditq_kernels._triton.parts.epilogue import Epilogue, write_tile
 from ditq_kernels.launch import tuning, waves
 
@@ -81,7 +82,8 @@ def run(
     sums = torch.empty((splits, num_tokens, out_features), dtype=torch.int32, device=out.device)
     launch((tiles, splits), sums[0], None, splits)
     blocks = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(out_features, BLOCK_N)
-    _split_k_reduce_kernel[(blocks,)](
+    run_kernel(
+        _split_k_reduce_kernel, (blocks,),
         sums, out, epilogue, num_tokens, out_features, out.stride(0),
         SPLITS=splits, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip

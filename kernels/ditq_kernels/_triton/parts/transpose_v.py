@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ditq_kernels._triton.parts.common import run_kernel
+
 BLOCK_D = 16
 MAX_BLOCK_T = 128
 
@@ -46,7 +48,8 @@ def launch(v: torch.Tensor, width: int, block_k: int) -> tuple[torch.Tensor, tor
     padded = triton.cdiv(num_tokens, block_k) * block_k
     vt = torch.empty((batch * heads, width, padded), dtype=torch.int8, device=v.device)
     v_sum = torch.empty((batch * heads, width), dtype=torch.int32, device=v.device)
-    _transpose_v_kernel[(batch * heads * (width // BLOCK_D),)](
+    run_kernel(
+        _transpose_v_kernel, (batch * heads * (width // BLOCK_D),),
         v, vt, v_sum, num_tokens, padded, heads, v.stride(0),
         STRIDE_VH=v.stride(1), STRIDE_VT=v.stride(2),
         D=head_dim, WIDTH=width, BLOCK_D=BLOCK_D, BLOCK_T=min(block_k, MAX_BLOCK_T),

@@ -1,0 +1,111 @@
+"""A call of every public op at one small shape, as a layer makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import ditq_kernels as k
+
+TOKENS, INPUTS, OUTPUTS, HEADS, HEAD_DIM, GROUP_SIZE = 32, 128, 64, 1, 64, 64
+
+
+def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Name -> a call; operands are made once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(device) + 0.1
+
+    def codes(*shape: int) -> torch.Tensor:
+        made = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        return made.to(device)
+
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    x, q = floats(TOKENS, INPUTS).bfloat16(), codes(TOKENS, INPUTS)
+    weight = floats(OUTPUTS, INPUTS)
+    layers = {
+        "w8": k.quantize_weight_w8(weight),
+        "w4p": k.quantize_weight_w4p(weight, GROUP_SIZE),
+        "w4g": k.quantize_weight_w4g(weight, GROUP_SIZE),
+    }
+    found = _rows(x, floats, zero) | _fused(q, layers, floats, zero, device)
+    return found | _gemms(q, layers, floats) | _attention(codes, floats)
+
+
+def _rows(x: torch.Tensor, floats: Any, zero: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    one, smooth_inv, shift = floats(1), floats(INPUTS), floats(1, INPUTS)
+    multiplier, add = floats(2, INPUTS), floats(2, INPUTS)
+    static = {"scale": one, "zero_point": zero}
+    return {
+        "quantize_per_token": lambda: k.quantize_per_token(x),
+        "quantize_per_token, shifted, asymmetric": lambda: k.quantize_per_token(
+            x, smooth_inv, group_shift=shift, asymmetric=True
+        ),
+        "quantize_static": lambda: k.quantize_static(x, one, zero),
+        "gelu_quantize": lambda: k.gelu_quantize(x),
+        "adaln_quantize": lambda: k.adaln_quantize(x, multiplier, add),
+        "adaln_quantize, static": lambda: k.adaln_quantize(x, multiplier, add, **static),
+    }
+
+
+def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Callable[[], Any]]:
+    step, bias, down = floats(TOKENS), floats(OUTPUTS), floats(16, INPUTS).bfloat16()
+    # layers of their own: weights are prepared with or without the sums that zero points need
+    w8, w4, w4g = (
+        type(one)(*(part.clone() for part in vars(one).values())) for one in layers.values()
+    )
+    groups = (w4.group_scale, w4.group_offset, w4.scale)
+    half = {"out_dtype": torch.bfloat16}
+    row = floats(2, INPUTS)
+    return {
+        "gemm_w8a8": lambda: k.gemm_w8a8(q, w8.qweight, step, w8.scale, bias, **half),
+        "gemm_w4a8": lambda: k.gemm_w4a8(q, w4.packed, step, *groups, bias, **half),
+        "gemm_w4a8_per_group": lambda: k.gemm_w4a8_per_group(
+            q, w4g.packed, step, w4g.scale, w4g.weight_zero, bias, **half
+        ),
+        "lora_down": lambda: k.lora_down(q, down, step),
+        "linear_w8": lambda: k.linear_w8(row, w8.qweight, w8.scale, bias),
+        "linear_w4": lambda: k.linear_w4(row, w4.packed, *groups, bias),
+    }
+
+
+def _fused(
+    q: torch.Tensor, layers: dict[str, Any], floats: Any, zero: torch.Tensor, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    one, bias, stream = floats(1), floats(OUTPUTS), floats(TOKENS, OUTPUTS).bfloat16()
+    gate = floats(2, OUTPUTS)
+    out = {"out_scale": one + 1, "out_zero_point": zero + 1}
+    steps = (floats(1), floats(1), floats(1))
+    found: dict[str, Callable[[], Any]] = {}
+    for name, layer in layers.items():
+        static = {"zero_point": zero, "weight_sum": layer.weight_sum()}
+        sums = {"zero_point": zero, "weight_sums": tuple(layer.weight_sum() for _ in range(3))}
+        three = tuple(type(layer)(*(part.clone() for part in vars(layer).values())) for _ in "qkv")
+        heads = {"batch": 2, "heads": HEADS, "head_scales": steps, **sums}
+        found[f"gemm_residual, {name}"] = lambda layer=layer, static=static: k.gemm_residual(
+            q, layer, one, bias, residual=stream, gate=gate, **static
+        )
+        found[f"gemm_gelu_quantize, {name}"] = lambda layer=layer, static=static: (
+            k.gemm_gelu_quantize(q, layer, one, bias, **out, **static)
+        )
+        found[f"gemm_qkv_quantize, {name}"] = lambda three=three, heads=heads: k.gemm_qkv_quantize(
+            q, three, one, **heads
+        )
+    return found
+
+
+def _attention(codes: Any, floats: Any) -> dict[str, Callable[[], Any]]:
+    query, key, values = (codes(2, HEADS, TOKENS // 2, HEAD_DIM) for _ in "qkv")
+    steps, step = (floats(1), floats(1)), floats(1)
+    half, options = values.bfloat16(), {"softmax_scale": 0.125, "out_dtype": torch.bfloat16}
+    return {
+        "attention_qk_int8_pv_int8": lambda: k.attention_qk_int8_pv_int8(
+            query, key, values, *steps, step, **options
+        ),
+        "attention_qk_int8_pv_bf16": lambda: k.attention_qk_int8_pv_bf16(
+            query, key, half, *steps, **options
+        ),
+    }

@@ -1,0 +1,66 @@
+"""`ditq bench host`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FIELDS = ("call", "direct", "dispatcher")
+STUB = "Triton's launcher over a driver that does nothing, no GPU"
+
+
+def host(
+    target: Annotated[
+        int, typer.Option(help="Without a GPU: compute capability to launch for, such as 90.")
+    ] = 90,
+    out: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds per call; the median counts.")] = 15,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a call of each op costs the host, in small linears of torch on the same core.
+
+    Without a GPU, Triton's own specialization, compiler and launcher run over a driver that does nothing: what is
+    measured is Python, torch and Triton, not the driver.
+
+    Example: ditq bench host --out host.csv
+    """
+    import torch
+
+    from ditq_bench.host import stub
+    from ditq_bench.host.cases import calls
+    from ditq_bench.host.measure import host_costs
+    from ditq_bench.results import device_name, origin_of
+    from ditq_converters.progress import progress_bar
+    from ditq_runtime.cli.output import print_json, print_table
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    count = len(calls(device))
+    if not on_gpu:
+        stub.install(target)
+    with progress_bar("host", count) as advance:
+        found = host_costs(device, advance, rounds)
+    through = device_name(device) if on_gpu else f"{STUB}, sm_{target}"
+    origin = origin_of(device)
+    rows = [(cost.call, f"{cost.direct:.2f}", f"{cost.dispatcher:.2f}") for cost in found]
+    if out is not None:
+        _write(out, origin, through, rows)
+    if json:
+        named = [dict(zip(FIELDS, row, strict=True)) for row in rows]
+        print_json({"through": through, "unit": "one F.linear of [2, 16] on a CPU", "rows": named})
+        return
+    print_table(f"host cost in small linears; {through}", FIELDS, rows)
+
+
+def _write(path: Path, origin: tuple[str, ...], through: str, rows: list[tuple[str, ...]]) -> None:
+    import csv
+
+    from ditq_bench.results import FIELDS as LABELS
+    from ditq_runtime.files import atomic_file
+
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow((*LABELS[: len(origin)], "through", *FIELDS))
+        writer.writerows((*origin, through, *row) for row in rows)

@@ -1,0 +1,95 @@
+"""The host's part of every op, as ratios to a small linear on a CPU: the yardstick moves with the machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditq_bench.host.cases import calls
+from ditq_kernels.launch import plans
+
+ROUNDS, CALLS, WARM_UP = 15, 300, 3
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """What one call costs the host.
+
+    Attributes:
+        call: a name of `cases.calls`.
+        direct: by a kept plan: median over rounds of its time / that of the linear next to it.
+        dispatcher: through torch's dispatcher, with all checks.
+    """
+
+    call: str
+    direct: float
+    dispatcher: float
+
+
+def host_costs(
+    device: torch.device, advance: Callable[[], None], rounds: int = ROUNDS
+) -> list[HostCost]:
+    """Measure every call, in this process' own time; on a GPU launches must not wait, so rounds are short.
+
+    Args:
+        device: of the operands.
+        advance: called after each call's rounds.
+        rounds: of all ways to call, one after the other.
+    """
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for name, call in calls(device).items():
+                for _ in range(WARM_UP):
+                    call()
+                ways = (call, _without_plans(call))
+                direct, dispatcher = _ratios(ways, device, rounds)
+                found.append(HostCost(name, direct, dispatcher))
+                advance()
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _without_plans(call: Callable[[], Any]) -> Callable[[], Any]:
+    def through_dispatcher() -> Any:
+        direct = plans.direct
+        plans.direct = lambda arguments: False
+        try:
+            return call()
+        finally:
+            plans.direct = direct
+
+    return through_dispatcher
+
+
+def _ratios(ways: tuple[Callable[[], Any], ...], device: torch.device, rounds: int) -> list[float]:
+    """Median ratio of each way to the linear that ran just before it."""
+    x, weight = torch.ones(2, 16), torch.ones(16, 16)
+
+    def linear() -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    found: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, ratios in zip(ways, found, strict=True):
+            unit = _seconds(linear, device)
+            ratios.append(_seconds(way, device) / unit)
+    return [statistics.median(ratios) for ratios in found]
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of this process, without its waiting for others."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.process_time()
+    for _ in range(CALLS):
+        call()
+    return (time.process_time() - start) / CALLS
