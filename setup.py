@@ -17,9 +17,9 @@ setup(
     ],
     package_dir={name: f"{room}/{name}" for name, room in ROOM_OF.items()},
     package_data={
-        "ditq_kernels": ["py.typed", "tuned/*.json"],
+        "ditq_kernels": ["py.typed", "tuned/*.json", "_triton/offline/*.c"],
         "ditq_runtime": ["py.typed"],
         "ditq_converters": ["py.typed", "demo/assets/*"],
-        "ditq_bench": ["py.typed", "census/*.json", "host/*.c"],
+        "ditq_bench": ["py.typed", "census/*.json"],
     },
 )

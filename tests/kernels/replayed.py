@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from ditq_bench.host import stub
+from ditq_kernels._triton.offline import stub
 
 stub.install(int(sys.argv[1]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "w4p": k.quantize_weight_w4p(weight, GROUP_SIZE),
         "w4g": k.quantize_weight_w4g(weight, GROUP_SIZE),
     }
-    found = _rows(x, floats, zero) | _fused(q, layers, floats, zero, device)
+    found = _rows(x, floats, zero) | _fused(q, layers, floats, zero)
     return found | _gemms(q, layers, floats) | _attention(codes, floats)
 
 
@@ -58,7 +59,7 @@ def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Ca
         type(one)(*(part.clone() for part in vars(one).values())) for one in layers.values()
     )
     groups = (w4.group_scale, w4.group_offset, w4.scale)
-    half = {"out_dtype": torch.bfloat16}
+    half: dict[str, Any] = {"out_dtype": torch.bfloat16}
     row = floats(2, INPUTS)
     return {
         "gemm_w8a8": lambda: k.gemm_w8a8(q, w8.qweight, step, w8.scale, bias, **half),
@@ -73,7 +74,7 @@ def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Ca
 
 
 def _fused(
-    q: torch.Tensor, layers: dict[str, Any], floats: Any, zero: torch.Tensor, device: torch.device
+    q: torch.Tensor, layers: dict[str, Any], floats: Any, zero: torch.Tensor
 ) -> dict[str, Callable[[], Any]]:
     one, bias, stream = floats(1), floats(OUTPUTS), floats(TOKENS, OUTPUTS).bfloat16()
     gate = floats(2, OUTPUTS)
@@ -83,24 +84,25 @@ def _fused(
     for name, layer in layers.items():
         static = {"zero_point": zero, "weight_sum": layer.weight_sum()}
         sums = {"zero_point": zero, "weight_sums": tuple(layer.weight_sum() for _ in range(3))}
-        three = tuple(type(layer)(*(part.clone() for part in vars(layer).values())) for _ in "qkv")
-        heads = {"batch": 2, "heads": HEADS, "head_scales": steps, **sums}
-        found[f"gemm_residual, {name}"] = lambda layer=layer, static=static: k.gemm_residual(
-            q, layer, one, bias, residual=stream, gate=gate, **static
+        three: Any = tuple(
+            type(layer)(*(part.clone() for part in vars(layer).values())) for _ in "qkv"
         )
-        found[f"gemm_gelu_quantize, {name}"] = lambda layer=layer, static=static: (
-            k.gemm_gelu_quantize(q, layer, one, bias, **out, **static)
+        heads: dict[str, Any] = {"batch": 2, "heads": HEADS, "head_scales": steps, **sums}
+        found[f"gemm_residual, {name}"] = partial(
+            k.gemm_residual, q, layer, one, bias, residual=stream, gate=gate, **static
         )
-        found[f"gemm_qkv_quantize, {name}"] = lambda three=three, heads=heads: k.gemm_qkv_quantize(
-            q, three, one, **heads
+        found[f"gemm_gelu_quantize, {name}"] = partial(
+            k.gemm_gelu_quantize, q, layer, one, bias, **out, **static
         )
+        found[f"gemm_qkv_quantize, {name}"] = partial(k.gemm_qkv_quantize, q, three, one, **heads)
     return found
 
 
 def _attention(codes: Any, floats: Any) -> dict[str, Callable[[], Any]]:
     query, key, values = (codes(2, HEADS, TOKENS // 2, HEAD_DIM) for _ in "qkv")
     steps, step = (floats(1), floats(1)), floats(1)
-    half, options = values.bfloat16(), {"softmax_scale": 0.125, "out_dtype": torch.bfloat16}
+    half = values.bfloat16()
+    options: dict[str, Any] = {"softmax_scale": 0.125, "out_dtype": torch.bfloat16}
     return {
         "attention_qk_int8_pv_int8": lambda: k.attention_qk_int8_pv_int8(
             query, key, values, *steps, step, **options

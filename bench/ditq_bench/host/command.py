@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,11 @@ def host(
     """
     import torch
 
-    from ditq_bench.host import stub
     from ditq_bench.host.cases import calls
     from ditq_bench.host.measure import host_costs
     from ditq_bench.results import device_name, origin_of
     from ditq_converters.progress import progress_bar
+    from ditq_kernels._triton.offline import stub
     from ditq_runtime.cli.output import print_json, print_table
 
     on_gpu = torch.cuda.is_available()
@@ -54,7 +55,9 @@ def host(
     print_table(f"host cost in small linears; {through}", FIELDS, rows)
 
 
-def _write(path: Path, origin: tuple[str, ...], through: str, rows: list[tuple[str, ...]]) -> None:
+def _write(
+    path: Path, origin: tuple[str, ...], through: str, rows: Sequence[tuple[str, ...]]
+) -> None:
     import csv
 
     from ditq_bench.results import FIELDS as LABELS

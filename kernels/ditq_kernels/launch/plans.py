@@ -67,7 +67,7 @@ class FunctionPlan:
         return self
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
+_plans: dict[tuple[Any, ...] | None, Plan] = {}
 
 
 def kept(name: str, arguments: Arguments) -> Plan | None:

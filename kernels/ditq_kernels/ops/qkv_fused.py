@@ -70,7 +70,7 @@ def gemm_qkv_quantize(
         stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, None, None)
         check_layer(op, q, weight, stages)
         _check_alike(op, parts[0], parts[i])
-    _check_heads(op, q, len(codes[0]), batch, heads)
+    _check_heads(op, q, len(parts[0][0]), batch, heads)
     for scales in head_scales:
         checks.check_vector(op, "head_scales", scales, torch.float32, (1, heads), like=q)
     if v_zero_point is not None:

@@ -4,6 +4,7 @@ Both take one calibrated scale and zero point, or make a scale per token, with a
 before is fp32 and is not rounded to half precision in between.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,12 +46,12 @@ def gelu_quantize(
     """
     arguments = (x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric)
     if (plan := dispatch.gelu_quantize.plan(arguments)) is not None:
-        return _given_or_made(*plan(arguments), scale, asymmetric)
+        return _given_or_made(plan(arguments), scale, asymmetric)
     op = "gelu_quantize"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric)
     checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
     checks_rows.check_shift(op, x, group_shift, group_index)
-    return _given_or_made(*dispatch.gelu_quantize(*arguments), scale, asymmetric)
+    return _given_or_made(dispatch.gelu_quantize(*arguments), scale, asymmetric)
 
 
 def adaln_quantize(
@@ -137,17 +138,14 @@ def _with_values(
     asymmetric: bool,
 ) -> tuple[Any, ...]:
     *codes, values = made
-    return *_given_or_made(*codes, scale, asymmetric), None if values_dtype is None else values
+    return *_given_or_made(codes, scale, asymmetric), None if values_dtype is None else values
 
 
 def _given_or_made(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    scale: torch.Tensor | None,
-    asymmetric: bool,
+    made: Sequence[torch.Tensor], scale: torch.Tensor | None, asymmetric: bool
 ) -> tuple[torch.Tensor, ...]:
-    """What the callers of both ops get of what the ops return, some of it empty."""
+    """What the callers of both ops get of codes, scales and zero points, of which the ops leave some empty."""
+    codes, scales, zeros = made
     if asymmetric:
         return codes, scales, zeros
     return codes, scales if scale is None else scale

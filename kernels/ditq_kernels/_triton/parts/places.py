@@ -63,7 +63,7 @@ class Pool:
             raise CannotRepeatError
         return found[0]
 
-    def memory_of(self, result: torch.Tensor) -> tuple[int, tuple[Any, Any, int]]:
+    def memory_of(self, result: torch.Tensor) -> tuple[int, tuple[Any, Any, Any]]:
         """Which memory a result is, and how it is seen: shape, strides, offset.
 
         Raises:

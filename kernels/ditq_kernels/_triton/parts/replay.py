@@ -127,12 +127,13 @@ def plan_of(op: Op, arguments: Arguments, recording: Any, result: Any) -> Launch
     memory = [
         Memory(tuple(m.shape), m.stride(), m.dtype) for m in recording.memory
     ]
-    outs = [Out(*pool.memory_of(part)) for part in results]
-    for i, (at, seen) in enumerate(outs):
-        whole = seen[2] == 0 and math.prod(seen[0]) == math.prod(memory[at].shape)
+    outs = []
+    for at, seen in map(pool.memory_of, results):
+        shape, stride, offset = seen
+        whole = offset == 0 and math.prod(shape) == math.prod(memory[at].shape)
         if whole:  # taken as it is seen, which is one operator less
-            memory[at] = memory[at]._replace(shape=seen[0], stride=seen[1])
-            outs[i] = Out(at, None)
+            memory[at] = memory[at]._replace(shape=shape, stride=stride)
+        outs.append(Out(at, None if whole else seen))
     weights = tuple((weakref.ref(one), names) for one, names in pool.prepared)
     nested, single = given is not arguments, not isinstance(result, tuple)
     return LaunchPlan(

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+from triton.runtime import driver
 
 from ditq_kernels.launch import backend, tuning, waves
 
@@ -30,12 +34,9 @@ def install(target: int) -> None:
     Raises:
         RuntimeError: there is no C compiler, Triton interprets, or a launch table does not exist.
     """
-    from triton import knobs
-    from triton.runtime import driver
-
     if knobs.runtime.interpret:
         raise RuntimeError(
-            "bench host: unset TRITON_INTERPRET, an interpreted kernel is not launched"
+            "stub driver: unset TRITON_INTERPRET, an interpreted kernel is not launched"
         )
     _load_stub()
     driver.set_active(_driver_of(target))
@@ -51,7 +52,7 @@ def _load_stub() -> None:
     """Compile it as libcuda and load it, so that the libraries that Triton builds find it."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise RuntimeError("bench host: needs a C compiler, as Triton does; install one or set CC")
+        raise RuntimeError("stub driver: needs a C compiler, as Triton does; install one or set CC")
     folder = Path(tempfile.mkdtemp(prefix="ditq-stub-"))
     library = folder / "libcuda.so.1"
     soname = "-Wl,-soname,libcuda.so.1"
@@ -62,9 +63,6 @@ def _load_stub() -> None:
 
 
 def _driver_of(target: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
-
     class StubDriver(CudaDriver):
         def __init__(self) -> None:
             self.utils = CudaUtils()
