@@ -40,6 +40,8 @@ class Watch(TorchDispatchMode):
         fused_attentions: names of attentions in such blocks; after `finish`.
     """
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self, model: nn.Module, attentions: list[str], unfused: str = "") -> None:
         """Watch nothing yet; `unfused` says why no block will run fused in this forward, whatever it could."""
         super().__init__()

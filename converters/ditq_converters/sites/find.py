@@ -61,24 +61,39 @@ def family_or_row(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fam
 
 def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
     """Discover sites and what folds exactly, also where the class has a table. Arguments, errors as `family_for`."""
+    return discover(model, inputs).family
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A discovered family, and the largest relative error of its folds in fp64; 0 where nothing folds."""
+
+    family: Family
+    error: float
+
+
+def discover(model: nn.Module, inputs: dict[str, Any] | None = None) -> Discovery:
+    """As `find_sites`, with what the proof measured."""
     found, twins = _traced(model, inputs)
-    names = _blocks(found.usage, found.twin)
-    tables = _prover(found).prove(
-        {name: propose(found.graph, name, _table(found.usage, name)) for name in names}
-    )
     if not twins:
         raise ValueError(
             f"{type(model).__name__} has no list of repeated blocks with linears; ditq has nothing to quantize in it"
         )
+    proposed = {
+        name: propose(found.graph, name, _table(found.usage, name))
+        for name in _blocks(found.usage, found.twin)
+    }
+    tables, error = Prover(found.twin, found.inputs, found.graph, found.out).prove(proposed)
     argument, why = timestep_argument(found.usage)
     of_model = {block: tables[of_twin] for block, of_twin in twins.items()}
-    return Family(
+    family = Family(
         type(model).__name__,
         lambda model: of_model,
         kept(found.usage, model, twins),
         timestep_argument=argument,
         why_no_timestep=why,
     )
+    return Discovery(family, error)
 
 
 @dataclass(frozen=True)
@@ -114,10 +129,6 @@ def _traced(model: nn.Module, inputs: dict[str, Any] | None) -> tuple[Traced, di
     raise ValueError(
         f"{type(model).__name__}: its linears are not those of its configuration; give the model as it is loaded"
     )
-
-
-def _prover(found: Traced) -> Prover:
-    return Prover(found.twin, found.inputs, found.graph, found.out)
 
 
 def _blocks(usage: Usage, twin: nn.Module) -> list[str]:

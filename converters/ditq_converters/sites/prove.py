@@ -50,22 +50,24 @@ class Prover:
         """Of a traced forward of `twin` on `inputs`, which gave `out`."""
         self.twin, self.inputs, self.graph, self.out = twin, inputs, graph, out
 
-    def prove(self, proposed: Tables) -> Tables:
-        """The tables with producers that hold; where none does, the quantizer applies the transform.
+    def prove(self, proposed: Tables) -> tuple[Tables, float]:
+        """The tables with producers that hold, and their error; where none does, the quantizer applies the transform.
 
         All are tried at once; if they fail together, each alone, with and without a shift.
         """
-        if self.error(proposed) <= PROVEN:
-            return proposed
+        error = self.error(proposed)
+        if error <= PROVEN:
+            return proposed, error
         proven = {
             block: replace(table, sites=tuple(self._alone(proposed, block, s) for s in table.sites))
             for block, table in proposed.items()
         }
-        if self.error(proven) > PROVEN:
+        error = self.error(proven)
+        if error > PROVEN:
             raise ValueError(
                 "sites: folds that hold one by one do not hold together; report this model"
             )
-        return proven
+        return proven, error
 
     def error(self, tables: Tables) -> float:
         """Largest relative error of the output and of the folded sites' inputs, with all folds of these tables."""

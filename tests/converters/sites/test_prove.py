@@ -94,7 +94,7 @@ def test_values_that_two_sites_mix_with_other_channels_hold_neither(case):
     """`out` reads the attention's output, `both` reads it beside GELU: one factor in V would reach both."""
     _, table, prover = case
     assert prover.error({"blocks.0": table}) > 1e-3
-    proven = prover.prove({"blocks.0": table})["blocks.0"]
+    (proven,) = prover.prove({"blocks.0": table})[0].values()
     producers = {site.name: site.producer for site in proven.sites}
     assert isinstance(producers["out"], OnTheFly)
     assert isinstance(producers["both"], OnTheFly)
@@ -139,7 +139,7 @@ def test_a_shift_that_a_mask_breaks_is_dropped(case):
     inputs = {"x": torch.randn(BATCH, TOKENS, WIDTH).double()}
     graph, out = trace(model, inputs)
     table = propose(graph, "blocks.0", BlockTable((Site("o", ("o",), OnTheFly("")),)))
-    proven = Prover(model, inputs, graph, out).prove({"blocks.0": table})["blocks.0"]
+    (proven,) = Prover(model, inputs, graph, out).prove({"blocks.0": table})[0].values()
     assert [site.producer for site in proven.sites] == [ValueRows(("v",), takes_shift=False)]
 
 
