@@ -33,7 +33,7 @@ from ditq_converters.calibrate.stats import (
     write_state,
 )
 from ditq_converters.calibrate.trajectory import SamplingPlan, trajectory
-from ditq_converters.models.open import transformer_of
+from ditq_converters.models.gate import float_transformer
 from ditq_converters.progress import note, progress_bar
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.files import remove_leftovers
@@ -96,7 +96,7 @@ def calibrate(
             budget that one sample does not fit into, prompts that are missing or do not fit.
         StatisticsError: `out` holds statistics of another model or plan, or the model gave non-finite values.
     """
-    model: Any = transformer_of(pipe)
+    model: Any = float_transformer(pipe, "calibrate")
     family = family_of(type(model).__name__)
     host = host_of(model)
     sampler = sampler or host.sampler

@@ -16,7 +16,8 @@ from ditq_converters.convert.block import PackedBlock, convert_block, convert_fi
 from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.methods import METHODS
-from ditq_converters.models.open import open_model, transformer_of
+from ditq_converters.models.gate import float_transformer
+from ditq_converters.models.open import open_model
 from ditq_converters.plan.attention import BY_CHOICE
 from ditq_converters.plan.check import check_plan, check_statistics
 from ditq_converters.plan.compact import compact, headline
@@ -80,7 +81,7 @@ def convert(
         raise ValueError(
             "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
         )
-    model = transformer_of(pipe)
+    model = float_transformer(pipe, "convert")
     family = family_or_row(model, inputs)
     plan = checked_plan(plan, model, family, quiet)
     check_statistics(plan, stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from ditq_runtime.host.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
+# plain, or of a variant: NAME[.VARIANT][-00001-of-00002].safetensors
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", re.IGNORECASE
+)
 
 
 def open_model(
@@ -69,6 +74,7 @@ def open_skeleton(model: str) -> nn.Module:
     folder = path / "transformer" if (path / PIPELINE_FILE).exists() else path
     if not (folder / TRANSFORMER_FILE).exists():
         return transformer_of(open_model(model))
+    _refuse_packed(folder / TRANSFORMER_FILE)
     import diffusers
     from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 
@@ -95,12 +101,13 @@ def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None
         _refuse_packed(path / "transformer" / TRANSFORMER_FILE)
         if memory_budget is not None and not fits(path, memory_budget):
             return open_in_pieces(path, memory_budget, torch_dtype)
-        return _from_pretrained("DiffusionPipeline", str(path), torch_dtype)
+        variant = _variant(path / "transformer")
+        return _from_pretrained("DiffusionPipeline", str(path), torch_dtype, variant)
     if (path / TRANSFORMER_FILE).exists():
         _refuse_packed(path / TRANSFORMER_FILE)
         if memory_budget is not None and not fits(path, memory_budget):
             return open_in_pieces(path, memory_budget, torch_dtype)
-        return _from_pretrained("AutoModel", str(path), torch_dtype)
+        return _from_pretrained("AutoModel", str(path), torch_dtype, _variant(path))
     raise ValueError(
         f"{path}: no {PIPELINE_FILE} and no {TRANSFORMER_FILE} in it, so it is no diffusers model"
     )
@@ -115,7 +122,29 @@ def _packed(name: str) -> str:
     return f"{name}: is quantized already; give the float model it was made from"
 
 
-def _from_pretrained(kind: str, source: str, torch_dtype: torch.dtype) -> Any:
+def _variant(folder: Path) -> str | None:
+    """The variant (`fp16`, `bf16`, ...) whose weights a transformer's folder holds, where it holds no plain ones.
+
+    Raises:
+        ValueError: it holds several, and nothing says which.
+    """
+    files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    weights = [match[1] for name in files if (match := WEIGHTS.fullmatch(name))]
+    if not weights or None in weights:
+        return None  # diffusers takes the plain ones, or says that there are none
+    variants = sorted(set(filter(None, weights)))
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder}: holds the variants {' and '.join(variants)} and no other weights; "
+            "leave one of them in a folder of its own"
+        )
+    return variants[0]
+
+
+def _from_pretrained(
+    kind: str, source: str, torch_dtype: torch.dtype, variant: str | None = None
+) -> Any:
     import diffusers
 
-    return getattr(diffusers, kind).from_pretrained(source, dtype=torch_dtype)
+    options = {} if variant is None else {"variant": variant}
+    return getattr(diffusers, kind).from_pretrained(source, dtype=torch_dtype, **options)

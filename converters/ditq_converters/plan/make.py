@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.models.open import open_skeleton, transformer_of
+from ditq_converters.models.gate import float_transformer
+from ditq_converters.models.open import open_skeleton
 from ditq_converters.plan.attention import plan_attention
 from ditq_converters.plan.check import check_plan, check_statistics
 from ditq_converters.plan.entries import LinearPlan, SitePlan
@@ -51,7 +52,11 @@ def make_plan(
             asked for and cannot run quantized; entries that do not go together.
         StatisticsError: the statistics lack what the plan needs.
     """
-    opened = open_skeleton(str(model)) if isinstance(model, str | Path) else transformer_of(model)
+    opened = (
+        open_skeleton(str(model))
+        if isinstance(model, str | Path)
+        else float_transformer(model, "make_plan", False)
+    )
     family = family_or_row(opened, inputs)
     plan = plan_of(opened, family, Recipe.of(**choices), set)
     if stats is not None:
