@@ -9,6 +9,7 @@ from typing import Any
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.checkpoint import check_version, read_headers
+from ditq_runtime.format.digests import read_digests
 from ditq_runtime.format.safetensors_header import TensorInfo
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import Version1
@@ -48,6 +49,11 @@ class TransformerFolder:
         version, stored = (self.quantization.get(key) for key in ("format_version", "scheme"))
         check_version(version)
         return Version1.read(stored).scheme if version == 1 else Scheme.from_dict(stored)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Tensor name -> its digest; none where the folder holds none."""
+        return read_digests((self.quantization or {}).get("digests"))
 
     @property
     def nbytes(self) -> int:

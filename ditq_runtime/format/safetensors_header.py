@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,16 +36,20 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header: dtype, shape and size in bytes."""
+    """One entry of a header: dtype, shape, size in bytes, and the file that it stands in."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    file: Path
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of a safetensors file; CheckpointError if it is cut off or malformed."""
-    size = path.stat().st_size
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):  # a pipe would wait for ever
+        raise CheckpointError(f"{path}: is no file; copy the checkpoint again")
+    size = state.st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -55,7 +60,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: _info(entry) for name, entry in header.items()}
+            entries = {name: _info(entry, path) for name, entry in header.items()}
             end = _end_of_data(entry["data_offsets"] for entry in header.values())
         except (
             ValueError,
@@ -75,13 +80,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return entries
 
 
-def _info(entry: dict) -> TensorInfo:
+def _info(entry: dict, path: Path) -> TensorInfo:
     dtype, shape = DTYPES[entry["dtype"]], tuple(_counts(entry["shape"]))
     begin, end = _counts(entry["data_offsets"])
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise ValueError(f"{end - begin} bytes for a tensor of {expected}")
-    return TensorInfo(dtype, shape, expected)
+    return TensorInfo(dtype, shape, expected, path)
 
 
 def _counts(values: object) -> list[int]:

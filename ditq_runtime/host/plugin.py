@@ -22,6 +22,7 @@ from ditq_runtime.families import family_of
 from ditq_runtime.families.fusible import examine, fusible_blocks
 from ditq_runtime.families.placing import homes_of, placed_sites
 from ditq_runtime.format import checkpoint, version1
+from ditq_runtime.format.digests import check_digest, read_digests, wanted
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import Renaming, Version1
 from ditq_runtime.host import check, skeleton
@@ -34,6 +35,7 @@ from ditq_runtime.host.on_the_fly import (
     rename_tables,
     scale_rows,
 )
+from ditq_runtime.host.saving import save_with_digests
 from ditq_runtime.lora.branch import ADAPTERS
 from ditq_runtime.lora.file import without_peft
 
@@ -63,6 +65,7 @@ class DitqConfig(QuantizationConfigMixin):
         modulation: weights of the modulation linears; None: the same as `weights`.
         keep: glob patterns of layers and attentions that stay float.
         attention: `int8` or `bf16`: type of P and V where attention runs quantized, with token scales; `none`: float.
+        digests: name of a stored tensor -> its digest; those of a file, compared while it is loaded, then forgotten.
 
     Raises:
         CheckpointError: another format version, a malformed scheme or an unknown key.
@@ -80,6 +83,7 @@ class DitqConfig(QuantizationConfigMixin):
         modulation: str | None = None,
         keep: tuple[str, ...] = (),
         attention: str = "none",
+        digests: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         """Validate and keep; diffusers calls this with the stored dictionary's entries."""
@@ -104,6 +108,7 @@ class DitqConfig(QuantizationConfigMixin):
             self.version1 = Version1.read(scheme)
             scheme = self.version1.scheme
         self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
+        self.digests = read_digests(digests)
         self.recipe = recipe or {}
 
     @property
@@ -143,6 +148,7 @@ class DitqConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "scheme": self._scheme.to_dict() if self.version1 is None else self.version1.stored,
             "recipe": self.recipe,
+            **({"digests": self.digests} if self.digests else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -164,6 +170,7 @@ class DitqQuantizer(DiffusersQuantizer):
         """Refuse a float checkpoint with a packed one's config."""
         super().__init__(quantization_config, **kwargs)
         self.absent: list[str] = []
+        self.digests = quantization_config.digests if wanted() else {}
         self.renaming: Renaming | None = None
         if not self.pre_quantized and quantization_config.choice is None:
             raise ValueError(
@@ -191,6 +198,9 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
+        if self.pre_quantized and self.digests:
+            for name, tensor in state_dict.items():
+                check_digest(name, tensor, self.digests, self.headers)
         if self.renaming is not None:
             return self.renaming.tensors(state_dict)
         if self.pre_quantized:
@@ -216,8 +226,10 @@ class DitqQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self.absent = skeleton.duplicate_embedders(model, scheme)
             check.check_tensors(self.headers, model, self.absent)
+        self.quantization_config.digests = {}
         _name_blocks(model)
         refuse_methods(model)
+        save_with_digests(model)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _translate(self, model: nn.Module, old: Version1) -> None:
@@ -293,6 +305,7 @@ def adopt(model: Any, config: DitqConfig, compute_dtype: torch.dtype) -> None:
     model.quantization_method = config.quant_method
     _name_blocks(model)
     refuse_methods(model)
+    save_with_digests(model)
 
 
 def _cast_skeleton(model: nn.Module, dtype: torch.dtype, keep_fp32: list[str]) -> None:

@@ -21,7 +21,15 @@ HEADS, BLOCKS = 2, 2
 @pytest.fixture
 def copy(packed_folder, tmp_path):
     """Recipe name -> a copy of its transformer folder, to be damaged."""
-    return lambda name: shutil.copytree(packed_folder(name) / "transformer", tmp_path / name)
+
+    def make(name):
+        folder = shutil.copytree(packed_folder(name) / "transformer", tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]["digests"]  # they would see the damage first
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
 
 
 def scheme_of(folder):

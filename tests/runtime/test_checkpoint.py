@@ -20,8 +20,14 @@ SITE, FC2_SITE = "transformer_blocks.1.ditq_sites.qkv", "transformer_blocks.0.di
 
 @pytest.fixture
 def copy(packed_folder, tmp_path):
-    """Recipe name -> a copy of its transformer folder, to be damaged."""
-    return lambda name: shutil.copytree(packed_folder(name) / "transformer", tmp_path / name)
+    """Recipe name -> a copy of its transformer folder, to be damaged; without digests, which would see it first."""
+
+    def make(name):
+        folder = shutil.copytree(packed_folder(name) / "transformer", tmp_path / name)
+        _edit_config(folder, lambda config: config.pop("digests"))
+        return folder
+
+    return make
 
 
 def _why_refused(folder, **options):

@@ -186,6 +186,7 @@ def test_the_config_prints_and_is_json(packed_folder, load):
     model = load(packed_folder("w4p_static"))
     config = model.config.quantization_config
     stored = json.loads((packed_folder("w4p_static") / "transformer" / "config.json").read_text())
+    assert stored["quantization_config"].pop("digests")  # of the file, not of what is in memory
     assert json.loads(json.dumps(config.to_dict())) == stored["quantization_config"]
     assert json.loads(config.to_json_string())["scheme"] == stored["quantization_config"]["scheme"]
     assert '"quant_method": "ditq"' in repr(config)

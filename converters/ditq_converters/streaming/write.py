@@ -31,6 +31,7 @@ from ditq_converters.streaming.source import WEIGHTS
 from ditq_converters.streaming.writer import write_safetensors
 from ditq_runtime.families import family_of
 from ditq_runtime.files import atomic_folder
+from ditq_runtime.format.digests import digest
 from ditq_runtime.format.scheme import Scheme
 
 WORK = 12  # bytes that a conversion of one block holds at most, over the bytes of its fp32 weights
@@ -110,9 +111,20 @@ def _write_transformer(
     packed: Any, folder: Path, read: Callable[[str], torch.Tensor], max_shard_size: str
 ) -> None:
     """What `packed.save_pretrained` would write."""
-    packed.save_config(folder)
+    digests: dict[str, str] = {}
+
+    def read_and_note(name: str) -> torch.Tensor:
+        tensor = read(name)
+        digests[name] = digest(tensor)
+        return tensor
+
+    folder.mkdir(exist_ok=True)
     tensors, _ = packed.hf_quantizer.get_state_dict_and_metadata(packed.state_dict(), True)
-    write_shards(folder, tensors, read, max_shard_size)
+    write_shards(folder, tensors, read_and_note, max_shard_size)
+    config = packed.config.quantization_config
+    config.digests = digests
+    packed.save_config(folder)
+    config.digests = {}
 
 
 def write_shards(

@@ -1,0 +1,30 @@
+"""`save_pretrained` of a packed model stores the digests of what it writes; so does `push_to_hub`, which calls it."""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from ditq_runtime.format.digests import digests_of
+
+
+def save_with_digests(model: Any) -> None:
+    """Make one packed model save so."""
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+@wraps(ModelMixin.save_pretrained)
+def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As diffusers does, which writes config.json first."""
+    stored, _ = self.hf_quantizer.get_state_dict_and_metadata(
+        self.state_dict(), safe_serialization=kwargs.get("safe_serialization", True)
+    )
+    config = self.config.quantization_config
+    config.digests = digests_of(stored)
+    try:
+        return type(self).save_pretrained(self, *args, **kwargs)
+    finally:
+        config.digests = {}  # they are the file's: what is in memory may change

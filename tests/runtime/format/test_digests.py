@@ -1,0 +1,131 @@
+"""Digests: the CRC of the bytes in the file, kept true by whatever writes one; a flipped bit is named."""
+
+import json
+import random
+import shutil
+import struct
+import zlib
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, convert
+from ditq_runtime.format.digests import SWITCH
+from ditq_runtime.host.verify import verify
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A packed DiT whose weights w8, w4p and w4g all occur, and floats in bf16."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=1, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=3,
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("digests") / "out"
+    recipe = Recipe("linear", "w4g", modulation="w4p", keep=("*.to_q",))
+    convert(model.bfloat16(), recipe, out=out, quiet=True)
+    return out
+
+
+def stored_digests(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"].get("digests")
+
+
+def by_hand(path):
+    """From the header and the bytes of a file, by zlib."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header.pop("__metadata__", None)
+    made = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        head = f"{entry['dtype']} {entry['shape']}".encode()
+        made[name] = format(zlib.crc32(head + data[begin:end]), "08x")
+    return made
+
+
+def test_they_are_the_crc_of_dtype_shape_and_bytes(folder):
+    assert stored_digests(folder) == by_hand(folder / FILE)
+    assert verify(folder) == len(by_hand(folder / FILE)) > 30
+
+
+def test_whatever_saves_a_model_keeps_them_true(folder, tmp_path):
+    model = DiTTransformer2DModel.from_pretrained(folder)
+    model.transformer_blocks[0].attn1.to_k.bias.data[0] += 1
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    again = stored_digests(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+    changed = {n for n, d in stored_digests(folder).items() if d != again[n]}
+    assert "transformer_blocks.0.attn1.to_k.bias" in changed
+    assert verify(tmp_path / "again") == len(again)
+    DiTTransformer2DModel.from_pretrained(tmp_path / "again")
+    assert "digests" not in model.config.quantization_config.to_dict()  # those of a file only
+
+
+def test_equal_models_are_equal_files(folder, tmp_path):
+    model = DiTTransformer2DModel.from_pretrained(folder)
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+    for file in ("config.json", FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_copies_without_digests_load(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["digests"]
+    (copy / "config.json").write_text(json.dumps(config))
+    save_file(load_file(copy / FILE), copy / FILE, {"format": "pt"})
+    state = DiTTransformer2DModel.from_pretrained(copy).state_dict()
+    for name, tensor in DiTTransformer2DModel.from_pretrained(folder).state_dict().items():
+        assert torch.equal(state[name], tensor)
+    assert verify(copy) == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_is_named(folder, tmp_path, seed, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    raw, rng = bytearray((copy / FILE).read_bytes()), random.Random(seed)
+    begin = 8 + struct.unpack("<Q", raw[:8])[0]
+    where = rng.randrange(begin, len(raw))
+    raw[where] ^= 1 << rng.randrange(8)
+    (copy / FILE).write_bytes(raw)
+    header = json.loads(raw[8:begin])
+    header.pop("__metadata__")
+    (name,) = (
+        n for n, e in header.items() if e["data_offsets"][0] <= where - begin < e["data_offsets"][1]
+    )
+    for look in (DiTTransformer2DModel.from_pretrained, verify):
+        with pytest.raises(ditq.CheckpointError) as caught:
+            look(copy)
+        assert f"{FILE}: {name} is damaged: its digest is" in str(caught.value)
+    if (
+        seed < 5
+    ):  # where it leaves values that may be: in the label embedding, by far the largest tensor
+        monkeypatch.setenv(SWITCH, "0")
+        DiTTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("digests", "sentence"),
+    [
+        ("all", "digests must be of type dict, got 'all'"),
+        ({"proj_out_2.bias": 3}, "proj_out_2.bias must be of type str, got 3"),
+        ({"proj_out_2.bias": "00000000"}, "digests: .* is missing; the config.json is damaged"),
+    ],
+)
+def test_damaged_digests_are_refused(folder, tmp_path, digests, sentence):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["digests"] = digests
+    (copy / "config.json").write_text(json.dumps(config))
+    for look in (DiTTransformer2DModel.from_pretrained, verify):
+        with pytest.raises(ditq.CheckpointError, match=sentence):
+            look(copy)
