@@ -25,7 +25,7 @@ def digest(tensor: torch.Tensor) -> str:
     """The digest of a tensor as it would be stored; it is read once, on the CPU."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     head = f"{NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
-    return f"{zlib.crc32(memoryview(raw), zlib.crc32(head)):08x}"
+    return f"{zlib.crc32(raw.data, zlib.crc32(head)):08x}"
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.checkpoint import check_version, read_headers
 from ditq_runtime.format.digests import read_digests
+from ditq_runtime.format.rules import Rule, check_value, shown
 from ditq_runtime.format.safetensors_header import TensorInfo
 from ditq_runtime.format.scheme import Scheme
-from ditq_runtime.format.version1 import Version1
+from ditq_runtime.format.version1 import VERSION, Version1
 
+WEIGHT_MAP, RECIPE = Rule(dict, items=str), Rule(dict, nullable=True)
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 
@@ -46,9 +48,17 @@ class TransformerFolder:
         method = self.quantization.get("quant_method")
         if method != "ditq":
             raise CheckpointError(f"{self.path}: quantized with {method!r}, which is not ditq")
-        version, stored = (self.quantization.get(key) for key in ("format_version", "scheme"))
+        check_value("quantization_config: recipe", self.quantization.get("recipe"), RECIPE)
+        if self.version1 is not None:
+            return self.version1.scheme
+        return Scheme.from_dict(self.quantization.get("scheme"))
+
+    @property
+    def version1(self) -> Version1 | None:
+        """The scheme of a transformer packed in format version 1; None for any other."""
+        version, stored = ((self.quantization or {}).get(k) for k in ("format_version", "scheme"))
         check_version(version)
-        return Version1.read(stored).scheme if version == 1 else Scheme.from_dict(stored)
+        return Version1.read(stored) if version == VERSION else None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -75,12 +85,9 @@ def open_folder(path: str | Path) -> TransformerFolder:
         raise CheckpointError(
             f"{path}: no config.json there; expected a diffusers pipeline or transformer folder"
         )
-    try:
-        parsed = json.loads(config.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{config}: not valid JSON ({error}); copy it again") from error
-    _check_object(parsed, f"{config}")
-    _check_object(parsed.get("quantization_config") or {}, f"{config}: quantization_config")
+    parsed = read_json(config)
+    if parsed.get("quantization_config") is not None:
+        _check_object(parsed["quantization_config"], f"{config}: quantization_config")
     files = sorted(folder.glob(WEIGHTS))
     _check_shards(folder, files)
     if not files:
@@ -88,18 +95,30 @@ def open_folder(path: str | Path) -> TransformerFolder:
     return TransformerFolder(folder, parsed, files, read_headers(files))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError for anything else, named."""
+    if not path.is_file():  # a pipe would wait for ever
+        raise CheckpointError(f"{path}: is no file; copy it again")
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again") from error
+    _check_object(parsed, f"{path}")
+    return cast("dict[str, Any]", parsed)
+
+
 def _check_object(value: Any, what: str) -> None:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} must be a JSON object, got {value!r}; copy the file again")
+        raise CheckpointError(
+            f"{what} must be a JSON object, got {shown(value)}; copy the file again"
+        )
 
 
 def _check_shards(folder: Path, files: list[Path]) -> None:
     """Every shard that an index names must be there."""
     for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: damaged ({error}); copy it again") from error
+        check_value(f"{index}: weight_map", read_json(index).get("weight_map"), WEIGHT_MAP)
+        named = set(read_json(index)["weight_map"].values())
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise CheckpointError(

@@ -20,9 +20,9 @@ from torch import nn
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
 from ditq_runtime.families.fusible import examine, fusible_blocks
-from ditq_runtime.families.placing import homes_of, placed_sites
 from ditq_runtime.format import checkpoint, version1
 from ditq_runtime.format.digests import check_digest, read_digests, wanted
+from ditq_runtime.format.rules import Rule, check_value
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import Renaming, Version1
 from ditq_runtime.host import check, skeleton
@@ -36,8 +36,11 @@ from ditq_runtime.host.on_the_fly import (
     scale_rows,
 )
 from ditq_runtime.host.saving import save_with_digests
+from ditq_runtime.host.translate import translate
 from ditq_runtime.lora.branch import ADAPTERS
 from ditq_runtime.lora.file import without_peft
+
+RECIPE = Rule(dict, nullable=True)
 
 
 class DitqMethod(str, Enum):
@@ -104,12 +107,14 @@ class DitqConfig(QuantizationConfigMixin):
             kept = keep if isinstance(keep, str) else tuple(keep)
             self.choice = Choice(weights, activations, group_size, modulation, kept, attention)
         self.version1 = None
-        if format_version == version1.VERSION and isinstance(scheme, dict):
-            self.version1 = Version1.read(scheme)
-            scheme = self.version1.scheme
-        self._scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
+        if scheme is not None and not isinstance(scheme, Scheme):
+            if format_version == version1.VERSION:
+                self.version1 = Version1.read(scheme)
+            scheme = Scheme.from_dict(scheme) if self.version1 is None else self.version1.scheme
+        self._scheme = scheme
         self.digests = read_digests(digests)
-        self.recipe = recipe or {}
+        check_value("quantization_config: recipe", recipe, RECIPE)
+        self.recipe: dict[str, Any] = recipe or {}
 
     @property
     def scheme(self) -> Scheme:
@@ -234,13 +239,7 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def _translate(self, model: nn.Module, old: Version1) -> None:
         """A checkpoint of version 1 becomes one of this version while it is read."""
-        family = family_of(old.scheme.architecture)
-        self.renaming = Renaming(homes_of(model, family))
-        formats = {name: old.scheme.format_of(name) for name in old.scheme.layers}
-        shapes = old.site_shapes(self.renaming.homes)
-        scheme = replace(old.scheme, sites=placed_sites(model, family, formats, shapes))
-        scheme.check_sites()
-        self.headers = self.renaming.headers(self.headers, old.expected())
+        scheme, self.headers, self.renaming = translate(model, old, self.headers)
         self.loaded_keys[:] = dict.fromkeys(map(self.renaming.name, self.loaded_keys))
         self.quantization_config = DitqConfig(scheme, self.quantization_config.recipe)
 

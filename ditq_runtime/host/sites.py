@@ -22,12 +22,19 @@ def install_sites(model: nn.Module, scheme: Scheme) -> None:
         CheckpointError: a block that the model does not have, readers of different sizes.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = {
+        name for name, _ in model.named_parameters()
+    }  # modulation tables are still among them
     for name, site_format in scheme.sites.items():
         block, _, inside = name.rpartition(".")
         if block not in modules:
             raise CheckpointError(f"scheme: site {name} is in a block {block} that the model lacks")
         if not hasattr(modules[block], SITES):
             setattr(modules[block], SITES, nn.ModuleDict())
+        for producer in site_format.producers.keys() - tensors - modules.keys():
+            raise CheckpointError(
+                f"scheme: site {name} was folded into {producer}, which the model lacks"
+            )
         getattr(modules[block], SITES)[inside] = _site(name, site_format, modules)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ditq_runtime.attention import install as attention_install
+from ditq_runtime.attention.call_path import guard_values
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import BlockTable, Family, family_of
 from ditq_runtime.families.sites import TIMESTEP_GROUPS
@@ -63,9 +64,19 @@ def install(model: nn.Module, scheme: Scheme, compute_dtype: torch.dtype) -> Non
         carry_timestep(model, scheme.timestep)
     for name, attention_format in scheme.attention.items():
         attention_install.install(model, name, attention_format)
+    _guard_values(model, scheme)
     if scheme.shared_embedder:
         share_embedder(model, family)
     set_timestep_freq(model, scheme.timestep_freq)
+
+
+def _guard_values(model: nn.Module, scheme: Scheme) -> None:
+    """Blocks whose V carries a fold look at their processors."""
+    for name, site in scheme.sites.items():
+        block = name.rpartition(".")[0]
+        if site.place == "value":
+            inside = [producer.removeprefix(f"{block}.") for producer in site.producers]
+            guard_values(model.get_submodule(block), inside)
 
 
 def duplicate_embedders(model: nn.Module, scheme: Scheme) -> list[str]:

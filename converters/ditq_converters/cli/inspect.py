@@ -27,6 +27,7 @@ def inspect(
     choices: dict[str, Any],
     plan: c.PlanOption = None,
     set: c.SetOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    verify: o.VerifyOption = False,
     json: o.JsonOption = False,
 ) -> None:
     """Show what `convert` would do to a float model, with coverage; or scheme, sizes and backend of a packed one.
@@ -38,8 +39,10 @@ def inspect(
 
     path = local(path)
     if _is_packed(path):
-        _show_packed(inspect_packed(path), json)
+        _show_packed(inspect_packed(path, verify), json)
         return
+    if verify:
+        raise typer.BadParameter(f"--verify: {path} is a float model, which has no digests.")
     c.refuse_choices(context, plan)
     recipe = c.recipe_of(choices)
     model = open_skeleton(path)
@@ -91,14 +94,17 @@ def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:
     }
 
 
-def inspect_packed(path: str) -> dict[str, Any]:
-    """Scheme, sizes and backends of a packed folder, from its headers alone."""
+def inspect_packed(path: str, verify: bool = False) -> dict[str, Any]:
+    """Scheme, sizes and backends of a packed folder, from its headers alone; with `verify` its tensors are read too."""
     import torch
 
     from ditq_runtime.format.folder import open_folder
+    from ditq_runtime.host import verify as digests
+    from ditq_runtime.host.loadable import check_loadable
     from ditq_runtime.host.sizes import size_by_category
 
     folder = open_folder(path)
+    check_loadable(folder)
     scheme = folder.scheme
     assert scheme is not None
     assert folder.quantization is not None
@@ -129,6 +135,7 @@ def inspect_packed(path: str) -> dict[str, Any]:
         "bytes_by_category": size_by_category(folder),
         "bytes": folder.nbytes,
         "tensors": len(folder.headers),
+        "verified": digests.verify(path) if verify else None,
     }
 
 
@@ -143,13 +150,13 @@ def _is_packed(path: str) -> bool:
     folder = Path(path)
     inside = folder / "transformer" if (folder / "model_index.json").exists() else folder
     config = inside / "config.json"
-    if not config.exists():
-        return False
+    if not config.is_file():
+        return config.exists()
     try:
-        parsed = parse(config.read_text())
-    except ValueError:
+        parsed = parse(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         return True
-    return not isinstance(parsed, dict) or bool(parsed.get("quantization_config"))
+    return not isinstance(parsed, dict) or parsed.get("quantization_config") is not None
 
 
 def _show_float(report: dict[str, Any], json: bool) -> None:
@@ -205,5 +212,8 @@ def _show_packed(report: dict[str, Any], json: bool) -> None:
     )
     for entry in report["attention"]:
         say(f"attention of {entry['modules']} modules: {entry['format']}: {entry['runs']}")
+    if report["verified"] is not None:
+        count = report["verified"]
+        say(f"{count} tensors have their digests" if count else "it holds no digests to verify by")
     sizes = [(name, mebibytes(size)) for name, size in report["bytes_by_category"].items() if size]
     print_table("on disk", ("category", "size"), [*sizes, ("total", mebibytes(report["bytes"]))])

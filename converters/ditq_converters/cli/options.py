@@ -67,6 +67,9 @@ BatchOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
 ]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Compare every tensor of a packed folder with its digest.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

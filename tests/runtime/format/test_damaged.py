@@ -1,0 +1,137 @@
+"""Damaged configs: each is one sentence of ours, from `from_pretrained`, from `inspect` and from the reader alone."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers import DiTTransformer2DModel
+
+import ditq_runtime as ditq
+from ditq_runtime.format.folder import open_folder
+from ditq_runtime.host.loadable import check_loadable
+
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures" / "version1" / "dit_token"
+FILE = "diffusion_pytorch_model.safetensors"
+BLOCK = "transformer_blocks.1"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of version 2: w8 and w4p, a low-rank branch, a fold."""
+    out = tmp_path_factory.mktemp("damaged") / "saved"
+    DiTTransformer2DModel.from_pretrained(FIXTURE / "transformer").save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def edit(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_undamaged_one_loads(saved):
+    check_loadable(open_folder(saved))
+    DiTTransformer2DModel.from_pretrained(saved)
+
+
+def scheme(change):
+    return lambda c: change(c["quantization_config"]["scheme"])
+
+
+def formats(**changes):
+    return scheme(lambda s: [entry.update(changes) for entry in s["formats"].values()])
+
+
+def site(**changes):
+    return scheme(lambda s: s["sites"][f"{BLOCK}.qkv"].update(changes))
+
+
+DAMAGES = [
+    (lambda c: c["quantization_config"].update(scheme=[]), "scheme: expected an object, got list"),
+    (lambda c: c["quantization_config"].update(scheme="w8"), "scheme: expected an object, got str"),
+    (lambda c: c["quantization_config"].update(recipe=[1]), "recipe must be of type dict"),
+    (lambda c: c["quantization_config"].update(digests=3), "digests must be of type dict"),
+    (lambda c: c["quantization_config"].update(format_version=2.0), "format_version 2.0 is not"),
+    (formats(groups=-1), "groups must be a count of at least 1"),
+    (formats(groups=10**40), "groups must be a count"),
+    (formats(lora_rank=2**40), "lora_rank must be a count"),
+    (formats(lora_rank="2"), "lora_rank must be of type int"),
+    (formats(bias=0), "bias must be of type bool"),
+    (site(shifts=-1), "shifts must be a count"),
+    (site(shifts=10**9), "shifts must be a count"),
+    (site(smooth=None), "smooth must be of type bool"),
+    (site(readers={}), "readers must be of type list"),
+    (site(place="adaln", producers={f"{BLOCK}.nowhere": [0]}), "which the model lacks"),
+    (scheme(lambda s: s["sites"].update({"blocks.9.qkv": s["sites"].pop(f"{BLOCK}.qkv")})), "qkv"),
+    (scheme(lambda s: s.update(timestep_freq="dot")), "timestep_freq must be one of"),
+    (scheme(lambda s: s.update(timestep=[])), "timestep must be of type str"),
+    (scheme(lambda s: s["layers"].update({"": "w8_weight_only"})), "no linear of that name"),
+    (
+        scheme(lambda s: s.update(attention={"": {"values": "int8", "scales": "token"}})),
+        "attention",
+    ),
+    (scheme(lambda s: s.update(attention={f"{BLOCK}.attn1": []})), "expected an object, got list"),
+    (scheme(lambda s: s.update(architecture="UNet2DModel")), "written for UNet2DModel"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), DAMAGES)
+def test_each_is_one_sentence(copy, change, sentence):
+    edit(copy, change)
+    with pytest.raises((ditq.CheckpointError, ValueError), match=sentence) as caught:
+        check_loadable(open_folder(copy))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ditq.CheckpointError, match=sentence):
+        DiTTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("value", ["", "ditq", [], 3, True])
+def test_a_quantization_that_is_no_object_is_refused(copy, value):
+    edit(copy, lambda c: c.update(quantization_config=value))
+    with pytest.raises(ditq.CheckpointError, match="quantization_config must be a JSON object"):
+        open_folder(copy)
+
+
+def test_json_of_any_depth_is_refused(copy):
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ditq.CheckpointError, match=r"config\.json: not valid JSON"):
+        open_folder(copy)
+
+
+@pytest.mark.parametrize("shards", [{"a": 3}, {"a": None}, {"a": {"b": "c"}}, [], "x"])
+def test_names_of_shards_that_are_no_text_are_refused(copy, shards):
+    index = copy / f"{FILE}.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ditq.CheckpointError, match=r"index\.json: weight_map.* must be of type"):
+        open_folder(copy)
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json"])
+def test_a_pipe_in_place_of_a_file_does_not_hang(copy, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(ditq.CheckpointError, match=f"{name}: is no file"):
+        open_folder(copy)
+
+
+def test_a_model_config_that_no_model_can_be_made_from_is_refused(copy):
+    edit(copy, lambda c: c.update(num_attention_heads="many"))
+    with pytest.raises(ditq.CheckpointError, match="DiTTransformer2DModel cannot be made from it"):
+        check_loadable(open_folder(copy))
+
+
+def test_inspect_names_what_would_not_load(copy):
+    from ditq_converters.cli.inspect import inspect_packed
+
+    inspect_packed(str(copy), verify=True)
+    edit(copy, scheme(lambda s: s["layers"].pop("proj_out_1")))
+    with pytest.raises(ditq.CheckpointError, match=r"proj_out_1\..*: unknown tensor"):
+        inspect_packed(str(copy))
