@@ -30,7 +30,11 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         "w8",
         "w8 (int8 per channel), w4p (4 bits, two-level groups) or w4g (4 bits, real scales).",
     ),
-    "activations": _option(str, "token", "token (a scale per token) or static (calibrated range)."),
+    "activations": _option(
+        str,
+        "token",
+        "token (a scale per token), token_asym (a zero point too) or static (calibrated range).",
+    ),
     "group_size": _option(int, 64, "Input channels per group of w4p or w4g."),
     "modulation": _option(
         str | None, None, "Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights."
@@ -142,11 +146,10 @@ def plan_for(model: nn.Module, recipe: Recipe, path: Path | None, rules: list[st
     from ditq_converters.plan.make import plan_of
     from ditq_converters.sites import family_or_row
 
-    family = family_or_row(model)
     if path is None:
-        return plan_of(model, family, recipe, rules)
+        return plan_of(model, recipe, rules)
     plan = read_plan(path)
     for rule in rules:
         plan.set_rule(rule)
-    check_plan(plan, model, family)
+    check_plan(plan, model, family_or_row(model))
     return plan

@@ -61,7 +61,8 @@ def corrected_bias(
     layer.load_state_dict({n: t for n, t in stored.items() if n != "bias"}, assign=True)
     smooth = "smooth_inv" in quantizer
     site = Site(inputs, SiteFormat(("linear",), layer_format.activations, smooth=smooth))
-    site.load_state_dict(quantizer, assign=True)
+    unshifted = {name: tensor for name, tensor in quantizer.items() if name != "shift"}
+    site.load_state_dict(unshifted, assign=True)  # the rows are shifted already
     layer.read(site)
     group = groups - 1 - rows.group if groups > 1 else torch.zeros_like(rows.group)
     total = torch.zeros(groups, outputs, dtype=torch.float64)

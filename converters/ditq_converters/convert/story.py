@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from ditq_converters.calibrate.memory import give_back
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
-from ditq_converters.convert.pack import make_scheme, pack_model
+from ditq_converters.convert.pack import make_scheme, pack_model, packed_skeleton
 from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
@@ -31,13 +31,12 @@ from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of, weights_of
 from ditq_converters.streaming.write import check_room, write_streamed
 from ditq_runtime.families import Family
+from ditq_runtime.families.placing import Shapes
 from ditq_runtime.files import check_new
-from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
-from ditq_runtime.surroundings import steady
+from ditq_runtime.format.scheme import Scheme
 
 
-@steady()
 def convert(
     pipe: Any,
     plan: Plan | Recipe,
@@ -53,7 +52,7 @@ def convert(
 
     Args:
         pipe: a diffusers pipeline, or its transformer alone, not changed; or a MODEL that `open_model` opens.
-        plan: what happens to every linear (`make_plan`, `plan.file.read_plan`); or the choices that make one.
+        plan: what happens to every linear (`make_plan`, `read_plan`); or the choices that make one.
         stats: a calibration of this very model; needed by static activations and by methods that smooth.
         out: folder to write, a pipeline or a transformer as `pipe` is; it appears complete or not at all.
         max_shard_size: as in diffusers' `save_pretrained`.
@@ -61,8 +60,7 @@ def convert(
         memory_budget: bytes of main memory for a MODEL: one that is larger is read and converted block by block, into
             the same bytes. Finished blocks stay in the hidden folder `.OUT.blocks` until `out` is complete: killed,
             the same call goes on after them.
-        inputs: keyword arguments of one forward, on which the sites of a class without a table are found; None: made
-            from its configuration.
+        inputs: keyword arguments of one forward of the transformer, as the plan was made with.
 
     Returns:
         The packed transformer, in memory; its tensors on meta if it was converted block by block.
@@ -82,8 +80,7 @@ def convert(
             "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
         )
     model = float_transformer(pipe, "convert")
-    family = family_or_row(model, inputs)
-    plan = checked_plan(plan, model, family, quiet)
+    plan, family = checked_plan(plan, model, inputs, quiet)
     check_statistics(plan, stats)
     on_disk = streamed_of(model) is not None
     if on_disk:
@@ -91,98 +88,94 @@ def convert(
     check_finite(model)
     if stats is not None:
         stats.check_model(model)
-    used = stats if plan.needs_statistics else None
-    attention = {entry.name: entry.format for entry in plan.attention if entry.format is not None}
-
-    @torch.no_grad()
-    def one_part(name: str) -> PackedBlock:
-        if name == family.final_modulation:
-            return convert_final_modulation(model, name, plan.part(name))
-        with weights_of(model, name):
-            return convert_block(model, family, name, plan.part(name), used)
-
-    made = provenance(plan, stats)
+    job = Job(pipe, model, family, plan, stats, quiet)
     if on_disk:
         assert out is not None
-        return convert_on_disk(
-            pipe,
-            model,
-            family,
-            one_part,
-            attention,
-            made,
-            to_json(plan),
-            Path(out),
-            max_shard_size,
-            quiet,
-        )
-    packed = convert_in_memory(model, family, one_part, attention, made, quiet)
+        return convert_on_disk(job, Path(out), max_shard_size)
+    packed = convert_in_memory(job)
     if out is not None:
         save(pipe, packed, to_json(plan), Path(out), max_shard_size)
     return packed
 
 
-def convert_in_memory(
-    model: nn.Module,
-    family: Family,
-    one_part: Callable[[str], PackedBlock],
-    attention: dict[str, AttentionFormat],
-    made: dict[str, Any],
-    quiet: bool,
-) -> nn.Module:
+@dataclass(frozen=True)
+class Job:
+    """One conversion: what was opened, its transformer and family, the plan, the statistics."""
+
+    pipe: Any
+    model: nn.Module
+    family: Family
+    plan: Plan
+    stats: CalibrationStats | None
+    quiet: bool
+
+    @torch.no_grad()
+    def convert_part(self, name: str) -> PackedBlock:
+        """A block, or the final modulation."""
+        part = self.plan.part(name)
+        if name == self.family.final_modulation:
+            return convert_final_modulation(self.model, name, part)
+        used = self.stats if self.plan.needs_statistics else None
+        with weights_of(self.model, name):
+            return convert_block(self.model, self.family, name, part, used)
+
+    def scheme(self, formats: dict[str, LayerFormat], shapes: Shapes) -> Scheme:
+        """Of the packed model: full layer name -> format, stored tensor -> shape."""
+        attention = {a.name: a.format for a in self.plan.attention if a.format is not None}
+        return make_scheme(self.model, self.family, formats, shapes, attention)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What `config.json` keeps of how the checkpoint was made."""
+        return provenance(self.plan, self.stats)
+
+
+def convert_in_memory(job: Job) -> nn.Module:
     """Convert all parts and assemble the packed transformer."""
     tensors: dict[str, torch.Tensor] = {}
     formats: dict[str, LayerFormat] = {}
-    parts = family.part_names(model)
-    with progress_bar("converting", len(parts), quiet=quiet) as advance:
+    parts = job.family.part_names(job.model)
+    with progress_bar("converting", len(parts), quiet=job.quiet) as advance:
         for name in parts:
-            packed_part = one_part(name)
+            packed_part = job.convert_part(name)
             tensors |= packed_part.tensors
             formats |= packed_part.formats
             advance()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    scheme = make_scheme(model, family, formats, shapes, attention)
-    return pack_model(model, scheme, tensors, made)
+    scheme = job.scheme(formats, shapes)
+    return pack_model(job.model, scheme, tensors, job.provenance, job.plan.kept_dtype)
 
 
-def convert_on_disk(
-    pipe: Any,
-    model: nn.Module,
-    family: Family,
-    one_part: Callable[[str], PackedBlock],
-    attention: dict[str, AttentionFormat],
-    made: dict[str, Any],
-    plan: str,
-    out: Path,
-    max_shard_size: str,
-    quiet: bool,
-) -> nn.Module:
+def convert_on_disk(job: Job, out: Path, max_shard_size: str) -> nn.Module:
     """Convert the parts that an earlier run did not, one in memory at a time, then write the folder from disk."""
-    parts = family.part_names(model)
-    done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(model)})
+    parts, made = job.family.part_names(job.model), job.provenance
+    done = FinishedBlocks.open(out, {**made, "model_hash": model_hash(job.model)})
     earlier = done.names()
-    with progress_bar("converting", len(parts), len(earlier), quiet) as advance:
+    with progress_bar("converting", len(parts), len(earlier), job.quiet) as advance:
         for name in parts:
             if name not in earlier:
-                packed_part = one_part(name)
+                packed_part = job.convert_part(name)
                 done.save(name, packed_part.tensors, packed_part.formats)
                 del packed_part
                 give_back()
                 advance()
-    scheme = make_scheme(model, family, done.formats(parts), done.shapes(), attention)
-    return write_streamed(pipe, model, scheme, made, plan, done, out, max_shard_size)
+    scheme = job.scheme(done.formats(parts), done.shapes())
+    packed = packed_skeleton(job.model, scheme, made, job.plan.kept_dtype)
+    write_streamed(job.pipe, job.model, packed, to_json(job.plan), done, out, max_shard_size)
+    return packed
 
 
-def checked_plan(given: Plan | Recipe, model: nn.Module, family: Family, quiet: bool) -> Plan:
-    """The plan of a recipe, or a plan that is checked; tells what a method's default leaves float."""
-    if isinstance(given, Plan):
-        check_plan(given, model, family)
-        return given
-    plan = plan_of(model, family, given)
+def checked_plan(
+    given: Plan | Recipe, model: nn.Module, inputs: dict[str, Any] | None, quiet: bool
+) -> tuple[Plan, Family]:
+    """A plan for the model, and the family that it is carried out by; tells what a default leaves float."""
+    plan = given if isinstance(given, Plan) else plan_of(model, given, inputs=inputs)
+    family = family_or_row(model, inputs)
+    check_plan(plan, model, family)
     left = [a for a in plan.attention if a.format is None and a.reason != BY_CHOICE]
-    if left:
+    if left and not isinstance(given, Plan):
         note(f"{left[0].name}: its attention stays float: {left[0].reason}", quiet)
-    return plan
+    return plan, family
 
 
 def check_finite(model: nn.Module) -> None:

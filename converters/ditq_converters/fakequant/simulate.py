@@ -24,7 +24,8 @@ from ditq_converters.plan.entries import MODULATION, QUANTIZED, SitePlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Part
 from ditq_converters.plan.recipe import Recipe
-from ditq_runtime.families import BlockTable, family_of, get_linear
+from ditq_converters.sites import family_for
+from ditq_runtime.families import BlockTable, get_linear
 
 BITS = {"w8": 8, "w4p": 4, "w4g": 4}
 Bounds = list[tuple[torch.Tensor, Groups]]  # per block: boundaries, and where its group is left
@@ -53,8 +54,7 @@ def simulate(
     granularity = granularity or profile.granularity_at(BITS[recipe.weights])
     model = transformer_of(pipe)
     stats.check_model(model)
-    family = family_of(type(model).__name__)
-    plan = plan_of(model, family, replace(recipe, profile="int"))
+    family, plan = family_for(model), plan_of(model, replace(recipe, profile="int"))
     simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     groups: Bounds = []
     for block, table in family.block_tables(model).items():

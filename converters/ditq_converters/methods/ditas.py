@@ -105,10 +105,13 @@ def _through_activation_quantizer(
     if activations == "token":
         codes, scale = k.quantize_per_token(smoothed)
         return k.dequantize(codes, scale[:, None])
+    if activations == "token_asym":
+        codes, scale, zero = k.quantize_per_token(smoothed, asymmetric=True)
+        return k.dequantize(codes, scale[:, None], zero[:, None])
     if activations == "static":
         low, high = ranges.minmax(site.minimum.double() / smooth, site.maximum.double() / smooth)
         return ranges.through_quantizer(smoothed, low, high)
-    raise ValueError(f"ditas: activations must be token or static, got {activations!r}")
+    raise ValueError(f"ditas: activations must be token, token_asym or static, got {activations!r}")
 
 
 DITAS = Method(

@@ -96,7 +96,7 @@ def _site(site: SitePlan, own: Values) -> SitePlan:
     fields_of = {name: value for name, value in own.items() if name in _names(SitePlan)}
     kept = site.options if own.get("method", site.method) == site.method else {}
     told = {name: value for name, value in own.items() if name not in fields_of}
-    shifts = SHIFTS_AT.get(own["place"], "none") if "place" in own else site.shifts
+    shifts = SHIFTS_AT.get(own.get("place", ""), site.shifts)
     reason = _reason(site.reason, own)
     return replace(site, **fields_of, options={**kept, **told}, shifts=shifts, reason=reason)
 

@@ -9,6 +9,7 @@ from torch import nn
 import ditq_kernels as k
 from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
 from ditq_converters.methods import METHODS
+from ditq_converters.methods.base import SHIFTS
 from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan, SitePlan
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.sites import places_of, shifts_at
@@ -40,7 +41,7 @@ def check_plan(plan: Plan, model: nn.Module, family: Family) -> None:
         _check_linear(linear, linears[linear.name], site_of.get(linear.name, OUTSIDE))
     readers = plan.readers()
     for site in plan.sites:
-        _check_site(site, sites[site.name], readers[site.name])
+        _check_site(site, sites[site.name], family, readers[site.name])
     for block in tables:
         _check_groups([s for s in plan.sites if s.name.startswith(f"{block}.")], block)
     _same_names("attention", [a.name for a in plan.attention], family.attention_names(model))
@@ -108,21 +109,28 @@ def _sites_of_linears(model: nn.Module, family: Family) -> dict[str, str]:
     return found
 
 
-def _check_site(entry: SitePlan, site: Site, readers: list[LinearPlan]) -> None:
+def _check_site(entry: SitePlan, site: Site, family: Family, readers: list[LinearPlan]) -> None:
     block = entry.name.removesuffix(f".{site.name}")
     expected = tuple(f"{block}.{name}" for name in site.consumers)
     if entry.readers != expected:
         raise ValueError(
             f"plan: {entry.name}: its readers are {', '.join(expected)}, got {', '.join(entry.readers)}"
         )
-    if entry.place not in places_of(site):
+    places = places_of(site)
+    if entry.place not in places:
         raise ValueError(
-            f"plan: {entry.name}: place must be one of {', '.join(places_of(site))}, got {entry.place!r}"
+            f"plan: {entry.name}: place must be one of {', '.join(places)}, got {entry.place!r}"
         )
-    if entry.shifts not in ("none", shifts_at(site, entry.place)):
+    shifts = shifts_at(site, entry.place, family)
+    if SHIFTS.index(entry.shifts) > SHIFTS.index(shifts):
         raise ValueError(
-            f"plan: {entry.name}: shifts must be {shifts_at(site, entry.place)!r} or none where its transform goes to "
-            f"{entry.place!r}, got {entry.shifts!r}"
+            f"plan: {entry.name}: shifts can be {shifts} at most where its transform goes to {entry.place!r}, got "
+            f"{entry.shifts!r}"
+        )
+    if METHODS[entry.method].over_time and family.timestep_argument is None:
+        raise ValueError(
+            f"plan: {entry.name}: method {entry.method} follows the timestep, and {family.why_no_timestep}; take a "
+            "method that does not"
         )
     kinds = sorted({reader.activations for reader in readers if reader.is_integer})
     if len(kinds) > 1:

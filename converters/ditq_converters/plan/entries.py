@@ -12,11 +12,18 @@ from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
 from ditq_runtime.format.layer import GROUPED, LayerFormat
 
 PLACES = ("adaln", "value", "value+quantizer", "norm", "product", "quantizer")
-SHIFTS_AT = {"adaln": "groups", "value": "constant", "value+quantizer": "constant"}  # else none
+SHIFTS_AT = {  # what a site can be shifted by where its transform goes there, as a rule
+    "adaln": "groups",
+    "value": "constant",
+    "value+quantizer": "constant",
+    "norm": "constant",
+    "product": "none",
+    "quantizer": "groups",
+}
 CALLS = ("all", "noisiest")
 QUANTIZED = ("w8", "w4p", "w4g")
 WEIGHTS = (*QUANTIZED, "fp32", "as it is")
-ACTIVATIONS = ("token", "static", "none")
+ACTIVATIONS = ("token", "token_asym", "static", "none")
 ROUNDINGS = ("nearest", "gptq")
 MODULATION, OUTSIDE = "modulation", "outside"  # what stands for a site where a linear has none
 
@@ -86,7 +93,7 @@ class LinearPlan:
         shape: outputs N and inputs K.
         site: of its input; `modulation` for AdaLN linears (weight-only), `outside` for what lies outside the blocks.
         weights: `w8`, `w4p`, `w4g`, `fp32` (kept, in the checkpoint's own layer) or `as it is` (untouched).
-        activations: `token`, `static`, or `none` (weight-only).
+        activations: `token`, `token_asym` (with a zero point), `static`, or `none` (weight-only).
         group_size: input channels per group of `w4p` or `w4g`.
         symmetric: `w4g` without zero points.
         rank: of the low-rank branch beside the integer product; 0: none.

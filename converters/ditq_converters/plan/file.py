@@ -91,8 +91,8 @@ def from_json(text: str) -> Plan:
             f"plan: plan_version {stored['plan_version']!r}, this ditq reads {PLAN_VERSION}; make it again with "
             "`ditq plan`"
         )
-    read = {kind: _entries(kind, stored[kind]) for kind in KINDS}
-    return Plan(stored["architecture"], kept_dtype=stored["kept_dtype"], **read)
+    read: dict[str, Any] = {kind: _entries(kind, stored[kind]) for kind in KINDS}
+    return Plan(**{name: stored[name] for name in HEAD[1:]}, **read)
 
 
 def _entries(kind: str, stored: Any) -> tuple[Any, ...]:

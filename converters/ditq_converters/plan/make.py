@@ -19,12 +19,10 @@ from ditq_converters.plan.linears import plan_modulation, plan_outside, plan_rea
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sites import plan_site
-from ditq_converters.sites import family_or_row
+from ditq_converters.sites import family_for, family_or_row
 from ditq_runtime.families import Family, get_linear
-from ditq_runtime.surroundings import steady
 
 
-@steady()
 def make_plan(
     model: Any,
     stats: CalibrationStats | None = None,
@@ -39,8 +37,8 @@ def make_plan(
         model: a diffusers pipeline, or its transformer alone; or a MODEL that `open_model` opens, whose weights are
             not read.
         stats: a calibration; the plan is checked against what it holds.
-        inputs: keyword arguments of one forward, on which the sites of a class without a table are found; None: made
-            from its configuration.
+        inputs: keyword arguments of one forward of the transformer, to find the sites of a class without a table;
+            None: made from its configuration.
         set: changes, each `PATTERN:field=value` as in `Plan.set_rule`, one after another.
         **choices: fields of `Recipe`, and options of its method.
 
@@ -48,8 +46,9 @@ def make_plan(
         The plan, to read, to change, to save (`plan.file.write_plan`) and to convert with.
 
     Raises:
-        ValueError: a choice out of its range; a keep pattern or a change that matches nothing; attention that was
-            asked for and cannot run quantized; entries that do not go together.
+        ValueError: a choice out of its range; sites that cannot be found without `inputs`; a keep pattern or a change
+            that matches nothing; attention that was asked for and cannot run quantized; entries that do not go
+            together.
         StatisticsError: the statistics lack what the plan needs.
     """
     opened = (
@@ -57,21 +56,36 @@ def make_plan(
         if isinstance(model, str | Path)
         else float_transformer(model, "make_plan", False)
     )
-    family = family_or_row(opened, inputs)
-    plan = plan_of(opened, family, Recipe.of(**choices), set)
+    plan = plan_of(opened, Recipe.of(**choices), set, inputs)
     if stats is not None:
         check_statistics(plan, stats)
     return plan
 
 
-def plan_of(model: nn.Module, family: Family, recipe: Recipe, rules: Sequence[str] = ()) -> Plan:
+def plan_of(
+    model: nn.Module,
+    recipe: Recipe,
+    rules: Sequence[str] = (),
+    inputs: dict[str, Any] | None = None,
+) -> Plan:
     """The plan of a recipe, changed by rules. Errors as `make_plan`."""
     refuse_profile(recipe)
+    family = family_or_row(model, inputs)
+    plan = _plan(model, family, recipe)
+    for rule in rules:
+        plan.set_rule(rule)
+    check_plan(plan, model, family)
+    if plan.needs_statistics:
+        family_for(model, inputs)  # a row is not enough: statistics are those of sites
+    return plan
+
+
+def _plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
     sites: list[SitePlan] = []
     linears: list[LinearPlan] = []
     for block, table in family.block_tables(model).items():
         for site in table.sites:
-            entry = plan_site(block, site, recipe)
+            entry = plan_site(block, site, family, recipe)
             sites.append(entry)
             linears += [
                 plan_reader(name, get_linear(model, name), entry.name, recipe)
@@ -91,9 +105,6 @@ def plan_of(model: nn.Module, family: Family, recipe: Recipe, rules: Sequence[st
     attention = plan_attention(model, family, recipe)
     plan = Plan(family.architecture, tuple(sites), tuple(linears), attention, recipe.kept_dtype)
     _check_keep(plan, recipe)
-    for rule in rules:
-        plan.set_rule(rule)
-    check_plan(plan, model, family)
     return plan
 
 

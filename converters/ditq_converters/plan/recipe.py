@@ -28,7 +28,8 @@ class Recipe:
         weights: `w8` (int8 per output channel), `w4p` (4 bits, two-level groups; a width that no group divides takes
             `w8`) or `w4g` (4 bits, a real scale and zero point per group, as the papers have it; slower, the
             reference for accuracy).
-        activations: `token` (a scale per token, computed when it runs) or `static` (calibrated range).
+        activations: `token` (a scale per token, computed when it runs), `token_asym` (a scale and a zero point per
+            token) or `static` (calibrated range).
         group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.

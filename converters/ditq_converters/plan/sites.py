@@ -8,6 +8,7 @@ from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.families import (
     AdaLN,
     BlockTable,
+    Family,
     NormWeights,
     OnTheFly,
     ProductRows,
@@ -15,10 +16,8 @@ from ditq_runtime.families import (
     ValueRows,
 )
 
-UNTOLD = "-"  # kind of an `OnTheFly` site whose producer no table describes
 
-
-def plan_site(block: str, site: Site, recipe: Recipe) -> SitePlan:
+def plan_site(block: str, site: Site, family: Family, recipe: Recipe) -> SitePlan:
     """The entry of one site under a recipe."""
     method = METHODS[recipe.method]
     readers = tuple(f"{block}.{name}" for name in site.consumers)
@@ -28,31 +27,33 @@ def plan_site(block: str, site: Site, recipe: Recipe) -> SitePlan:
         reason = f"{method.name} transforms nothing"
     elif all(recipe.keeps(reader) for reader in readers):
         name, reason = "linear", "no transform: all that read it stay float"
-    elif (
-        isinstance(site.producer, OnTheFly)
-        and not method.on_the_fly
-        and not site.producer.takes_shift
-    ):
-        name, reason = "linear", f"{method.name} leaves it alone: {site.producer.reason}"
+    elif isinstance(site.producer, OnTheFly) and not _reaches(method, site.producer):
+        name, reason = "linear", f"{method.name} leaves it alone: {where(site, place)}"
     return SitePlan(
         f"{block}.{site.name}",
         readers,
         place,
         name,
         recipe.method_options if name == recipe.method else {},
-        shifts_at(site, place),
+        shifts_at(site, place, family),
         recipe.range_method,
         "all" if method.static_call is None else "noisiest",
         reason,
     )
 
 
+def _reaches(method: Method, producer: OnTheFly) -> bool:
+    """Whether a method transforms what only the quantizer can; some papers do not behind an activation function."""
+    return method.on_the_fly or producer.takes_shift
+
+
 def place_under(site: Site, method: Method) -> str:
     """Where the transform of a method goes; shifts per timestep group go to the quantizer, and not into a norm."""
-    match site.producer:
-        case NormWeights() | ValueRows(takes_shift=False) if method.over_time:
-            return "quantizer"
-    return place_of(site, rest=method.on_the_fly)
+    place = place_of(site, rest=method.on_the_fly)
+    takes = getattr(site.producer, "takes_shift", True)
+    if method.over_time and (place == "norm" or (place == "value" and not takes)):
+        return "quantizer"
+    return place
 
 
 def place_of(site: Site, rest: bool = True) -> str:
@@ -66,27 +67,27 @@ def place_of(site: Site, rest: bool = True) -> str:
             return "norm"
         case ProductRows():
             return "product"
-        case OnTheFly():
-            return "quantizer"
-
-
-def shifts_at(site: Site, place: str) -> str:
-    """What a site can be shifted by where its transform goes there."""
-    match site.producer:
-        case OnTheFly(takes_shift=takes_shift):
-            return "groups" if takes_shift else "none"
-        case _ if place == "quantizer":
-            return "groups"
-        case AdaLN():
-            return "groups"
-        case ValueRows(_, _, takes_shift) | NormWeights(_, takes_shift):
-            return "constant" if takes_shift else "none"
-    return "none"
+    return "quantizer"
 
 
 def places_of(site: Site) -> tuple[str, ...]:
     """Where the transform of a site may go."""
     return tuple(dict.fromkeys((place_of(site), place_of(site, rest=False), "quantizer")))
+
+
+def shifts_at(site: Site, place: str, family: Family) -> str:
+    """What a site can be shifted by where its transform goes there."""
+    grouped = "constant" if family.timestep_argument is None else "groups"
+    match site.producer:
+        case OnTheFly(takes_shift=False):
+            return "none"
+        case _ if place == "quantizer":
+            return grouped
+        case AdaLN():
+            return grouped
+        case ValueRows(_, _, takes_shift) | NormWeights(_, takes_shift):
+            return "constant" if takes_shift else "none"
+    return "none"
 
 
 def where(site: Site, place: str) -> str:

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import nn
 
 from ditq_converters.calibrate.memory import SLACK, held
-from ditq_converters.convert.pack import packed_skeleton
 from ditq_converters.convert.pipeline_folder import forget_paths, keep_plan
 from ditq_converters.streaming import finished
 from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
@@ -32,7 +31,6 @@ from ditq_converters.streaming.writer import write_safetensors
 from ditq_runtime.families import family_of
 from ditq_runtime.files import atomic_folder
 from ditq_runtime.format.digests import digest
-from ditq_runtime.format.scheme import Scheme
 
 WORK = 12  # bytes that a conversion of one block holds at most, over the bytes of its fp32 weights
 
@@ -51,29 +49,23 @@ def check_room(model: nn.Module, out: object) -> None:
 def write_streamed(
     pipe: Any,
     model: nn.Module,
-    scheme: Scheme,
-    recipe: dict[str, Any],
+    packed: nn.Module,
     plan: str,
     done: finished.FinishedBlocks,
     out: Path,
     max_shard_size: str,
-) -> nn.Module:
+) -> None:
     """Write the packed folder from converted blocks and the source's other tensors, atomically.
 
     Args:
         pipe: what was opened: `model` itself, or a pipeline around it, whose other components are copied.
         model: the streamed float transformer.
-        scheme: of the packed one.
-        recipe: its provenance.
+        packed: the packed one, its tensors on meta.
         plan: text of the plan that it was made by.
         done: all blocks.
         out: the folder.
         max_shard_size: as in diffusers' `save_pretrained`.
-
-    Returns:
-        The packed transformer, its tensors on meta.
     """
-    packed = packed_skeleton(model, scheme, recipe)
     read = _reader(done, _streamed(model))
     with atomic_folder(out) as part:
         if pipe is model:
@@ -85,7 +77,6 @@ def write_streamed(
         forget_paths(part)
         keep_plan(part, plan)
     finished.forget(out)
-    return packed
 
 
 def _streamed(model: nn.Module) -> Streamed:
@@ -114,7 +105,7 @@ def _write_transformer(
     digests: dict[str, str] = {}
 
     def read_and_note(name: str) -> torch.Tensor:
-        tensor = read(name)
+        tensor = read(name).to(tensors[name].dtype)  # what stays float may change its type
         digests[name] = digest(tensor)
         return tensor
 

@@ -56,7 +56,7 @@ CASES = [
         "rounding by rows and bias correction need quantized activations",
     ),
     (with_site, f"{BLOCK}.fc2", {"place": "adaln"}, r"place must be one of quantizer, got 'adaln'"),
-    (with_site, f"{BLOCK}.o_proj", {"shifts": "groups"}, "shifts must be 'constant' or none where"),
+    (with_site, f"{BLOCK}.o_proj", {"shifts": "groups"}, "shifts can be constant at most where"),
     (with_site, f"{BLOCK}.qkv", {"ranges": "qdiff_mse"}, "qdiff_mse is for static activations"),
     (with_site, f"{BLOCK}.qkv", {"readers": ("a",)}, "its readers are .*to_v, got a"),
     (with_site, f"{BLOCK}.qkv", {"options": {"num_groups": 3}}, "one set of timestep groups"),

@@ -45,7 +45,10 @@ def test_defaults():
         ({"method": "awq"}, "method must be one of linear, smoothquant.*got 'awq'"),
         ({"weights": "w4"}, "weights must be one of w8, w4p, w4g, got 'w4'"),
         ({"weights": "fp32"}, "weights must be one of"),
-        ({"activations": "tensor"}, "activations must be one of token, static, got 'tensor'"),
+        (
+            {"activations": "tensor"},
+            "activations must be one of token, token_asym, static, got 'te",
+        ),
         ({"activations": "none"}, "activations must be one of"),
         ({"modulation": "fp32"}, "modulation must be one of w8, w4p, w4g, got 'fp32'"),
         ({"group_size": 0}, "group_size must be a positive multiple of 32, got 0"),
