@@ -56,6 +56,29 @@ def test_products_equal_int64(tokens, outputs, inputs, generator):
     assert torch.equal(total.long(), q.long() @ weight.long().t())
 
 
+@pytest.mark.usefixtures("way")
+def test_products_of_every_small_shape_equal_int64(generator):
+    """One, two, odd and off-vector sizes of tokens, outputs and inputs; torch's own product is wrong for one input."""
+    sizes = (1, 2, 3, 5, 16, 17)
+    for tokens, outputs, inputs in itertools.product(sizes, sizes, (*sizes, 31, 33, 65)):
+        q, weight = int8((tokens, inputs), generator), int8((outputs, inputs), generator)
+        total = product.product(q, weight)
+        assert torch.equal(total.long(), q.long() @ weight.long().t()), (tokens, outputs, inputs)
+        one = torch.ones(1), torch.ones(outputs)
+        y = k.gemm_w8a8(q, weight, *one)
+        assert torch.equal(y.long(), q.long() @ weight.long().t()), (tokens, outputs, inputs)
+
+
+def test_a_processor_whose_dot_products_are_wrong_is_named(processor, monkeypatch, generator):
+    processor(avx_vnni=True)
+    right = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda q, weight: right(q, weight).clamp(max=2**15))
+    product._check_dot_products.cache_clear()
+    with pytest.raises(RuntimeError, match="not exact on this processor; choose the backend"):
+        product.product(int8((3, 64), generator), int8((5, 64), generator))
+    product._check_dot_products.cache_clear()
+
+
 @pytest.mark.parity("P5")
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
