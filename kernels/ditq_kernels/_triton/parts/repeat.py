@@ -31,10 +31,12 @@ class LayerPlans:
 
     Attributes:
         positions: of those tensors in the arguments.
+        nested: arguments have lists.
         plans: identity, address and version of those tensors -> the plan, references whose death removes it.
     """
 
     positions: tuple[int, ...]
+    nested: bool
     plans: dict[tuple[int, ...], tuple[LaunchPlan, tuple[weakref.ref, ...]]]
 
     def __call__(self, arguments: Arguments) -> Any:
@@ -45,7 +47,7 @@ class LayerPlans:
 
     def of(self, arguments: Arguments) -> LaunchPlan | None:
         """The plan of these weights, if they are as they were."""
-        given = flat(arguments)
+        given = flat(arguments) if self.nested else arguments
         found = self.plans.get(_stamps([given[i] for i in self.positions]))
         return None if found is None else found[0].of(arguments)
 
@@ -71,7 +73,7 @@ def _of_layer(plan: LaunchPlan, parts: list[Any], arguments: Arguments) -> Layer
     places = [[i for i, one in enumerate(given) if one is part] for part in parts]
     if not all(len(found) == 1 for found in places) or any(part.is_inference() for part in parts):
         raise CannotRepeatError  # inference tensors count no versions: they are prepared at every call
-    made = LayerPlans(tuple(found[0] for found in places), {})
+    made = LayerPlans(tuple(found[0] for found in places), plan.nested, {})
     made.add(plan, parts)
     return made
 

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -80,21 +81,25 @@ class LaunchPlan:
         stream_of = triton.runtime.driver.active.get_current_stream
         # memory without elements is not taken again: no public op hands it on
         memory = tuple((*m, None if all(m.shape) else m.taken(self.device)) for m in self.memory)
-        object.__setattr__(self, "_ready", (tuple(map(_launcher, self.steps)), memory, stream_of))
+        weights = tuple((made, attrgetter(*names)) for made, names in self.weights)
+        ready = tuple(map(_launcher, self.steps)), memory, weights, stream_of
+        object.__setattr__(self, "_ready", ready)
 
     def __call__(self, arguments: Arguments) -> Any:
         """Run one call of this signature."""
         device = self.device
         if _somebody_listens() or not _is_current(device):
             return FunctionPlan(self.op)(arguments)
-        launchers, memory_of, stream_of = self._ready
+        launchers, memory_of, weights, stream_of = self._ready
         memory = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device) if none is None else none
             for shape, stride, dtype, none in memory_of
         ]
         given = flat(arguments) if self.nested else arguments
-        weights = [getattr(made(), name) for made, names in self.weights for name in names]
-        pool = (*given, *memory, *weights, *self.fixed)
+        if weights:
+            pool = (*given, *memory, *[w for made, take in weights for w in take(made())], *self.fixed)
+        else:
+            pool = (*given, *memory, *self.fixed)
         stream = stream_of(device.index or 0)
         for launch in launchers:
             launch(stream, pool)
@@ -104,7 +109,7 @@ class LaunchPlan:
 
     def of(self, arguments: Arguments) -> LaunchPlan | None:
         """Itself, unless the weights that were prepared for it are gone."""
-        return self if all([made() for made, _ in self.weights]) else None
+        return self if not self.weights or all([made() for made, _ in self.weights]) else None
 
     def beside(self, before: Plan) -> Plan:
         """Takes the place of what was kept for the signature."""
