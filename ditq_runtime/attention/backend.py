@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
 from ditq_runtime.attention.dispatcher import BACKENDS
@@ -102,3 +102,15 @@ def _key_mask(mask: torch.Tensor | None, values: str, key: torch.Tensor) -> torc
             f"{list(mask.shape)}; {NATIVE}"
         )
     return key_mask_of(mask.reshape(-1, keys).expand(batch, keys), batch, keys)
+
+
+def runs_flex(model: nn.Module) -> bool:
+    """Whether an attention of the model asks for flex attention, by its own choice or the process's."""
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    chosen = [getattr(p, SWITCH) or default for p in processors if hasattr(p, SWITCH)]
+    return AttentionBackendName.FLEX in map(_name_of, chosen)
+
+
+def _name_of(backend: Any) -> AttentionBackendName:
+    return AttentionBackendName(getattr(backend, "value", backend))

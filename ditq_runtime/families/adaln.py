@@ -104,10 +104,24 @@ def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """
     stock = type(module)
     if (stock, forward) not in _SUBCLASSES:
-        subclass = type(stock.__name__, (stock,), {"forward": forward})
+        # pickle looks for a class by its name, which is that of the stock class
+        inside = {"forward": forward, "__reduce__": _reduce}
+        subclass = type(stock.__name__, (stock,), inside)
         _introduce(subclass, stock)
         _SUBCLASSES[stock, forward] = subclass
     module.__class__ = _SUBCLASSES[stock, forward]
+
+
+def _reduce(module: nn.Module) -> tuple[Any, ...]:
+    """As `copy` and `pickle` make another: from what the subclass was made of."""
+    stock, forward = type(module).__bases__[0], type(module).forward
+    return _rebuild, (stock, forward), dict(vars(module))
+
+
+def _rebuild(stock: type, forward: Callable[..., Any]) -> nn.Module:
+    module: nn.Module = stock.__new__(stock)
+    swap_forward(module, forward)
+    return module
 
 
 def _introduce(subclass: type, stock: type) -> None:

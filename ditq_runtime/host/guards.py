@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -63,7 +64,8 @@ class CheckedUpdate:
 
 def refuse_methods(model: Any) -> None:
     """Replace, on one packed model, the methods that would fail on integer weights."""
-    from ditq_runtime.layers.linear import QuantLinear  # not above: this file is light
+    from ditq_runtime.host.float_twin import num_parameters  # not above: this file is light
+    from ditq_runtime.layers.linear import QuantLinear
     from ditq_runtime.lora.verbs import bind_verbs
 
     cannot = dict(CANNOT)
@@ -75,6 +77,7 @@ def refuse_methods(model: Any) -> None:
     for name, reason in cannot.items():
         if hasattr(type(model), name):
             setattr(model, name, Refusal(name.removeprefix("_"), reason))
+    model.num_parameters = partial(num_parameters, model)
     bind_verbs(model)
 
 

@@ -5,9 +5,10 @@ What it makes is what `ditq convert --method linear --activations token` makes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from glob import escape
 
 import torch
 from torch import nn
@@ -228,6 +229,28 @@ class PackedView(Mapping[str, torch.Tensor]):
             return {name: _plus_one(value, self._direct.get(layer, []))}
         stored = _quantize(value, self._scheme.format_of(layer))
         return {f"{layer}.{part}": tensor for part, tensor in stored.items()}
+
+
+def pack_in_place(
+    state: dict[str, torch.Tensor], scheme: Scheme, direct: ScaleRows | None = None
+) -> None:
+    """Turn a float state dict into the packed one, tensor by tensor: the float ones are let go of as it proceeds."""
+    for name in list(state):
+        one = {name: state.pop(name)}
+        state |= PackedView(one, scheme, direct)
+
+
+def substrings(names: Sequence[str]) -> tuple[str, ...]:
+    """Parts of names, as other backends list what stays float, as glob patterns.
+
+    Raises:
+        ValueError: a string in place of a list, or an empty part, which every name holds.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"DitqConfig: modules_to_not_convert must be a list of parts of names, got {names!r}"
+        )
+    return tuple(name if "*" in name else f"*{escape(name)}*" for name in names)
 
 
 def rename_tables(keys: list[str], direct: ScaleRows) -> None:

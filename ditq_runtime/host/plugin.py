@@ -6,7 +6,7 @@ other backends did before they were merged upstream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
@@ -26,14 +26,17 @@ from ditq_runtime.format.rules import Rule, check_value
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import Renaming, Version1
 from ditq_runtime.host import check, skeleton
+from ditq_runtime.host.float_twin import float_twin
 from ditq_runtime.host.guards import refuse_methods
 from ditq_runtime.host.on_the_fly import (
     Choice,
     PackedView,
     choose_formats,
     made_names,
+    pack_in_place,
     rename_tables,
     scale_rows,
+    substrings,
 )
 from ditq_runtime.host.saving import save_with_digests
 from ditq_runtime.host.translate import translate
@@ -41,6 +44,7 @@ from ditq_runtime.lora.branch import ADAPTERS
 from ditq_runtime.lora.file import without_peft
 
 RECIPE = Rule(dict, nullable=True)
+COMPUTE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 class DitqMethod(str, Enum):
@@ -67,6 +71,7 @@ class DitqConfig(QuantizationConfigMixin):
         group_size: inputs per `w4p` or `w4g` group.
         modulation: weights of the modulation linears; None: the same as `weights`.
         keep: glob patterns of layers and attentions that stay float.
+        modules_to_not_convert: as other backends call `keep`: parts of names; a layer stays float whose name holds one.
         attention: `int8` or `bf16`: type of P and V where attention runs quantized, with token scales; `none`: float.
         digests: name of a stored tensor -> its digest; those of a file, compared while it is loaded, then forgotten.
 
@@ -87,6 +92,7 @@ class DitqConfig(QuantizationConfigMixin):
         keep: tuple[str, ...] = (),
         attention: str = "none",
         digests: dict[str, str] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
         """Validate and keep; diffusers calls this with the stored dictionary's entries."""
@@ -105,6 +111,8 @@ class DitqConfig(QuantizationConfigMixin):
         self.choice = None
         if weights is not None:
             kept = keep if isinstance(keep, str) else tuple(keep)
+            if modules_to_not_convert is not None and not isinstance(kept, str):
+                kept += substrings(modules_to_not_convert)
             self.choice = Choice(weights, activations, group_size, modulation, kept, attention)
         self.version1 = None
         if scheme is not None and not isinstance(scheme, Scheme):
@@ -115,6 +123,11 @@ class DitqConfig(QuantizationConfigMixin):
         self.digests = read_digests(digests)
         check_value("quantization_config: recipe", recipe, RECIPE)
         self.recipe: dict[str, Any] = recipe or {}
+
+    @property
+    def is_open(self) -> bool:
+        """It is a choice that no model was loaded with yet."""
+        return self._scheme is None
 
     @property
     def scheme(self) -> Scheme:
@@ -174,6 +187,9 @@ class DitqQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
         """Refuse a float checkpoint with a packed one's config."""
         super().__init__(quantization_config, **kwargs)
+        if quantization_config.choice is not None:
+            self.pre_quantized = False  # from_single_file does not say so
+        self.loaded_keys: list[str] = []
         self.absent: list[str] = []
         self.digests = quantization_config.digests if wanted() else {}
         self.renaming: Renaming | None = None
@@ -190,6 +206,10 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> None:
         """Keep the dtype for ourselves: told of one, diffusers would cast our fp32 scales before we see them."""
+        if torch_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"torch_dtype: a packed transformer computes in float32, float16 or bfloat16, got {torch_dtype}"
+            )
         self.compute_dtype = torch_dtype or torch.float32
 
     def maybe_update_loaded_keys(
@@ -203,17 +223,25 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every shard passes here: a float one is quantized, layer by layer, while it is read."""
+        if self.pre_quantized and not hasattr(self, "headers"):
+            raise ValueError(
+                "from_single_file: a packed checkpoint is a folder; load it with from_pretrained"
+            )
         if self.pre_quantized and self.digests:
             for name, tensor in state_dict.items():
                 check_digest(name, tensor, self.digests, self.headers)
         if self.renaming is not None:
             return self.renaming.tensors(state_dict)
-        if self.pre_quantized:
-            return state_dict
+        if self.pre_quantized or self.quantization_config.is_open:
+            return state_dict  # of a single file it is told before there is a model
         return PackedView(state_dict, self.quantization_config.scheme, self.direct)
 
     def _process_model_before_weight_loading(
-        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **_: Any,
     ) -> None:
         if not self.pre_quantized:
             assert self.quantization_config.choice is not None
@@ -236,6 +264,8 @@ class DitqQuantizer(DiffusersQuantizer):
         refuse_methods(model)
         save_with_digests(model)
         model.register_to_config(quantization_config=self.quantization_config)
+        if state_dict is not None:
+            pack_in_place(state_dict, scheme, self.direct)
 
     def _translate(self, model: nn.Module, old: Version1) -> None:
         """A checkpoint of version 1 becomes one of this version while it is read."""
@@ -252,7 +282,8 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         places = getattr(model, "hf_device_map", None)
-        if places is None or len(set(map(str, places.values()))) == 1:
+        offloaded = places is not None and "disk" in map(str, places.values())
+        if places is None or (len(set(map(str, places.values()))) == 1 and not offloaded):
             left = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
             if left:
                 raise CheckpointError(f"{left[0]}: was not loaded; the checkpoint is incomplete")
@@ -272,6 +303,9 @@ class DitqQuantizer(DiffusersQuantizer):
             model.register_to_config(quantization_config=self.quantization_config)
             skeleton.share_embedder(model, family_of(scheme.architecture))
             self.absent = skeleton.duplicate_embedders(model, shared)
+
+    def _dequantize(self, model: Any) -> Any:
+        return float_twin(model)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False

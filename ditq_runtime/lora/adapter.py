@@ -141,7 +141,7 @@ def _branch(
             down, bias = _of_reader(site, down, up, bias)
     for site in folds:
         if layer in site.format.producers and site.scale is not None:
-            rows = _row_factors(site, site.format.producers[layer], len(up))
+            rows = row_factors(site, site.format.producers[layer], len(up))
             up, bias = up * rows[:, None], None if bias is None else bias * rows
     device, dtype = linear.weight.device, linear.weight.dtype
     if isinstance(linear, QuantLinear):
@@ -167,7 +167,7 @@ def _of_reader(
     return (down if site.scale is None else down * site.scale.double().cpu()), bias
 
 
-def _row_factors(site: Site, begins: tuple[int, ...], num_rows: int) -> torch.Tensor:
+def row_factors(site: Site, begins: tuple[int, ...], num_rows: int) -> torch.Tensor:
     """[N] fp64: what the fold of a site multiplied each row of a producer by."""
     assert site.scale is not None
     u, rows = 1 / site.scale.double().cpu(), torch.ones(num_rows, dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_runtime.attention.backend import chosen_attentions
+from ditq_runtime.attention.backend import chosen_attentions, runs_flex
 from ditq_runtime.errors import FallbackError
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.families.adaln import hoisted_modules
@@ -143,7 +143,7 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         The report; `print` it, or take `.layers`, `.attention`, `.totals`, `.to_dict()`.
 
     Raises:
-        ValueError: the model is not a packed transformer, or needs `inputs`.
+        ValueError: the model is not a packed transformer, needs `inputs`, or runs flex attention.
         FallbackError: a layer or attention that the scheme lists was replaced, did not run, or ran something else.
     """
     model = getattr(model, "_orig_mod", model)
@@ -152,6 +152,11 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     if scheme is None:
         raise ValueError(
             f"execution_report: {type(model).__name__} is not a packed ditq transformer"
+        )
+    if runs_flex(model):
+        raise ValueError(
+            "execution_report: flex attention compiles itself, which cannot be observed; "
+            "call set_attention_backend('native') for the report"
         )
     family = family_of(scheme.architecture)
     _check_in_place(model, scheme.layers)

@@ -1,0 +1,162 @@
+"""What users do to packed models through diffusers and torch: it works, or one sentence says why not."""
+
+import pickle
+
+import diffusers
+import pytest
+import torch
+
+import ditq_runtime as ditq
+from ditq_converters import Recipe, convert
+from ditq_runtime import DitqConfig, QuantLinear
+
+
+@pytest.fixture(scope="module")
+def flux():
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
+    ).eval().requires_grad_(False)  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16), "encoder_hidden_states": torch.randn(1, 6, 32),
+        "pooled_projections": torch.randn(1, 32), "timestep": torch.tensor([0.5]), "txt_ids": torch.zeros(6, 3),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+    }  # fmt: skip
+    return model, inputs
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+def error(got, truth):
+    return float((got - truth).norm() / truth.norm())
+
+
+def test_a_single_file_is_quantized_as_it_loads(flux, tmp_path):
+    model, inputs = flux
+    model.save_pretrained(tmp_path)
+    config = DitqConfig(weights="w4p", group_size=32)
+    loaded = type(model).from_single_file(
+        str(tmp_path / "diffusion_pytorch_model.safetensors"), config=str(tmp_path),
+        quantization_config=config,
+    )  # fmt: skip
+    folder = type(model).from_pretrained(tmp_path, quantization_config=config)
+    assert torch.equal(run(loaded, inputs), run(folder, inputs))
+    assert ditq.execution_report(loaded, inputs).totals["integer_linears"] > 10
+
+
+def test_a_packed_single_file_is_refused(flux, tmp_path):
+    model, _ = flux
+    packed = convert(model, Recipe("linear"), out=tmp_path / "out", quiet=True)
+    with pytest.raises(ValueError, match="a packed checkpoint is a folder"):
+        type(model).from_single_file(
+            str(tmp_path / "out" / "diffusion_pytorch_model.safetensors"),
+            config=str(tmp_path / "out"), quantization_config=packed.config.quantization_config,
+        )  # fmt: skip
+
+
+def test_modules_to_not_convert_are_parts_of_names(flux, tmp_path):
+    model, _ = flux
+    model.save_pretrained(tmp_path)
+    config = DitqConfig(weights="w8", modules_to_not_convert=["attn", "ff"])
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
+    integer = [n for n, m in loaded.named_modules() if getattr(m, "weight", None) is not None
+               and isinstance(m, QuantLinear) and m.weight.dtype == torch.int8]  # fmt: skip
+    assert integer
+    assert not [name for name in integer if "attn" in name or "ff" in name]
+    for wrong in ("attn", [""], [3]):
+        with pytest.raises(ValueError, match="must be a list of parts of names"):
+            DitqConfig(weights="w8", modules_to_not_convert=wrong)
+
+
+@pytest.mark.parametrize("name", ["w8_static", "w8_token", "w4p_token", "w4g_static"])
+def test_dequantize_gives_the_float_model_within_a_step(pipes, packed_folder, load, forward, name):
+    """The weights differ by rounding alone: also where factors were folded, they are the float model's again."""
+    kind = "shared" if name in ("w8_token", "w4g_static") else "own"
+    truth, packed = pipes[kind].transformer, load(packed_folder(name))
+    twin = packed.dequantize()
+    assert type(twin) is diffusers.DiTTransformer2DModel
+    assert not any(isinstance(m, QuantLinear) for m in twin.modules())
+    # a weight is off by half a step at most: 1 / 254 of its row's maximum in 8 bits, 1 / 30 of a group's range in 4;
+    # rows of 64 or 256 values have a maximum under 4.5 times their rms; uniform in a step: 1 / sqrt(3) of it
+    bound = (4.5 / 254 if name.startswith("w8") else 4.5 / 15) / 3**0.5
+    bound *= (
+        3 if "static" in name or name == "w4p_token" else 1
+    )  # smoothing moves range between columns
+    for (key, want), got in zip(
+        truth.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        assert error(got, want) <= bound if want.dim() > 1 else error(got, want) < 1e-6, key
+    assert error(forward(twin), forward(truth)) < (0.02 if name.startswith("w8") else 0.3)
+    assert twin.num_parameters() == truth.num_parameters() == packed.num_parameters()
+
+
+def test_dequantize_refuses_what_no_float_model_holds(pipes, stats):
+    packed = convert(pipes["own"], Recipe("htg", activations="static"), stats["own"], quiet=True)
+    with pytest.raises(ValueError, match="has shifts, timestep groups"):
+        packed.dequantize()
+
+
+def test_a_dequantized_flux_computes_the_same(flux):
+    model, inputs = flux
+    packed = convert(model, Recipe("linear"), quiet=True)
+    twin = packed.dequantize()
+    # token activations alone differ: 1 / 254 of the largest of a row, through two blocks
+    assert error(run(packed, inputs), run(twin, inputs)) < 0.02
+    assert error(run(twin, inputs), run(model, inputs)) < 0.02
+
+
+def test_pickle_and_torch_save_give_the_model_again(packed_folder, load, forward, tmp_path):
+    model = load(packed_folder("w8_static"))
+    expected = forward(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(forward(again), expected)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(forward(loaded), expected)
+    assert type(loaded.transformer_blocks[0]) is type(model.transformer_blocks[0])
+    assert loaded.num_parameters() == model.num_parameters()
+
+
+def test_a_pickled_model_has_its_own_verbs(flux):
+    model, inputs = flux
+    packed = convert(model, Recipe("linear"), quiet=True)
+    again = pickle.loads(pickle.dumps(packed))
+    assert again.load_lora_adapter.model is again
+    with pytest.raises(ValueError, match="fuse_qkv_projections: not possible"):
+        again.fuse_qkv_projections()
+    assert torch.equal(run(again, inputs), run(packed, inputs))
+
+
+def test_another_dtype_and_the_disk(packed_folder, load, forward, tmp_path):
+    folder = packed_folder("w8_static")
+    with pytest.raises(
+        ValueError, match=r"computes in float32, float16 or bfloat16, got torch\.float64"
+    ):
+        load(folder, torch_dtype=torch.float64)
+    expected = forward(load(folder))
+    on_disk = load(folder, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert all(p.is_meta for p in on_disk.parameters())
+    assert torch.equal(forward(on_disk), expected)
+
+
+def test_the_report_of_a_compiled_model(packed_folder, load):
+    model = load(packed_folder("w8_token"))
+    expected = ditq.execution_report(model).to_dict()
+    compiled = torch.compile(model, backend="eager")
+    assert ditq.execution_report(compiled).to_dict() == expected
+    model.compile_repeated_blocks(backend="eager")
+    assert ditq.execution_report(model).to_dict() == expected
+
+
+def test_the_report_refuses_flex_attention(flux):
+    model, inputs = flux
+    packed = convert(model, Recipe("linear"), quiet=True)
+    packed.set_attention_backend("flex")
+    with pytest.raises(ValueError, match="flex attention"):
+        ditq.execution_report(packed, inputs)
+    packed.set_attention_backend("native")
+    run(packed, inputs)
