@@ -118,8 +118,8 @@ def _reduce(module: nn.Module) -> tuple[Any, ...]:
     return _rebuild, (stock, forward), dict(vars(module))
 
 
-def _rebuild(stock: type, forward: Callable[..., Any]) -> nn.Module:
-    module: nn.Module = stock.__new__(stock)
+def _rebuild(stock: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
+    module = stock.__new__(stock)
     swap_forward(module, forward)
     return module
 

@@ -13,10 +13,6 @@ CANNOT = {
     "ditq's kernels read the shared input once anyway",
     "fuse_lora": "an adapter cannot be merged into integer weights; leave it beside them, unfused",
 }
-IP_ADAPTER = (
-    "a factor was folded into the attention's values, and an IP-Adapter would add values without it, silently wrong; "
-    "convert with a method that folds nothing into V, or leave the adapter out"
-)
 # PEFT's layers that only add to, or scale, what the linear gives; the others read its float weight
 BESIDE = (
     "peft.tuners.lora.layer.Linear",
@@ -65,18 +61,11 @@ class CheckedUpdate:
 def refuse_methods(model: Any) -> None:
     """Replace, on one packed model, the methods that would fail on integer weights."""
     from ditq_runtime.host.float_twin import num_parameters  # not above: this file is light
-    from ditq_runtime.layers.linear import QuantLinear
     from ditq_runtime.lora.verbs import bind_verbs
 
-    cannot = dict(CANNOT)
-    if any(
-        isinstance(m, QuantLinear) and m.folded and ".to_out." in name
-        for name, m in model.named_modules()
-    ):
-        cannot["_load_ip_adapter_weights"] = IP_ADAPTER
-    for name, reason in cannot.items():
+    for name, reason in CANNOT.items():
         if hasattr(type(model), name):
-            setattr(model, name, Refusal(name.removeprefix("_"), reason))
+            setattr(model, name, Refusal(name, reason))
     model.num_parameters = partial(num_parameters, model)
     bind_verbs(model)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
-from types import MethodType
+from functools import partial, wraps
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -13,10 +12,12 @@ from ditq_runtime.format.digests import digests_of
 
 def save_with_digests(model: Any) -> None:
     """Make one packed model save so."""
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = partial(
+        _save_pretrained, model
+    )  # a bound method would not survive pickle
 
 
-@wraps(ModelMixin.save_pretrained)
+@wraps(ModelMixin.save_pretrained, assigned=("__doc__",))  # pickle goes by its own name
 def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """As diffusers does, which writes config.json first."""
     stored, _ = self.hf_quantizer.get_state_dict_and_metadata(

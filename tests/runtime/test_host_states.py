@@ -1,5 +1,6 @@
 """What users do to packed models through diffusers and torch: it works, or one sentence says why not."""
 
+import json
 import pickle
 
 import diffusers
@@ -121,7 +122,7 @@ def test_pickle_and_torch_save_give_the_model_again(packed_folder, load, forward
     assert loaded.num_parameters() == model.num_parameters()
 
 
-def test_a_pickled_model_has_its_own_verbs(flux):
+def test_a_pickled_model_has_its_own_verbs(flux, tmp_path):
     model, inputs = flux
     packed = convert(model, Recipe("linear"), quiet=True)
     again = pickle.loads(pickle.dumps(packed))
@@ -129,6 +130,9 @@ def test_a_pickled_model_has_its_own_verbs(flux):
     with pytest.raises(ValueError, match="fuse_qkv_projections: not possible"):
         again.fuse_qkv_projections()
     assert torch.equal(run(again, inputs), run(packed, inputs))
+    again.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert stored["quantization_config"]["digests"]
 
 
 def test_another_dtype_and_the_disk(packed_folder, load, forward, tmp_path):
