@@ -117,12 +117,14 @@ class Site:
         producer: what makes it, and so how a factor folds.
         streams: consumers that each read other tokens of it (image, text), so that all must be observed; by default
             they all read the same tensor and the first stands for them.
+        timed: it follows the timestep, and its rows stand by sample; else a shift is one for all timesteps.
     """
 
     name: str
     consumers: tuple[str, ...]
     producer: Producer
     streams: tuple[str, ...] = ()
+    timed: bool = True
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def shifts_at(site: Site, place: str, family: Family) -> str:
         case OnTheFly(takes_shift=False):
             return "none"
         case _ if place == "quantizer":
-            return grouped
+            return grouped if site.timed else "constant"
         case AdaLN():
             return grouped
         case ValueRows(_, _, takes_shift) | NormWeights(_, takes_shift):

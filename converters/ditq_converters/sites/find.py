@@ -146,6 +146,7 @@ def _blocks(usage: Usage, twin: nn.Module) -> list[str]:
 def _table(usage: Usage, block: str) -> BlockTable:
     """Sites of one block in the order they are read, before their producers are known, and modulation linears."""
     readers: dict[tuple[int, ...], list[str]] = {}
+    timestep, _ = timestep_argument(usage)
     modulations = {}
     for name, calls in usage.graph.calls.items():
         inside = name.removeprefix(f"{block}.")
@@ -157,9 +158,16 @@ def _table(usage: Usage, block: str) -> BlockTable:
             same = tuple(op.get("input") for op in calls)
             readers.setdefault(same, []).append(inside)
     sites = tuple(
-        Site(names[0].replace(".", "_"), tuple(names), UNTOLD) for names in readers.values()
+        Site(
+            names[0].replace(".", "_"), tuple(names), UNTOLD, timed=_timed(usage, values, timestep)
+        )
+        for values, names in readers.items()
     )
     return BlockTable(sites, modulations)
+
+
+def _timed(usage: Usage, values: tuple[int, ...], timestep: str | None) -> bool:
+    return all(timestep in usage.depends[v] and not usage.scattered[v] for v in values)
 
 
 def _twins(blocks: list[str], twin: nn.Module, model: nn.Module) -> dict[str, str] | None:

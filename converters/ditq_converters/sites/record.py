@@ -72,6 +72,7 @@ def _site_record(site: Site) -> dict[str, Any]:
         "name": site.name,
         "consumers": list(site.consumers),
         "streams": list(site.streams),
+        "timed": site.timed,
         "producer": type(site.producer).__name__,
         "fields": fields,
     }
@@ -80,4 +81,5 @@ def _site_record(site: Site) -> dict[str, Any]:
 def _site(stored: dict[str, Any]) -> Site:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["fields"].items()}
     producer: Producer = PRODUCERS[stored["producer"]](**fields)
-    return Site(stored["name"], tuple(stored["consumers"]), producer, tuple(stored["streams"]))
+    readers, streams = tuple(stored["consumers"]), tuple(stored["streams"])
+    return Site(stored["name"], readers, producer, streams, stored["timed"])

@@ -13,6 +13,8 @@ from ditq_converters.sites.trace import MOVES, Graph, Op
 ACTIVATIONS = frozenset({
     "gelu", "silu", "relu", "tanh", "sigmoid", "leaky_relu", "mish", "softplus", "elu", "hardswish",
 })  # fmt: skip
+PICKS = frozenset({"index", "index_select", "gather", "masked_select"})
+SPREADS = frozenset({"index_put", "index_add", "scatter", "scatter_add", "scatter_reduce", "where"})
 THROUGH = MOVES | ACTIVATIONS | {"add", "sub", "mul", "div", "_softmax", "softmax"}
 
 
@@ -57,6 +59,20 @@ class Usage:
                 found.append(frozenset().union(*(found[i] for i in value.op.inputs)))
             else:
                 found.append(frozenset({value.argument} if value.argument else ()))
+        return found
+
+    @cached_property
+    def scattered(self) -> list[bool]:
+        """For every value, whether its rows were picked by what the model computed, as experts' tokens are."""
+        found: list[bool] = []
+        for value in self.graph.values:
+            op = value.op
+            if op is None:
+                found.append(False)
+                continue
+            picked = op.name in PICKS and any(self.depends[i] for i in op.inputs[1:])
+            passed = op.name not in SPREADS and any(found[i] for i in op.inputs[:1])
+            found.append(picked or passed)
         return found
 
     def _reaches(self, name: str) -> set[bool]:

@@ -59,6 +59,13 @@ def test_the_rest_stays_float_for_its_reason(both):
     assert found.timestep_argument == "timestep", name
 
 
+def test_what_follows_the_timestep_may_shift_with_it(make_case):
+    """Image tokens of PixArt's blocks do; the caption, which attention reads as it came, does not."""
+    model, inputs = make_case("pixart-sigma")
+    (table, *_) = find_sites(model, inputs).block_tables(model).values()
+    assert {site.name for site in table.sites if not site.timed} == {"attn2_to_k"}
+
+
 def test_a_class_with_a_table_keeps_it(make_case):
     model, inputs = make_case("flux-dev")
     assert family_for(model, inputs) is FAMILIES["FluxTransformer2DModel"]

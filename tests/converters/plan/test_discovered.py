@@ -149,8 +149,9 @@ def test_shifts_per_timestep_group_go_into_quantizers(case):
         if site.method == "htg" and site.place == "quantizer"
     }
     assert len(groups) >= 4
-    assert set(groups.values()) == {2}
-    some = next(site for site in plan.sites if site.name in groups)
+    assert set(groups.values()) <= {1, 2}  # one where the input does not follow the timestep
+    assert list(groups.values()).count(2) >= 4
+    some = next(site for site in plan.sites if groups.get(site.name) == 2)
     shift = packed.state_dict()[
         f"{some.name.rpartition('.')[0]}.ditq_sites.{some.name.rpartition('.')[2]}.shift"
     ]

@@ -46,6 +46,32 @@ def test_a_gate_makes_few_numbers_that_multiply(usage):
     assert [name for name in "bcd" if gates(usage, name)] == ["b"]
 
 
+def test_rows_that_a_router_picks_stand_by_no_sample():
+    """What comes back to its place does again."""
+
+    class Picked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in "abc")
+
+        def forward(self, x):
+            rows = x.flatten(0, 1)
+            mine = self.a(rows)[:, 0] > 0
+            back = torch.zeros_like(rows)
+            back[mine] = self.b(rows[mine])
+            return self.c(back)
+
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 4, WIDTH).double()}
+    usage = Usage(trace(Picked().double(), inputs)[0], inputs)
+    read = {name: calls[0].get("input") for name, calls in usage.graph.calls.items()}
+    assert {name: usage.scattered[v] for name, v in read.items()} == {
+        "a": False,
+        "b": True,
+        "c": False,
+    }
+
+
 def test_experts_are_matrices_in_one_parameter(usage):
     """Neither a table that is added nor a convolution, three dimensions though they have."""
     assert expert_parameters(usage) == ["weights"]

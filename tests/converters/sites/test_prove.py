@@ -76,7 +76,11 @@ def case():
             "leak": torch.tensor(0.5).double(),
         }
     graph, out = trace(model, inputs)
-    return model, propose(graph, "blocks.0", TABLE), Prover(model, inputs, graph, out)
+    return (
+        model,
+        propose(graph, "blocks.0", TABLE),
+        Prover(model, inputs, graph, out),
+    )
 
 
 def test_what_the_dataflow_suggests(case):
