@@ -11,6 +11,11 @@ from typing import Any
 from ditq_runtime.format.folder import TransformerFolder, open_folder
 from ditq_runtime.host.sizes import size_by_category
 
+ACTIVATIONS = {
+    "token": "per token",
+    "token_asym": "per token with zero points",
+    "static": "with calibrated ranges",
+}
 CARD, GRID = "README.md", "samples.png"
 
 
@@ -101,11 +106,10 @@ def _bits(folder: TransformerFolder) -> str:
     assert folder.scheme is not None
     formats = folder.scheme.formats.values()
     kinds = {
-        f"{f.weights} weights, int8 activations per {f.activations}"
+        f"{f.weights} weights, int8 activations {ACTIVATIONS[f.activations]}"
         for f in formats
         if f.integer_gemm
     }
-    kinds = {kind.replace("per static", "with calibrated ranges") for kind in kinds}
     return "; ".join(sorted(kinds)) or "weight-only"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.pinned import Pinned
-from ditq_runtime.layers.timestep_groups import group_index
+from ditq_runtime.layers.timestep_groups import group_index, of_groups
 
 
 class Codes(NamedTuple):
@@ -89,6 +89,14 @@ class Site(Pinned):
             q = k.quantize_static(rows, scale, self.act_zero, self.smooth_inv, **options)
             return Codes(q, scale, self.act_zero)
         return Codes(*k.quantize_per_token(rows, self.smooth_inv, **self._token(len(rows))))
+
+    def transformed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [T, K] fp32 as they are quantized: shifted and smoothed."""
+        rows = rows.float()
+        if self.shift is not None:
+            one = self.format.shifts == 1
+            rows = rows - (self.shift if one else of_groups(self.shift, len(rows)))
+        return rows if self.smooth_inv is None else rows * self.smooth_inv
 
     def of_gelu(self, rows: torch.Tensor) -> Codes:
         """The codes of GELU (tanh form) of rows [T, K]."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
 
+from ditq_bench.launches import launches_of
 from ditq_converters import Recipe, convert
-from ditq_runtime import CheckpointError, DitqConfig, QuantLinear, execution_report
+from ditq_runtime import CheckpointError, DitqConfig, QuantLinear, configure, execution_report
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.host.on_the_fly import PackedView
@@ -220,3 +221,21 @@ def test_a_packed_checkpoint_is_not_quantized_again(packed_folder, load, forward
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = load(packed_folder("w8_static"), quantization_config=DitqConfig(weights="w4p"))
     assert torch.equal(forward(model), forward(load(packed_folder("w8_static"))))
+
+
+@pytest.mark.parametrize("weights", ["w8", "w4p", "w4g"])
+def test_zero_points_of_tokens_cost_no_launch_and_fused_blocks_keep_their_bits(
+    float_folder, forward, weights
+):
+    launches, outputs = [], []
+    for activations in ("token", "token_asym"):
+        choice = {"weights": weights, "activations": activations, "group_size": 32}
+        model = _load(float_folder["own"], choice)
+        launches.append(launches_of(model.transformer_blocks[0], 64, 16))
+        outputs.append(forward(model))
+        assert execution_report(model).totals["fused_blocks"] == len(model.transformer_blocks)
+    configure(model, fuse=False)
+    assert torch.equal(forward(model), outputs[1])
+    assert launches[0] == launches[1]
+    assert sum(launches[0][op] for op in launches[0] if op.startswith("ditq.")) == 10
+    assert not torch.equal(*outputs)

@@ -15,7 +15,7 @@ LOWEST, HIGHEST = -128, 127
 class ClipCounter:
     """Forward pre-hooks on every linear with static activations, which count inputs outside the codes' range.
 
-    An input is cut off when zero_point + round(x * smooth_inv / scale) lies outside [-128, 127].
+    An input is cut off when zero_point + round((x - shift) * smooth_inv / scale) lies outside [-128, 127].
 
     Attributes:
         names: of the linears listened to; none where no activation range is static.
@@ -51,10 +51,9 @@ class ClipCounter:
 
     def _observer(self, row: int) -> Any:
         def observe(layer: QuantLinear, args: tuple[torch.Tensor, ...]) -> None:
-            x, site = args[0].detach().float(), layer.site
+            site = layer.site
             assert site is not None
-            if site.smooth_inv is not None:
-                x = x * site.smooth_inv
+            x = site.transformed(args[0].detach().reshape(-1, layer.in_features))
             code = (x * (1 / site.act_scale)).round() + site.act_zero
             outside = (code < LOWEST) | (code > HIGHEST)
             self._counts[row] += torch.tensor([float(outside.sum()), outside.numel()]).double()

@@ -164,6 +164,13 @@ def test_codes_behind_gelu_and_adaln_are_those_of_their_values(activations, shif
         assert (got.zero_point is None) == (expected.zero_point is None)
 
 
+@pytest.mark.parametrize("shifts", GROUPS)
+def test_what_is_quantized_can_be_looked_at(shifts, groups):
+    site, stored = site_of("static", smooth=True, shifts=shifts)
+    expected = transformed(rows(), site, stored, groups(shifts))
+    assert np.array_equal(site.transformed(torch.from_numpy(rows())).numpy(), expected)
+
+
 def test_static_codes_are_left_by_what_comes_before_unless_something_is_subtracted():
     assert site_of("static")[0].leaves_codes
     assert not site_of("static", shifts=1)[0].leaves_codes
