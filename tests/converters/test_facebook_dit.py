@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import pickle
 
 import numpy as np
@@ -190,3 +191,61 @@ def test_modes_that_do_not_exist_are_refused(make_dit):
         set_timestep_freq(make_dit(), "fb")
     with pytest.raises(ValueError, match="is for DiTTransformer2DModel, not Linear"):
         set_timestep_freq(torch.nn.Linear(1, 1), "dit")
+
+
+QKV = "blocks.0.attn.qkv.weight"
+DAMAGE = {
+    "a text": (lambda s: "text", "expected a state dict of tensors by name"),
+    "nothing": (lambda s: {}, "is missing"),
+    "integer keys": (lambda s: {1: s[QKV]}, "expected a state dict of tensors by name"),
+    "a key that is too far": (
+        lambda s: s | {"blocks.999999.attn.qkv.weight": s[QKV].clone()},
+        "holds weights of block 999999, but none of block 2",
+    ),
+    "another key": (lambda s: s | {"blocks.1234567890.x": s[QKV].clone()}, "is unknown"),
+    "another rank": (
+        lambda s: s | {"x_embedder.proj.weight": s[QKV].clone()},
+        "4 dimensions expected",
+    ),
+    "no rows": (lambda s: s | {QKV: s[QKV][:0]}, "2 dimensions expected"),
+    "a qkv of two": (
+        lambda s: s | {"blocks.1.attn.qkv.weight": s[QKV][:2]},
+        r"blocks\.1\.attn\.qkv\.weight: \[1152, 384\] expected, got \[2, 384\]",
+    ),
+    "a bias of two": (
+        lambda s: s | {"blocks.0.attn.qkv.bias": torch.zeros(2)},
+        "is missing|is unknown",
+    ),
+    "a view without strides": (
+        lambda s: s | {QKV: torch.zeros(1).expand(2**30, 2**10)},
+        "more than the file has bytes for",
+    ),
+    "integers": (lambda s: s | {QKV: s[QKV].int()}, "is torch.int32, float32"),
+    "complex": (lambda s: s | {QKV: s[QKV].to(torch.complex64)}, "is torch.complex64"),
+    "sparse": (lambda s: s | {QKV: s[QKV].to_sparse()}, "a plain tensor expected"),
+    "NaN": (lambda s: s | {QKV: s[QKV] * float("nan")}, "not finite"),
+    "other positions": (lambda s: s | {"pos_embed": s["pos_embed"].flip(1)}, "not the fixed sines"),
+    "positions of a rectangle": (lambda s: s | {"pos_embed": s["pos_embed"][:, :15]}, "square"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name(state, tmp_path, name):
+    damage, sentence = DAMAGE[name]
+    torch.save(damage(dict(state)), tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match=sentence):
+        open_facebook_dit(tmp_path / "dit.pt")
+
+
+def test_what_is_no_checkpoint_file_is_refused(state, tmp_path):
+    torch.save(dict(state), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for content in (b"", b"hello", whole[:1000], whole[: len(whole) // 2]):
+        (tmp_path / "dit.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="not a checkpoint that can be read"):
+            open_facebook_dit(tmp_path / "dit.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    for place in (tmp_path / "pipe.pt", tmp_path):  # reading the first would wait for ever
+        with pytest.raises(ValueError, match="not a file"):
+            open_facebook_dit(place)

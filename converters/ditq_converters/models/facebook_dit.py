@@ -10,10 +10,12 @@ import argparse
 import math
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from ditq_runtime.layers.timestep_freq import set_timestep_freq
 
@@ -23,13 +25,19 @@ NUM_HEADS = {
     1024: 16,
     1152: 16,
 }  # hidden size -> heads, of DiT-S, B, L, XL (Table 1)
-NEEDED = (
-    "x_embedder.proj.weight",
-    "pos_embed",
-    "final_layer.linear.weight",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.attn.qkv.weight",
-)
+NEEDED = {  # and how many dimensions it has
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "final_layer.linear.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+}
+# what torch.load raises on damaged files, besides what it says on purpose
+BROKEN = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+    AttributeError, OverflowError, AssertionError, struct.error,
+)  # fmt: skip
+POSITION_ERROR = 1e-2  # a bf16 checkpoint rounds values up to 1 by 2**-8
 DROPPED = "pos_embed"  # fixed sines and cosines: diffusers computes them
 WHOLE = {  # DiT's name -> diffusers' name, outside the blocks
     "x_embedder.proj": "pos_embed.proj",
@@ -74,7 +82,9 @@ def open_facebook_dit(
     config = _config(state, str(path), num_heads)
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(**config)
+    with init_empty_weights():
+        model = DiTTransformer2DModel(**config)
+    _check_positions(state[DROPPED], config, str(path))
     renamed = _rename(state, config["num_layers"])
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ renamed.keys()):
@@ -86,6 +96,7 @@ def open_facebook_dit(
             raise ValueError(
                 f"{path}: {name} has shape {list(tensor.shape)}, {list(expected[name].shape)} expected"
             )
+    model = DiTTransformer2DModel(**config)
     model.load_state_dict(renamed, assign=True)
     set_timestep_freq(model, timestep_freq)
     return model.to(torch_dtype).eval().requires_grad_(False)
@@ -93,22 +104,45 @@ def open_facebook_dit(
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """The weights; `ema` of a training checkpoint, whose only object besides tensors is its parsed arguments."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; expected a checkpoint of DiT's own code")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except BROKEN as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: not a checkpoint that can be read without running code from it ({reason}); expected a state dict"
         ) from error
     state = stored.get("ema", stored.get("model", stored)) if isinstance(stored, dict) else stored
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(
-            f"{path}: expected a state dict of tensors, or a dict with one under 'ema'"
+            f"{path}: expected a state dict of tensors by name, or a dict with one under 'ema'"
         )
+    room = path.stat().st_size
+    for name, tensor in state.items():
+        reason = _why_not(tensor, room)
+        room -= tensor.numel() * tensor.dtype.itemsize
+        if reason:
+            raise ValueError(f"{path}: {name} {reason}; not a checkpoint of DiT's own code")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _why_not(tensor: torch.Tensor, room: int) -> str:
+    """What is wrong with a tensor of a file that has this many bytes for it; empty: nothing."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return f"is {tensor.dtype}, float32, float16 or bfloat16 expected"
+    if tensor.layout != torch.strided:
+        return f"is stored as {tensor.layout}, a plain tensor expected"
+    if tensor.numel() * tensor.dtype.itemsize > room:
+        return f"claims {list(tensor.shape)} values, more than the file has bytes for"
+    if not bool(torch.isfinite(tensor).all()):
+        return "holds a value that is not finite"
+    return ""
 
 
 def _config(state: dict[str, torch.Tensor], path: str, num_heads: int | None) -> dict[str, Any]:
@@ -116,13 +150,31 @@ def _config(state: dict[str, torch.Tensor], path: str, num_heads: int | None) ->
     for name in NEEDED:
         if name not in state:
             raise ValueError(f"{path}: {name} is missing; not a checkpoint of DiT's own code")
+        if state[name].dim() != NEEDED[name] or 0 in state[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {list(state[name].shape)}, {NEEDED[name]} dimensions expected; "
+                "not a checkpoint of DiT's own code"
+            )
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = num_heads or NUM_HEADS.get(hidden)
     if heads is None or hidden % heads:
         raise ValueError(
             f"{path}: the number of heads for hidden size {hidden} is not known; pass num_heads, a divisor of it"
         )
-    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
+    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d{1,6})\.", name) for name in state) if m}
+    if blocks != set(range(len(blocks))):
+        missing = min(set(range(max(blocks) + 1)) - blocks)
+        raise ValueError(
+            f"{path}: holds weights of block {max(blocks)}, but none of block {missing}; "
+            "not a checkpoint of DiT's own code"
+        )
+    for i in blocks:
+        qkv = state.get(f"blocks.{i}.attn.qkv.weight")
+        if qkv is None or qkv.shape != (3 * hidden, hidden):
+            found = "none" if qkv is None else list(qkv.shape)
+            raise ValueError(
+                f"{path}: blocks.{i}.attn.qkv.weight: [{3 * hidden}, {hidden}] expected, got {found}"
+            )
     return {
         "num_attention_heads": heads,
         "attention_head_dim": hidden // heads,
@@ -134,6 +186,29 @@ def _config(state: dict[str, torch.Tensor], path: str, num_heads: int | None) ->
         "num_embeds_ada_norm": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "norm_eps": 1e-6,
     }
+
+
+def _check_positions(stored: torch.Tensor, config: dict[str, Any], path: str) -> None:
+    """DiT's positions are fixed sines and cosines, which diffusers computes: others would be lost.
+
+    Raises:
+        ValueError: they are others.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    side = config["sample_size"] // config["patch_size"]
+    if stored.shape != (1, side * side, hidden):
+        raise ValueError(
+            f"{path}: pos_embed has shape {list(stored.shape)}, "
+            f"[1, {side * side}, {hidden}] expected, for a square image"
+        )
+    fixed = get_2d_sincos_pos_embed(hidden, side, base_size=side, output_type="pt")
+    if not torch.allclose(stored[0].double(), fixed.double(), atol=POSITION_ERROR):
+        raise ValueError(
+            f"{path}: pos_embed is not the fixed sines and cosines that diffusers computes; "
+            "its images would be others"
+        )
 
 
 def _rename(state: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
@@ -149,7 +224,7 @@ def _rename(state: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.
             for i in range(num_layers):
                 copy = f"transformer_blocks.{i}.norm1.emb.{EMBEDDER[owner]}.{field}"
                 renamed[copy] = tensor.clone()
-        elif match and match[2] == "attn.qkv":
+        elif match and match[2] == "attn.qkv" and tensor.dim() and len(tensor) % 3 == 0:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"transformer_blocks.{match[1]}.attn1.to_{part}.{field}"] = rows.clone()
         elif match and match[2] in IN_BLOCK:
