@@ -65,6 +65,16 @@ def unsupported(attn: nn.Module) -> str:
     return _unsupported_norm(attn, head_dim)
 
 
+def recognised(block: nn.Module) -> list[str]:
+    """Names of the attentions inside a block whose stock processor has one of ours to stand in for it."""
+    return [
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, Attention | FluxAttention)
+        and type(module.processor) in TAKES_PLACE_OF
+    ]
+
+
 def not_plain(attn: Any, plain: dict[str, Any], what: str) -> str:
     """The first attribute of an attention that is not as a path through it needs it; empty if all are."""
     for name, needed in plain.items():

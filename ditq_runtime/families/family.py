@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_runtime.attention.install import recognised
 from ditq_runtime.families.sites import AdaLN, NormWeights, Site
 
 
@@ -115,9 +116,19 @@ class Family:
         return [*self.block_names(model), *last]
 
     def attention_names(self, model: nn.Module) -> list[str]:
-        """The attention modules of a model that can run quantized, in the order they run."""
-        tables = self.block_tables(model).items()
-        return [f"{block}.{name}" for block, table in tables for name in table.attentions]
+        """The attention modules of a model that can run quantized, in the order they run.
+
+        Where no table lists them: those whose stock processor is one that quantized attention can stand in for.
+        """
+        return [
+            f"{block}.{name}"
+            for block, table in self.block_tables(model).items()
+            for name in (
+                table.attentions
+                if table.use_direct_multiplier is not None
+                else recognised(model.get_submodule(block))
+            )
+        ]
 
     def embedder_prefixes(self, model: nn.Module) -> list[str]:
         """Prefix of the embedder in every block, the first one being the stored one when it is shared."""

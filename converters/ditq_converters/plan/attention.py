@@ -11,10 +11,14 @@ from ditq_runtime.attention.install import unsupported
 from ditq_runtime.families import Family
 
 BY_CHOICE = "attention stays float by choice"
+UNTOLD = (
+    "no table says that its masks are of keys alone, which quantized attention needs; ask for it with --attention "
+    "int8 or bf16"
+)
 
 
 def plan_attention(model: nn.Module, family: Family, recipe: Recipe) -> tuple[AttentionPlan, ...]:
-    """One entry per attention module that the family table lists.
+    """One entry per attention module that the family table lists, or whose processor is recognised.
 
     Raises:
         ValueError: the recipe names quantized attention, and a module cannot have it. What a method has by default
@@ -25,14 +29,18 @@ def plan_attention(model: nn.Module, family: Family, recipe: Recipe) -> tuple[At
         raise ValueError(
             f"{family.architecture}: its attention does not run quantized yet; convert it with --attention none"
         )
-    return tuple(_one(model, name, recipe) for name in names)
+    tables = family.block_tables(model).items()
+    told = {f"{block}.{name}" for block, table in tables for name in table.attentions}
+    return tuple(_one(model, name, name in told, recipe) for name in names)
 
 
-def _one(model: nn.Module, name: str, recipe: Recipe) -> AttentionPlan:
+def _one(model: nn.Module, name: str, told: bool, recipe: Recipe) -> AttentionPlan:
     wanted = recipe.attention_format
     if wanted is None or recipe.keeps(name):
         return AttentionPlan(name, reason=BY_CHOICE)
     reason = unsupported(model.get_submodule(name))
+    if recipe.attention is None and not told:
+        reason = reason or UNTOLD
     if not reason:
         calls = "all" if METHODS[recipe.method].static_call is None else "noisiest"
         why = f"Q and K in int8, P and V in {wanted.values}"

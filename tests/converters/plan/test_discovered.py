@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditq_bench.zoo import CLASSES
 from ditq_converters import convert, make_plan
 from ditq_converters.plan import make
 from ditq_converters.sites import family_for
@@ -181,3 +182,19 @@ def test_a_method_over_time_needs_a_timestep(case, monkeypatch):
         make_plan(case.model, method="htg")
     plan = make_plan(case.model, method="smoothquant")
     assert {site.shifts for site in plan.sites} <= {"none", "constant"}
+
+
+def test_attention_whose_processor_is_recognised_runs_quantized_where_asked():
+    tiny = CLASSES["LatteTransformer3DModel"]
+    model = tiny.build().eval().requires_grad_(False)
+    batch = tiny.inputs(model)
+    plan = make_plan(model, inputs=batch, method="linear", attention="int8")
+    assert [entry.values for entry in plan.attention] == ["int8"] * 6
+    packed = convert(model, plan, quiet=True, inputs=batch)
+    truth, ours = run(model, batch), run(packed, batch)
+    assert (
+        0 < float((ours - truth).norm() / truth.norm()) < 0.03
+    )  # as W8A8, whose operands have 8 bits too
+    assert execution_report(packed, batch).totals["integer_attentions"] == 6
+    default = make_plan(model, inputs=batch, method="ptq4dit").attention
+    assert all("masks are of keys alone" in entry.reason for entry in default)
