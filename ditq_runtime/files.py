@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RANDOM = "?" * 8  # the part of a temporary name that `tempfile` makes up
 
 
@@ -38,21 +43,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; rename it to `path` when the block succeeds, remove it when not.
 
     A killed process leaves a hidden `.NAME.RANDOM.part` folder and no `path`; the next run with the same target
-    removes such leftovers, so one target belongs to one process at a time.
+    removes such leftovers, so one target belongs to one process at a time: `one_writer` sees to it.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
+        ValueError: no folder can appear there (`check_new`), or another process is writing it.
     """
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, glob.escape(path.name))
-    with _part_folder(path) as part:
+    with one_writer(path), _part_folder(path) as part:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)  # safetensors writes files that only their owner can read
                 _flush(file)
         part.chmod(0o755)
+        check_new(path)  # somebody may have put something there meanwhile
         if path.exists():
             path.rmdir()
         os.rename(part, path)
@@ -73,12 +79,99 @@ def _part_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """Be the only process that writes `path`; what killed ones left of it is removed.
+
+    The lock is the file `.NAME.lock` beside it, held by the operating system: a crash releases it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    if fcntl is None:  # no such locks on this system
+        remove_leftovers(path.parent, glob.escape(path.name))
+        yield
+        return
+    lock = path.parent / f".{path.name}.lock"
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"{path}: another process is writing it; wait for that one, or choose another output folder"
+            ) from None
+        if _is_at(handle, lock):  # else its last holder removed the file while we opened it
+            break
+        os.close(handle)
+    try:
+        remove_leftovers(path.parent, glob.escape(path.name))
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def check_new(path: Path) -> None:
-    """FileExistsError if `path` exists and is not an empty folder."""
+    """That a folder can appear at `path`; before work begins.
+
+    Raises:
+        FileExistsError: it exists and is not an empty folder.
+        ValueError: nothing can be renamed to it, or nothing written beside it; says why.
+    """
+    _check_place(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"{path} already exists; choose another output folder or remove it first"
         )
+
+
+def check_file(path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """That a file can be written to `path`; before work begins.
+
+    Args:
+        path: it may exist, and is replaced then.
+        suffixes: of what will be in it, such as `.png`; empty: any.
+
+    Raises:
+        ValueError: a folder is there, nothing can be written beside it, or its name promises something else.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{path}: its name must end in {' or '.join(suffixes)}, which is what it will hold"
+        )
+    _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    """ValueError unless a temporary name beside `path` can be made and renamed to it."""
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a symbolic link, which would be replaced; name its target")
+    here = Path.cwd()
+    if path.exists() and (path.resolve() == here or path.resolve() in here.parents):
+        raise ValueError(f"{path}: is the current folder or one above it; name a new one inside")
+    if path.is_mount():
+        raise ValueError(f"{path}: is a mount point, which cannot be replaced; name a folder in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: {above} is a file; choose another place")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above, prefix=".ditq."))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"{path}: nothing can be written in {above} ({reason}); choose another place"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
 from ditq_runtime.cli.schedulers import SAMPLERS, set_sampler
 from ditq_runtime.cli.wishes import Sizes, draw, wishes
-from ditq_runtime.files import atomic_file
+from ditq_runtime.files import atomic_file, check_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,8 +82,9 @@ def sample(
     """
     import torch
 
+    check_file(out, (".png",))
     here = place(device)
-    used = _check(here, dtype, backend, cuda_graph)
+    used = _check(here, dtype, backend, cuda_graph, cfg)
     begin = time.perf_counter()
     pipe = _opened(path, getattr(torch, dtype), here, sampler, cuda_graph)
     loaded = time.perf_counter() - begin
@@ -112,7 +114,7 @@ def sample(
         _tell(result, proof)
 
 
-def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
+def _check(here: Any, dtype: str, backend: str, cuda_graph: bool, cfg: float | None) -> str:
     """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
     from ditq_kernels.launch.backend import CHOICES
 
@@ -121,6 +123,8 @@ def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
             raise typer.BadParameter(
                 f"--{option} must be one of {', '.join(choices)}, got {value!r}."
             )
+    if cfg is not None and not math.isfinite(cfg):
+        raise typer.BadParameter(f"--cfg must be a finite number, got {cfg}.")
     used = check_backend(backend, here)
     if cuda_graph and here.type != "cuda":
         raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {here}; leave it out")

@@ -117,22 +117,25 @@ def label_ids(pipe: Any, text: str) -> list[int]:
     names = getattr(pipe, "labels", {})
     if not text:
         return sorted(set(names.values()))[:16] or list(range(8))
-    ids = []
+    ids, limit = [], num_classes(pipe)
     for part in (piece.strip() for piece in text.split(",")):
         if part in names:
             ids.append(names[part])
-        elif (
-            part.isascii()
-            and part.isdigit()
-            and int(part) < pipe.transformer.config.num_embeds_ada_norm
-        ):
+        elif part.isascii() and part.isdigit() and int(part) < limit:
             ids.append(int(part))
         else:
             raise ValueError(
-                f"--class-labels: {part!r} is neither a class id below {pipe.transformer.config.num_embeds_ada_norm} "
+                f"--class-labels: {part!r} is neither a class id below {limit} "
                 f"nor one of {', '.join(list(names)[:12]) or '(the pipeline names no classes)'}"
             )
     return ids
+
+
+def num_classes(pipe: Any) -> int:
+    """Classes that a pipeline draws: those it names, where it names 0 to n - 1; else as many as it has embeddings."""
+    named = set(getattr(pipe, "labels", {}).values())
+    embedded: int = pipe.transformer.config.num_embeds_ada_norm
+    return len(named) if named and named == set(range(len(named))) else embedded
 
 
 def draw(pipe: Any, wanted: Wishes, seed: int, batch: int) -> list[Any]:

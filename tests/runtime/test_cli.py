@@ -266,6 +266,21 @@ def test_sample_refuses_labels_that_are_no_classes(ditq, folder, tmp_path, label
     assert "seven" in line
 
 
+def test_sample_checks_its_options_before_it_opens_the_model(ditq, tmp_path):
+    """The folder does not exist, and is not what is complained about."""
+    (tmp_path / "folder").mkdir()
+    for arguments, sentence in {
+        ("--out", tmp_path / "folder"): "is a folder; name a file in it",
+        ("--out", tmp_path / "x.jpg"): "its name must end in .png",
+        ("--out", "/proc/x.png"): "nothing can be written in /proc",
+        ("--cfg", "nan"): "--cfg must be a finite number, got nan",
+        ("--cfg", "inf"): "--cfg must be a finite number, got inf",
+    }.items():
+        code, _, err = ditq("sample", tmp_path / "nowhere", *arguments)
+        assert code in (1, 2)
+        assert sentence in " ".join(err.split())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_sample_refuses_what_this_machine_cannot_do(ditq, folder, tmp_path):
     line = _refused(ditq, tmp_path, folder, "--backend", "triton")

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,9 @@ from ditq_runtime import files
 from ditq_runtime.files import (
     atomic_file,
     atomic_folder,
+    check_file,
     check_new,
+    one_writer,
     remove_leftovers,
     write_json,
 )
@@ -153,11 +156,12 @@ def test_a_killed_process_leaves_no_target(tmp_path, kind):
     assert not target.exists()
     assert all(path.name.startswith(".out.") for path in tmp_path.iterdir())
     remove_leftovers(tmp_path)
-    assert not [*tmp_path.iterdir()]
+    assert all(path.suffix == ".lock" for path in tmp_path.iterdir())  # which nobody holds
 
     with getattr(files, kind)(target) as part:
         (part / "a" if part.is_dir() else part).write_text("whole")
     assert (target / "a" if kind == "atomic_folder" else target).read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_module_needs_only_the_standard_library():
@@ -174,3 +178,67 @@ def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", object())
     assert (tmp_path / "x.json").read_text() == text
+
+
+def test_one_target_has_one_writer_at_a_time(tmp_path):
+    target = tmp_path / "out"
+    with atomic_folder(target) as part:
+        (part / "a").write_text("first")
+        with (
+            pytest.raises(ValueError, match="another process is writing it; wait for that one"),
+            atomic_folder(target) as other,
+        ):
+            (other / "a").write_text("second")
+        with atomic_folder(tmp_path / "other") as other:  # its neighbour is free
+            (other / "b").write_text("x")
+    assert (target / "a").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "out"
+
+    def appear():
+        target.mkdir()
+        (target / "a").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="already exists"):
+        _half_written(atomic_folder, target, None, appear)
+    assert (target / "a").read_text() == "theirs"
+
+
+def test_a_lock_that_its_holder_removes_is_taken_again(tmp_path):
+    for _ in range(3):
+        with one_writer(tmp_path / "out"):
+            assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_where_nothing_can_appear_are_known_before_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path, sentence in {
+        tmp_path / "link": "is a symbolic link",
+        tmp_path / "here": "is the current folder",
+        Path("."): "is the current folder",
+        Path(".."): "or one above it",
+        tmp_path / "file" / "out": "is a file; choose another place",
+        tmp_path / "file" / "deep" / "out": "is a file; choose another place",
+        Path("/proc"): "is a mount point",
+        Path("/proc/out"): "nothing can be written in /proc",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            check_new(path)
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        check_file(tmp_path / "real")
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        check_file(tmp_path / "x.jpg", (".png",))
+    with pytest.raises(ValueError, match="is a file; choose"):
+        check_file(tmp_path / "file" / "x.png", (".png",))
+    check_new(tmp_path / "real")  # empty
+    check_new(tmp_path / "a" / "b")
+    check_file(tmp_path / "x.PNG", (".png",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here", "link", "real"]

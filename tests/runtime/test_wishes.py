@@ -9,7 +9,7 @@ from diffusers import AuraFlowTransformer2DModel
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
 from ditq_runtime.cli.last_inputs import LastInputs
-from ditq_runtime.cli.wishes import Sizes, draw, wishes
+from ditq_runtime.cli.wishes import Sizes, draw, label_ids, wishes
 
 
 class TextPipeline:
@@ -81,3 +81,14 @@ def test_a_family_without_a_table_is_reported_on_its_last_inputs():
     assert last.inputs["hidden_states"] is latents
     assert ditq.execution_report(packed, last.inputs).totals["integer_linears"] > 5
     assert not packed._forward_pre_hooks
+
+
+def test_a_pipeline_that_names_all_its_classes_draws_no_others():
+    pipe = TextPipeline()
+    pipe.transformer.config.num_embeds_ada_norm = 1000  # more than it was trained on
+    pipe.labels = {str(digit): digit for digit in range(10)}
+    assert label_ids(pipe, "9,0") == [9, 0]
+    with pytest.raises(ValueError, match="'77' is neither a class id below 10 nor one of 0, 1"):
+        label_ids(pipe, "77")
+    pipe.labels = {"three": 3, "seven": 7}  # names for some
+    assert label_ids(pipe, "three, 999") == [3, 999]
