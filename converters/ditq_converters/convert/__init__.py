@@ -1,1 +1,13 @@
-"""Float model and choices -> packed checkpoint: fold (exact), quantize (lossy), pack. Open `story.py` first."""
+"""A float model, its plan and its statistics -> a packed checkpoint. Open `story.py` first; it reads as it runs.
+
+story.py               the whole, in memory or block by block from disk
+block.py               one block: the stages below, one after another
+site_data.py           what statistics and weights say about its sites
+transforms.py          what the methods decide, within what the sites can take
+fold.py                exact: transforms into producers and readers; fold_producers.py: into norms and products
+observed.py            behind the transforms: static ranges, error feedback, sampled rows
+quantize.py            lossy: rounding; gptq.py, bias_correction.py, attention.py and groups.py are parts of it
+pack.py                lossless: the packed model; pipeline_folder.py: the folder around it
+
+Every stage reads entries of the plan and its own inputs, never the choices that made the plan.
+"""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditq_bench.zoo import CLASSES
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.plan.make import make_plan
 from ditq_runtime.families import family_of
@@ -228,3 +229,23 @@ def test_an_unknown_architecture_is_refused_by_name():
         ValueError, match=r"UNet2DModel has no family adapter; .*DiTTransformer2DModel"
     ):
         family_of("UNet2DModel")
+
+
+@pytest.mark.parametrize(
+    ("build", "left_alone"),
+    [
+        ("DiTTransformer2DModel", {"fc2"}),
+        ("PixArtTransformer2DModel", {"xattn_q", "xattn_kv", "fc2"}),
+        ("SD3Transformer2DModel", {"fc2", "fc2_context"}),
+        ("FluxTransformer2DModel", {"fc2", "fc2_context"}),
+    ],
+)
+def test_where_a_table_says_so_shifts_fold_and_no_quantizer_subtracts(build, left_alone):
+    """HTG on the families with a direct multiplier: AdaLN takes a shift per group, V one for all, and nothing else."""
+    tiny = CLASSES[build]
+    plan = make_plan(tiny.build(), method="htg", attention="none")
+    shifted = {(site.place, site.shifts) for site in plan.sites if site.method == "htg"}
+    assert shifted == {("adaln", "groups"), ("value", "constant")}
+    alone = [site for site in plan.sites if site.method == "linear"]
+    assert {site.name.rpartition(".")[2] for site in alone} == left_alone
+    assert {(site.place, site.shifts) for site in alone} == {("quantizer", "none")}
