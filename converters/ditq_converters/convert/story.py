@@ -73,12 +73,7 @@ def convert(
     """
     if out is not None:
         check_new(Path(out))
-    if isinstance(pipe, str | Path):
-        pipe = open_model(str(pipe), memory_budget=memory_budget)
-    elif memory_budget is not None:
-        raise ValueError(
-            "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
-        )
+    pipe = opened(pipe, memory_budget)
     model = float_transformer(pipe, "convert")
     plan, family = checked_plan(plan, model, inputs, quiet)
     check_statistics(plan, stats)
@@ -96,6 +91,17 @@ def convert(
     if out is not None:
         save(pipe, packed, to_json(plan), Path(out), max_shard_size)
     return packed
+
+
+def opened(pipe: Any, memory_budget: int | None) -> Any:
+    """What is loaded already, or the model of that name."""
+    if isinstance(pipe, str | Path):
+        return open_model(str(pipe), memory_budget=memory_budget)
+    if memory_budget is not None:
+        raise ValueError(
+            "convert: memory_budget is for a model on disk, this one is loaded; pass its folder"
+        )
+    return pipe
 
 
 @dataclass(frozen=True)
