@@ -61,6 +61,9 @@ def block_lists(
 ) -> Iterator[tuple[str, nn.ModuleList]]:
     """The outermost lists of modules with two linears or more in each: full name, list.
 
+    Containers are no blocks (ConsisID's face features): a block gets a module of ours, which would be called or
+    unpacked with what is in them.
+
     Args:
         module: to search.
         skip: full name -> whether to leave a module out.
@@ -71,10 +74,15 @@ def block_lists(
         if skip(full):
             continue
         if isinstance(child, nn.ModuleList):
-            if len(child) and all(_num_linears(block) > 1 for block in child):
+            if len(child) and all(_is_block(block) for block in child):
                 yield full, child
         else:
             yield from block_lists(child, skip, f"{full}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    return not container and _num_linears(module) > 1
 
 
 def _num_linears(block: nn.Module) -> int:

@@ -87,12 +87,12 @@ def sweep(tiny: Tiny, folder: Path) -> Row:
             inputs = tiny.inputs(model)
             found = discover(model, inputs)
             fill(row, found, model)
-            family = family_for(model, inputs)
+            family_for(model, inputs)
     except Exception as error:
         row.failed = told(error)
         return row
     for name, choices in RECIPES.items():
-        row.recipes[name] = one_recipe(model, inputs, family, choices, folder / name)
+        row.recipes[name] = one_recipe(model, inputs, found.family, choices, folder / name)
     return row
 
 
