@@ -177,7 +177,7 @@ def _check_place(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, with sorted keys and a final newline."""
     with atomic_file(path) as part:
-        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _flush(path: Path) -> None:

@@ -50,7 +50,7 @@ def methods(
         for _ in study(out, studied):
             advance()
     rows = read_rows(out / "methods.csv")
-    (out / "methods.md").write_text(tables(rows))
+    (out / "methods.md").write_text(tables(rows), encoding="utf-8")
     chart(out / "methods.png", rows)
     say(f"{out / 'methods.md'}: tables of {len(rows)} rows; chart in {out / 'methods.png'}")
 
@@ -84,7 +84,7 @@ def profiles(
         for _ in study(out, studied, "profiles.csv"):
             advance()
     rows = read_rows(out / "profiles.csv")
-    (out / "profiles.md").write_text(profile_table(rows))
+    (out / "profiles.md").write_text(profile_table(rows), encoding="utf-8")
     say(f"{out / 'profiles.md'}: {len(rows)} rows, all simulated in float")
 
 

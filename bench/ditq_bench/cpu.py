@@ -181,7 +181,7 @@ def main() -> None:
     rows = list(linears(arguments.shapes, arguments.budget, arguments.clock))
     if arguments.rounds:
         rows += steps(DIT_XL_2, arguments.rounds, arguments.clock)
-    with atomic_file(arguments.out) as part, part.open("w", newline="") as file:
+    with atomic_file(arguments.out) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)

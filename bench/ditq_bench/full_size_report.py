@@ -26,7 +26,7 @@ NOTE = (
 
 def read(path: Path) -> dict[str, Any]:
     """One stage's record."""
-    record: dict[str, Any] = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
@@ -41,7 +41,10 @@ def write(folder: Path, records: list[dict[str, Any]]) -> None:
     }
     write_json(folder / "full_size.json", {"machine": machine, "note": NOTE, "stages": records})
     rows = table(records)
-    with atomic_file(folder / "full_size.csv") as part, part.open("w", newline="") as file:
+    with (
+        atomic_file(folder / "full_size.csv") as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(rows)

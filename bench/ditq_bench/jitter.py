@@ -91,7 +91,7 @@ def study(out: Path, models: Sequence[str] = MODELS) -> Iterator[dict[str, Any]]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_file(path) as part, part.open("w", newline="") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)

@@ -188,13 +188,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier run; none if there was none."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows, atomically."""
-    with atomic_file(path) as part, part.open("w", newline="") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)

@@ -80,7 +80,10 @@ def model(
         measured += bench_step(step, place, of_step, budget / 2)
     origin = origin_of(place)
     rows = [_fields(row, origin, model, images, steps, memory["peak_bytes"]) for row in measured]
-    with atomic_file(out / "model.csv") as part, part.open("w", newline="") as file:
+    with (
+        atomic_file(out / "model.csv") as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)

@@ -69,7 +69,7 @@ def origin_of(device: torch.device) -> tuple[str, ...]:
 def write_csv(path: Path, rows: list[tuple[Shape, Row]], device: torch.device) -> None:
     """Write all rows atomically."""
     origin = origin_of(device)
-    with atomic_file(path) as part, part.open("w", newline="") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(row_fields(shape, row, origin, device) for shape, row in rows)

@@ -64,7 +64,7 @@ def build(
         DDIMScheduler(clip_sample=False).save_pretrained(part / "scheduler")
         model.save_config(part / "transformer")
         write_shards(part / "transformer", tensors, read, SHARD)
-        (part / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+        (part / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n", encoding="utf-8")
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:

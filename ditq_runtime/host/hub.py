@@ -83,7 +83,7 @@ def push_to_hub(
     for extra in (report, grid):
         if extra is not None and not Path(extra).is_file():
             raise ValueError(f"push_to_hub: {extra} is not a file")
-    parsed = None if report is None else json.loads(Path(report).read_text())
+    parsed = None if report is None else json.loads(Path(report).read_text(encoding="utf-8"))
     card = model_card(path, parsed, grid is not None)
     if api is None:
         from huggingface_hub import HfApi
@@ -92,7 +92,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as work:
         upload = Path(work) / "upload"
         shutil.copytree(path, upload)
-        (upload / CARD).write_text(card)
+        (upload / CARD).write_text(card, encoding="utf-8")
         if grid is not None:
             shutil.copyfile(grid, upload / GRID)
         created = api.create_repo(repo_id, private=private, exist_ok=True)

@@ -165,7 +165,7 @@ def _binary(case: Case) -> Any:
 
 def write_csv(path: Path, rows: list[CensusRow]) -> None:
     """Write all rows atomically."""
-    with atomic_file(path) as part, part.open("w", newline="") as file:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(row.fields() for row in rows)

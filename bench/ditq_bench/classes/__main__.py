@@ -38,7 +38,7 @@ def main(
         write_csv(csv, rows, commit.stdout.strip())
     table = markdown(rows, list(RECIPES))
     if out is not None:
-        out.write_text(table)
+        out.write_text(table, encoding="utf-8")
     typer.echo(table)
 
 

@@ -13,7 +13,7 @@ KINDS = ("norm", "value", "product", "quantizer")
 
 def write_csv(path: Path, rows: Sequence[Row], commit: str) -> None:
     """One line per class and recipe, or one for a class that fails before any."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ["class", "blocks", "sites", "shared", *KINDS, "proof", "timestep", "recipe", "integers", "four_bits",

@@ -60,7 +60,7 @@ def _stages(out: Path) -> list[str]:
 def _file(path: Path, title: str, columns: tuple[str, ...]) -> list[str]:
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     first = ", ".join(rows[0][name] for name in ("device", "torch", "triton", "commit"))
     return [title, "", f"{first}.", "", *_table([{c: row[c] for c in columns} for row in rows])]

@@ -65,7 +65,7 @@ def peak_rss() -> int:
     """
     status = Path("/proc/self/status")
     if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         if "VmHWM" in lines:
             return 1024 * int(lines["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -117,7 +117,7 @@ def held(device: torch.device) -> int:
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return peak_rss()
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def give_back() -> None:

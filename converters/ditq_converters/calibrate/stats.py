@@ -217,7 +217,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no manifest.json there; make it with `ditq calibrate MODEL --out {folder}`"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StatisticsError(f"{path}: not valid JSON ({error}); calibrate again") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None

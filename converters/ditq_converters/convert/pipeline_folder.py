@@ -41,15 +41,17 @@ def write_pipeline(
 def keep_plan(folder: Path, plan: str) -> None:
     """Write the plan, with its reasons, beside what it made; nothing reads it to load or to sample."""
     (folder / PLAN).parent.mkdir()
-    (folder / PLAN).write_text(plan)
+    (folder / PLAN).write_text(plan, encoding="utf-8")
 
 
 def forget_paths(folder: Path) -> None:
     """Remove what diffusers notes of where each component was loaded from: a path of this machine."""
     for config in sorted(folder.rglob("*.json")):
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            config.write_text(
+                json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
 
 
 def _keep_labels(pipe: Any, index: Path) -> None:
@@ -58,6 +60,6 @@ def _keep_labels(pipe: Any, index: Path) -> None:
     for label, class_id in getattr(pipe, "labels", {}).items():
         names.setdefault(str(class_id), []).append(label)
     if names:
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         content["id2label"] = {key: ", ".join(names[key]) for key in sorted(names, key=int)}
-        index.write_text(json.dumps(content, indent=2) + "\n")
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

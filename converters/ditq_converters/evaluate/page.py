@@ -52,7 +52,9 @@ def write_page(out: Path, figures: dict[str, Any], pictures: list[str]) -> None:
         "report.json, sqnr.csv and layers.csv.</p>",
     ]
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>ditq eval</title><style>{STYLE}</style>"
-    (out / "index.html").write_text(head + "\n".join(part for part in parts if part) + "</html>\n")
+    (out / "index.html").write_text(
+        head + "\n".join(part for part in parts if part) + "</html>\n", encoding="utf-8"
+    )
 
 
 def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -78,7 +78,7 @@ def open_skeleton(model: str) -> nn.Module:
     import diffusers
     from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 
-    config = json.loads((folder / TRANSFORMER_FILE).read_text())
+    config = json.loads((folder / TRANSFORMER_FILE).read_text(encoding="utf-8"))
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise ValueError(
@@ -114,7 +114,9 @@ def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None
 
 
 def _refuse_packed(config: Path) -> None:
-    if config.exists() and json.loads(config.read_text()).get("quantization_config"):
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get(
+        "quantization_config"
+    ):
         raise ValueError(_packed(str(config.parent)))
 
 

@@ -26,7 +26,7 @@ HEAD = ("plan_version", "architecture", "kept_dtype")
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Save a plan; the file appears complete or not at all."""
     with atomic_file(Path(path)) as part:
-        part.write_text(to_json(plan))
+        part.write_text(to_json(plan), encoding="utf-8")
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -41,7 +41,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     try:
-        return from_json(path.read_text())
+        return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
             f"{path}: no such plan; make it with `ditq plan MODEL --out {path}`"

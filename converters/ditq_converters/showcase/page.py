@@ -58,7 +58,7 @@ def write_page(out: Path, report: dict[str, Any]) -> None:
         f"<!doctype html><meta charset='utf-8'><title>ditq demo</title><style>{STYLE}</style>"
         + "\n".join(parts)
     )
-    (out / "index.html").write_text(html)
+    (out / "index.html").write_text(html, encoding="utf-8")
 
 
 def _image(name: str) -> str:

@@ -89,6 +89,6 @@ def forget(out: Path) -> None:
 
 def _holds(folder: Path, settings: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads((folder / SETTINGS).read_text()) == settings)
+        return bool(json.loads((folder / SETTINGS).read_text(encoding="utf-8")) == settings)
     except (OSError, ValueError):  # none there, or cut off
         return False

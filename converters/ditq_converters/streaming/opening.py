@@ -56,7 +56,7 @@ def open_in_pieces(folder: Path, budget: int, dtype: torch.dtype = torch.float32
 
 def components(folder: Path) -> list[str]:
     """Names of a pipeline's components that have a folder, the transformer left out."""
-    index = json.loads((folder / PIPELINE_FILE).read_text())
+    index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
     return sorted(name for name in index if name != "transformer" and (folder / name).is_dir())
 
 

@@ -46,7 +46,7 @@ class FloatSource:
             ValueError: no weights in safetensors; names a pickle that is there instead.
             CheckpointError: a shard is missing or damaged.
         """
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         paths = _weight_files(folder)
         headers = read_headers(paths)
         return cls(
@@ -114,7 +114,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         for name in names:
             if not (folder / name).exists():
                 raise ValueError(

@@ -142,7 +142,7 @@ def write_shards(
     if split.is_sharded:
         index = {"metadata": dict(split.metadata), "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / f"{WEIGHTS}.index.json").write_text(text)
+        (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
 
 
 def _copy_components(folder: Path, part: Path, architecture: str) -> None:
@@ -152,6 +152,6 @@ def _copy_components(folder: Path, part: Path, architecture: str) -> None:
             copy = part / name / file.relative_to(folder / name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-    index = json.loads((folder / PIPELINE_FILE).read_text())
+    index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
     index["transformer"] = ["diffusers", architecture]  # an old folder says Transformer2DModel
-    (part / PIPELINE_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (part / PIPELINE_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
