@@ -1,6 +1,7 @@
 """Kill stress: SIGKILL `calibrate` and `convert` at random moments, run them again, compare every byte.
 
     python -m ditq_bench.stress --kills 100 --out runs/stress
+    python -m ditq_bench.stress --forwards 1000                      threads on one model instead: see threads.py
 
 Half of the kills go to each job, on demo:digits with few steps; of these every other to the time when it writes. A run
 that was killed and repeated must leave the files of one that was not: the same names, the same bytes, and nothing else.
@@ -212,7 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="half of them for each job")
     parser.add_argument("--out", type=Path, default=Path("runs/stress"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--forwards", type=int, default=0, help="instead: of threads on one model, each combination"
+    )
     options = parser.parse_args(arguments)
+    if options.forwards:
+        from ditq_bench import threads
+
+        return threads.main(["--forwards", str(options.forwards)])
     try:
         outcomes = stress(options.kills, options.out, options.seed)
     except (ValueError, RuntimeError) as error:

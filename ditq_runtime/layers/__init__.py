@@ -1,1 +1,1 @@
-"""Modules that play packed tensors, and what a block notes for them. Open `linear.py` first."""
+"""Modules that play packed tensors, and what travels with a forward. Open `linear.py`, then `site.py`, `carrier.py`."""

@@ -182,6 +182,32 @@ def test_a_forward_as_users_run_it(case):
     assert error(case, forward(case)) < case.bound
 
 
+def test_classes_without_a_table_load_too(tmp_path):
+    """Nothing was folded there: every linear is a site of its own. The folder is one of version 2, written back."""
+    torch.manual_seed(0)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=32, num_layers=1, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        max_text_seq_length=6,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "float")
+    choice = ditq.DitqConfig(weights="w8")
+    packed = type(model).from_pretrained(tmp_path / "float", quantization_config=choice)
+    packed.save_pretrained(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    quantization = config["quantization_config"]
+    del quantization["digests"], quantization["scheme"]["sites"], quantization["scheme"]["timestep"]
+    quantization["format_version"] = 1
+    quantization["scheme"]["folds"] = {}
+    for entry in quantization["scheme"]["formats"].values():
+        entry["smooth"] = False
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert again.config.quantization_config.scheme == packed.config.quantization_config.scheme
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in packed.state_dict().items())
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """What changes a copy of a checkpoint, and what its loading says then."""
