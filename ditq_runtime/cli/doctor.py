@@ -32,14 +32,14 @@ def examine() -> dict[str, Any]:
     """Everything `doctor` shows, JSON-safe."""
     import torch
 
-    from ditq_kernels.launch import cpu_features
+    from ditq_kernels.launch import cpu_features, gpus
 
     devices = [_device("cpu", cpu_features.describe())]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        devices.append(
-            _device(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-        )
+        device = f"cuda:{index}"
+        name = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+        devices.append(_device(device, name, gpus.why_device_refused(torch.device(device))))
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _device(device: str, name: str) -> dict[str, Any]:
+def _device(device: str, name: str, refused: str = "") -> dict[str, Any]:
     import torch
 
     import ditq_kernels as k
@@ -58,6 +58,8 @@ def _device(device: str, name: str) -> dict[str, Any]:
         try:
             backend = k.backend_of(op, torch.device(device))
             why = WHY[backend]
+            if backend == "triton" and refused:
+                backend, why = "unavailable", refused
         except (RuntimeError, ImportError) as error:
             backend, why = "unavailable", str(error)
         rows.append((op, backend, why))

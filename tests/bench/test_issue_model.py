@@ -16,7 +16,7 @@ def census(target, warps, loop, registers=128, shared=48 << 10):
     ("target", "clocks"),
     # a 128 x 128 x 64 tile: 64 instructions in each of 4 warps, 8 clocks each on a quarter of an A100,
     # 16 on Ada
-    [(80, 64 * 8), (86, 64 * 16), (89, 64 * 16)],
+    [(80, 64 * 8), (86, 64 * 16), (89, 64 * 16), (120, 64 * 16)],
 )
 def test_legacy_products(target, clocks):
     assert mma_clocks({"IMMA.16832.S8.S8.SAT": 64}, 4, MACHINES[target]) == clocks

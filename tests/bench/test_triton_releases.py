@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ditq_bench.census.rows import TARGETS, gated_cases, gated_targets, kernel_names
-from ditq_kernels._triton.parts.versions import FIRST_TRITON, release_of
+from ditq_kernels.launch.gpus import FIRST_TRITON, release_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,9 +30,10 @@ def test_sm_100_is_checked_where_all_kernels_have_its_products():
     assert gated_targets("3.9.0") == (*TARGETS, 100)
 
 
-def test_the_gate_takes_all_kernels_where_they_run_and_those_without_stages_on_sm_100():
+def test_the_gate_takes_all_kernels_but_on_the_newest_gpus_those_with_stages():
     found = {case[:2] for case in gated_cases(kernel_names(), "3.9.0")}
     plain = {kernel for kernel in kernel_names() if "+" not in kernel}
     assert {kernel for kernel, target in found if target == 100} == plain
+    assert {kernel for kernel, target in found if target == 120} == plain
     assert {kernel for kernel, target in found if target == 90} == set(kernel_names())
     assert {"gemm_w8a8", "gemm_w4a8", "attention_qk_int8_pv_int8"} < plain

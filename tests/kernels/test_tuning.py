@@ -5,7 +5,7 @@ import torch
 
 from ditq_kernels.launch import backend, tuning
 
-ARCHITECTURES = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90"]
+ARCHITECTURES = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120", "sm_121"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,7 +43,18 @@ def test_a_launch_in_words():
     assert words(vars(tuning.RowConfig(4, 8))) == "4, 8 warps"
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_a_table_for_some_ops_comes_before_the_one_it_borrows():
+    assert tuning.tables_of_architecture("sm_121") == ("sm_120", "sm_89")
+    tables = tuning.tables_of_architecture("sm_120")
+    spilling = tuning.attention_config("attention_qk_int8_pv_int8", ("sm_89",), 256, 72)
+    own = tuning.attention_config("attention_qk_int8_pv_int8", tables, 256, 72)
+    assert (spilling.block_k, own.block_k) == (128, 64)
+    assert tuning.tile_config("gemm_w8a8", tables, 8192, 1152) == tuning.tile_config(
+        "gemm_w8a8", ("sm_89",), 8192, 1152
+    )
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_120"])
 def test_untimed_tables_say_so(architecture):
     assert "untimed" in tuning.load_table(architecture)["provenance"]
 

@@ -16,7 +16,7 @@ COLUMNS = (
 def census(
     kernel: Annotated[str, typer.Option(help="Kernels, comma-separated; default: all.")] = "",
     target: Annotated[
-        str, typer.Option(help="Compute capabilities, comma-separated: 80, 86, 89, 90, 100.")
+        str, typer.Option(help="Compute capabilities, comma-separated: 80, 86, 89, 90, 100, 120.")
     ] = "",
     check: Annotated[
         bool, typer.Option("--check", help="One launch per kernel and target; exit 1 on a fault.")

@@ -16,7 +16,7 @@ from ditq_runtime.files import atomic_file
 
 BUDGET = Path(__file__).with_name("budget.json")
 # how their names begin; those of sm_100 do not say the types of operands
-INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
+INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 120: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
 THROUGH_REGISTERS = (90, 100)  # whose products could also take expanded weights from shared memory
 CONVERSIONS = ("F2I", "PRMT")  # of floats; of bytes, as in an operand with the wrong layout
 

@@ -25,7 +25,7 @@ def tune(
         bool, typer.Option("--dry-run", help="Show what would be timed; needs no GPU.")
     ] = False,
     target: Annotated[
-        int, typer.Option(help="Compute capability of a dry run: 80, 86, 89, 90.")
+        int, typer.Option(help="Compute capability of a dry run: 80, 86, 89, 90, 120.")
     ] = 90,
     prune: Annotated[
         bool, typer.Option(help="Compile every launch first and drop the hopeless ones.")

@@ -30,7 +30,14 @@ COMPILED, OF_ONE_TILE = (
     3,
 )  # GEMM launches of a bucket, the best by the wave model; of them with the same tile
 ROW_VALUES = 128  # of a row kernel in a thread; compiling more takes minutes
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED_LIMIT = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
 
 
 # tables whose kernels have other names offline; of the stages the one that needs most registers
@@ -69,9 +76,12 @@ class Bucket:
 def buckets(target: int, ops: Collection[str]) -> list[Bucket]:
     """One for each row that the architecture's launch table has for these ops."""
     found = []
+    left = set(ops)  # a table hides those after it
     for table in tuning.tables_of_architecture(f"sm_{target}"):
-        for op, rows in tuning.load_table(table)["ops"].items():
-            for row in rows if op in ops else ():
+        own = {op: rows for op, rows in tuning.load_table(table)["ops"].items() if op in left}
+        left -= set(own)
+        for op, rows in own.items():
+            for row in rows:
                 limits = {name: value for name, value in row.items() if name.startswith("max_")}
                 kind = "attention" if op.startswith("attention") else ""
                 sizes = HEAD_DIMS if kind else WIDTHS

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ditq_kernels.launch import cpu_features
+from ditq_kernels.launch import cpu_features, gpus
 
 TRITON_OPS = frozenset(
     {
@@ -106,6 +106,10 @@ def why_not(name: str, device: torch.device | str) -> str:
     kind = torch.device(device).type
     if name == "triton" and kind != "cuda":
         return f"'triton' needs CUDA tensors, and these are on {device}; move the model, or take 'auto'"
+    if name == "triton" and torch.cuda.is_available():
+        refused = gpus.why_device_refused(torch.device(device))
+        if refused:
+            return f"'triton' does not run here: {refused}"
     if name == "cpu" and kind != "cpu":
         return f"'cpu' needs tensors on the CPU, and these are on {device}; move the model, or take 'auto'"
     if name == "cpu" and not cpu_features.int8_gemm():

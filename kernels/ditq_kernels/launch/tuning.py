@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-# architectures without a table of their own borrow the one with the same shared memory
-BORROWED_TABLES = {"sm_86": "sm_89", "sm_87": "sm_80"}
+# architectures without a table of their own, or with one for some ops, borrow that with the same shared memory
+BORROWED_TABLES = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_120": "sm_89", "sm_121": "sm_120"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def own_table(device: torch.device) -> str:
 
 def tables_of_architecture(architecture: str, own: str = "") -> tuple[str, ...]:
     """Names of the tables that exist for an architecture, such as "sm_90", after the GPU's own."""
-    names = (own, architecture, BORROWED_TABLES.get(architecture, ""))
+    names = [own, architecture]
+    while names[-1] in BORROWED_TABLES:
+        names.append(BORROWED_TABLES[names[-1]])
     return tuple(name for name in names if name and load_table(name))
 
 
@@ -125,5 +127,5 @@ def _fitting_row(op: str, tables: tuple[str, ...], num_tokens: int, in_features:
                 return {key: value for key, value in row.items() if not key.startswith("max_")}
     raise NotImplementedError(
         f"{op}: no launch table covers this GPU (looked in {list(tables) or 'tuned/'}); "
-        "run `ditq tune` on it, or use an sm_80, sm_86, sm_89 or sm_90 GPU"
+        "run `ditq tune` on it, or use an sm_80, sm_86, sm_89, sm_90 or sm_120 GPU"
     )

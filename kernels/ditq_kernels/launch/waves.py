@@ -24,6 +24,8 @@ INT8_PER_CLOCK = {
     87: 2048,
     89: 1024,
     90: 4096,
+    120: 1024,
+    121: 1024,
 }  # datasheets, per multiprocessor
 
 

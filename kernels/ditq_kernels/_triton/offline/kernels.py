@@ -14,7 +14,7 @@ HEADS = tuple(
 )
 QKVS = (Problem(8192, zero_point=True), Problem(256, zero_point=True))
 ASYMMETRIC = (Problem(8192, zero_point=True), Problem(16, zero_point=True))
-DISTINCT = (80, 89, 90)  # of kernels whose machine code for sm_86 is that for sm_89
+DISTINCT = (80, 89, 90, 120)  # of kernels whose machine code for sm_86 is that for sm_89
 MODULATIONS = (Problem(16), Problem(64))
 ROW_KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),

@@ -9,7 +9,7 @@ import dataclasses
 from ditq_kernels._triton.offline.problem import Config
 from ditq_kernels.launch import tuning
 
-BORROWED = {100: 90, 120: 89}
+BORROWED = {100: 90}
 SM_100_OUTPUTS = {
     "gemm_w8a8": 128, "gemm_w8a8+grouped": 128, "gemm_w8a8+qkv_quantize": 64, "gemm_w8a8+residual": 64,
 }  # fmt: skip

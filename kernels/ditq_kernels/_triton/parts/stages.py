@@ -14,7 +14,7 @@ from typing import Any
 import triton
 from triton import knobs
 
-from ditq_kernels._triton.parts.versions import release_of
+from ditq_kernels.launch.gpus import release_of
 
 FIRST_WITH_PREFETCH = (3, 8)
 NEEDED = release_of(triton.__version__) >= FIRST_WITH_PREFETCH

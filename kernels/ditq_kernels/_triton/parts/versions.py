@@ -1,17 +1,10 @@
-"""Which GPUs and Triton releases our kernels accept."""
+"""Refuses GPUs and Triton releases that our kernels do not run on, at a launch."""
 
 import functools
-import re
 
 import torch
 
-FIRST_TRITON = (3, 6)
-
-
-def release_of(triton_version: str) -> tuple[int, int]:
-    """(major, minor) of a version such as "3.6.0"; (0, 0) if it is none."""
-    found = re.match(r"(\d+)\.(\d+)", triton_version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+from ditq_kernels.launch import gpus
 
 
 def check_versions(capability: tuple[int, int], triton_version: str) -> None:
@@ -24,15 +17,9 @@ def check_versions(capability: tuple[int, int], triton_version: str) -> None:
     Raises:
         NotImplementedError: too old a GPU or Triton.
     """
-    if capability < (8, 0):
-        raise NotImplementedError(
-            f"ditq_kernels: int8 kernels need an sm_80 GPU or newer, got sm_{capability[0]}{capability[1]}; "
-            "move the tensors to the CPU for the slow reference"
-        )
-    if release_of(triton_version) < FIRST_TRITON:
-        raise NotImplementedError(
-            f"ditq_kernels: Triton 3.6 or newer is needed, got {triton_version}; install triton>=3.6"
-        )
+    refused = gpus.why_refused(capability, triton_version)
+    if refused:
+        raise NotImplementedError(f"ditq_kernels: {refused}")
 
 
 @functools.cache
