@@ -88,7 +88,7 @@ class LaunchPlan:
     def __call__(self, arguments: Arguments) -> Any:
         """Run one call of this signature."""
         device = self.device
-        if _somebody_listens() or not _is_current(device):
+        if _somebody_listens() or (device.index is not None and not _is_current(device)):
             return FunctionPlan(self.op)(arguments)
         launchers, memory_of, weights, stream_of = self._ready
         memory = [
