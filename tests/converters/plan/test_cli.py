@@ -1,6 +1,8 @@
 """`ditq plan`, and `convert` and `inspect` with a plan: the same object for all three."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -78,3 +80,15 @@ def test_rules_that_cannot_be_are_refused_before_the_work(ditq, tmp_path, rule):
         assert result.exit_code == 1
         assert type(result.exception) is ValueError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_s_example_of_one_layer_by_hand_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text()
+    (example,) = re.findall(r"```python\n(from ditq_converters import calibrate.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace('out="stats")', 'out="stats", steps=2, samples=2, quiet=True)'), {})
+    layers = open_folder(tmp_path / "out").scheme.layers
+    assert layers["transformer_blocks.0.ff.net.2"] == "w8_token"
+    assert layers["transformer_blocks.0.attn1.to_q"] == "w4p64_token"
+    made = read_plan(tmp_path / "out" / "ditq" / "plan.json")
+    assert {str(s.options) for s in made.sites if s.name.endswith(".fc1")} == {"{'alpha': 0.7}"}
