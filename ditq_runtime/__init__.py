@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from ditq_runtime.format.checkpoint import FORMAT_VERSION
     from ditq_runtime.format.layer import LayerFormat
     from ditq_runtime.format.scheme import Scheme
+    from ditq_runtime.host.config import DitqConfig
     from ditq_runtime.host.configure import configure
     from ditq_runtime.host.hub import push_to_hub
-    from ditq_runtime.host.plugin import DitqConfig, DitqQuantizer, register
+    from ditq_runtime.host.plugin import DitqQuantizer, register
     from ditq_runtime.layers.linear import QuantLinear
     from ditq_runtime.lora.adapter import load_lora
     from ditq_runtime.lora.switch import set_lora, unload_lora
@@ -55,7 +56,7 @@ __all__ = [
 _HOME = {
     "FORMAT_VERSION": "format.checkpoint",
     "CheckpointError": "errors",
-    "DitqConfig": "host.plugin",
+    "DitqConfig": "host.config",
     "DitqQuantizer": "host.plugin",
     "ExecutionReport": "report.execution",
     "FallbackError": "errors",

@@ -16,6 +16,7 @@ from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.host import plugin, skeleton
+from ditq_runtime.host.config import DitqConfig
 from ditq_runtime.layers.timestep_freq import get_timestep_freq
 
 
@@ -93,7 +94,7 @@ def packed_skeleton(
             kept = any(part in name.split(".") for part in wide)
             tensor.data = tensor.data.to(floats[name].dtype if kept else dtype)
     skeleton.install(packed, scheme, dtype)
-    plugin.adopt(packed, plugin.DitqConfig(scheme, recipe), dtype)
+    plugin.adopt(packed, DitqConfig(scheme, recipe), dtype)
     return packed
 
 
