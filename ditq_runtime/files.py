@@ -127,7 +127,7 @@ def check_new(path: Path) -> None:
         FileExistsError: it exists and is not an empty folder.
         ValueError: nothing can be renamed to it, or nothing written beside it; says why.
     """
-    _check_place(path)
+    _check_rename(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"{path} already exists; choose another output folder or remove it first"
@@ -150,11 +150,30 @@ def check_file(path: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise ValueError(
             f"{path}: its name must end in {' or '.join(suffixes)}, which is what it will hold"
         )
-    _check_place(path)
+    check_place(path)
 
 
-def _check_place(path: Path) -> None:
-    """ValueError unless a temporary name beside `path` can be made and renamed to it."""
+def check_place(path: Path) -> None:
+    """That something can be written at `path`, or in it where it is a folder; before work begins.
+
+    Raises:
+        ValueError: part of the path is a file, or the file system lets nobody write; says which.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: {above} is a file; choose another place")
+    for folder in (above, path) if path.is_dir() else (above,):
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".ditq."))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ValueError(
+                f"{path}: nothing can be written in {folder} ({reason}); choose another place"
+            ) from error
+
+
+def _check_rename(path: Path) -> None:
+    """ValueError unless a folder beside `path` can be renamed to it."""
     if path.is_symlink():
         raise ValueError(f"{path}: is a symbolic link, which would be replaced; name its target")
     here = Path.cwd()
@@ -162,16 +181,7 @@ def _check_place(path: Path) -> None:
         raise ValueError(f"{path}: is the current folder or one above it; name a new one inside")
     if path.is_mount():
         raise ValueError(f"{path}: is a mount point, which cannot be replaced; name a folder in it")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"{path}: {above} is a file; choose another place")
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=above, prefix=".ditq."))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(
-            f"{path}: nothing can be written in {above} ({reason}); choose another place"
-        ) from error
+    check_place(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -66,6 +66,8 @@ def model(
     unknown = [name for name in names if name not in RUN_MODES]
     if unknown:
         raise typer.BadParameter(f"--modes: unknown {unknown}; choose from {', '.join(RUN_MODES)}.")
+    if "graph" in names and place.type != "cuda":
+        raise typer.BadParameter(f"--modes: graph needs a CUDA GPU, and this runs on {place}.")
     kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise typer.BadParameter(f"--dtype: float32, bfloat16 or float16, got {dtype!r}.")

@@ -76,14 +76,21 @@ def write_csv(path: Path, rows: list[tuple[Shape, Row]], device: torch.device) -
 
 
 def commit() -> str:
-    """Short hash of the source tree this runs from; "unknown" outside a git checkout."""
-    run = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.stdout.strip() or "unknown"
+    """Short hash of the source tree this runs from; "unknown" outside of its checkout, as where ditq is installed.
+
+    A checkout that ditq is merely installed into, such as the caller's own with a virtual environment, is not it.
+    """
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return "unknown"
+    return _git("rev-parse", "--short", "HEAD") or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        return ""
 
 
 def _triton() -> str:

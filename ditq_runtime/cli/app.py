@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ditq_runtime.cli.checked import Checked
 from ditq_runtime.cli.output import complain
 from ditq_runtime.cli.sentences import misuse, sentence
 from ditq_runtime.host.on_import import after_import
@@ -49,9 +50,11 @@ def make_app(wanted: str = "") -> typer.Typer:
     for entry in [entry for entry in found if entry.name == wanted] or found:
         command = entry.load()
         if isinstance(command, typer.Typer):
+            for inside in command.registered_commands:
+                inside.cls = Checked
             app.add_typer(command, name=entry.name)
         else:
-            app.command(entry.name)(command)
+            app.command(entry.name, cls=Checked)(command)
     return app
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +83,7 @@ def sample(
 
     check_file(out, (".png",))
     here = place(device)
-    used = _check(here, dtype, backend, cuda_graph, cfg)
+    used = _check(here, dtype, backend, cuda_graph)
     begin = time.perf_counter()
     pipe = _opened(path, getattr(torch, dtype), here, sampler, cuda_graph)
     loaded = time.perf_counter() - begin
@@ -114,7 +113,7 @@ def sample(
         _tell(result, proof)
 
 
-def _check(here: Any, dtype: str, backend: str, cuda_graph: bool, cfg: float | None) -> str:
+def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
     """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
     from ditq_kernels.launch.backend import CHOICES
 
@@ -123,8 +122,6 @@ def _check(here: Any, dtype: str, backend: str, cuda_graph: bool, cfg: float | N
             raise typer.BadParameter(
                 f"--{option} must be one of {', '.join(choices)}, got {value!r}."
             )
-    if cfg is not None and not math.isfinite(cfg):
-        raise typer.BadParameter(f"--cfg must be a finite number, got {cfg}.")
     used = check_backend(backend, here)
     if cuda_graph and here.type != "cuda":
         raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {here}; leave it out")

@@ -266,19 +266,35 @@ def test_sample_refuses_labels_that_are_no_classes(ditq, folder, tmp_path, label
     assert "seven" in line
 
 
-def test_sample_checks_its_options_before_it_opens_the_model(ditq, tmp_path):
-    """The folder does not exist, and is not what is complained about."""
-    (tmp_path / "folder").mkdir()
-    for arguments, sentence in {
-        ("--out", tmp_path / "folder"): "is a folder; name a file in it",
-        ("--out", tmp_path / "x.jpg"): "its name must end in .png",
-        ("--out", "/proc/x.png"): "nothing can be written in /proc",
-        ("--cfg", "nan"): "--cfg must be a finite number, got nan",
-        ("--cfg", "inf"): "--cfg must be a finite number, got inf",
-    }.items():
-        code, _, err = ditq("sample", tmp_path / "nowhere", *arguments)
-        assert code in (1, 2)
-        assert sentence in " ".join(err.split())
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("sample", "MODEL", "--out", "TMP"), "is a folder; name a file in it"),
+        (("sample", "MODEL", "--out", "TMP/x.jpg"), "its name must end in .png"),
+        (("sample", "MODEL", "--out", "/proc/x.png"), "nothing can be written in /proc"),
+        (("sample", "MODEL", "--cfg", "nan"), "--cfg must be a finite number, got nan"),
+        (("calibrate", "MODEL", "--out", "TMP/s", "--cfg", "inf"), "--cfg must be a finite number"),
+        (("calibrate", "MODEL", "--out", "TMP/file/s"), "is a file; choose another place"),
+        (("convert", "MODEL", "TMP/file/out"), "is a file; choose another place"),
+        (("convert", "MODEL", "TMP/o", "--max-shard-size", "banana"), "such as 500MB or 10GB"),
+        (("convert", "MODEL", "TMP/o", "--max-shard-size", "0GB"), "such as 500MB or 10GB"),
+        (("convert", "MODEL", "."), "is the current folder"),
+        (("eval", "MODEL", "--reference", "MODEL", "--out", "/proc/r"), "nothing can be written"),
+        (("eval", "MODEL", "--reference", "MODEL", "--samples", "1"), "greater than or equal to 2"),
+        (("demo", "--out", "/proc/demo"), "nothing can be written in /proc"),
+        (("bench", "model", "MODEL", "--modes", "graph"), "graph needs a CUDA GPU"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_opened(ditq, tmp_path, arguments, sentence):
+    """MODEL does not exist, and is not what is complained about."""
+    if "graph" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    given = [a.replace("MODEL", "/no/model").replace("TMP", str(tmp_path)) for a in arguments]
+    code, _, err = ditq(*given)
+    assert code in (1, 2)
+    assert sentence in " ".join(err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

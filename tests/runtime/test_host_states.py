@@ -164,3 +164,9 @@ def test_the_report_refuses_flex_attention(flux):
         ditq.execution_report(packed, inputs)
     packed.set_attention_backend("native")
     run(packed, inputs)
+
+
+def test_more_timestep_groups_than_calls_are_refused(pipes, stats):
+    recipe = Recipe("htg", activations="static", num_groups=1000)
+    with pytest.raises(ValueError, match="1000 timestep groups, but the statistics hold 2 calls"):
+        convert(pipes["own"], recipe, stats["own"], quiet=True)

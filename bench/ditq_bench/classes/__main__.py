@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from ditq_bench.classes.again import check_again
 from ditq_bench.classes.sweep import RECIPES, sweep
 from ditq_bench.classes.table import markdown, write_csv
+from ditq_bench.results import commit
 from ditq_bench.zoo import CLASSES
 
 
@@ -32,10 +32,7 @@ def main(
         for recipe, why in again.get(row.name, {}).items():
             row.recipes[recipe].failed = row.recipes[recipe].failed or why
     if csv is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        write_csv(csv, rows, commit.stdout.strip())
+        write_csv(csv, rows, commit())
     table = markdown(rows, list(RECIPES))
     if out is not None:
         out.write_text(table, encoding="utf-8")

@@ -25,7 +25,7 @@ ReportOption = Annotated[
 ]
 StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per sample.")]
 SamplesOption = Annotated[
-    int, typer.Option(min=1, help="Samples per model; Frechet distances need many.")
+    int, typer.Option(min=2, help="Samples per model; Frechet distances need many.")
 ]
 FewOption = Annotated[
     int, typer.Option(min=1, help="Of those, for forced SQNR, halves and layers.")

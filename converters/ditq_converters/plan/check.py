@@ -64,6 +64,13 @@ def check_statistics(plan: Plan, stats: CalibrationStats | None) -> None:
                 f"convert: {_who_needs(plan)} needs statistics; run `ditq calibrate` first and pass them"
             )
         return
+    calls = len(stats.timesteps)
+    for site in plan.sites:
+        groups = site.options.get("num_groups") or 1
+        if groups > calls:
+            raise ValueError(
+                f"{site.name}: {groups} timestep groups, but the statistics hold {calls} calls; take at most that many"
+            )
     if plan.needs_operands and not stats.has_attention:
         raise StatisticsError(
             f"{stats.folder}: holds no ranges of Q, K and V; run `ditq calibrate MODEL --out NEW_FOLDER` and "

@@ -1,0 +1,61 @@
+"""What every command checks of its options first: numbers are finite, output places can be written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from ditq_runtime.files import check_place
+
+SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)  # as diffusers reads it
+
+
+def _finite(option: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{option} must be a finite number, got {value}.")
+
+
+def _size(option: str, value: str) -> None:
+    if not SIZE.fullmatch(value.strip()):
+        raise typer.BadParameter(f"{option} must be a size such as 500MB or 10GB, got {value!r}.")
+
+
+def _place(option: str, value: Any) -> None:
+    check_place(Path(value))
+
+
+# name of a parameter -> its check; floats have theirs whatever they are called
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "max_shard_size": _size,
+    "out": _place,
+    "csv": _place,
+    "npz": _place,
+}
+
+
+class Checked(TyperCommand):
+    """A command that looks at its options first."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Check, then run.
+
+        Raises:
+            BadParameter: a value that no command could use.
+            ValueError: a place that nothing can be written to.
+        """
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            option = param.opts[0] if param.opts else str(param.name)
+            if value is None or value == "":
+                continue
+            if isinstance(value, float):
+                _finite(option, value)
+            if param.name in CHECKS:
+                CHECKS[param.name](option, value)
+        return super().invoke(ctx)
