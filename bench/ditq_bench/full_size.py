@@ -94,10 +94,16 @@ def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
 
     pipe = open_model(str(model), memory_budget=CALIBRATION_BUDGET)
     made = calibrate(
-        pipe, stats, STEPS, SAMPLES, rows=ROWS, memory_budget=CALIBRATION_BUDGET, quiet=True
+        pipe,
+        stats,
+        steps=STEPS,
+        samples=SAMPLES,
+        rows=ROWS,
+        memory_budget=CALIBRATION_BUDGET,
+        quiet=True,
     )
     return {
-        "micro_batch": made.manifest["plan"]["micro_batch"],
+        "inputs": len(made.manifest["inputs"]),
         "model_calls": STEPS,
         "samples": SAMPLES,
         "bytes": _bytes(stats),

@@ -64,8 +64,10 @@ def perturbed(method: str, amount: float, seed: int) -> Iterator[str]:
 
 def forced(recipe: Recipe, subject: Subject) -> float:
     """Forced SQNR in dB, over every fifth call."""
-    packed = convert(subject.pipe, recipe, subject.stats, quiet=True)
-    return forced_sqnr(subject.calls[CALLS], packed, subject.plan).mean
+    baseline = subject.baseline
+    packed = convert(baseline.pipe, recipe, subject.stats, quiet=True)
+    calls = [made[CALLS] for made in baseline.run.calls]
+    return forced_sqnr(calls, {"transformer": packed}).mean
 
 
 def study(out: Path, models: Sequence[str] = MODELS) -> Iterator[dict[str, Any]]:

@@ -10,16 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ditq_converters.calibrate.run import calibrate, draw_labels, make_scheduler
+from ditq_converters.calibrate.pipeline import with_transformers
+from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.calibrate.trajectory import Call, SamplingPlan
 from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
 from ditq_converters.fakequant import simulate
 from ditq_converters.methods.profiles import PROFILES
 from ditq_converters.models.open import open_model
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.showcase.score import paired_psnr, score_samples
+from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
 
@@ -116,47 +116,52 @@ def profile_cases(models: tuple[str, ...], methods: tuple[str, ...]) -> Iterator
 class Subject:
     """A float model, its calibration and its own run."""
 
-    pipe: Any
     stats: CalibrationStats
-    plan: SamplingPlan
-    calls: list[Call]
+    baseline: Baseline
 
 
 def prepare(model: str, folder: Path) -> Subject:
     """Calibrate a model (resumable) and sample it in float."""
     pipe = open_model(model)
+    how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE}
     stats = calibrate(
-        pipe, folder / model.partition(":")[2], STEPS, CALIBRATION_SAMPLES, GUIDANCE, seed=SEED
+        pipe,
+        folder / model.partition(":")[2],
+        samples=CALIBRATION_SAMPLES,
+        batch=CALIBRATION_SAMPLES,
+        seed=SEED,
+        **how,
     )
-    labels = draw_labels(list(range(10)), SAMPLES, SEED + 1)
-    plan = SamplingPlan(labels, steps=STEPS, guidance=GUIDANCE, seed=SEED + 1)
-    return Subject(pipe, stats, plan, run(pipe.transformer, make_scheduler(pipe, "ddim"), plan))
+    return Subject(stats, Baseline.of(model, pipe, SAMPLES, SAMPLES, SEED + 1, **how))
 
 
 def measure(case: Case, subject: Subject) -> dict[str, Any]:
     """Convert (or simulate, where the profile is no integer one), sample, compare: one row of FIELDS."""
-    begin = time.perf_counter()
+    begin, baseline = time.perf_counter(), subject.baseline
     nbytes: int | str = ""  # a simulation has no size of its own
     if case.recipe.profile != "int":
-        packed = simulate(subject.pipe, case.recipe, subject.stats)
+        packed = simulate(baseline.pipe, case.recipe, subject.stats)
         seconds = time.perf_counter() - begin
     else:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            packed = convert(subject.pipe, case.recipe, subject.stats, out, quiet=True)
+            packed = convert(baseline.pipe, case.recipe, subject.stats, out, quiet=True)
             seconds = time.perf_counter() - begin
             nbytes = open_folder(out).nbytes
-    own = run(packed, make_scheduler(subject.pipe, "ddim"), subject.plan)
+    twin = {"transformer": packed}
+    own = run(with_transformers(baseline.pipe, twin), baseline.inputs)
+    assert own.latents is not None
+    forced = forced_sqnr(baseline.run.calls, twin)
     return {
         "model": case.model,
         "table": case.table,
         "case": case.name,
         "weights": case.recipe.weights,
         "activations": case.recipe.activations,
-        "sqnr_free_db": f"{compare_runs(subject.calls, own).mean:.2f}",
-        "sqnr_forced_db": f"{forced_sqnr(subject.calls, packed, subject.plan).mean:.2f}",
-        "psnr_db": f"{paired_psnr(subject.calls[-1].after, own[-1].after):.2f}",
-        "accuracy": f"{score_samples(own[-1].after, subject.plan.labels)['accuracy']:.3f}",
+        "sqnr_free_db": f"{compare_runs(baseline.run, own).mean:.2f}",
+        "sqnr_forced_db": f"{forced.mean:.2f}",
+        "psnr_db": f"{paired_psnr(baseline.latents, own.latents):.2f}",
+        "accuracy": f"{score_samples(own.latents, baseline.labels)['accuracy']:.3f}",
         "bytes": nbytes,
         "convert_seconds": f"{seconds:.1f}",
         "samples": SAMPLES,

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ditq_converters.calibrate.journal import LOG
 from ditq_runtime.cli.output import print_table, say
 from ditq_runtime.files import write_json
 
@@ -155,7 +156,13 @@ def work(job: str, out: str, started: Connection) -> None:
     pipe, folder = open_model(MODEL), Path(out)
     if job == "calibrate":
         started.send(None)
-        calibrate(pipe, folder, STEPS, SAMPLES, sampler="dpmsolver++", micro_batch=3, quiet=True)
+        how: dict[str, Any] = {
+            "steps": STEPS,
+            "samples": SAMPLES,
+            "batch": 1,
+            "sampler": "dpmsolver++",
+        }
+        calibrate(pipe, folder, **how, quiet=True)
         return
     stats = CalibrationStats.open(_reference(folder.parent.parent, "calibrate"))
     started.send(None)
@@ -188,8 +195,8 @@ def _stress_job(runner: Runner, job: str, kills: int, out: Path, rng: random.Ran
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Path -> bytes of every file below a folder, hidden ones included."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Path -> bytes of every file below a folder, hidden ones included; a log, which has times in it, left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOG)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

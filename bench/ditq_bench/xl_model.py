@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from ditq_converters.calibrate.trajectory import noise_generator
+from ditq_converters.calibrate.seeds import generator
 from ditq_converters.streaming.write import write_shards
 from ditq_runtime.files import atomic_folder
 
@@ -71,5 +71,5 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A Gaussian tensor that depends on its name and shape alone; of an embedder, on its name inside the block."""
     seed = zlib.crc32(re.sub(r"transformer_blocks\.\d+\.norm1\.emb", "emb", name).encode())
     inputs = shape[1] if len(shape) > 1 else 1024
-    values = torch.randn(shape, generator=noise_generator(seed, 0, 0))
+    values = torch.randn(shape, generator=generator(seed, 0, 0))
     return values * (SPREAD / inputs**0.5)

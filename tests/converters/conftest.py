@@ -94,7 +94,7 @@ import torch
 torch.set_num_threads(1)
 import diffusers, safetensors.torch
 from diffusers.utils import logging
-import ditq_converters.calibrate.stats, ditq_runtime.files
+import ditq_runtime.files
 from ditq_converters import CalibrationStats, Recipe, calibrate, convert, open_model
 logging.disable_progress_bar()
 PAUSE = 0.01
@@ -118,8 +118,9 @@ def slow_down(events):
             event()
             return result
         return slow
-    stats = sys.modules["ditq_converters.calibrate.stats"]  # the attribute is a function
-    safetensors.torch.save_file = stats.save_file = save_file
+    safetensors.torch.save_file = save_file
+    for name in ("merge", "shards"):  # the package's name is also a function's
+        sys.modules[f"ditq_converters.calibrate.{name}"].save_file = save_file
     for name in ("rename", "replace", "fsync"):
         setattr(os, name, around(getattr(os, name)))
     shutil.copyfile = around(shutil.copyfile)  # a move that copies would not be atomic

@@ -1,8 +1,5 @@
 """Quantized attention from calibration to file: ranges as recorded by hand, folded values, refusals, P3."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -10,7 +7,7 @@ from safetensors.torch import load_file
 
 import ditq_kernels as k
 import ditq_runtime as ditq
-from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
+from ditq_converters import Recipe, StatisticsError, calibrate, convert
 from ditq_converters.convert.fold import block_linears
 from ditq_converters.convert.site_data import site_data
 from ditq_converters.convert.transforms import decide
@@ -78,7 +75,7 @@ def test_ranges_of_the_operands_are_those_recorded_by_hand(stats, recorded):
 def test_without_them_all_other_statistics_are_the_same(stats, without):
     assert (stats.has_attention, without.has_attention) == (True, False)
     for call in range(3):
-        name = f"call_{call:04d}.safetensors"
+        name = f"merged/transformer/call_{call:04d}.safetensors"
         full, bare = load_file(stats.folder / name), load_file(without.folder / name)
         operands = {f"{b}.attn1.{o}.{e}" for b in BLOCKS for o in OPERANDS for e in ("min", "max")}
         assert set(full) - set(bare) == operands
@@ -110,38 +107,6 @@ def test_static_scales_without_them_say_what_to_run(model, without, recipe, tmp_
     ):
         convert(model, recipe, without, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_manifest_from_before_there_was_the_key_means_without(model, stats, without, tmp_path):
-    old = shutil.copytree(without.folder, tmp_path / "old")
-    manifest = json.loads((old / "manifest.json").read_text())
-    del manifest["attention"]
-    (old / "manifest.json").write_text(json.dumps(manifest))
-    assert not CalibrationStats.open(old).has_attention
-    calibrate(model, old, attention=False, **SMALL)  # resumed: nothing to do
-    with pytest.raises(StatisticsError, match=r"another attention \(False, now True\)"):
-        calibrate(model, old, **SMALL)
-
-
-def test_it_resumes_to_the_same_bytes(model, stats, tmp_path, monkeypatch):
-    import sys
-
-    module = sys.modules["ditq_converters.calibrate.run"]
-    write = module.write_shard
-
-    def stop_after_one(folder, call, *rest):
-        if call == 1:
-            raise KeyboardInterrupt
-        write(folder, call, *rest)
-
-    monkeypatch.setattr(module, "write_shard", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, tmp_path, **SMALL)
-    monkeypatch.undo()
-    calibrate(model, tmp_path, **SMALL)
-    for call in range(3):
-        name = f"call_{call:04d}.safetensors"
-        assert (tmp_path / name).read_bytes() == (stats.folder / name).read_bytes()
 
 
 def absmax_of_heads(calls):

@@ -1,14 +1,14 @@
-"""Calibration: ranges as an independent recording has them, resumable to the byte, and nothing left behind."""
+"""Calibration: ranges as an independent recording has them, and nothing left behind on pipeline, model or machine."""
 
-import weakref
+import json
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ditq_converters import StatisticsError, calibrate
-from ditq_converters.calibrate.stats import shard_path
-from ditq_converters.calibrate.trajectory import SamplingPlan, initial_latents
+from ditq_converters import CalibrationStats, StatisticsError, calibrate
+from ditq_converters.calibrate.seeds import generator
+from ditq_converters.calibrate.shards import shard_folder
 
 CONSUMERS = {
     "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -16,14 +16,13 @@ CONSUMERS = {
     "fc1": ("ff.net.0.proj",),
     "fc2": ("ff.net.2",),
 }
-STEPS, SAMPLES, GUIDANCE = 3, 4, 2.0
-SMALL = {"steps": STEPS, "samples": SAMPLES, "guidance": GUIDANCE, "quiet": True}
+STEPS, LABELS, GUIDANCE = 3, (0, 7, 1, 0), 2.0
+SMALL = {"steps": STEPS, "labels": LABELS, "guidance": GUIDANCE, "quiet": True}
 
 
-def record(model, labels, guidance=GUIDANCE):
-    """Own loop, own hooks, one big batch: per call, site -> rows [2S, tokens, K] of every reader, cond half first."""
-    seen, calls = {}, []
-    hooks = []
+def record(model):
+    """Own loop, own hooks, one batch: per call, (site, reader) -> rows [2S, tokens, K], cond half first."""
+    seen, calls, hooks = {}, [], []
     for index, block in enumerate(model.transformer_blocks):
         for site, names in CONSUMERS.items():
             for name in names:
@@ -35,16 +34,16 @@ def record(model, labels, guidance=GUIDANCE):
                 hooks.append(block.get_submodule(name).register_forward_pre_hook(keep))
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(STEPS)
-    latents = initial_latents(SamplingPlan(labels), model)
-    classes = torch.tensor([*labels, *[1000] * len(labels)])
+    noise = [torch.randn(4, 8, 8, generator=generator(0, n)) for n in range(len(LABELS))]
+    latents = torch.stack(noise)
+    classes = torch.tensor([*LABELS, *[1000] * len(LABELS)])
     with torch.no_grad():
         for t in scheduler.timesteps:
             seen.clear()
             double = torch.cat([latents, latents])
             out = model(double, timestep=t.expand(len(double)), class_labels=classes).sample[:, :4]
             cond, null = out.chunk(2)
-            guided = null + guidance * (cond - null)
-            latents = scheduler.step(guided, t, latents).prev_sample
+            latents = scheduler.step(null + GUIDANCE * (cond - null), t, latents).prev_sample
             calls.append(dict(seen))
     for hook in hooks:
         hook.remove()
@@ -63,27 +62,17 @@ def stats(pipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recorded(pipe, stats):
-    return record(pipe.transformer, tuple(stats.manifest["plan"]["labels"]))
-
-
-def all_sites(calls):
-    return sorted({site for site, _ in calls[0]})
-
-
-def test_every_site_of_every_block_is_recorded(stats, recorded):
-    assert len(all_sites(recorded)) == 8
-    for site in all_sites(recorded):
-        low, high = stats.ranges(site)
-        width = 256 if site.endswith("fc2") else 64
-        assert low.shape == high.shape == (STEPS, width)
-        assert low.dtype == high.dtype == torch.float32
+    return record(pipe.transformer)
 
 
 def test_ranges_equal_an_independent_recording_exactly(stats, recorded):
     """The same batch on the same machine: minimum and maximum have no rounding of their own."""
+    assert len({site for site, _ in recorded[0]}) == 8
     for index, call in enumerate(recorded):
         for (site, reader), rows in call.items():
             low, high = stats.ranges(site)
+            assert low.dtype == high.dtype == torch.float32
+            assert low.shape == (STEPS, 256 if site.endswith("fc2") else 64)
             flat = rows.flatten(0, 1)
             assert torch.equal(low[index], flat.amin(0)), (site, reader)
             assert torch.equal(high[index], flat.amax(0)), (site, reader)
@@ -115,14 +104,79 @@ def test_tensor_ranges_follow_from_channel_ranges(stats, recorded):
 
 
 @pytest.mark.parity("P22")
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_change_only_rounding(pipe, stats, recorded, tmp_path, micro_batch):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_how_samples_are_put_into_calls_changes_only_rounding(
+    pipe, stats, recorded, tmp_path, batch
+):
     """P22. Sums of up to 256 terms reorder: 256 * 6e-8 = 1.5e-5 relative in the worst case a GEMM, through the
     handful of GEMMs of 2 blocks; calls follow each other, so 1e-4 of the site's range in all."""
-    split = calibrate(pipe, tmp_path, micro_batch=micro_batch, **SMALL)
-    for site in all_sites(recorded):
+    split = calibrate(pipe, tmp_path, batch=batch, **SMALL)
+    assert len(split.manifest["inputs"]) == -(-len(LABELS) // batch)
+    for site in {site for site, _ in recorded[0]}:
         for ours, whole in zip(split.ranges(site), stats.ranges(site), strict=True):
             assert (ours - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parity("P20")
+def test_the_first_call_is_at_the_highest_noise(pipe, tmp_path):
+    """P20: what the 1-step calibration reads, for schedulers that run up, down and from somewhere."""
+    for number, sampler in enumerate(("ddim", "ddpm", "dpmsolver++")):
+        stats = calibrate(pipe, tmp_path / str(number), sampler=sampler, **SMALL)
+        assert stats.timesteps == sorted(stats.timesteps, reverse=True)
+        assert stats.calls == STEPS
+    assert stats.timesteps[0] == 999
+
+
+def test_a_modulation_keeps_what_it_reads(make_pipeline, tmp_path):
+    """Of 8 rows a call, all of them: SiLU(t + y), the very values of an own hook."""
+    pipe, seen = make_pipeline(), []
+    name = "transformer_blocks.1.norm1.linear"
+    hook = pipe.transformer.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
+    stats = calibrate(pipe, tmp_path, **SMALL)
+    hook.remove()
+    rows, calls = stats.modulation(name)
+    assert calls == tuple(call for call in range(STEPS) for _ in range(8))
+    for call, mine in enumerate(seen):
+        found = rows[8 * call : 8 * call + 8]
+        assert torch.equal(found.sort(0).values, mine.sort(0).values)
+    assert stats.modulation("proj_out_1")[0].shape == (3 * 8, 64)  # of the last norm
+
+
+def test_kept_calls_give_the_outputs_of_the_run(make_pipeline, tmp_path):
+    pipe, outputs = make_pipeline(), {}
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, out: outputs.update({float(kwargs["timestep"][0]): out[0]}),
+        with_kwargs=True,
+    )
+    stats = calibrate(pipe, tmp_path, **SMALL)
+    hook.remove()
+    calls = list(CalibrationStats.open(tmp_path).replay())
+    assert [call.timestep for call in calls] == stats.timesteps  # 3 calls, at most 16 are kept
+    for call in calls:
+        assert torch.equal(call.replay(pipe.transformer), outputs[call.timestep])
+
+
+@pytest.mark.parity("P22")
+def test_memory_does_not_grow_with_the_number_of_calls(make_pipeline, stats, tmp_path, monkeypatch):
+    """P22: what a run holds goes to a file when it is more than SPILL; here, after every timestep."""
+    import sys
+
+    monkeypatch.setattr(sys.modules["ditq_converters.calibrate.shards"], "SPILL", 1)
+    spilled = calibrate(make_pipeline(), tmp_path, **SMALL)
+    files = sorted(path.name for path in shard_folder(tmp_path, 0).glob("0*.safetensors"))
+    assert files == [f"{call:04d}.safetensors" for call in range(STEPS)]
+    for path in (stats.folder / "merged").rglob("*.*"):
+        assert (tmp_path / path.relative_to(stats.folder)).read_bytes() == path.read_bytes()
+    assert [c.timestep for c in spilled.replay()] == stats.timesteps
+
+
+def test_the_kept_calls_are_bounded(make_pipeline, tmp_path):
+    stats = calibrate(
+        make_pipeline(), tmp_path, steps=20, labels=(0, 1), guidance=1.0, rows=0, quiet=True
+    )
+    assert len(list(stats.replay())) == 16
 
 
 def test_without_guidance_only_the_conditional_half_runs(pipe, tmp_path):
@@ -135,64 +189,39 @@ def test_without_guidance_only_the_conditional_half_runs(pipe, tmp_path):
     assert batches == [3, 3]
 
 
-def test_ddpm_calibrates_and_differs(pipe, stats, tmp_path):
-    other = calibrate(pipe, tmp_path, sampler="ddpm", **SMALL)
-    site = "transformer_blocks.0.qkv"
-    assert other.manifest["sampler"] == "ddpm"
-    # the first call sees the same noise at another timestep grid or the same; the later ones see added noise
-    assert not torch.equal(other.ranges(site)[0][2], stats.ranges(site)[0][2])
-
-
-def test_the_manifest_says_what_was_run(pipe, stats):
-    manifest = stats.manifest
-    assert manifest["plan"]["guidance"] == GUIDANCE
-    assert manifest["plan"]["steps"] == STEPS
-    assert manifest["architecture"] == "DiTTransformer2DModel"
-    assert stats.calls == STEPS
+def test_the_manifest_says_what_was_run(stats):
+    (model,) = stats.manifest["models"].values()
+    assert model["architecture"] == "DiTTransformer2DModel"
+    assert (stats.manifest["sampler"], len(stats.manifest["inputs"])) == ("DDIMScheduler", 1)
     assert stats.timesteps == [666.0, 333.0, 0.0]  # DDIM leading: i * (1000 // 3), descending
-    # classes that the pipeline can name, each once before any twice
-    labels = manifest["plan"]["labels"]
-    assert sorted(set(labels)) == [0, 1, 7]
-    assert len(labels) == SAMPLES
+    log = (stats.folder / "calibrate.log").read_text()
+    assert "input 0 done, 3 calls; 1 of 1" in log
+    assert "ETA 0 s" in log
 
 
-def test_nothing_is_left_on_the_model(make_pipeline, inputs, tmp_path):
+def test_nothing_is_left_on_pipeline_and_machine(make_pipeline, inputs, tmp_path):
     pipe = make_pipeline(seed=2)
-    model = pipe.transformer
-    hashes = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batch = inputs(model)
-    with torch.no_grad():
-        before = model(**batch).sample
-        calibrate(pipe, tmp_path / "stats", **SMALL)
-        after = model(**batch).sample
-    assert torch.equal(before, after)
+    model, decode, scheduler = pipe.transformer, pipe.vae.decode, pipe.scheduler
+    scheduler.set_timesteps(7)
+    times, model.training = scheduler.timesteps.clone(), True
+    pipe.vae.register_forward_pre_hook(lambda *_: pytest.fail("the VAE ran"))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    calibrate(pipe, tmp_path / "stats", sampler="ddpm", **SMALL)
+    assert torch.equal(torch.rand(1), expected)  # the global random state did not move
+    assert model.training
+    assert (pipe.scheduler, pipe.vae.decode) == (scheduler, decode)
+    assert torch.equal(pipe.scheduler.timesteps, times)
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
-    assert all(torch.equal(tensor, hashes[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [
-        "call_0000.safetensors",
-        "call_0001.safetensors",
-        "call_0002.safetensors",
+        "calibrate.log",
+        "inputs",
         "manifest.json",
+        "merged",
     ]
-
-
-def test_the_pipelines_scheduler_is_not_touched(make_pipeline, tmp_path):
-    pipe = make_pipeline()
-    pipe.scheduler.set_timesteps(7)
-    before = pipe.scheduler.timesteps.clone()
-    calibrate(pipe, tmp_path, **SMALL)
-    assert torch.equal(pipe.scheduler.timesteps, before)
-
-
-def test_a_model_left_in_training_mode_gives_the_same_ranges(make_pipeline, stats, tmp_path):
-    """In training mode diffusers drops labels at random, which would make a calibration irreproducible."""
-    pipe = make_pipeline()
-    pipe.transformer.train()
-    again = calibrate(pipe, tmp_path, **SMALL)
-    site = "transformer_blocks.1.fc2"
-    for ours, reference in zip(again.ranges(site), stats.ranges(site), strict=True):
-        assert torch.equal(ours, reference)
-    assert pipe.transformer.training  # and it is handed back as it came
 
 
 def test_a_model_that_is_not_finite_is_refused_and_unhooked(make_pipeline, tmp_path):
@@ -202,56 +231,55 @@ def test_a_model_that_is_not_finite_is_refused_and_unhooked(make_pipeline, tmp_p
     with pytest.raises(StatisticsError, match=r"transformer_blocks\.0\.attn1\.v: .*not finite"):
         calibrate(pipe, tmp_path, **SMALL)
     assert all(not m._forward_pre_hooks for m in model.modules())
-    assert not shard_path(tmp_path, 0).exists()
-
-
-def test_an_infinite_activation_is_refused(make_pipeline, tmp_path):
-    pipe = make_pipeline(seed=4)
-    pipe.transformer.transformer_blocks[1].ff.net[0].proj.bias[0] = torch.inf
-    with pytest.raises(StatisticsError, match=r"transformer_blocks\.1\.fc2: .*not finite"):
-        calibrate(pipe, tmp_path, **SMALL)
+    assert not shard_folder(tmp_path, 0).exists()
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"steps": 4}, "another calls"),
-        ({"samples": 5}, "another plan"),
-        ({"guidance": 3.0}, "another plan"),
-        ({"seed": 1}, "another plan"),
-        ({"sampler": "ddpm"}, "another sampler"),
-        ({"rows": 8}, "another rows"),
-        ({"cfg_channels": 3}, "another plan"),
-        ({"labels": (0, 1, 7, 7)}, "another plan"),
-        ({"memory_budget": 2**40}, "another memory_budget"),
-        ({"attention": False}, r"another attention \(True, now False\)"),
+        ({"steps": 4}, "other inputs"),
+        ({"labels": (0, 7, 1, 1)}, "other inputs"),
+        ({"guidance": 3.0}, "other inputs"),
+        ({"seed": 1}, "other seed"),
+        ({"sampler": "ddpm"}, "other sampler"),
+        ({"rows": 8}, r"other rows \(64, now 8\)"),
+        ({"attention": False}, r"other attention \(True, now False\)"),
     ],
 )
-def test_another_plan_does_not_resume(pipe, stats, change, sentence):
-    before = {path: path.read_bytes() for path in stats.folder.iterdir()}
+def test_other_arguments_do_not_resume(pipe, stats, change, sentence):
+    before = {path: path.read_bytes() for path in stats.folder.rglob("*") if path.is_file()}
     with pytest.raises(StatisticsError, match=sentence):
         calibrate(pipe, stats.folder, **{**SMALL, **change})
-    assert {path: path.read_bytes() for path in stats.folder.iterdir()} == before
+    assert {p: p.read_bytes() for p in stats.folder.rglob("*") if p.is_file()} == before
 
 
 def test_another_model_does_not_resume(make_pipeline, stats):
-    with pytest.raises(StatisticsError, match="another model_hash"):
+    with pytest.raises(StatisticsError, match="other models"):
         calibrate(make_pipeline(seed=8), stats.folder, **SMALL)
+
+
+def test_shards_of_another_model_do_not_pass_under_a_new_manifest(make_pipeline, tmp_path):
+    calibrate(make_pipeline(), tmp_path, **SMALL)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(StatisticsError, match=r"inputs/0000: was made of another model; delete it"):
+        calibrate(make_pipeline(seed=8), tmp_path, **SMALL)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"micro_batch": 0}, "micro_batch must be at least 1"),
-        ({"sampler": "euler"}, "sampler must be one of ddim, ddpm"),
-        ({"sampler": "flow"}, "flow does not fit a model whose scheduler is DDIMScheduler"),
+        ({"labels": None, "samples": 0}, "samples must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"sampler": "heun"}, "--sampler must be one of ddim, ddpm"),
+        ({"sampler": "flow"}, "was trained with diffusion; take ddim"),
         ({"rows": -1}, "rows must be 0"),
-        ({"cfg_channels": 0}, "cfg_channels must be at least 1"),
-        ({"cfg_channels": 5}, "cfg_channels must be at most 4, .* got 5"),
         ({"labels": ()}, "at least one class"),
         ({"labels": (0, 2)}, "no class 2"),
+        ({"stpes": 3}, "DiTPipeline takes no argument 'stpes'; its arguments are class_labels"),
+        ({"prompts": ["a"]}, "give one of prompts and labels"),
+        ({"labels": None, "prompts": ["a"]}, "DiTPipeline draws classes, not text; pass labels"),
+        ({"labels": None, "inputs": []}, "at least one call"),
         ({"memory_budget": 2**20}, "1.0 MiB is too small: .* allow at least"),
     ],
 )
@@ -259,6 +287,17 @@ def test_misuse_is_refused_before_a_folder_appears(pipe, tmp_path, change, sente
     with pytest.raises(ValueError, match=sentence):
         calibrate(pipe, tmp_path / "stats", **{**SMALL, **change})
     assert not (tmp_path / "stats").exists()
+
+
+def test_a_folder_that_is_something_else_is_refused(pipe, tmp_path):
+    pipe.transformer.save_pretrained(tmp_path / "model")
+    before = sorted((tmp_path / "model").iterdir())
+    with pytest.raises(StatisticsError, match=r"model: holds something else \(config.json"):
+        calibrate(pipe, tmp_path / "model", **SMALL)
+    assert sorted((tmp_path / "model").iterdir()) == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StatisticsError, match="is a file"):
+        calibrate(pipe, tmp_path / "file", **SMALL)
 
 
 def test_an_unsupported_transformer_is_refused_by_name(tmp_path):
@@ -273,23 +312,61 @@ def test_a_finished_calibration_is_not_run_again(make_pipeline, stats):
     assert again.manifest == stats.manifest
 
 
-@pytest.mark.parity("P22")
-@pytest.mark.parametrize("steps", [2, 6])
-def test_memory_does_not_grow_with_the_number_of_calls(make_dit, tmp_path, monkeypatch, steps):
-    """P22: when a call's ranges and rows are stored, those of the calls before are gone."""
-    import sys
+def test_more_inputs_are_added_later(make_pipeline, tmp_path):
+    """The first input is not run again, and the ranges are those of both."""
+    pipe, ran = make_pipeline(), []
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    entries = [{"class_labels": [0, 1], **call}, {"class_labels": [7], **call}]
+    first = calibrate(pipe, tmp_path, entries[:1], quiet=True, rows=8)
+    before = first.ranges("transformer_blocks.0.qkv")
+    pipe.transformer.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    both = calibrate(pipe, tmp_path, entries, quiet=True, rows=8)
+    assert ran == [1, 1]
+    low, high = both.ranges("transformer_blocks.0.qkv")
+    assert bool((low <= before[0]).all() and (high >= before[1]).all())
+    assert not torch.equal(high, before[1])
+    assert both.rows("transformer_blocks.0.qkv")[0].shape == (2, 8, 64)
+    with pytest.raises(StatisticsError, match="other inputs"):
+        calibrate(pipe, tmp_path, entries[1:], quiet=True, rows=8)
 
-    module = sys.modules["ditq_converters.calibrate.run"]
-    write, alive, counts = module.write_shard, [], []
 
-    def spy(folder, call, ranges, rows):
-        counts.append(sum(reference() is not None for reference in alive))
-        alive.extend(weakref.ref(tensor) for pair in ranges.values() for tensor in pair)
-        alive.extend(weakref.ref(tensor) for tensor in rows.values())
-        write(folder, call, ranges, rows)
+def test_an_own_loop_calibrates_a_transformer(make_dit, tmp_path):
+    """Timesteps as they come, one pass: the noisiest first all the same, equal ones together."""
+    model, given = make_dit(), []
 
-    monkeypatch.setattr(module, "write_shard", spy)
-    calibrate(make_dit(), tmp_path, steps=steps, samples=1, quiet=True)
-    assert counts == [0] * steps
-    # of 8 sites minimum, maximum and rows; of Q, K and V in two blocks minimum and maximum
-    assert len(alive) == steps * (8 * 3 + 2 * 3 * 2)
+    def loop(model):
+        for t in (900.0, 900.0, 20.0):
+            x = torch.randn(2, 4, 8, 8)
+            given.append(x)
+            model(x, timestep=torch.tensor([t, t]), class_labels=torch.tensor([3, 5]))
+
+    stats = calibrate(model, tmp_path / "loop", run=loop, quiet=True)
+    assert stats.timesteps == [900.0, 20.0]
+    again = calibrate(model, tmp_path / "again", run=loop, quiet=True)
+    assert torch.equal(given[0], given[3])  # noise of an own loop is seeded
+    for a, b in zip(
+        stats.ranges("transformer_blocks.0.fc1"),
+        again.ranges("transformer_blocks.0.fc1"),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(StatisticsError, match="no transformer ran; is it an input"):
+        calibrate(model, tmp_path / "idle", run=lambda: None, quiet=True)
+
+
+def test_a_run_per_entry_is_given_its_arguments(make_dit, tmp_path):
+    model, told = make_dit(), []
+
+    def once(model, label, t):
+        told.append((label, t))
+        model(
+            torch.zeros(1, 4, 8, 8), timestep=torch.tensor([t]), class_labels=torch.tensor([label])
+        )
+
+    entries = [{"label": 3, "t": 500}, {"label": 4, "t": 100}]
+    stats = calibrate(model, tmp_path, entries, run=once, quiet=True)
+    assert told == [(3, 500), (4, 100)]
+    assert len(stats.manifest["inputs"]) == 2
+    assert json.loads((shard_folder(tmp_path, 1) / "shard.json").read_text())["visits"] == [
+        {"component": "transformer", "timestep": 100.0}
+    ]

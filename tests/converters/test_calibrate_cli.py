@@ -23,26 +23,33 @@ def test_options_reach_the_statistics(run, tmp_path):
     out, labels = tmp_path / "stats", tmp_path / "labels"
     labels.write_text("three\n9\n")
     result = run(
-        "--out", out, "--steps", 2, "--sampler", "dpmsolver++", "--rows", 6, "--cfg-channels", 1,
-        "--labels", labels, "--memory-budget", "1TiB", "--json",
+        "--out", out, "--steps", 2, "--sampler", "dpmsolver++", "--rows", 6, "--labels", labels, "--memory-budget",
+        "1TiB", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report, stats = json.loads(result.stdout), CalibrationStats.open(out)
-    assert stats.manifest["sampler"] == "dpmsolver++"
-    assert stats.manifest["plan"]["labels"] == [3, 9]
-    assert stats.manifest["plan"]["cfg_channels"] == 1
+    assert stats.manifest["sampler"] == "DPMSolverMultistepScheduler"
+    (call,) = (call for call in stats.replay() if call.timestep == stats.timesteps[0])
+    assert call.kwargs["class_labels"].tolist() == [3, 9, 1000, 1000]
     assert stats.rows(SITE)[0].shape[:2] == (2, 6)
-    assert report["micro_batch"] == 32
+    assert report["timesteps"] == {"transformer": stats.timesteps}
+    assert report["inputs"] == 1
     assert 50 * 2**20 < report["peak_rss_bytes"] < 2**40
 
 
-def test_t_max_needs_no_steps_and_says_so_if_given(run, tmp_path):
-    result = run("--out", tmp_path / "stats", "--samples", 2, "--sampler", "t_max", "--steps", 9)
+def test_a_file_of_calls_is_run_line_by_line(run, tmp_path):
+    path = tmp_path / "calls.jsonl"
+    path.write_text(
+        '{"class_labels": [3], "num_inference_steps": 2, "seed": 5}\n'
+        '{"class_labels": [4, 5], "num_inference_steps": 3, "guidance_scale": 1.0}\n'
+    )
+    result = run("--out", tmp_path / "stats", "--inputs", path)
     assert result.exit_code == 0, result.output
-    assert "makes one call, at the highest noise, not 9" in result.stderr
-    assert "1 calls" in result.stdout
-    assert "of main memory" in result.stdout
-    assert CalibrationStats.open(tmp_path / "stats").timesteps == [999.0]
+    assert "3 timesteps of transformer from 2 inputs" in " ".join(result.stdout.split())
+    stats = CalibrationStats.open(tmp_path / "stats")
+    # 500, 0 and 666, 333, 0: four timesteps in three bins, of one, one and two
+    assert stats.timesteps == [666.0, 500.0, 166.5]
+    assert sorted({call.timestep for call in stats.replay()}) == [0.0, 333.0, 500.0, 666.0]
 
 
 @pytest.mark.parametrize(
@@ -50,13 +57,12 @@ def test_t_max_needs_no_steps_and_says_so_if_given(run, tmp_path):
     [
         (
             ("--prompts", "a.txt", "--labels", "b.txt"),
-            "--prompts for those that are told text; give one",
+            "--labels and --prompts say the same in two ways; give one",
         ),
         (("--labels", "x", "--samples", "3"), "one class per sample; leave --samples out"),
         (("--memory-budget", "plenty"), "a number and a unit, such as 6GiB"),
         (("--rows", "-1"), "--rows"),
-        (("--cfg-channels", "0"), "--cfg-channels"),
-        (("--sampler", "heun"), "ddim, ddpm, dpmsolver++, flow, t_max"),
+        (("--sampler", "heun"), "ddim, ddpm, dpmsolver++, euler, flow"),
     ],
 )
 def test_misuse_exits_with_2_and_touches_nothing(run, tmp_path, arguments, sentence):
@@ -69,7 +75,7 @@ def test_misuse_exits_with_2_and_touches_nothing(run, tmp_path, arguments, sente
 def test_prompts_for_a_class_conditional_model_are_refused(run, tmp_path):
     result = run("--out", tmp_path / "stats", "--prompts", "captions.txt")
     assert result.exit_code == 1
-    assert "is conditioned on classes; pass labels, not prompts" in str(result.exception)
+    assert "DiTPipeline draws classes, not text; pass labels, not prompts" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 

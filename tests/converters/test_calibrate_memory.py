@@ -1,6 +1,5 @@
 """A memory budget: parsed from words, counted as torch allocates, and kept by a whole run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -55,22 +54,12 @@ def test_live_bytes_are_counted_as_they_come_and_go():
     assert (d.numel(), e.numel()) == (65536, 1024)
 
 
-def test_a_budget_lowers_the_micro_batch_and_a_resumed_run_keeps_it(make_dit, tmp_path):
+def test_a_budget_lowers_the_samples_per_call(make_dit, tmp_path):
     model, batches = make_dit(), []
     model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     arguments = {"steps": 1, "samples": 6, "guidance": 1.0, "quiet": True}
-    budget = held(CPU) + 2**30
-    stats = calibrate(model, tmp_path / "roomy", memory_budget=budget, micro_batch=4, **arguments)
-    assert stats.manifest["plan"]["micro_batch"] == 4  # never more than asked for
-    assert batches == [1, 4, 2]  # the probe, then the run
-    manifest = tmp_path / "roomy" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["plan"]["micro_batch"] = 5  # as a machine with other free memory would have chosen
-    manifest.write_text(json.dumps(content))
-    (tmp_path / "roomy" / "call_0000.safetensors").unlink()
-    batches.clear()
-    calibrate(model, tmp_path / "roomy", memory_budget=budget, micro_batch=4, **arguments)
-    assert batches == [5, 1]
+    calibrate(model, tmp_path / "roomy", memory_budget=held(CPU) + 2**30, batch=4, **arguments)
+    assert batches == [1, 4, 2]  # the probe, then the run; never more than asked for
     with pytest.raises(ValueError, match=r"1\.0 MiB is too small: .* are needed .*allow at least"):
         calibrate(model, tmp_path / "tight", memory_budget=2**20, **arguments)
     assert not (tmp_path / "tight").exists()
@@ -85,9 +74,10 @@ from ditq_converters.calibrate.memory import held, peak_rss
 torch.set_num_threads(1)
 model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=8,
     num_layers=2, sample_size=32, patch_size=2, num_embeds_ada_norm=1000).eval().requires_grad_(False)
-budget = held(torch.device("cpu")) + 60 * 2**20
-stats = calibrate(model, tempfile.mkdtemp(), 2, 32, memory_budget=budget, quiet=True)
-print(stats.manifest["plan"]["micro_batch"], budget, peak_rss())
+calibrate(model, tempfile.mkdtemp(), steps=1, samples=1, quiet=True)  # loads libraries, which the budget holds too
+budget = held(torch.device("cpu")) + 80 * 2**20
+stats = calibrate(model, tempfile.mkdtemp(), steps=2, samples=64, batch=32, memory_budget=budget, quiet=True)
+print(64 // len(stats.manifest["inputs"]), budget, peak_rss())
 """
 
 
@@ -95,14 +85,14 @@ print(stats.manifest["plan"]["micro_batch"], budget, peak_rss())
     not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
 )
 def test_the_peak_of_a_run_stays_under_its_budget():
-    """A process of its own, so that its peak is this run's. 32 samples would take 140 MiB."""
+    """A process of its own, so that its peak is this run's. 32 samples in a call would take 140 MiB."""
     rooms = [str(ROOT), *(str(ROOT / room) for room in ("kernels", "converters"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-W", "ignore", "-c", RUN]
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    micro_batch, budget, peak = (int(word) for word in run.stdout.split())
-    assert 2 <= micro_batch < 32
+    batch, budget, peak = (int(word) for word in run.stdout.split())
+    assert 2 <= batch < 32
     assert peak <= budget
 
 

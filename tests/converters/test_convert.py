@@ -39,7 +39,7 @@ def pipe(make_pipeline):
 
 @pytest.fixture(scope="module")
 def stats(pipe, tmp_path_factory):
-    return calibrate(pipe, tmp_path_factory.mktemp("stats"), 2, 3, quiet=True)
+    return calibrate(pipe, tmp_path_factory.mktemp("stats"), steps=2, samples=3, quiet=True)
 
 
 def draw(pipe):
@@ -134,10 +134,9 @@ def test_provenance_is_kept(pipe, stats, tmp_path):
     assert "2211.10438" in made["source"]
     assert made["calibration"] == {
         "calls": 2,
-        "sampler": "ddim",
-        "guidance": 1.5,
-        "samples": 3,
-        "model_hash": stats.manifest["model_hash"],
+        "sampler": "DDIMScheduler",
+        "inputs": 1,
+        "model_hash": stats.manifest["models"]["transformer"]["model_hash"],
     }
 
 
@@ -186,8 +185,8 @@ def test_missing_statistics_are_asked_for(pipe, tmp_path, recipe):
 
 def test_damaged_statistics_leave_no_output(make_pipeline, tmp_path):
     pipe = make_pipeline()
-    stats = calibrate(pipe, tmp_path / "stats", 2, 2, quiet=True)
-    path = tmp_path / "stats" / "call_0001.safetensors"
+    stats = calibrate(pipe, tmp_path / "stats", steps=2, samples=2, quiet=True)
+    path = tmp_path / "stats" / "merged" / "transformer" / "call_0001.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     opened = CalibrationStats.open(tmp_path / "stats")
     assert opened.manifest == stats.manifest
@@ -279,7 +278,7 @@ def test_a_killed_conversion_leaves_all_or_nothing(killable, pipe, stats, tmp_pa
 def recorded_otherwise(stats, folder, change):
     """A copy of statistics whose shards another ditq wrote: the same model, other tensors."""
     shutil.copytree(stats.folder, folder)
-    for path in folder.glob("call_*.safetensors"):
+    for path in folder.rglob("call_*.safetensors"):
         save_file(change(load_file(path)), path)
     return CalibrationStats.open(folder)
 

@@ -3,35 +3,33 @@
 import pytest
 
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.calibrate.run import draw_labels, make_scheduler
-from ditq_converters.calibrate.trajectory import SamplingPlan
-from ditq_converters.evaluate import forced_sqnr, run
+from ditq_converters.calibrate.pipeline import with_transformers
+from ditq_converters.evaluate import compare_runs, run
+from ditq_converters.showcase.score import Baseline
 
 STEPS, SAMPLES, GUIDANCE = 20, 20, 1.5
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """name -> (pipeline, statistics, plan, float calls), made once; judged on other noise than calibrated on."""
-    made = {}
+    """name -> (statistics, float run), made once; judged on other noise than calibrated on."""
+    made, how = {}, {"steps": STEPS, "guidance": GUIDANCE}
 
     def get(name):
         if name not in made:
-            pipe = open_model(name)
-            folder = tmp_path_factory.mktemp("stats")
-            stats = calibrate(pipe, folder, STEPS, SAMPLES, GUIDANCE, quiet=True)
-            labels = draw_labels(list(range(10)), SAMPLES, seed=1)
-            plan = SamplingPlan(labels, steps=STEPS, guidance=GUIDANCE, seed=1)
-            calls = run(pipe.transformer, make_scheduler(pipe, "ddim"), plan)
-            made[name] = pipe, stats, plan, calls
+            pipe, folder = open_model(name), tmp_path_factory.mktemp("stats")
+            stats = calibrate(pipe, folder, samples=SAMPLES, batch=SAMPLES, quiet=True, **how)
+            made[name] = stats, Baseline.of(name, pipe, SAMPLES, SAMPLES, 1, **how)
         return made[name]
 
     return get
 
 
 def mean_sqnr(study, **recipe):
-    pipe, stats, plan, calls = study
-    return forced_sqnr(calls, convert(pipe, Recipe(**recipe), stats, quiet=True), plan).mean
+    stats, baseline = study
+    packed = convert(baseline.pipe, Recipe(**recipe), stats, quiet=True)
+    pipe = with_transformers(baseline.pipe, {"transformer": packed})
+    return compare_runs(baseline.run, run(pipe, baseline.inputs)).mean
 
 
 @pytest.mark.parametrize(("weights", "least"), [("w8", 35.0), ("w4p", 25.0)])

@@ -4,24 +4,39 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
-from ditq_converters.calibrate.trajectory import Call, SamplingPlan
+from ditq_converters.calibrate.inputs import gather
+from ditq_converters.calibrate.pipeline import SchedulerStep
 from ditq_converters.evaluate import (
+    Run,
     SqnrCurve,
+    cascade_errors,
     compare_runs,
     forced_sqnr,
-    layer_errors,
     run,
     sqnr_db,
 )
 from ditq_converters.evaluate.layer_error import comparable_layers
 
-PLAN = SamplingPlan((3, 207, 999), steps=3, guidance=2.0, seed=1, micro_batch=2)
+HOW = {"labels": (0, 7, 1), "batch": 2, "steps": 3, "guidance": 2.0, "seed": 1}
 
 
-def calls_of(model, plan=PLAN):
-    return run(model, DDIMScheduler(clip_sample=False), plan)
+@pytest.fixture(scope="module")
+def pipe(make_pipeline):
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def ours(pipe):
+    """A float run, every forward recorded."""
+    return run(pipe, gather("test", pipe, **HOW), few=3)
+
+
+def errors_of(pipe, other, ours, told=None):
+    found = cascade_errors(
+        {"transformer": pipe.transformer}, {"transformer": other}, ours.calls, told
+    )
+    return found.names, found.relative
 
 
 @pytest.mark.parity("P23")
@@ -73,16 +88,27 @@ def test_a_curve_averages_decibels():
     }
 
 
-def test_free_sqnr_compares_call_by_call():
-    def call(index, epsilon):
-        return Call(index, 0.0, epsilon, epsilon, epsilon)
+def made_of(*runs):
+    return Run([[SchedulerStep(t, x) for t, x in steps] for steps in runs], [], None, None)
 
+
+def test_free_sqnr_compares_step_by_step():
     signal = torch.full((2, 4), 3.0)
-    ours = [call(0, signal), call(1, signal)]
-    theirs = [call(0, signal * 1.1), call(1, signal * 1.01)]
-    curve = compare_runs(ours, theirs)
+    float_run = made_of([(9.0, signal), (1.0, signal)])
+    curve = compare_runs(float_run, made_of([(9.0, signal * 1.1), (1.0, signal * 1.01)]))
     assert curve.mean_of_ratios == pytest.approx([20.0, 40.0], abs=1e-4)  # fp32 products
     assert curve.ratio_of_sums == pytest.approx([20.0, 40.0], abs=1e-4)
+    assert curve.timesteps == (9.0, 1.0)
+
+
+def test_inputs_of_other_sizes_and_lengths_share_a_curve():
+    """Noises 0.1 and 0.01 of the signal at one timestep: the mean of 100 and 10000 is 5050, 37.03 dB."""
+    small, large = torch.full((1, 4), 3.0), torch.full((1, 9), 1.0)
+    float_run = made_of([(9.0, small), (1.0, small)], [(1.0, large)])
+    curve = compare_runs(
+        float_run, made_of([(9.0, small * 1.1), (1.0, small * 1.1)], [(1.0, large * 1.01)])
+    )
+    assert curve.mean_of_ratios == pytest.approx([20.0, 10 * math.log10(5050)], abs=1e-4)
 
 
 class DiTTransformer2DModel(torch.nn.Module):
@@ -99,23 +125,47 @@ class DiTTransformer2DModel(torch.nn.Module):
         return out
 
 
-def test_forced_sqnr_feeds_the_float_models_latents(make_dit):
-    model = make_dit()
-    calls, told = calls_of(model), []
-    scaled = DiTTransformer2DModel(model, 0.9)
-    curve = forced_sqnr(calls, scaled, PLAN, lambda: told.append(1))
+def test_forced_sqnr_makes_the_float_models_calls(pipe, ours):
+    told, scaled = [], DiTTransformer2DModel(pipe.transformer, 0.9)
+    curve = forced_sqnr(ours.calls, {"transformer": scaled}, lambda: told.append(1))
     # the noise is a tenth of the signal: 20 dB; fp32 rounding 1e-7 of it
     assert curve.mean_of_ratios == pytest.approx([20.0] * 3, abs=1e-4)
-    assert len(told) == 3
-    for call, first in zip(calls, scaled.seen[::2], strict=True):
-        assert torch.equal(first, torch.cat([call.latents[:2]] * 2))
+    assert curve.timesteps == (666.0, 333.0, 0.0)
+    assert len(told) == 2 * 3  # calls of both inputs
+    assert [len(x) for x in scaled.seen] == [
+        4,
+        4,
+        4,
+        2,
+        2,
+        2,
+    ]  # classes, and the null class as often
 
 
-def test_a_run_keeps_every_call(make_dit):
-    told = []
-    calls = run(make_dit(), DDIMScheduler(clip_sample=False), PLAN, lambda: told.append(1))
-    assert [call.index for call in calls] == [0, 1, 2]
-    assert len(told) == 3
+def test_a_run_is_what_the_pipeline_draws(make_pipeline):
+    """Final latents and images against the pipeline itself, its predictions against an own guidance."""
+    pipe, given = make_pipeline(), None
+    given = gather("test", pipe, **HOW)
+    found = run(pipe, given, few=1, decode=True)
+    images = [
+        pipe(
+            **one.arguments,
+            generator=[torch.Generator().manual_seed(seed) for seed in one.seeds],
+            output_type="pt",
+        ).images
+        for one in given
+    ]
+    assert torch.equal(found.images, 2 * torch.cat(images) - 1)
+    assert found.latents.shape == (3, 4, 8, 8)
+    with torch.no_grad():
+        drawn = pipe.vae.decode(found.latents).sample.clamp(-1, 1)
+    # in one batch instead of two: sums in another order
+    torch.testing.assert_close(found.images, drawn, rtol=0, atol=1e-5)
+    assert [len(calls) for calls in found.calls] == [3]  # of the first input only
+    output = found.calls[0][0].output[:, :4]
+    cond, null = output.chunk(2)
+    guided = null + 2.0 * (cond - null)
+    assert torch.equal(found.steps[0][0].prediction, torch.cat([guided, guided]))
 
 
 def test_the_layers_that_compare(make_dit):
@@ -124,35 +174,33 @@ def test_the_layers_that_compare(make_dit):
     assert names == [f"transformer_blocks.{i}.{name}" for i in range(2) for name in inside]
 
 
-def test_a_model_against_itself_has_no_error(make_dit):
-    model = make_dit()
-    names, errors = layer_errors(model, make_dit(), calls_of(model), PLAN)
+def test_a_model_against_itself_has_no_error(pipe, ours, make_dit):
+    names, errors = errors_of(pipe, make_dit(), ours)
     assert errors.shape == (10, 3)
     assert errors.dtype == torch.float64
     assert torch.count_nonzero(errors) == 0
     assert len(names) == 10
 
 
-def test_a_known_perturbation_is_as_computed(make_dit):
+def test_a_known_perturbation_is_as_computed(pipe, ours, make_dit):
     """The last linear of the last block is scaled by 1.25: its error is 0.25, and no other layer comes after it."""
-    model, other = make_dit(), make_dit()
+    other, told = make_dit(), []
     last = other.transformer_blocks[1].ff.net[2]
     last.weight *= 1.25
     last.bias *= 1.25
-    calls, told = calls_of(model), []
-    names, errors = layer_errors(model, other, calls, PLAN, lambda: told.append(1))
+    names, errors = errors_of(pipe, other, ours, lambda: told.append(1))
     row = names.index("transformer_blocks.1.ff.net.2")
     torch.testing.assert_close(errors[row], torch.full((3,), 0.25).double(), rtol=1e-6, atol=0)
     errors[row] = 0
     assert torch.count_nonzero(errors) == 0
-    assert len(told) == 3
-    assert all(not m._forward_hooks for m in [*model.modules(), *other.modules()])
+    assert len(told) == 2 * 3
+    assert all(not m._forward_hooks for m in [*pipe.transformer.modules(), *other.modules()])
 
 
-def test_an_early_perturbation_cascades(make_dit):
-    model, other = make_dit(), make_dit()
+def test_an_early_perturbation_cascades(pipe, ours, make_dit):
+    other = make_dit()
     other.transformer_blocks[0].attn1.to_out[0].weight *= 1.5
-    names, errors = layer_errors(model, other, calls_of(model), PLAN)
+    names, errors = errors_of(pipe, other, ours)
     touched = {name for name, row in zip(names, errors, strict=True) if bool((row > 0).any())}
     untouched = {"transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.to_k"}
     assert set(names) - touched == untouched

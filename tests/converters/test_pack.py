@@ -31,7 +31,9 @@ WIDTH = 64
 @pytest.fixture(scope="module")
 def calibrated(make_pipeline, tmp_path_factory):
     pipe = make_pipeline()
-    stats = calibrate(pipe, tmp_path_factory.mktemp("stats"), 3, 4, 2.0, quiet=True)
+    stats = calibrate(
+        pipe, tmp_path_factory.mktemp("stats"), steps=3, samples=4, guidance=2.0, quiet=True
+    )
     return pipe, stats
 
 

@@ -25,7 +25,9 @@ def model(make_dit):
 @pytest.fixture(scope="module")
 def stats(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranges") / "stats"
-    return calibrate(model, out, steps=STEPS, samples=2, rows=8, quiet=True)
+    return calibrate(
+        model, out, steps=STEPS, samples=2, rows=8, seed=1, quiet=True
+    )  # all searches clip
 
 
 def numpy_search(method, x, low, high):

@@ -1,39 +1,44 @@
 """Statistics on disk: read one site at a time, and refused by a sentence when they cannot be trusted."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ditq_converters import CalibrationStats, StatisticsError
+from ditq_converters import CalibrationStats, StatisticsError, calibrate
 from ditq_converters.calibrate import stats
-from ditq_converters.calibrate.stats import (
-    ResumePoint,
-    model_hash,
-    read_state,
-    shard_path,
-    write_shard,
-    write_state,
-)
+from ditq_converters.calibrate.stats import model_hash, shard_path
 
+VERSION_1 = Path(__file__).resolve().parents[1] / "fixtures/version1/statistics/dit_htg"
+SMALL = {"labels": (0, 1), "batch": 1, "steps": 2, "guidance": 1.0, "quiet": True}
 SITES = ("a.qkv", "b.fc2")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three calls of two sites, written by hand: values that name their site, call and side."""
+    """Three timesteps of two sites, merged by hand: values that name their site, call and side; no input is there."""
+    merged = tmp_path / "merged" / "transformer"
+    merged.mkdir(parents=True)
     for call in range(3):
         tensors = {}
         for number, site in enumerate(SITES):
             base = torch.arange(4.0) + 100 * number + 10 * call
             tensors[f"{site}.min"], tensors[f"{site}.max"] = -base, base + 0.5
-        save_file(tensors, tmp_path / f"call_{call:04d}.safetensors", {"call": str(call)})
-    manifest = {"version": 1, "calls": 3, "timesteps": [900.0, 500.0, 0.0], "model_hash": "x"}
-    manifest |= {"plan": {}, "sampler": "ddim"}
+        save_file(tensors, shard_path(merged, call), {"call": str(call)})
+    (merged / "schedule.json").write_text('{"timesteps": [900.0, 500.0, 0.0], "row_calls": []}')
+    (tmp_path / "merged" / "inputs.json").write_text("[]")
+    manifest = {"version": 2, "models": {"transformer": {"model_hash": "x"}}, "inputs": []}
+    manifest |= {"settings": {"attention": True}, "sampler": "none"}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
+
+
+def call_path(folder, call):
+    return shard_path(folder / "merged" / "transformer", call)
 
 
 def test_ranges_are_stacked_in_call_order(folder):
@@ -68,37 +73,50 @@ def test_only_the_asked_site_is_read(folder, monkeypatch):
     assert sorted(read) == ["a.qkv.max"] * 3 + ["a.qkv.min"] * 3
 
 
-def test_a_shard_round_trip(tmp_path):
-    ranges = {"s": (torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 1e-30]))}
-    write_shard(tmp_path, 7, ranges)
-    assert [path.name for path in tmp_path.iterdir()] == ["call_0007.safetensors"]
-    with safe_open(shard_path(tmp_path, 7), "pt") as file:
-        assert sorted(file.keys()) == ["s.max", "s.min"]
-        assert torch.equal(file.get_tensor("s.min"), ranges["s"][0])
-        assert torch.equal(file.get_tensor("s.max"), ranges["s"][1])
+def test_a_missing_input_is_named(make_pipeline, tmp_path):
+    stats = calibrate(make_pipeline(), tmp_path, **SMALL)
+    shutil.rmtree(tmp_path / "inputs" / "0001")
+    with pytest.raises(StatisticsError, match=r"input 1 of 2 is missing; .*it resumes"):
+        CalibrationStats.open(stats.folder)
 
 
-def test_the_resume_point_round_trip(tmp_path):
-    assert read_state(tmp_path) is None
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    history = {"model_output.1": -latents}
-    write_state(tmp_path, ResumePoint(3, latents, history))
-    read = read_state(tmp_path)
-    assert read.call == 3
-    assert torch.equal(read.latents, latents)
-    assert list(read.history) == ["model_output.1"]
-    assert torch.equal(read.history["model_output.1"], -latents)
+@pytest.mark.parametrize("name", ["0000.safetensors", "shard.json"])
+def test_a_damaged_input_is_named_and_can_be_made_again(make_pipeline, tmp_path, name):
+    calibrate(make_pipeline(), tmp_path, **SMALL)
+    path = tmp_path / "inputs" / "0001" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(StatisticsError, match=r"inputs/0001: cannot be read .*; delete it and run"):
+        CalibrationStats.open(tmp_path)
+    shutil.rmtree(path.parent)
+    assert calibrate(make_pipeline(), tmp_path, **SMALL).calls == 2
 
 
-def test_a_missing_shard(folder):
-    shard_path(folder, 1).unlink()
-    with pytest.raises(StatisticsError, match=r"call 1 of 3 is missing; .*resumes"):
-        CalibrationStats.open(folder)
+def test_transformers_are_asked_for_by_name(folder):
+    opened = CalibrationStats.open(folder)
+    assert (opened.components, opened.has_attention) == (["transformer"], True)
+    assert opened.of("transformer") == opened
+    with pytest.raises(StatisticsError, match="statistics of transformer, not of transformer_2"):
+        opened.of("transformer_2")
+
+
+def test_version_1_says_what_it_has_not():
+    opened = CalibrationStats.open(VERSION_1)
+    assert opened.provenance["model_hash"] == opened.manifest["model_hash"]
+    with pytest.raises(StatisticsError, match="version 1 kept no inputs of modulation"):
+        opened.modulation("transformer_blocks.0.norm1.linear")
+    with pytest.raises(StatisticsError, match="version 1 kept no calls to replay"):
+        next(opened.replay())
+
+
+def test_version_1_is_not_gone_on_with(make_pipeline, tmp_path):
+    shutil.copytree(VERSION_1, tmp_path / "old")
+    with pytest.raises(StatisticsError, match="of version 1, which can be read but not gone on"):
+        calibrate(make_pipeline(), tmp_path / "old", **SMALL)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "garbage", "empty"])
 def test_a_damaged_shard_is_named(folder, damage):
-    path = shard_path(folder, 2)
+    path = call_path(folder, 2)
     data = path.read_bytes()
     path.write_bytes({"cut off": data[:-5], "garbage": b"\xff" * 64, "empty": b""}[damage])
     opened = CalibrationStats.open(folder)
@@ -108,7 +126,7 @@ def test_a_damaged_shard_is_named(folder, damage):
 
 def test_a_shard_that_disappeared_is_named(folder):
     opened = CalibrationStats.open(folder)
-    shard_path(folder, 0).unlink()
+    call_path(folder, 0).unlink()
     with pytest.raises(StatisticsError, match=r"call_0000\.safetensors: cannot read"):
         opened.ranges("a.qkv")
 
@@ -121,7 +139,7 @@ def test_an_unknown_site_is_named(folder):
 def test_values_that_are_not_finite_are_refused(folder):
     tensors = {f"{s}.{m}": torch.zeros(4) for s in SITES for m in ("min", "max")}
     tensors["a.qkv.max"][1] = torch.nan
-    save_file(tensors, shard_path(folder, 1))
+    save_file(tensors, call_path(folder, 1))
     with pytest.raises(StatisticsError, match=r"a\.qkv holds values that are not finite"):
         CalibrationStats.open(folder).ranges("a.qkv")
 
@@ -133,27 +151,21 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path):
         CalibrationStats.open(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_version_is_refused(folder, version):
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
-    with pytest.raises(StatisticsError, match=r"version .*this ditq reads 1; calibrate again"):
+    with pytest.raises(
+        StatisticsError, match=r"version .*this ditq reads 1 and 2; calibrate again"
+    ):
         CalibrationStats.open(folder)
 
 
-@pytest.mark.parametrize("text", ['{"version": 1, ', "", "[1]", '{"version": 1}'])
+@pytest.mark.parametrize("text", ['{"version": 2, ', "", "[1]", '{"version": 2}'])
 def test_a_damaged_manifest_is_refused_by_a_sentence(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(StatisticsError, match=r"manifest\.json"):
         CalibrationStats.open(folder)
-
-
-def test_a_damaged_resume_point_is_refused_by_a_sentence(tmp_path):
-    write_state(tmp_path, ResumePoint(3, torch.zeros(1), {}))
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(StatisticsError, match=r"state\.safetensors"):
-        read_state(tmp_path)
 
 
 def test_the_model_hash_sees_every_tensor(make_dit):
@@ -172,6 +184,7 @@ def test_the_model_hash_sees_every_tensor(make_dit):
 def test_check_model(folder, make_dit):
     model = make_dit()
     manifest = json.loads((folder / "manifest.json").read_text())
-    CalibrationStats(folder, {**manifest, "model_hash": model_hash(model)}).check_model(model)
+    manifest["models"]["transformer"]["model_hash"] = model_hash(model)
+    CalibrationStats(folder, manifest).check_model(model)
     with pytest.raises(StatisticsError, match="another model"):
         CalibrationStats.open(folder).check_model(model)

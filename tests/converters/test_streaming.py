@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditq_converters import Recipe, calibrate, convert, open_model
+from ditq_converters.calibrate.journal import LOG
 from ditq_converters.calibrate.memory import held
 from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.models.open import transformer_of
@@ -29,12 +30,14 @@ RECIPES = {
     "ditas": Recipe(method="ditas", lora_rank=4, keep=("*.to_k", "*.1.norm1.linear")),
 }
 
+SMALL = {"steps": 4, "samples": 3, "guidance": 2.0, "rows": 8, "quiet": True}
+
 
 def files(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != LOG
     }
 
 
@@ -53,7 +56,7 @@ def source(make_pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stats(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stats")
-    return calibrate(open_model(str(source)), folder, 4, 3, 2.0, quiet=True, rows=8)
+    return calibrate(open_model(str(source)), folder, **SMALL)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -108,7 +111,7 @@ def test_half_precision_weights_are_read_as_fp32(make_dit, tmp_path):
 
 def test_a_streamed_calibration_has_the_bytes_of_one_in_memory(source, stats, tmp_path):
     pipe = open_in_pieces(source, BUDGET)
-    calibrate(pipe, tmp_path, 4, 3, 2.0, quiet=True, rows=8)
+    calibrate(pipe, tmp_path, **SMALL)
     assert files(tmp_path) == files(stats.folder)
     assert all(tensor.is_meta for tensor in pipe.transformer.transformer_blocks.parameters())
 

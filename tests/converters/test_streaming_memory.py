@@ -35,7 +35,9 @@ def run(job, name, budget, out):
     if job == "convert":
         convert(model, Recipe("linear"), out=folder / out, quiet=True)
     else:
-        calibrate(model, folder / out, 1, 1, 1.0, memory_budget=budget, quiet=True)
+        calibrate(
+            model, folder / out, steps=1, samples=1, guidance=1.0, memory_budget=budget, quiet=True
+        )
     return next(model.transformer_blocks[0].parameters()).is_meta
 
 def forked(function, *arguments):

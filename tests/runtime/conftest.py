@@ -163,7 +163,8 @@ def pixart(tmp_path_factory):
         torch.manual_seed(0)
         model = PixArtTransformer2DModel(
             num_attention_heads=width // 32, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=2,
-            sample_size=8, caption_channels=32, cross_attention_dim=width, use_additional_conditions=width % 96 == 0,
+            sample_size=128 if width % 96 == 0 else 8, caption_channels=32, cross_attention_dim=width,
+            use_additional_conditions=width % 96 == 0,  # of which the pipeline tells models of 128 alone
         ).eval().requires_grad_(False)  # fmt: skip
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -39,7 +39,7 @@ def make(pipes, pixart, tmp_path_factory):
         if family == "dit":
             return pipes["own"].transformer, {}
         case = pixart()
-        return case.model, {"prompts": case.prompts, "rows": 8}
+        return case.model, {"prompts": case.prompts, "rows": 8, "height": 64, "width": 64}
 
     def load(recipe, family="dit", **options):
         if (recipe, family) not in folders:

@@ -1,59 +1,55 @@
-"""Which classes a calibration samples: drawn from those that mean something, or listed in a file."""
+"""Which classes a class-conditional pipeline draws: drawn from those that mean something, or listed in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ditq_converters.calibrate.hosts import host_of
-from ditq_converters.calibrate.trajectory import noise_generator
+from ditq_converters.calibrate.seeds import generator
+from ditq_converters.models.open import transformer_of
 
 CLASSES = 1000
 
 
-def class_ids(pipe: Any, model: Any) -> list[int]:
-    """Class ids that mean something: those the pipeline has names for, else all that the embedding has.
-
-    Raises:
-        ValueError: the model is conditioned on something else.
-    """
-    if host_of(model).captions(model):
-        raise ValueError(f"{type(model).__name__} is conditioned on text and has no classes")
+def class_ids(pipe: Any) -> list[int]:
+    """Class ids that mean something: those the pipeline has names for, else all that the embedding has."""
+    config: Any = transformer_of(pipe).config
     named = sorted(set(getattr(pipe, "labels", {}).values()))
-    return named or list(range(min(CLASSES, model.config.num_embeds_ada_norm)))
+    return named or list(range(min(CLASSES, config.num_embeds_ada_norm)))
 
 
-def draw_labels(ids: list[int], samples: int, seed: int) -> tuple[int, ...]:
-    """`samples` class ids, without replacement until all have been drawn."""
+def draw(choices: Sequence[int], samples: int, seed: int) -> tuple[int, ...]:
+    """`samples` of the choices, without replacement until all have been drawn; ValueError for none."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     drawn: list[int] = []
-    generator = noise_generator(seed, 0, -1)
+    shuffles = generator(seed, 0, -1)
     while len(drawn) < samples:
-        drawn += [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
+        drawn += [choices[i] for i in torch.randperm(len(choices), generator=shuffles).tolist()]
     return tuple(drawn[:samples])
 
 
-def check_labels(labels: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+def check_labels(labels: Sequence[int], ids: list[int], caller: str) -> tuple[int, ...]:
     """The labels; ValueError for an empty list or an id that the model does not have."""
     if not labels:
-        raise ValueError("calibrate: labels must name at least one class, got none")
+        raise ValueError(f"{caller}: labels must name at least one class, got none")
     for label in labels:
         if label not in ids:
-            raise ValueError(f"calibrate: the model has no class {label}; {_choices(ids)}")
-    return labels
+            raise ValueError(f"{caller}: the model has no class {label}; {_choices(ids)}")
+    return tuple(labels)
 
 
-def read_labels(path: str | Path, pipe: Any, model: Any) -> tuple[int, ...]:
+def read_labels(path: str | Path, pipe: Any) -> tuple[int, ...]:
     """Class ids of a text file: one id or class name per line.
 
     Raises:
         ValueError: a file that is empty or not text, an empty line, an unknown class; with the line's number.
         OSError: it cannot be read.
     """
-    ids, names = class_ids(pipe, model), getattr(pipe, "labels", {})
+    ids, names = class_ids(pipe), getattr(pipe, "labels", {})
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -1,11 +1,11 @@
-"""A memory budget: how many samples fit into one forward, estimated from a forward of one sample.
+"""A memory budget: whether one input fits, and how many classes fit into one, estimated from a step of one.
 
-peak = what the process holds after that forward
+peak = what the process holds after that step
      + the largest module's weights, of a model whose weights are read as it runs
      + SLACK, on the CPU
-     + latents: a dozen fp32 tensors [S, C, H, W] (before, prediction, after, sampler history, temporaries)
-     + statistics of one call, twice: as tensors and as the bytes of their file
-     + samples per forward * MARGIN * the most tensor bytes that were alive at once in that forward
+     + statistics: what a run holds before they go to a file (SPILL) and those of one timestep, each twice, as tensors
+       and as bytes
+     + MARGIN * the most tensor bytes that were alive at once in that step, per sample
 
 On a GPU its memory is meant: what the process has allocated there, those weights, and the last line.
 """
@@ -18,7 +18,8 @@ import re
 import resource
 import sys
 import weakref
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ditq_converters.calibrate.recorder import Recorder
-from ditq_converters.calibrate.rows import RowPlan
-from ditq_converters.calibrate.trajectory import SamplingPlan, initial_latents, predict
 from ditq_converters.streaming.model import passing_bytes
-from ditq_runtime.families import Family
 
+SPILL = 4 * 2**20  # bytes of statistics that a run holds before they go to a file
 SLACK = 16 * 2**20  # libraries and pools that only the whole run touches
 UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-LATENTS = 12  # latent-sized tensors alive at once, the history of a third-order sampler included
-MARGIN = 1.5  # work space of the GEMMs and holes between allocations, over the live tensors
+MARGIN = 1.75  # work space of the GEMMs and holes between allocations, over the live tensors
 
 
 def parse_bytes(text: str) -> int:
@@ -72,42 +69,45 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def fitting_micro_batch(
-    model: nn.Module, family: Family, plan: SamplingPlan, timestep: Any, rows: int, budget: int
-) -> int:
-    """Most samples per forward, up to `plan.micro_batch`, that keep the peak under the budget.
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs, in bytes.
+
+    Attributes:
+        base: whatever its inputs are.
+        step: beside that, one step of the input that was tried.
+    """
+
+    base: int
+    step: int
+
+    def fitting(self, budget: int, wanted: int) -> int:
+        """How many such inputs in one, up to `wanted`; ValueError, which says what would do, if not even one."""
+        fits = min((budget - self.base) // self.step, wanted)
+        if fits < 1:
+            raise ValueError(
+                f"calibrate: a memory budget of {format_bytes(budget)} is too small: {format_bytes(self.base)} are "
+                f"needed whatever is drawn and {format_bytes(self.step)} for a step of the first input; "
+                f"allow at least {format_bytes(1.01 * (self.base + self.step))}"
+            )
+        return int(fits)
+
+
+def needs(models: Iterable[nn.Module], run: Callable[[], None], widths: int) -> Needs:
+    """What calibration needs.
 
     Args:
-        model: the transformer, on its device.
-        family: its table.
-        plan: of the whole run.
-        timestep: any of the sampler's.
-        rows: rows kept per site.
-        budget: bytes.
-
-    Raises:
-        ValueError: one sample does not fit; says what would.
+        models: the transformers, on their devices.
+        run: makes one step of the smallest input.
+        widths: bytes of the statistics of one timestep.
     """
-    one = replace(plan, labels=plan.labels[:1], micro_batch=1)
-    recorder = Recorder(model, family, RowPlan(0, (), 1, plan.guided))
-    latents = initial_latents(one, model)
-    with torch.no_grad(), recorder, LiveBytes() as live:
-        predict(model, latents, timestep, one)
-    parameter = next(model.parameters())
-    widths = sum(low.numel() for low, _ in recorder.ranges().values())
-    statistics = 2 * widths * (2 * 4 + rows * parameter.element_size())
-    on_gpu = parameter.device.type == "cuda"
-    fixed = 0 if on_gpu else SLACK + LATENTS * 4 * latents.numel() * len(plan.labels) + statistics
-    base = held(parameter.device) + fixed + passing_bytes(model)
-    sample = int(MARGIN * live.peak)
-    fits = min((budget - base) // sample, plan.micro_batch)
-    if fits < 1:
-        raise ValueError(
-            f"calibrate: a memory budget of {format_bytes(budget)} is too small: {format_bytes(base)} are needed "
-            f"without any activations and {format_bytes(sample)} for each sample of a forward; "
-            f"allow at least {format_bytes(1.01 * (base + sample))}"
-        )
-    return int(fits)
+    every = list(models)
+    with torch.no_grad(), LiveBytes() as live:
+        run()
+    place = next(p for p in every[0].parameters() if not p.is_meta).device
+    kept = 0 if place.type == "cuda" else SLACK + 2 * (SPILL + widths)
+    base = held(place) + kept + max(passing_bytes(model) for model in every)
+    return Needs(base, int(MARGIN * live.peak))
 
 
 def held(device: torch.device) -> int:

@@ -1,119 +1,192 @@
-"""Hooks that watch a model: every linear input's range per channel and a few of its rows; Q, K and V's ranges."""
+"""Hooks that watch transformers: the range of every linear input, a few of its rows, Q, K and V, modulation, calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.rows import RowPlan, Selection
-from ditq_converters.calibrate.stats import StatisticsError
+from ditq_converters.calibrate.errors import StatisticsError
+from ditq_converters.calibrate.rows import Kept, RowChoice
+from ditq_converters.calibrate.seeds import splitmix64
+from ditq_converters.calibrate.transformer_calls import (
+    TransformerCall,
+    map_tensors,
+    timestep_name,
+    timestep_of,
+)
 from ditq_converters.sites.operands import OperandWatch
 from ditq_runtime.families import Family
 
-STORED = (torch.float32, torch.bfloat16, torch.float16)  # row dtypes; any other is stored as fp32
+Range = tuple[torch.Tensor, torch.Tensor]
+REPLAY_STREAM = -3  # a counter that no row has
+
+
+@dataclass
+class Visit:
+    """What neighbouring calls of one transformer at one timestep showed.
+
+    Attributes:
+        component: which transformer.
+        timestep: that it was told.
+        ranges: site, or operand of an attention -> (min [K], max [K]) fp32.
+        rows: site -> its chosen rows.
+        modulation: modulation linear -> the chosen rows of its input.
+    """
+
+    component: str
+    timestep: float
+    ranges: dict[str, Range] = field(default_factory=dict)
+    rows: dict[str, Kept] = field(default_factory=dict)
+    modulation: dict[str, Kept] = field(default_factory=dict)
 
 
 class Recorder:
-    """Running minimum and maximum of every site, per channel, and the chosen rows of the current call."""
+    """Watches the transformers of one input's run, and hands over every visit when it is over."""
 
     def __init__(
-        self, model: nn.Module, family: Family, rows: RowPlan, attention: bool = True
+        self,
+        models: dict[str, tuple[nn.Module, Family]],
+        choice: RowChoice,
+        replay: int,
+        seed: int,
+        attention: bool,
+        done: Callable[[Visit], None],
     ) -> None:
         """Remember where to listen; nothing is hooked before `with`.
 
         Args:
-            model: the transformer.
-            family: its table.
-            rows: which rows to keep.
+            models: component -> transformer and its table.
+            choice: which rows to keep.
+            replay: how many calls to keep whole.
+            seed: of their choice.
             attention: also listen to Q, K and V of every attention that can run quantized.
+            done: told each visit, in the order of the run.
         """
-        self._plan = rows
-        self._listen = [
-            (f"{block}.{site.name}", model.get_submodule(f"{block}.{name}"), name)
-            for block, table in family.block_tables(model).items()
-            for site in table.sites
-            for name in site.observed
-        ]
-        self._attentions = family.attention_names(model) if attention else []
-        self._operands = OperandWatch(
-            {name: model.get_submodule(name) for name in self._attentions},
-            lambda operand, rows: self._observe_range(operand, rows.float()),
-        )
+        self._models, self._choice, self._replay, self._done = models, choice, replay, done
+        self._seed, self._attention = seed, attention
         self._hooks: list[Any] = []
-        self.begin(0)
+        self._visit: Visit | None = None
+        self.calls = 0
+        self.kept: dict[int, tuple[int, TransformerCall]] = {}  # key -> number and call
 
     def __enter__(self) -> Recorder:
         """Install the hooks."""
-        first: dict[str, str] = {}  # site -> the consumer whose rows are kept
-        for site, module, name in self._listen:
-            keeps = first.setdefault(site, name) == name
-            self._hooks.append(module.register_forward_pre_hook(self._observer(site, keeps)))
-        self._operands.__enter__()
+        for component, (model, family) in self._models.items():
+            name = timestep_name(model)
+            begin = self._beginner(component, model, name)
+            self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+            tables = family.block_tables(model).items()
+            for block, table in tables:
+                for site in table.sites:
+                    for reader in site.observed:
+                        keeps = reader == site.observed[0]
+                        hook = self._observer(f"{block}.{site.name}", keeps)
+                        self._listen(model, f"{block}.{reader}", hook)
+                for modulation in table.modulations:
+                    self._listen(
+                        model, f"{block}.{modulation}", self._modulation(f"{block}.{modulation}")
+                    )
+            if family.final_modulation is not None:
+                self._listen(
+                    model, family.final_modulation, self._modulation(family.final_modulation)
+                )
+            self._watch_operands(model, family)
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Remove the hooks."""
-        self._operands.__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+        for hook in reversed(self._hooks):
+            hook.__exit__(*error) if isinstance(hook, OperandWatch) else hook.remove()
 
-    def begin(self, call: int) -> None:
-        """Forget the last call and listen to `call`."""
-        self._call = call
-        self._ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows: dict[str, torch.Tensor] = {}
-        self._seen: dict[str, int] = {}  # site -> samples that passed it
-        self._selections: dict[int, Selection] = {}  # tokens per sample -> chosen rows
+    def finish(self) -> list[TransformerCall]:
+        """Hand over the last visit; the calls that were kept whole, in their order."""
+        self._hand_over()
+        return [call for _, call in sorted(self.kept.values(), key=lambda item: item[0])]
 
-    def ranges(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Site -> (min [K], max [K]) fp32 on the CPU, over everything since `begin`.
+    def _listen(self, model: nn.Module, name: str, hook: Any) -> None:
+        self._hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
 
-        Raises:
-            StatisticsError: an attention ran something else than scaled_dot_product_attention.
-        """
-        for name in self._attentions:
-            if f"{name}.q" not in self._ranges:
+    def _watch_operands(self, model: nn.Module, family: Family) -> None:
+        names = family.attention_names(model) if self._attention else []
+        if names:
+            watch = OperandWatch(
+                {name: model.get_submodule(name) for name in names},
+                lambda operand, rows: self._observe(operand, rows.float()),
+            )
+            self._hooks.append(watch.__enter__())
+
+    def _beginner(self, component: str, model: nn.Module, name: str | None) -> Any:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            now = timestep_of(model, name, args, kwargs)
+            visit = self._visit
+            if visit is None or (visit.component, visit.timestep) != (component, now):
+                self._hand_over()
+                self._visit = Visit(component, now)
+            self._keep_call(TransformerCall(component, now, args, kwargs))
+            self.calls += 1
+
+        return begin
+
+    def _keep_call(self, call: TransformerCall) -> None:
+        key = splitmix64(self._seed, self._choice.given, self.calls, REPLAY_STREAM)
+        if not self._replay or (len(self.kept) >= self._replay and key > max(self.kept)):
+            return
+        args, kwargs = map_tensors(lambda t: t.detach().cpu().clone(), (call.args, call.kwargs))
+        self.kept[key] = self.calls, TransformerCall(call.component, call.timestep, args, kwargs)
+        if len(self.kept) > self._replay:
+            del self.kept[max(self.kept)]
+
+    def _hand_over(self) -> None:
+        if self._visit is None:
+            return
+        model, family = self._models[self._visit.component]
+        for name in family.attention_names(model) if self._attention else []:
+            if f"{name}.q" not in self._visit.ranges:
                 raise StatisticsError(
                     f"{name}: did not call scaled_dot_product_attention, where Q, K and V are recorded; set diffusers' "
                     "default processor and backend, or calibrate with --no-attention"
                 )
-        return {site: (low.cpu(), high.cpu()) for site, (low, high) in self._ranges.items()}
+        self._done(self._visit)
+        self._visit = None
 
-    def rows(self) -> dict[str, torch.Tensor]:
-        """Site -> kept rows [n, K] in the model's dtype, on the CPU; empty at calls that keep none."""
-        return dict(self._rows)
-
-    def _observer(self, site: str, keeps_rows: bool) -> Any:
+    def _observer(self, site: str, keeps: bool) -> Any:
         def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach()
-            self._observe_range(site, x.reshape(-1, x.shape[-1]).float())
-            if keeps_rows and self._plan.count and self._call in self._plan.calls:
-                self._keep_rows(site, x)
+            flat = args[0].detach().reshape(-1, args[0].shape[-1])
+            if len(flat) and self._visit is not None:  # experts may get no tokens
+                self._observe(site, flat.float())
+                if keeps:
+                    self._keep(self._visit.rows, site, flat)
 
         return observe
 
-    def _observe_range(self, site: str, rows: torch.Tensor) -> None:
-        low, high = rows.amin(0), rows.amax(0)
+    def _modulation(self, name: str) -> Any:
+        def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if self._visit is not None:
+                flat = args[0].detach().reshape(-1, args[0].shape[-1])
+                self._keep(self._visit.modulation, name, flat)
+
+        return observe
+
+    def _observe(self, site: str, rows: torch.Tensor) -> None:
+        if self._visit is None:
+            return
+        low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise StatisticsError(
                 f"{site}: the float model produced a value that is not finite; check its weights"
             )
-        if site in self._ranges:
-            before = self._ranges[site]
+        before = self._visit.ranges.get(site)
+        if before is not None:
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-        self._ranges[site] = (low, high)
+        self._visit.ranges[site] = (low, high)
 
-    def _keep_rows(self, site: str, x: torch.Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        tokens, size = len(flat) // len(x), len(x) // (2 if self._plan.guided else 1)
-        if tokens not in self._selections:
-            self._selections[tokens] = self._plan.select(self._call, tokens)
-        selection, start = self._selections[tokens], self._seen.get(site, 0)
-        if site not in self._rows:
-            dtype = x.dtype if x.dtype in STORED else torch.float32
-            self._rows[site] = torch.empty(selection.count, x.shape[-1], dtype=dtype)
-        slot, row = selection.locate(start, size, tokens)
-        self._rows[site][slot] = flat[row.to(x.device)].cpu().to(self._rows[site].dtype)
-        self._seen[site] = start + size
+    def _keep(self, kept: dict[str, Kept], name: str, flat: torch.Tensor) -> None:
+        if not self._choice.count:
+            return
+        chosen = self._choice.of(flat, self.calls - 1)  # counted when it began
+        before = kept.get(name)
+        kept[name] = chosen if before is None else before.joined(chosen, self._choice.count)

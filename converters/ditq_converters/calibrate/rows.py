@@ -1,87 +1,59 @@
-"""Which input rows a calibration keeps for searches: fixed in advance by counters, the same for every site."""
+"""Which input rows a calibration keeps for searches: those of the lowest keys, which seed, input, call and row decide.
+
+So the choice is the same for every site of a call that has as many rows, and for any split of the work.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ditq_converters.calibrate.trajectory import noise_generator
+from ditq_converters.calibrate.seeds import row_keys
 
-ROW_CALLS = 50  # rows are kept at this many calls at most
-ROW_STREAM = -2  # counter that no noise (calls from 0) and no label (-1) uses
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """Which rows to keep.
-
-    Attributes:
-        count: rows n per site and call; 0 keeps none. Under guidance every other of them is of the null half.
-        calls: the calls at which rows are kept, ascending.
-        samples: images S in the run.
-        guided: whether a forward holds [cond; null].
-        seed: of the choice.
-
-    Raises:
-        ValueError: a negative count.
-    """
-
-    count: int
-    calls: tuple[int, ...]
-    samples: int
-    guided: bool
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Validate the count."""
-        if self.count < 0:
-            raise ValueError(f"calibrate: rows must be 0 (none) or more, got {self.count}")
-
-    def select(self, call: int, tokens: int) -> Selection:
-        """The rows of one call, for sites with `tokens` rows per sample."""
-        conditional = (self.count + 1) // 2 if self.guided else self.count
-        generator = noise_generator(self.seed, call, ROW_STREAM)
-        drawn = torch.randperm(self.samples * tokens, generator=generator)[:conditional]
-        null = min(self.count // 2, len(drawn)) if self.guided else 0
-        return Selection(drawn // tokens, drawn % tokens, null)
+ROW_CALLS = 50  # rows are read of this many timesteps at most
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # row dtypes; any other is stored as fp32
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Chosen rows: all of the conditional half, then the first `null` of them again, of the null half.
+class Kept:
+    """Rows with the lowest keys so far, by rising key.
 
     Attributes:
-        sample: [m] int64.
-        token: [m] int64.
-        null: how many pairs are also taken from the null half.
+        keys: int64 [n].
+        rows: [n, K], fp32, bf16 or fp16, on the CPU.
     """
 
-    sample: torch.Tensor
-    token: torch.Tensor
-    null: int
+    keys: torch.Tensor
+    rows: torch.Tensor
 
-    @property
-    def count(self) -> int:
-        """Rows in all."""
-        return len(self.sample) + self.null
+    def joined(self, other: Kept, count: int) -> Kept:
+        """The lowest `count` of both."""
+        keys = torch.cat([self.keys, other.keys])
+        order = keys.sort(stable=True).indices[:count]
+        return Kept(keys[order], torch.cat([self.rows, other.rows])[order])
 
-    def locate(self, start: int, size: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows that lie in one forward of the samples `start` to `start + size`.
 
-        Args:
-            start: first sample of the forward.
-            size: its samples; its batch is [size cond; size null] under guidance, [size cond] without.
-            tokens: rows per sample.
+class RowChoice:
+    """The rows of one input, call by call."""
 
-        Returns:
-            slot: [r] int64, positions in the kept rows. row: [r] int64, rows of the flattened batch.
-        """
-        sample = torch.cat([self.sample, self.sample[: self.null]])
-        token = torch.cat([self.token, self.token[: self.null]])
-        half = (torch.arange(self.count) >= len(self.sample)).long()
-        slot = ((sample >= start) & (sample < start + size)).nonzero().squeeze(1)
-        return slot, ((half * size + sample - start) * tokens + token)[slot]
+    def __init__(self, count: int, seed: int, given: int) -> None:
+        """Keep `count` rows per site and timestep of input number `given`."""
+        self.count, self.given, self._seed = count, given, seed
+        self._call, self._lowest = -1, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+
+    def of(self, flat: torch.Tensor, call: int) -> Kept:
+        """The chosen rows of [R, K], the input of a linear at call number `call`."""
+        if call != self._call:
+            self._call, self._lowest = call, {}
+        if len(flat) not in self._lowest:
+            every = row_keys(self._seed, self.given, call, len(flat))
+            order = np.argsort(every, kind="stable")[: self.count]
+            self._lowest[len(flat)] = torch.from_numpy(every[order]), torch.from_numpy(order)
+        keys, rows = self._lowest[len(flat)]
+        kept = flat[rows.to(flat.device)].cpu()
+        return Kept(keys.clone(), kept if kept.dtype in STORED else kept.float())
 
 
 def evenly_spaced(calls: int, most: int = ROW_CALLS) -> tuple[int, ...]:

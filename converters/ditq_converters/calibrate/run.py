@@ -1,10 +1,12 @@
-"""Calibrate: sample the float model and record the range of every linear input, per call and channel."""
+"""Calibrate: run a float pipeline on its inputs and record what its linears read. Reads in the order it runs."""
 
 from __future__ import annotations
 
+import inspect
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,209 +14,221 @@ import diffusers
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.conditions import choose
-from ditq_converters.calibrate.hosts import host_of
-from ditq_converters.calibrate.labels import class_ids, draw_labels
-from ditq_converters.calibrate.memory import fitting_micro_batch
+from ditq_converters.calibrate.inputs import LABELS_PER_CALL, Given, Input, gather
+from ditq_converters.calibrate.memory import needs
+from ditq_converters.calibrate.pipeline import draw, pipeline_of, ready
+from ditq_converters.calibrate.prompts_once import encoded_once
 from ditq_converters.calibrate.recorder import Recorder
-from ditq_converters.calibrate.rows import RowPlan, evenly_spaced
-from ditq_converters.calibrate.samplers import SAMPLERS, history, make_scheduler, set_timesteps
-from ditq_converters.calibrate.stats import (
-    CalibrationStats,
-    ResumePoint,
-    StatisticsError,
-    model_hash,
-    read_manifest,
-    read_state,
-    remove_state,
-    shard_path,
-    write_manifest,
-    write_shard,
-    write_state,
+from ditq_converters.calibrate.rows import RowChoice
+from ditq_converters.calibrate.seeds import splitmix64
+from ditq_converters.calibrate.share import (
+    Models,
+    check_place,
+    claim_folder,
+    make_shards,
+    merge_shards,
 )
-from ditq_converters.calibrate.trajectory import SamplingPlan, trajectory
+from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.models.gate import float_transformer
-from ditq_converters.progress import note, progress_bar
-from ditq_runtime.families import Family, family_of
-from ditq_runtime.files import remove_leftovers
+from ditq_converters.models.open import transformers_in
+from ditq_converters.sites import family_or_row
+from ditq_runtime.families import Family, get_linear
 from ditq_runtime.surroundings import steady
 
-__all__ = ["SAMPLERS", "calibrate", "class_ids", "draw_labels", "make_scheduler"]
+REPLAYED = 16  # calls that are kept whole, over all inputs
 
-STEPS = 50
-IF_ABSENT = {"attention": False}  # what a manifest means that was written before there was the key
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to run.
+
+    Attributes:
+        digests: of the inputs.
+        sampler: what steps are made by, for people.
+        run: makes the calls of input number i.
+    """
+
+    digests: list[str]
+    sampler: str
+    run: Callable[[int], Any]
 
 
 @steady()
 def calibrate(
     pipe: Any,
     out: str | Path,
+    inputs: Given | None = None,
+    *,
+    prompts: Sequence[str] | str | Path | None = None,
+    labels: Sequence[int] | None = None,
+    run: Callable[..., Any] | None = None,
+    samples: int | None = None,
+    batch: int | None = None,
     steps: int | None = None,
-    samples: int = 32,
-    guidance: float = 1.5,
+    guidance: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
-    micro_batch: int = 32,
-    quiet: bool = False,
-    *,
     rows: int = 64,
-    cfg_channels: int | None = None,
-    labels: Sequence[int] | None = None,
-    prompts: Sequence[str] | str | Path | None = None,
-    memory_budget: int | None = None,
     attention: bool = True,
+    memory_budget: int | None = None,
+    free_text_encoders: bool = False,
+    quiet: bool = False,
+    **call: Any,
 ) -> CalibrationStats:
-    """Data-free calibration: run the float model from Gaussian noise and store the ranges it meets.
+    """Run a float pipeline on its inputs, and store what the linears of its transformers read.
 
-    A killed run goes on where it was: call it again with the same arguments.
+    A killed run goes on after the last finished input: call it again with the same arguments. More inputs at the end of
+    the list are added to what is there. Processes that share a folder share the work: each begins with its part (RANK
+    and WORLD_SIZE of torchrun and accelerate), and takes over what nobody works on. The bytes are those of one process,
+    but for the log.
 
     Args:
-        pipe: a diffusers pipeline, or its transformer alone.
+        pipe: a diffusers pipeline; or a transformer alone, which is called with embeddings, or by `run`.
         out: folder for the statistics.
-        steps: model calls per sample, T; default: 50. Sampler `t_max` always makes one.
-        samples: images to sample, S; their classes or prompts are drawn without replacement where there are enough.
-        guidance: classifier-free guidance weight; statistics cover both halves.
-        sampler: one of SAMPLERS; default: ddim, or flow for a flow-matching model.
-        seed: of classes, noise and the choice of rows.
-        micro_batch: samples per forward; bounds memory.
-        quiet: show no progress bar.
-        rows: input rows to keep per site for searches, at min(T, 50) evenly spaced calls; 0 keeps none. On disk that
-            is 4 bytes (fp32) times rows times calls times all channels: 2.9 GB for DiT-XL at 64 rows and 50 calls.
-        cfg_channels: leading channels that are guided; None: all, as diffusers' pipeline does; 3: as DiT's own code.
-        labels: class ids, one per sample, instead of drawing `samples` of them.
-        prompts: for a text-conditioned model: prompts, a text file with one per line, or a `.safetensors` file of their
-            embeddings (see `captions`).
-        memory_budget: bytes; lowers `micro_batch` so that the peak stays below (see `memory`). A resumed run keeps the
-            micro-batch it began with.
+        inputs: one entry per call: its keyword arguments (prompt, image, height, num_inference_steps, ...; `seed` for
+            the noise); or a file of them: JSON lines with paths of images, text, `.safetensors` of embeddings.
+        prompts: short form: texts, or a file of them or of their embeddings; a call each.
+        labels: short form for class-conditional pipelines: classes, `batch` per call.
+        run: makes the calls instead of a pipeline, for loops and data of your own; it is given the model, or nothing,
+            and with `inputs` the entry by keyword.
+        samples: of a short form, how many; default: all prompts, 32 classes.
+        batch: of a short form, samples per call; default: 8 classes.
+        steps: for entries that name none; default: the pipeline's own, 50 for classes.
+        guidance: likewise; 1.5 for classes.
+        sampler: another scheduler, one of `ditq_runtime.cli.schedulers.SAMPLERS`; default: the pipeline's own.
+        seed: of what is drawn, of the noise, and of the choice of rows.
+        rows: input rows to keep per site for searches, at up to 50 timesteps, over all inputs; 0 keeps none. On disk
+            that is twice 4 bytes (fp32) times rows times timesteps times all channels: 6 GB for DiT-XL at 64 and 50.
         attention: also record the ranges of Q, K and V, which static attention scales need.
+        memory_budget: bytes that the peak should stay below; lowers `batch` of classes, refuses inputs that do not fit.
+        free_text_encoders: encode all prompts first and drop the text encoders; the pipeline cannot encode afterwards.
+        quiet: show no progress bar.
+        **call: further arguments of every call.
 
     Returns:
         The opened statistics.
 
     Raises:
-        ValueError: an unknown sampler, class or channel count, an unsupported transformer, a count below one, a
-            budget that one sample does not fit into, prompts that are missing or do not fit.
-        StatisticsError: `out` holds statistics of another model or plan, or the model gave non-finite values.
+        ValueError: nothing to call it with, arguments that the pipeline does not take, an unsupported transformer, a
+            budget that one input does not fit into.
+        StatisticsError: `out` holds something else, or the model gave values that are not finite.
     """
-    model: Any = float_transformer(pipe, "calibrate")
-    family = family_of(type(model).__name__)
-    host = host_of(model)
-    sampler = sampler or host.sampler
-    scheduler = make_scheduler(pipe, sampler, model)
-    calls = _number_of_calls(sampler, steps, quiet)
-    _check_channels(model, cfg_channels)
-    told = choose("calibrate", pipe, model, samples, seed, guidance, labels, prompts)
-    plan = SamplingPlan(
-        told.ids, told.null, calls, guidance, seed, micro_batch, cfg_channels, told.captions, host.distilled
-    )  # fmt: skip
-    kept = RowPlan(rows, evenly_spaced(calls) if rows else (), len(told.ids), plan.guided, seed)
+    models = watched(pipe, rows)
     folder = Path(out)
-    if memory_budget is not None:
-        micro_batch = _fit(model, family, scheduler, plan, rows, memory_budget, folder)
-        plan = replace(plan, micro_batch=micro_batch)
-    manifest = _manifest(model, plan, sampler, scheduler, kept)
-    manifest["memory_budget"] = memory_budget
-    manifest["attention"] = attention
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, manifest)
-    recorder = Recorder(model, family, kept, attention)
-    _run(model, scheduler, plan, recorder, folder, quiet)
+    check_place(folder)
+    form: dict[str, Any] = {
+        "prompts": prompts, "labels": labels, "samples": samples, "steps": steps, "guidance": guidance, "seed": seed,
+        "call": call,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        if run is not None:
+            work = own_work(pipe, run, inputs)
+        else:
+            driven = pipeline_of(pipe)
+            stack.enter_context(ready(driven, sampler or ""))
+            if memory_budget is not None:
+                one = gather("calibrate", driven, inputs, batch=1, **form)[0]
+                batch = fitting_batch(driven, models, one, batch, rows, attention, memory_budget)
+            given = gather("calibrate", driven, inputs, batch=batch, **form)
+            if free_text_encoders:
+                stack.enter_context(encoded_once(driven, given))
+            work = pipeline_work(driven, given)
+        settings = {"rows": rows, "seed": seed, "attention": attention}
+        manifest = claim_folder(folder, manifest_of(models, work, settings))
+        make_shards(folder, manifest, models, work.run, quiet)
+    merge_shards(folder, manifest)
     return CalibrationStats.open(folder)
 
 
-def _run(
-    model: nn.Module,
-    scheduler: Any,
-    plan: SamplingPlan,
-    recorder: Recorder,
-    folder: Path,
-    quiet: bool,
-) -> None:
-    """Make the calls that are not on disk."""
-    state = read_state(folder)
-    if state is None and all(shard_path(folder, call).exists() for call in range(plan.steps)):
-        return
-    done = state.call + 1 if state else 0
-    latents, remembered = (state.latents, state.history) if state else (None, None)
-    with recorder, progress_bar("calibrating", plan.steps, done, quiet) as advance:
-        run = trajectory(model, scheduler, plan, done, latents, recorder.begin, remembered)
-        for call in run:
-            write_shard(folder, call.index, recorder.ranges(), recorder.rows())
-            write_state(folder, ResumePoint(call.index, call.after, history(scheduler)))
-            advance()
-    remove_state(folder)
+def watched(pipe: Any, rows: int) -> Models:
+    """The transformers with their families; ValueError for a class that is no transformer, and for a negative count."""
+    if rows < 0:
+        raise ValueError(f"calibrate: rows must be 0 (none) or more, got {rows}")
+    found = {n: float_transformer(m, "calibrate") for n, m in transformers_in(pipe).items()}
+    return {name: (model, family_or_row(model)) for name, model in found.items()}
 
 
-def _fit(
-    model: nn.Module,
-    family: Family,
-    scheduler: Any,
-    plan: SamplingPlan,
+def pipeline_work(pipe: Any, given: list[Input]) -> Work:
+    """The calls of a `ready` pipeline."""
+    sampler = type(getattr(pipe, "scheduler", None)).__name__
+    return Work([one.digest for one in given], sampler, lambda index: draw(pipe, given[index]))
+
+
+def own_work(pipe: Any, run: Callable[..., Any], inputs: Given | None) -> Work:
+    """Somebody's own loop: one call of it, or one per entry of `inputs`."""
+    if isinstance(inputs, str | Path):
+        raise ValueError("calibrate: with run=, inputs are a list of keyword arguments, not a file")
+    entries: list[dict[str, Any]] = [{}] if inputs is None else [dict(entry) for entry in inputs]
+    positional = [
+        p for p in inspect.signature(run).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in entries[0]
+    ]  # fmt: skip
+    given = (pipe,) if positional else ()
+    seeds = [splitmix64(index) for index in range(len(entries))]
+    name = getattr(run, "__qualname__", type(run).__name__)
+    digests = [Input({"run": name, **e}, (s,)).digest for e, s in zip(entries, seeds, strict=True)]
+
+    def call(index: int) -> None:
+        torch.manual_seed(seeds[index])
+        with torch.no_grad():
+            run(*given, **entries[index])
+
+    return Work(digests, "run", call)
+
+
+def fitting_batch(
+    pipe: Any,
+    models: Models,
+    one: Input,
+    batch: int | None,
     rows: int,
+    attention: bool,
     budget: int,
-    folder: Path,
-) -> int:
-    """The micro-batch that an earlier run with this budget chose, so that bytes are the same; or what fits now."""
-    if (folder / "manifest.json").exists():
-        before = read_manifest(folder)
-        if before.get("memory_budget") == budget:
-            return int(before["plan"]["micro_batch"])
-    set_timesteps(scheduler, plan.steps)
-    return fitting_micro_batch(model, family, plan, scheduler.timesteps[0], rows, budget)
+) -> int | None:
+    """Samples per call of a short form that fit a budget; ValueError if the first input does not."""
+    fewer = {"num_inference_steps": 1} if "num_inference_steps" in one.arguments else {}
+    trial = Input({**one.arguments, **fewer}, one.seeds)
+    size = sum(_statistics(model, family, rows) for model, family in models.values())
+    watch = Recorder(models, RowChoice(rows, 0, 0), 0, 0, attention, lambda visit: None)
+
+    def step() -> None:
+        with watch:
+            draw(pipe, trial)
+
+    found = needs([model for model, _ in models.values()], step, size)
+    fits = found.fitting(budget, batch or LABELS_PER_CALL)
+    return fits if "class_labels" in one.arguments else batch
 
 
-def _number_of_calls(sampler: str, steps: int | None, quiet: bool) -> int:
-    if sampler != "t_max":
-        return STEPS if steps is None else steps
-    if steps not in (None, 1):
-        note(f"calibrate: sampler t_max makes one call, at the highest noise, not {steps}", quiet)
-    return 1
+def _statistics(model: nn.Module, family: Family, rows: int) -> int:
+    """Bytes of the statistics of one timestep: fp32 ranges and rows of every site, ranges of Q, K and V."""
+    tables = family.block_tables(model).items()
+    names = [f"{block}.{site.consumers[0]}" for block, table in tables for site in table.sites]
+    widths = [get_linear(model, name).in_features for name in names]
+    return sum(4 * width * (2 + rows) for width in widths) + 2 * 4 * 3 * max(widths) * len(tables)
 
 
-def _check_channels(model: Any, cfg_channels: int | None) -> None:
-    channels = host_of(model).latent_shape(model)[0]
-    if cfg_channels is not None and cfg_channels > channels:
-        raise ValueError(
-            f"calibrate: cfg_channels must be at most {channels}, the model's latent channels, got {cfg_channels}"
-        )
-
-
-def _manifest(
-    model: nn.Module, plan: SamplingPlan, sampler: str, scheduler: Any, rows: RowPlan
-) -> dict[str, Any]:
-    set_timesteps(scheduler, plan.steps)
+def manifest_of(models: Models, work: Work, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the statistics will belong to; the first run of a folder decides how rows are shared among inputs."""
+    each = {
+        "rows_per_input": -(-settings["rows"] // len(work.digests)),
+        "calls_per_input": -(-REPLAYED // len(work.digests)),
+    }
     return {
-        "sampler": sampler,
-        "calls": plan.steps,
-        "timesteps": [float(t) for t in scheduler.timesteps],
-        "plan": plan.to_dict(),
-        "rows": {"count": rows.count, "calls": list(rows.calls)},
-        "architecture": type(model).__name__,
-        "model_hash": model_hash(model),
-        "dtype": str(next(model.parameters()).dtype),
+        "models": {
+            name: {
+                "architecture": type(model).__name__,
+                "model_hash": model_hash(model),
+                "dtype": str(next(model.parameters()).dtype),
+            }
+            for name, (model, _) in models.items()
+        },
+        "settings": {**settings, **each},
+        "sampler": work.sampler,
+        "inputs": work.digests,
         "versions": {
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "python": platform.python_version(),
         },
     }
-
-
-def _claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a new run, or check that an unfinished one is the same."""
-    remove_leftovers(folder)
-    if not (folder / "manifest.json").exists():
-        write_manifest(folder, manifest)
-        return
-    before = {**IF_ABSENT, **read_manifest(folder)}
-    for key, value in manifest.items():
-        if before.get(key) != value:
-            raise StatisticsError(
-                f"{folder}: holds a calibration with another {key} ({_short(before.get(key))}, now {_short(value)}); "
-                "use a new folder, or the same arguments to resume"
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

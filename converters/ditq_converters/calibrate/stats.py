@@ -1,38 +1,51 @@
-"""Calibration statistics on disk: one shard per model call, a manifest that says what they belong to.
+"""Calibration statistics: what is read from them, one site at a time.
 
-    stats/manifest.json             plan, sampler, model hash, versions, sites and their widths
-    stats/call_0000.safetensors     per site: SITE.min and SITE.max, fp32 [K], and at the calls that the manifest
-                                    lists SITE.rows, [n, K] in the model's dtype; call 0 is the noisiest. With
-                                    "attention" in the manifest also MODULE.q, .k and .v, .min and .max, fp32
-                                    [H * D]: of the operands of every attention
-    stats/state.safetensors         latents and sampler history after the last complete call, to resume from;
-                                    removed at the end
+    stats/manifest.json    models, settings, inputs: what they belong to
+    stats/inputs/          one folder per input (`shards`)
+    stats/merged/          what is read (`merge`): per transformer one file per timestep, the noisiest first
+    stats/calibrate.log    progress, with times; nobody reads it but people
 
-A shard appears by atomic rename when its call is complete, so memory does not grow with the number of calls.
+Version 1 (one sampler, one set of classes or prompts) had the files of `merged/transformer` beside its manifest. It is
+read; it has no rows of modulation and no calls to replay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ditq_converters.calibrate.errors import StatisticsError
+from ditq_converters.calibrate.shards import Shard, shard_folder
+from ditq_converters.calibrate.transformer_calls import TransformerCall
 from ditq_converters.streaming.model import streamed_of, tensors_of
-from ditq_runtime.files import atomic_file, write_json
+from ditq_runtime.families import family_of
+from ditq_runtime.files import write_json
 
-STATISTICS_VERSION = 1
-KEYS = ("calls", "timesteps", "plan", "sampler", "model_hash")
+STATISTICS_VERSION = 2
+KEYS: dict[Any, tuple[str, ...]] = {
+    1: ("calls", "timesteps", "plan", "sampler", "model_hash"),
+    2: ("models", "settings", "inputs", "sampler"),
+}
+MERGED, MERGED_INPUTS, SCHEDULE = "merged", "inputs.json", "schedule.json"
+TRANSFORMER = "transformer"
 
-
-class StatisticsError(ValueError):
-    """Statistics are incomplete, damaged, or belong to another model or plan."""
+__all__ = [
+    "CalibrationStats",
+    "StatisticsError",
+    "model_hash",
+    "read_manifest",
+    "shard_path",
+    "write_manifest",
+]
 
 
 def model_hash(model: nn.Module) -> str:
@@ -54,128 +67,149 @@ def _hash(model: nn.Module) -> str:
 
 
 def shard_path(folder: Path, call: int) -> Path:
-    """The file of one call."""
+    """The file of one timestep."""
     return folder / f"call_{call:04d}.safetensors"
-
-
-def write_shard(
-    folder: Path,
-    call: int,
-    ranges: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    rows: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Store site -> (min [K], max [K]), and site -> rows [n, K] if there are any, of one complete call."""
-    tensors = {}
-    for site, (low, high) in ranges.items():
-        tensors[f"{site}.min"], tensors[f"{site}.max"] = low.contiguous(), high.contiguous()
-    for site, kept in (rows or {}).items():
-        tensors[f"{site}.rows"] = kept.contiguous()
-    _save(tensors, shard_path(folder, call), {"call": str(call)})
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run stopped.
-
-    Attributes:
-        call: the last complete call.
-        latents: [S, C, H, W] fp32 after it.
-        history: what the sampler remembers of earlier calls (`samplers.history`).
-    """
-
-    call: int
-    latents: torch.Tensor
-    history: dict[str, torch.Tensor]
-
-
-def write_state(folder: Path, point: ResumePoint) -> None:
-    """Store where to resume from."""
-    tensors = {"latents": point.latents, **point.history}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _save(tensors, folder / "state.safetensors", {"call": str(point.call)})
-
-
-def read_state(folder: Path) -> ResumePoint | None:
-    """Where to resume from; None if nothing is there."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            call = int(file.metadata()["call"])
-            history = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        return ResumePoint(call, history.pop("latents"), history)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise StatisticsError(
-            f"{path}: the resume point is damaged ({error}); delete the file to start over"
-        ) from error
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with atomic_file(path) as part:
-        save_file(tensors, part, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """Complete statistics in a folder, read one site at a time.
+    """Complete statistics in a folder, of one transformer.
 
     Attributes:
         folder: where they are.
         manifest: parsed manifest.json.
+        component: which transformer of the pipeline; see `of`.
     """
 
     folder: Path
     manifest: dict[str, Any]
+    component: str = TRANSFORMER
 
     @classmethod
     def open(cls, folder: str | Path) -> CalibrationStats:
-        """Open a finished calibration; StatisticsError if it is missing, unfinished or damaged."""
+        """Open a finished calibration; StatisticsError if it is missing, unfinished, damaged or mixed up."""
         folder = Path(folder)
-        manifest = read_manifest(folder)
-        for call in range(manifest["calls"]):
-            if not shard_path(folder, call).exists():
-                raise StatisticsError(
-                    f"{folder}: call {call} of {manifest['calls']} is missing; run the same `ditq calibrate` "
-                    "command again, it resumes"
-                )
-        return cls(folder, manifest)
+        opened = cls(folder, read_manifest(folder))
+        if opened.manifest["version"] == 1:
+            for call in range(opened.calls):
+                if not shard_path(folder, call).exists():
+                    raise StatisticsError(
+                        f"{folder}: call {call} of {opened.calls} is missing; calibrate again into a new folder"
+                    )
+            return opened
+        list(opened.shards())
+        if opened.merged_inputs != opened.manifest["inputs"]:
+            raise StatisticsError(
+                f"{folder}: its inputs are not merged yet; run the same `ditq calibrate` command again"
+            )
+        return opened if TRANSFORMER in opened.components else opened.of(opened.components[0])
+
+    @property
+    def components(self) -> list[str]:
+        """The transformers that were watched."""
+        return sorted(self.manifest.get("models", {TRANSFORMER: None}))
+
+    def of(self, component: str) -> CalibrationStats:
+        """The statistics of another transformer of the pipeline, such as `transformer_2`; StatisticsError if none."""
+        if component not in self.components:
+            raise StatisticsError(
+                f"{self.folder}: holds statistics of {', '.join(self.components)}, not of {component}"
+            )
+        return replace(self, component=component)
+
+    @cached_property
+    def _schedule(self) -> dict[str, Any]:
+        if self.manifest["version"] == 1:
+            scale = family_of(
+                self.manifest.get("architecture", "DiTTransformer2DModel")
+            ).timestep_scale
+            rows = self.manifest.get("rows", {}).get("calls", ())
+            return {"timesteps": [scale * t for t in self.manifest["timesteps"]], "row_calls": rows}
+        path = self._calls_folder / SCHEDULE
+        try:
+            schedule: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StatisticsError(
+                f"{path}: cannot be read ({error}); run the same `ditq calibrate` command again"
+            ) from error
+        return schedule
+
+    @property
+    def _calls_folder(self) -> Path:
+        if self.manifest["version"] == 1:
+            return self.folder
+        return self.folder / MERGED / self.component
+
+    @property
+    def merged_inputs(self) -> list[str] | None:
+        """Digests of the inputs that `merged` was made of; None if there is none."""
+        path = self.folder / MERGED / MERGED_INPUTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @property
     def calls(self) -> int:
-        """Number of model calls T."""
-        return int(self.manifest["calls"])
+        """Number of timesteps T."""
+        return len(self._schedule["timesteps"])
 
     @property
     def timesteps(self) -> list[float]:
-        """The scheduler's timestep of each call, noisiest first."""
-        return list(self.manifest["timesteps"])
+        """The timestep that the model was told at each, in its own units, noisiest first.
+
+        Where inputs have different schedules each stands for its neighbours in noise (`schedule.schedule_of`).
+        """
+        return list(self._schedule["timesteps"])
 
     @property
     def has_attention(self) -> bool:
         """Whether the ranges of Q, K and V were recorded."""
-        return bool(self.manifest.get("attention", False))
+        settings = self.manifest.get("settings", self.manifest)
+        return bool(settings.get("attention", False))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether input rows were kept."""
+        return bool(self._schedule["row_calls"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint says about the calibration that it was made with, JSON-safe."""
+        if self.manifest["version"] == 1:
+            plan = self.manifest["plan"]
+            made = {key: self.manifest[key] for key in ("calls", "sampler", "model_hash")}
+            return {
+                **made,
+                "guidance": plan.get("guidance"),
+                "samples": len(plan.get("labels", ())),
+            }
+        model = self.manifest["models"][self.component]
+        return {
+            "calls": self.calls,
+            "sampler": self.manifest["sampler"],
+            "model_hash": model["model_hash"],
+            "inputs": len(self.manifest["inputs"]),
+        }
 
     def ranges(self, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a site, or of an operand of an attention: fp32 [T, K] each."""
+        """Minimum and maximum of a site, or of an operand of an attention: fp32 [T, K] each, noisiest first."""
         read = [self._read(call, site, "min", "max") for call in range(self.calls)]
+        if not read:
+            raise StatisticsError(f"{self.folder}: {self.component} never ran; give other inputs")
         low, high = (torch.stack(side) for side in zip(*read, strict=True))
         self._check_finite(site, low, high)
         return low, high
 
     def rows(self, site: str) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Sampled input rows of a site, for searches.
+        """Sampled input rows of a site, for searches: of all inputs, streams of guidance and tokens alike.
 
-        The same (sample, token) pairs for all sites of a call that have as many tokens; under guidance the first half
-        is conditional, the second the same pairs of the null half.
+        The same rows for all sites of a call that have as many.
 
         Returns:
             rows: [C, n, K] fp32. calls: the C calls they were sampled at, ascending.
 
         Raises:
-            StatisticsError: none were kept, or a shard is damaged.
+            StatisticsError: none were kept, or a file is damaged.
         """
-        calls = tuple(self.manifest.get("rows", {}).get("calls", ()))
+        calls = tuple(self._schedule["row_calls"])
         if not calls:
             raise StatisticsError(
                 f"{self.folder}: holds no sampled rows; calibrate into a new folder with --rows 64"
@@ -184,8 +218,53 @@ class CalibrationStats:
         self._check_finite(site, rows)
         return rows, calls
 
+    def modulation(self, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Sampled inputs of a modulation linear.
+
+        Args:
+            name: full name of the linear.
+
+        Returns:
+            rows: [R, K] fp32. calls: the call of each row.
+
+        Raises:
+            StatisticsError: none were kept: by version 1, with rows off, or for a linear that never ran.
+        """
+        if self.manifest["version"] == 1:
+            raise StatisticsError(
+                f"{self.folder}: version 1 kept no inputs of modulation; calibrate again into a new folder"
+            )
+        parts = [self._read(call, name, "input")[0].float() for call in range(self.calls)]
+        rows = torch.cat(parts)
+        self._check_finite(name, rows)
+        return rows, tuple(call for call, part in enumerate(parts) for _ in part)
+
+    def replay(self) -> Iterator[TransformerCall]:
+        """Calls of this transformer that were kept with all their arguments, a bounded number, input by input.
+
+        Raises:
+            StatisticsError: version 1 kept none, or a file is damaged.
+        """
+        if self.manifest["version"] == 1:
+            raise StatisticsError(
+                f"{self.folder}: version 1 kept no calls to replay; calibrate again into a new folder"
+            )
+        for shard in self.shards():
+            yield from (call for call in shard.calls() if call.component == self.component)
+
+    def shards(self) -> Iterator[Shard]:
+        """Every input's; StatisticsError for the first that is missing, damaged or of something else."""
+        for index in range(len(self.manifest["inputs"])):
+            folder = shard_folder(self.folder, index)
+            if not folder.exists():
+                raise StatisticsError(
+                    f"{self.folder}: input {index} of {len(self.manifest['inputs'])} is missing; run the same "
+                    "`ditq calibrate` command again, it resumes"
+                )
+            yield Shard.open(folder, identity(self.manifest, index))
+
     def _read(self, call: int, site: str, *fields: str) -> list[torch.Tensor]:
-        path = shard_path(self.folder, call)
+        path = shard_path(self._calls_folder, call)
         try:
             with safe_open(path, "pt") as file:
                 return [file.get_tensor(f"{site}.{field}") for field in fields]
@@ -202,11 +281,23 @@ class CalibrationStats:
 
     def check_model(self, model: nn.Module) -> None:
         """StatisticsError if they were taken from another model."""
-        if self.manifest["model_hash"] != model_hash(model):
+        entry = (
+            self.manifest["models"][self.component] if "models" in self.manifest else self.manifest
+        )
+        if entry["model_hash"] != model_hash(model):
             raise StatisticsError(
                 f"{self.folder}: these statistics belong to another model (its weights differ); "
                 "calibrate this model into a new folder"
             )
+
+
+def identity(manifest: dict[str, Any], index: int) -> dict[str, Any]:
+    """What a shard must say it was made of."""
+    return {
+        "model": {name: model["model_hash"] for name, model in manifest["models"].items()},
+        "settings": manifest["settings"],
+        "input": manifest["inputs"][index],
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -221,11 +312,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StatisticsError(f"{path}: not valid JSON ({error}); calibrate again") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != STATISTICS_VERSION:
+    if not isinstance(version, int) or version not in KEYS:
         raise StatisticsError(
-            f"{path}: version {version!r}, this ditq reads {STATISTICS_VERSION}; calibrate again"
+            f"{path}: version {version!r}, this ditq reads 1 and {STATISTICS_VERSION}; calibrate again"
         )
-    missing = [key for key in KEYS if key not in manifest]
+    missing = [key for key in KEYS[version] if key not in manifest]
     if missing:
         raise StatisticsError(f"{path}: lacks {', '.join(missing)}; calibrate again")
     return manifest
@@ -234,8 +325,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Store what the statistics belong to."""
     write_json(folder / "manifest.json", {"version": STATISTICS_VERSION, **manifest})
-
-
-def remove_state(folder: Path) -> None:
-    """Drop the resume point of a finished run."""
-    (folder / "state.safetensors").unlink(missing_ok=True)

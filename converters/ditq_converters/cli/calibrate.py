@@ -16,72 +16,84 @@ def calibrate(
     out: Annotated[
         Path, typer.Option(help="Folder for the statistics; the same command resumes there.")
     ],
-    steps: o.CallsOption = None,
+    inputs: o.InputsOption = None,
+    prompts: o.PromptsOption = None,
+    labels: o.LabelsOption = None,
     samples: o.ImagesOption = None,
-    cfg: o.CfgOption = 1.5,
+    steps: o.CallsOption = None,
+    cfg: o.CfgOption = None,
+    height: o.HeightOption = None,
+    width: o.WidthOption = None,
     sampler: o.SamplerOption = "",
     seed: o.SeedOption = 0,
-    batch: o.BatchOption = 32,
+    batch: o.BatchOption = None,
     rows: o.RowsOption = 64,
-    cfg_channels: o.CfgChannelsOption = None,
-    labels: o.LabelsOption = None,
-    prompts: o.PromptsOption = None,
     memory_budget: o.MemoryOption = "",
     attention: o.RecordAttentionOption = True,
     device: o.DeviceOption = "",
     json: o.JsonOption = False,
 ) -> None:
-    """Run the float model from noise and record the range of every linear input, per call and channel.
+    """Run the float pipeline and record the range of every linear input, per timestep and channel.
 
-    Needs no data. Killed, it resumes at the call it was in. One calibration serves every method.
+    A class-conditional model needs nothing; others are told what to draw. Killed, it goes on after the last finished
+    input; more inputs at the end of the file are added; processes started by torchrun or accelerate share the work.
+    One calibration serves every method.
 
     Example: ditq calibrate demo:digits --out stats --steps 50 --samples 32
+
+    Example: ditq calibrate MODEL --inputs calls.jsonl --out stats
     """
     from ditq_converters.calibrate.labels import read_labels
     from ditq_converters.calibrate.memory import format_bytes, peak_rss
     from ditq_converters.calibrate.run import calibrate as run
-    from ditq_converters.models.open import open_model, transformer_of
+    from ditq_converters.calibrate.share import check_place
+    from ditq_converters.models.open import open_model
 
-    budget = _check(sampler, samples, labels, prompts, memory_budget)
+    budget = _check(sampler, samples, inputs, labels, prompts, memory_budget)
+    check_place(out)
     pipe = open_model(model, memory_budget=budget)
-    listed = read_labels(labels, pipe, transformer_of(pipe)) if labels else None
+    listed = read_labels(labels, pipe) if labels else None
     o.place(pipe, device)
     stats = run(
-        pipe, out, steps, samples or 32, cfg, sampler or None, seed, batch,
-        rows=rows, cfg_channels=cfg_channels, labels=listed, prompts=prompts, memory_budget=budget,
-        attention=attention,
+        pipe, out, inputs, prompts=prompts, labels=listed, samples=samples, batch=batch, steps=steps, guidance=cfg,
+        sampler=sampler or None, seed=seed, rows=rows, attention=attention, memory_budget=budget,
+        free_text_encoders=True, **o.sizes(height, width),
     )  # fmt: skip
-    size, peak = sum(file.stat().st_size for file in out.iterdir()), peak_rss()
-    micro_batch = stats.manifest["plan"]["micro_batch"]
+    size, peak = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), peak_rss()
+    found = {name: stats.of(name).timesteps for name in stats.components}
     if json:
-        report = {
-            "out": str(out),
-            "calls": stats.calls,
-            "bytes": size,
-            "timesteps": stats.timesteps,
-        }
-        print_json({**report, "micro_batch": micro_batch, "peak_rss_bytes": peak})
-    else:
-        say(
-            f"{out}: {stats.calls} calls, {size / 2**20:.2f} MiB of statistics; "
-            f"{micro_batch} samples per forward, at most {format_bytes(peak)} of main memory"
-        )
+        report = {"out": str(out), "inputs": len(stats.manifest["inputs"]), "bytes": size}
+        print_json({**report, "timesteps": found, "peak_rss_bytes": peak})
+        return
+    calls = ", ".join(f"{len(times)} timesteps of {name}" for name, times in found.items())
+    say(
+        f"{out}: {calls} from {len(stats.manifest['inputs'])} inputs, {size / 2**20:.2f} MiB of statistics; "
+        f"at most {format_bytes(peak)} of main memory"
+    )
 
 
 def _check(
-    sampler: str, samples: int | None, labels: Path | None, prompts: Path | None, memory: str
+    sampler: str,
+    samples: int | None,
+    inputs: Path | None,
+    labels: Path | None,
+    prompts: Path | None,
+    memory: str,
 ) -> int | None:
     """Refuse what needs no model to be refused; return the memory budget in bytes."""
-    from ditq_converters.calibrate.samplers import SAMPLERS
+    from ditq_runtime.cli.schedulers import SAMPLERS
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
-    if labels is not None and prompts is not None:
-        raise typer.BadParameter(
-            "--labels is for models that are told classes, --prompts for those that are told text; give one."
-        )
+    given = [
+        name
+        for name, path in (("--inputs", inputs), ("--labels", labels), ("--prompts", prompts))
+        if path is not None
+    ]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} say the same in two ways; give one.")
     if labels is not None and samples is not None:
         raise typer.BadParameter(
             "--labels lists one class per sample; leave --samples out, or drop --labels."

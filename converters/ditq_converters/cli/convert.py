@@ -29,12 +29,13 @@ def convert(
     plan: c.PlanOption = None,
     set: c.SetOption = [],  # noqa: B006  typer needs a list default and does not mutate it
     stats: o.StatsOption = None,
-    steps: o.StepsOption = 50,
-    samples: o.SamplesOption = 32,
-    cfg: o.CfgOption = 1.5,
+    inputs: o.InputsOption = None,
     prompts: o.PromptsOption = None,
+    samples: o.ImagesOption = None,
+    steps: o.CallsOption = None,
+    cfg: o.CfgOption = None,
     seed: o.SeedOption = 0,
-    batch: o.BatchOption = 32,
+    batch: o.BatchOption = None,
     max_shard_size: o.ShardOption = "10GB",
     memory_budget: o.MemoryOption = "",
     device: o.DeviceOption = "",
@@ -61,8 +62,8 @@ def convert(
     budget = o.parse_budget(memory_budget)
     check_new(out)
     begin = time.perf_counter()
-    sampling = {"samples": samples, "guidance": cfg, "seed": seed, "micro_batch": batch}
-    calibration = {"steps": steps, **sampling, "prompts": prompts, "memory_budget": budget}
+    drawn = {"inputs": inputs, "prompts": prompts, "samples": samples, "steps": steps}
+    calibration = {**drawn, "guidance": cfg, "seed": seed, "batch": batch, "memory_budget": budget}
 
     def planned(transformer: nn.Module) -> Plan:
         return c.plan_for(transformer, recipe, plan, set)
@@ -93,8 +94,6 @@ def _convert(
     if stats is not None:
         opened = CalibrationStats.open(stats)
     elif plan.needs_statistics:
-        if plan.one_call:  # Meta: one forward at the highest noise
-            calibration = {**calibration, "sampler": "t_max", "steps": None}
         folder = out.with_name(f"{out.name}.stats")
         opened = calibrate(pipe, folder, rows=64 if plan.needs_rows else 0, **calibration)
     run(pipe, plan, opened, out, max_shard_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,17 +23,14 @@ ReferenceOption = Annotated[
 ReportOption = Annotated[
     Path, typer.Option(metavar="REPORT", help="Folder for the report; new or empty.")
 ]
-StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per sample.")]
 SamplesOption = Annotated[
-    int, typer.Option(min=2, help="Samples per model; Frechet distances need many.")
+    int | None,
+    typer.Option(
+        min=2,
+        help="Classes or prompts to draw; default: 50 classes, all prompts. Frechet distances need many.",
+    ),
 ]
-FewOption = Annotated[
-    int, typer.Option(min=1, help="Of those, for forced SQNR, halves and layers.")
-]
-CfgOption = Annotated[float, typer.Option(help="Guidance weight; 1 or less switches it off.")]
-HalvesOption = Annotated[
-    bool, typer.Option("--halves", help="Also SQNR of the cond and null predictions alone.")
-]
+FewOption = Annotated[int, typer.Option(min=1, help="Of those, for forced SQNR and layers.")]
 FeaturesOption = Annotated[
     str, typer.Option(metavar="MODULE:FUNCTION", help="Features for one more Frechet distance.")
 ]
@@ -56,15 +53,17 @@ def evaluate_command(
     packed: PackedArgument,
     reference: ReferenceOption,
     out: ReportOption,
-    steps: StepsOption = 50,
-    samples: SamplesOption = 50,
-    few_samples: FewOption = 16,
-    cfg: CfgOption = 1.5,
-    seed: o.SeedOption = 1,
-    batch: o.BatchOption = 32,
-    sampler: o.SamplerOption = "",
+    inputs: o.InputsOption = None,
     prompts: o.PromptsOption = None,
-    halves: HalvesOption = False,
+    samples: SamplesOption = None,
+    few_samples: FewOption = 16,
+    steps: o.CallsOption = None,
+    cfg: o.CfgOption = None,
+    height: o.HeightOption = None,
+    width: o.WidthOption = None,
+    seed: o.SeedOption = 1,
+    batch: o.BatchOption = None,
+    sampler: o.SamplerOption = "",
     features: FeaturesOption = "",
     lpips: LpipsOption = False,
     fid: FidOption = False,
@@ -75,24 +74,26 @@ def evaluate_command(
 ) -> None:
     """Measure what packing cost: SQNR per step and per layer, images, distances, true bytes.
 
-    Both models sample from equal noise, with equal classes or --prompts. Ends with a folder to look at: open
+    Both models draw the same --inputs, prompts or classes from equal noise. Ends with a folder to look at: open
     REPORT/index.html.
 
-    Example: ditq eval out --reference demo:digits --out report --halves
+    Example: ditq eval out --reference demo:digits --out report
     """
-    from ditq_converters.evaluate import SAMPLERS, EvaluationSettings
+    from ditq_converters.evaluate import EvaluationSettings
+    from ditq_runtime.cli.schedulers import SAMPLERS
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
-    if halves and cfg <= 1:
-        raise typer.BadParameter(f"--halves needs --cfg above 1, got {cfg}: there is no null half.")
+    if inputs is not None and prompts is not None:
+        raise typer.BadParameter("--inputs and --prompts say the same in two ways; give one.")
     settings = EvaluationSettings(
-        steps, samples, few_samples, cfg, seed, batch, sampler or None, halves, features, lpips, fid
+        steps, samples, few_samples, cfg, seed, batch or 32, sampler or None, features, lpips, fid
     )
     settings = settings.quick() if quick else settings
-    found = _run(packed, reference, out, settings, prompts, npz, device)
+    drawn = {"inputs": inputs, "prompts": prompts, **o.sizes(height, width)}
+    found = _run(packed, reference, out, settings, drawn, npz, device)
     if json:
         print_json(found.figures)
         return
@@ -116,7 +117,7 @@ def _run(
     reference: str,
     out: Path,
     settings: EvaluationSettings,
-    prompts: Path | None,
+    drawn: dict[str, Any],
     npz: Path | None,
     device: str,
 ) -> Evaluation:
@@ -131,11 +132,11 @@ def _run(
     check_new(out)
     packed = local(packed)
     packed_pipe, float_pipe = open_packed(packed), open_model(reference)
-    if npz is not None and not hasattr(judge_pipe(packed_pipe, float_pipe), "vae"):
+    if npz is not None and getattr(judge_pipe(packed_pipe, float_pipe), "vae", None) is None:
         raise ValueError(f"--npz: there will be no images, because {NO_IMAGES}")
     for pipe in (packed_pipe, float_pipe):
         o.place(pipe, device)
-    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed, prompts=prompts)
+    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed, **drawn)
     if npz is not None and found.images is not None:
         from ditq_converters.evaluate.report import write_npz
 

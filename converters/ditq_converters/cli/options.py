@@ -18,22 +18,44 @@ RecordAttentionOption = Annotated[
     bool,
     typer.Option("--attention/--no-attention", help="Also record the ranges of Q, K and V."),
 ]
-StepsOption = Annotated[int, typer.Option(min=1, help="Model calls per calibration sample.")]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-CfgOption = Annotated[float, typer.Option(help="Guidance weight; statistics cover both halves.")]
+CfgOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance weight of inputs that name none; default: the pipeline's own, 1.5 for classes."
+    ),
+]
 SamplerOption = Annotated[
     str,
     typer.Option(
-        help="ddim, ddpm, dpmsolver++, flow or t_max; default: flow for flow-matching models, else ddim."
+        help="ddim, ddpm, dpmsolver++, euler or flow, instead of the pipeline's own scheduler."
     ),
 ]
 CallsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Model calls per sample; default: 50, and 1 for t_max."),
+    typer.Option(
+        min=1, help="Steps of inputs that name none; default: the pipeline's own, 50 for classes."
+    ),
 ]
 ImagesOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Calibration samples; default: 32, or as many as --labels."),
+    typer.Option(
+        min=1, help="How many classes or prompts to draw; default: 32 classes, all prompts."
+    ),
+]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What to call the pipeline with: .jsonl with one call's arguments per line (paths for images), text with "
+        "one prompt or class per line, or .safetensors of embeddings."
+    ),
+]
+HeightOption = Annotated[
+    int | None,
+    typer.Option(min=8, help="Pixels, of inputs that name none; default: the pipeline's own."),
+]
+WidthOption = Annotated[
+    int | None,
+    typer.Option(min=8, help="Pixels, of inputs that name none; default: the pipeline's own."),
 ]
 RowsOption = Annotated[
     int,
@@ -41,17 +63,13 @@ RowsOption = Annotated[
         min=0, help="Input rows to keep per site and call, for methods that search; 0 for none."
     ),
 ]
-CfgChannelsOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Guide only the first channels (3: DiT's own code); default: all."),
-]
 LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file with one class id or name per line, one per sample.")
 ]
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
-        help="For models that are told text: a text file with one prompt per line, or .safetensors of embeddings."
+        help="As --inputs, for prompts: a text file with one per line, or .safetensors of embeddings."
     ),
 ]
 MemoryOption = Annotated[
@@ -62,7 +80,7 @@ MemoryOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of classes and noise.")]
 BatchOption = Annotated[
-    int, typer.Option(min=1, help="Samples per forward; lower it to save memory.")
+    int | None, typer.Option(min=1, help="Classes per call, where classes are drawn; default: 8.")
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
@@ -96,6 +114,12 @@ def place(pipe: Any, device: str) -> None:
         pipe.to(chosen)
     else:
         move(model, chosen)
+
+
+def sizes(height: int | None, width: int | None) -> dict[str, Any]:
+    """Arguments of every call, as far as they were given."""
+    asked = {"height": height, "width": width}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def parse_budget(text: str) -> int | None:

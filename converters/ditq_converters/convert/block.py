@@ -72,8 +72,7 @@ def convert_block(
                 quantizers[entry.site.removeprefix(f"{block}.")] = quantizer
         tensors.update({f"{full}.{field}": tensor for field, tensor in stored.items()})
     if choice.num_groups > 1 and stats is not None:
-        timesteps = [family.timestep_scale * t for t in stats.timesteps]
-        bounds = group_bounds(timesteps, choice.group_of_call)
+        bounds = group_bounds(stats.timesteps, choice.group_of_call)
         tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
     for kept in (quantizers, stored_folds(linears, table, choice.sites, in_quantizer)):
         for site, stored in kept.items():

@@ -206,10 +206,7 @@ def provenance(plan: Plan, stats: CalibrationStats | None) -> dict[str, Any]:
         "plan": compact(plan),
     }
     if stats is not None:
-        kept = ("calls", "sampler", "model_hash")
-        made["calibration"] = {key: stats.manifest[key] for key in kept}
-        made["calibration"]["guidance"] = stats.manifest["plan"]["guidance"]
-        made["calibration"]["samples"] = len(stats.manifest["plan"]["labels"])
+        made["calibration"] = stats.provenance
     return made
 
 

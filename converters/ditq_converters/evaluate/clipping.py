@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ditq_converters.calibrate.schedule import schedule_of
+from ditq_converters.calibrate.transformer_calls import timestep_name, timestep_of
 from ditq_runtime.layers.linear import QuantLinear
 
 LOWEST, HIGHEST = -128, 127
+TRANSFORMER = "transformer"
 
 
 class ClipCounter:
@@ -21,19 +25,24 @@ class ClipCounter:
         names: of the linears listened to; none where no activation range is static.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Find the linears; nothing is hooked before `with`."""
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        """Find the linears of all transformers; nothing is hooked before `with`."""
+        self._models = models
         self._layers = {
-            name: module
+            name if component == TRANSFORMER else f"{component}.{name}": module
+            for component, model in models.items()
             for name, module in model.named_modules()
             if isinstance(module, QuantLinear) and module.format.activations == "static"
         }
         self.names = list(self._layers)
-        self._counts = torch.zeros(len(self.names), 2, dtype=torch.float64)  # outside, all
+        self._run: list[tuple[float, torch.Tensor]] = []  # timestep, [layers, 2]: outside, all
         self._hooks: list[Any] = []
 
     def __enter__(self) -> ClipCounter:
         """Install the hooks."""
+        for model in self._models.values():
+            begin = self._beginner(model, timestep_name(model))
+            self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
         for row, layer in enumerate(self._layers.values()):
             self._hooks.append(layer.register_forward_pre_hook(self._observer(row)))
         return self
@@ -43,11 +52,20 @@ class ClipCounter:
         for hook in self._hooks:
             hook.remove()
 
-    def take(self) -> torch.Tensor:
-        """Share of inputs outside, fp64 [layers], since the last call of this method."""
-        shares = self._counts[:, 0] / self._counts[:, 1]
-        self._counts = torch.zeros_like(self._counts)
-        return shares
+    def shares(self) -> torch.Tensor:
+        """Share of inputs outside, fp64 [layers, T], noisiest timestep first."""
+        schedule = schedule_of([[timestep for timestep, _ in self._run]])
+        counts = torch.zeros(len(schedule.timesteps), len(self.names), 2, dtype=torch.float64)
+        for timestep, found in self._run:
+            counts[schedule.bin_of[timestep]] += found
+        return (counts[..., 0] / counts[..., 1]).T.contiguous()
+
+    def _beginner(self, model: nn.Module, name: str | None) -> Any:
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            now = timestep_of(model, name, args, kwargs)
+            self._run.append((now, torch.zeros(len(self.names), 2, dtype=torch.float64)))
+
+        return begin
 
     def _observer(self, row: int) -> Any:
         def observe(layer: QuantLinear, args: tuple[torch.Tensor, ...]) -> None:
@@ -56,6 +74,7 @@ class ClipCounter:
             x = site.transformed(args[0].detach().reshape(-1, layer.in_features))
             code = (x * (1 / site.act_scale)).round() + site.act_zero
             outside = (code < LOWEST) | (code > HIGHEST)
-            self._counts[row] += torch.tensor([float(outside.sum()), outside.numel()]).double()
+            counts = torch.tensor([float(outside.sum()), outside.numel()], dtype=torch.float64)
+            self._run[-1][1][row] += counts
 
         return observe

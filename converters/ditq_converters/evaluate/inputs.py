@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from ditq_converters.calibrate.pipeline import pipeline_of
 from ditq_converters.calibrate.stats import model_hash
-from ditq_converters.models.open import transformer_of
+from ditq_converters.models.open import transformers_in
 
 IGNORED = ("quantization_config",)
+Models = dict[str, Any]
 
 
 def open_packed(path: str | Path) -> Any:
@@ -67,17 +69,28 @@ def warn_of_source(packed: Any, model: nn.Module) -> list[str]:
 
 
 def judge_pipe(packed_pipe: Any, float_pipe: Any) -> Any:
-    """Whose scheduler, class names and VAE to use: the reference's, else the packed pipeline's, else neither's."""
-    return next((p for p in (float_pipe, packed_pipe) if not isinstance(p, nn.Module)), float_pipe)
+    """Whose scheduler, class names and VAE to use: the reference's, else the packed pipeline's, else diffusers' own."""
+    found = next((p for p in (float_pipe, packed_pipe) if not isinstance(p, nn.Module)), float_pipe)
+    return pipeline_of(found)
 
 
-def transformers_of(packed_pipe: Any, float_pipe: Any) -> tuple[Any, Any]:
-    """The two transformers, checked to be twins and put into eval mode."""
-    packed, model = transformer_of(packed_pipe).eval(), transformer_of(float_pipe).eval()
-    if getattr(packed.config, "quantization_config", None) is None:
+def transformers_of(packed_pipe: Any, float_pipe: Any) -> tuple[Models, Models]:
+    """Component -> packed, and -> float transformer: those that are packed, checked to be twins, in eval mode."""
+    every, ours = transformers_in(packed_pipe), transformers_in(float_pipe)
+    packed = {
+        n: m.eval()
+        for n, m in every.items()
+        if getattr(m.config, "quantization_config", None) is not None
+    }  # type: ignore[union-attr]
+    if not packed:
         raise ValueError("evaluate: the first model is not packed; convert it first")
-    check_twins(packed, model)
-    return packed, model
+    for name, model in packed.items():
+        if name not in ours:
+            raise ValueError(
+                f"reference: has no {name}, and the packed model has; give the float model it was made from"
+            )
+        check_twins(model, ours[name].eval())
+    return packed, {name: ours[name] for name in packed}
 
 
 def _plain(module: Any) -> dict[str, Any]:

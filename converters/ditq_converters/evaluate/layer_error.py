@@ -7,25 +7,31 @@ linear expects an input that its producer has smoothed, which the float model ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.trajectory import Call, SamplingPlan, predict
+from ditq_converters.calibrate.schedule import schedule_of
+from ditq_converters.evaluate.runs import Recorded
 from ditq_runtime.families import ValueRows, family_of
 
 CASCADE = "cascade"
 FORCED = "forced (block)"
 STREAMS = ("hidden_states", "encoder_hidden_states")
+TRANSFORMER = "transformer"
+Models = Mapping[str, nn.Module]
+Calls = Sequence[Sequence[Recorded]]
 
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Error of each layer's output Yq against the float Y, over all tokens, channels and samples; fp64 [layers, calls].
+    """Error of each layer's output Yq against the float Y, over all tokens, channels and samples; fp64 [layers, T].
+
+    It is nan where a layer did not run at a timestep.
 
     Attributes:
         mode: CASCADE or FORCED.
@@ -43,7 +49,7 @@ class LayerErrors:
 
     @property
     def sqnr_db(self) -> torch.Tensor:
-        """[layers, calls] -20 log10(relative), the ratio of sums; infinite where there is no error."""
+        """[layers, T] -20 log10(relative), the ratio of sums; infinite where there is no error."""
         return -20 * self.relative.log10()
 
 
@@ -62,97 +68,69 @@ def comparable_layers(model: nn.Module) -> list[str]:
     return names
 
 
-def layer_errors(
-    model: nn.Module,
-    quantized: nn.Module,
-    calls: list[Call],
-    plan: SamplingPlan,
-    after_call: Callable[[], None] | None = None,
-) -> tuple[list[str], torch.Tensor]:
-    """Relative Frobenius error |Yq - Y| / |Y| per layer and call; both models get the float model's latents.
+def cascade_errors(
+    models: Models, quantized: Models, calls: Calls, after_call: Callable[[], None] | None = None
+) -> LayerErrors:
+    """Every linear that compares, both models given the calls of the float model's run.
 
     Args:
-        model: float transformer.
-        quantized: packed transformer.
-        calls: of a float run.
-        plan: the plan of that run.
+        models: component -> float transformer.
+        quantized: component -> packed transformer.
+        calls: of the float pipeline's run, input by input.
         after_call: told when a call is done.
-
-    Returns:
-        Layer names, and errors fp64 [layers, calls].
     """
-    errors = cascade_errors(model, quantized, calls, plan, after_call)
-    return errors.names, errors.relative
-
-
-def cascade_errors(
-    model: nn.Module,
-    quantized: nn.Module,
-    calls: list[Call],
-    plan: SamplingPlan,
-    after_call: Callable[[], None] | None = None,
-) -> LayerErrors:
-    """Every linear that compares, both models run freely from the float model's latents; see `layer_errors`."""
-    names = comparable_layers(model)
-    return _measure(CASCADE, model, quantized, names, calls, plan, after_call)
+    names = {component: comparable_layers(model) for component, model in models.items()}
+    return _measure(CASCADE, models, quantized, names, calls, after_call)
 
 
 def forced_errors(
-    model: nn.Module,
-    quantized: nn.Module,
-    calls: list[Call],
-    plan: SamplingPlan,
-    after_call: Callable[[], None] | None = None,
+    models: Models, quantized: Models, calls: Calls, after_call: Callable[[], None] | None = None
 ) -> LayerErrors:
-    """Every block, the packed one on the float block's input; see `layer_errors`.
+    """Every block, the packed one on the float block's input; see `cascade_errors`.
 
     An output is the whole residual stream, which a block only adds to: its error is small beside that of a linear.
     """
-    names = family_of(type(model).__name__).block_names(model)
-    return _measure(FORCED, model, quantized, names, calls, plan, after_call)
+    names = {c: family_of(type(m).__name__).block_names(m) for c, m in models.items()}
+    return _measure(FORCED, models, quantized, names, calls, after_call)
 
 
 @torch.no_grad()
 def _measure(
     mode: str,
-    model: nn.Module,
-    quantized: nn.Module,
-    names: list[str],
-    calls: list[Call],
-    plan: SamplingPlan,
+    models: Models,
+    quantized: Models,
+    names: dict[str, list[str]],
+    calls: Calls,
     after_call: Callable[[], None] | None,
 ) -> LayerErrors:
-    sums = torch.zeros(
-        len(calls), len(names), 4, dtype=torch.float64
-    )  # |Y|^2, |Yq - Y|^2, |Yq|^2, Y.Yq
-    largest = torch.zeros(len(calls), len(names), dtype=torch.float64)
-    for index, call in enumerate(calls):
-        for latents, part in _micro_batches(call.latents, plan):
-            with _recorded(model, names) as (inputs, truth):
-                predict(model, latents, torch.tensor(call.timestep), part)
-            given = inputs if mode == FORCED else {}
-            with _recorded(quantized, names, given) as (_, outputs):
-                predict(quantized, latents, torch.tensor(call.timestep), part)
-            for row, name in enumerate(names):
-                y, yq = truth.pop(name).double(), outputs.pop(name).double()
-                noise = yq - y
-                dots = (y.square(), noise.square(), yq.square(), y * yq)
-                sums[index, row] += torch.stack([product.sum() for product in dots]).cpu()
-                largest[index, row] = max(float(largest[index, row]), float(noise.abs().max()))
+    schedule = schedule_of([[one.call.timestep for one in run] for run in calls])
+    rows = {
+        (c, name): i for i, (c, name) in enumerate((c, n) for c, ns in names.items() for n in ns)
+    }
+    shape = len(rows), len(schedule.timesteps)
+    sums = torch.zeros(*shape, 4, dtype=torch.float64)  # |Y|^2, |Yq - Y|^2, |Yq|^2, Y.Yq
+    largest = torch.zeros(shape, dtype=torch.float64)
+    for one in (one for run in calls for one in run):
+        component, step = one.call.component, schedule.bin_of[one.call.timestep]
+        with _recorded(models[component], names[component]) as (inputs, truth):
+            one.call.replay(models[component])
+        given = inputs if mode == FORCED else {}
+        with _recorded(quantized[component], names[component], given) as (_, outputs):
+            one.call.replay(quantized[component])
+        for name in (name for name in names[component] if name in truth):
+            row, y, yq = rows[component, name], truth.pop(name).double(), outputs.pop(name).double()
+            noise = yq - y
+            dots = (y.square(), noise.square(), yq.square(), y * yq)
+            sums[row, step] += torch.stack([product.sum() for product in dots]).cpu()
+            largest[row, step] = max(float(largest[row, step]), float(noise.abs().max()))
         if after_call is not None:
             after_call()
-    signal, noise_power, power, dot = sums.transpose(0, 1).unbind(-1)
+    signal, noise_power, power, dot = sums.unbind(-1)
     relative, cosine = (noise_power / signal).sqrt(), dot / (signal * power).sqrt()
-    return LayerErrors(mode, names, relative, largest.T.contiguous(), cosine)
-
-
-def _micro_batches(
-    latents: torch.Tensor, plan: SamplingPlan
-) -> Iterator[tuple[torch.Tensor, SamplingPlan]]:
-    """One forward at a time, so that the outputs of all layers are held for one micro-batch only."""
-    for start in range(0, len(latents), plan.micro_batch):
-        labels = plan.labels[start : start + plan.micro_batch]
-        yield latents[start : start + plan.micro_batch], replace(plan, labels=labels)
+    shown = [
+        name if component == TRANSFORMER else f"{component}.{name}" for component, name in rows
+    ]
+    return LayerErrors(mode, shown, relative, largest, cosine)
 
 
 Given = dict[str, dict[str | int, torch.Tensor]]  # module -> place of an argument -> tensor

@@ -21,9 +21,9 @@ CAPTIONS = {
     "sizes.png": "Bytes on disk",
 }
 MODES = (
-    "<b>free</b>: each model on its own trajectory from equal noise. <b>forced</b>: the packed model is given the "
-    "float model's latents. Signal and noise are those of the guided "
-    "prediction; <b>cond</b> and <b>null</b> are its halves. "
+    "<b>free</b>: each model on its own trajectory from equal noise; of the guided prediction. "
+    "<b>forced</b>: the packed model makes the very calls that the float model made; "
+    "of each forward's output, before guidance. "
     "<b>Mean of ratios</b>: 10 log10 of the mean over samples of |f|&sup2; / |fq - f|&sup2;. <b>Ratio of sums</b>: "
     "10 log10 of sum |f|&sup2; / sum |fq - f|&sup2;. Both are averaged over steps in dB."
 )
@@ -112,10 +112,10 @@ def _summary(figures: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
+    sampler = settings["sampler"] or "the pipeline's own sampler"
     return (
-        f"{settings['samples']} samples, {settings['few_samples']} of them for forced SQNR and layers; "
-        f"{settings['steps']} steps of {escape(settings['sampler'])}, guidance {settings['guidance']}, "
-        f"seed {settings['seed']}."
+        f"{settings['inputs']} calls, the first {settings['few_samples']} samples for forced SQNR and layers; "
+        f"{settings['steps']} steps of {escape(sampler)}, seed {settings['seed']}."
     )
 
 

@@ -40,15 +40,16 @@ def write_report(out: Path, found: Evaluation) -> None:
 
 
 def write_sqnr(path: Path, found: Evaluation) -> None:
-    """One row per step; for every mode both conventions, in dB."""
-    header, columns = ["step", "timestep"], []
-    for name, curve in found.sqnr.items():
-        stem = name.replace(" ", "_")
-        header += [f"{stem}_mean_of_ratios_db", f"{stem}_ratio_of_sums_db"]
-        columns += [curve.mean_of_ratios, curve.ratio_of_sums]
-    rows = zip(*columns, strict=True)
-    steps = enumerate(found.timesteps, start=1)
-    _write_csv(path, header, ([*step, *row] for step, row in zip(steps, rows, strict=True)))
+    """One row per mode and timestep: both conventions, in dB."""
+    rows = [
+        [name, step, timestep, *pair]
+        for name, curve in found.sqnr.items()
+        for step, (timestep, *pair) in enumerate(
+            zip(curve.timesteps, curve.mean_of_ratios, curve.ratio_of_sums, strict=True), 1
+        )
+    ]
+    header = ["mode", "step", "timestep", "mean_of_ratios_db", "ratio_of_sums_db"]
+    _write_csv(path, header, rows)
 
 
 def write_layers(path: Path, found: Evaluation) -> None:

@@ -54,7 +54,7 @@ class Judges:
             ImportError: a package is missing.
             FileNotFoundError: a judge's trained weights are.
         """
-        if (features or lpips or fid) and not hasattr(pipe, "vae"):
+        if (features or lpips or fid) and getattr(pipe, "vae", None) is None:
             raise ValueError(
                 f"evaluate: features, lpips and fid judge images, but {NO_IMAGES}; give a pipeline folder"
             )
@@ -66,26 +66,9 @@ class Judges:
         )
 
 
-@torch.no_grad()
-def decode(
-    pipe: Any, latents: dict[str, torch.Tensor], batch: int
-) -> dict[str, torch.Tensor] | None:
-    """Final latents [S, C, H, W] -> images fp32 [S, C', H', W'] in [-1, 1], on the CPU; None without a VAE."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return None
-    place, shift = next(vae.parameters()), getattr(vae.config, "shift_factor", None) or 0.0
-    images = {}
-    for name, values in latents.items():
-        scaled = (values / vae.config.scaling_factor + shift).to(place.device, place.dtype)
-        parts = [vae.decode(part).sample for part in scaled.split(batch)]
-        images[name] = torch.cat(parts).float().clamp(-1, 1).cpu()
-    return images
-
-
 def judge(
     pipe: Any,
-    latents: dict[str, torch.Tensor],
+    latents: dict[str, torch.Tensor] | None,
     images: dict[str, torch.Tensor] | None,
     labels: tuple[int, ...],
     judges: Judges,
@@ -94,29 +77,37 @@ def judge(
 
     Args:
         pipe: whose class names tell a digits model.
-        latents: "float" and "packed" -> final latents [S, C, H, W].
+        latents: "float" and "packed" -> final latents [S, ...]; or None.
         images: the same, decoded; or None.
-        labels: class of each sample.
+        labels: class of each sample, of a class-conditional model.
         judges: what was asked for besides.
     """
-    reference, packed = (latent_pool4(latents[k]) for k in SETS)
-    distances = [frechet("latent_pool4", reference, packed)]
-    inception = None
+    distances, inception, plain = [], None, {k: as_images(v) for k, v in (latents or {}).items()}
+    if plain:
+        reference, packed = (latent_pool4(plain[k]) for k in SETS)
+        distances.append(frechet("latent_pool4", reference, packed))
     if images is not None:
         distances += _own_features(images, judges)
         inception, more = _inception(images, judges)
         distances += more
     return {
-        "latents": {"relative_l2": relative_l2(latents["float"], latents["packed"])},
+        "latents": {"relative_l2": relative_l2(plain["float"], plain["packed"]) if plain else None},
         "images": None if images is None else _paired(images, judges),
         "frechet": distances,
         "inception": inception,
-        "demo": {k: score_digits(v, labels) for k, v in latents.items()}
-        if is_digits(pipe)
+        "demo": {k: score_digits(v, labels) for k, v in plain.items()}
+        if is_digits(pipe) and plain and labels
         else None,
         "notes": ([] if images is not None else [NO_IMAGES])
         + [d["warning"] for d in distances if d["warning"]],
     }
+
+
+def as_images(latents: torch.Tensor) -> torch.Tensor:
+    """Latents of any shape as [S, C, H, W]: frames of a video are channels, tokens an image of one channel."""
+    if latents.dim() == 3:
+        return latents[:, None]
+    return latents.flatten(1, -3) if latents.dim() > 4 else latents
 
 
 def _own_features(images: dict[str, torch.Tensor], judges: Judges) -> list[dict[str, Any]]:

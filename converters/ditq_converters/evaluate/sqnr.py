@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.trajectory import Call, SamplingPlan, predict, trajectory
+from ditq_converters.calibrate.schedule import schedule_of
+from ditq_converters.evaluate.runs import Recorded, Run
+
+Powers = tuple[torch.Tensor, torch.Tensor]  # [S] fp64 each: of the signal, of the noise
 
 
 @dataclass(frozen=True)
 class SqnrCurve:
-    """SQNR in dB per call, noisiest first.
+    """SQNR in dB per timestep, noisiest first.
 
     Attributes:
         mean_of_ratios: 10 log10 mean_x(|f|^2 / |fq - f|^2), the convention of Meta's Eq. 3.
         ratio_of_sums: 10 log10(sum_x |f|^2 / sum_x |fq - f|^2); lower, and steadier.
+        timesteps: of the scheduler, or what the transformer was told where it ran alone.
     """
 
     mean_of_ratios: list[float]
     ratio_of_sums: list[float]
+    timesteps: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
-        """Mean over calls of `mean_of_ratios`, in dB."""
+        """Mean over timesteps of `mean_of_ratios`, in dB."""
         return sum(self.mean_of_ratios) / len(self.mean_of_ratios)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,8 +56,16 @@ def sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> tuple[float, float
     Raises:
         ValueError: the outputs are equal, bit for bit, so that there is no noise to measure.
     """
+    return _db([_powers(signal, quantized)])
+
+
+def _powers(signal: torch.Tensor, quantized: torch.Tensor) -> Powers:
     power = signal.double().flatten(1).pow(2).sum(1)
-    noise = (quantized.double() - signal.double()).flatten(1).pow(2).sum(1)
+    return power, (quantized.double() - signal.double()).flatten(1).pow(2).sum(1)
+
+
+def _db(parts: Sequence[Powers]) -> tuple[float, float]:
+    power, noise = (torch.cat(side) for side in zip(*parts, strict=True))
     if not bool(torch.isfinite(power).all() and torch.isfinite(noise).all()):
         raise ValueError("sqnr: a model gave values that are not finite; its SQNR is undefined")
     if not bool((noise > 0).all()):
@@ -64,100 +77,52 @@ def sqnr_db(signal: torch.Tensor, quantized: torch.Tensor) -> tuple[float, float
     )
 
 
-def run(
-    model: nn.Module,
-    scheduler: Any,
-    plan: SamplingPlan,
-    after_call: Callable[[], None] | None = None,
-) -> list[Call]:
-    """All calls of one sampling run; `[-1].after` are the samples [S, C, H, W]."""
-    calls = []
-    for call in trajectory(model, scheduler, plan):
-        calls.append(call)
-        if after_call is not None:
-            after_call()
-    return calls
+def compare_runs(ours: Run, theirs: Run) -> SqnrCurve:
+    """Free SQNR: each model on its own trajectory, from equal noise; of the prediction that the scheduler is given.
 
-
-def compare_runs(float_calls: list[Call], quantized_calls: list[Call]) -> SqnrCurve:
-    """Free SQNR: each model on its own trajectory, from equal seeds."""
-    pairs = [
-        sqnr_db(f.epsilon, q.epsilon[: len(f.epsilon)])
-        for f, q in zip(float_calls, quantized_calls, strict=True)
-    ]
-    return _curve(pairs)
+    Where inputs have different schedules, neighbours in noise are taken together (`schedule_of`).
+    """
+    return _curve(
+        [
+            [
+                (f.timestep, _powers(f.prediction, q.prediction))
+                for f, q in zip(float_steps, steps, strict=True)
+            ]
+            for float_steps, steps in zip(ours.steps, theirs.steps, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()
 def forced_sqnr(
-    float_calls: list[Call],
-    quantized: nn.Module,
-    plan: SamplingPlan,
+    calls: Sequence[Sequence[Recorded]],
+    quantized: Mapping[str, nn.Module],
     after_call: Callable[[], None] | None = None,
 ) -> SqnrCurve:
-    """Forced SQNR: the quantized model is given the float model's latents at every call."""
-    pairs = []
-    for call in float_calls:
-        timestep = torch.tensor(call.timestep)
-        pairs.append(sqnr_db(call.epsilon, predict(quantized, call.latents, timestep, plan)))
-        if after_call is not None:
-            after_call()
-    return _curve(pairs)
-
-
-@torch.no_grad()
-def halves_sqnr(
-    model: nn.Module,
-    quantized: nn.Module,
-    float_calls: list[Call],
-    quantized_calls: list[Call],
-    plan: SamplingPlan,
-    after_call: Callable[[], None] | None = None,
-) -> dict[str, dict[str, SqnrCurve]]:
-    """SQNR of the two halves of guidance on their own, before they are combined.
+    """Forced SQNR: the quantized model makes the calls that the float model made; of its output, before guidance.
 
     Args:
-        model: float transformer.
-        quantized: packed transformer.
-        float_calls: of the float model's guided run.
-        quantized_calls: of the packed model's, from equal noise.
-        plan: the plan of both runs.
-        after_call: told when a call of one half is done.
-
-    Returns:
-        {"cond" | "null": {"free" | "forced": curve}}.
-
-    Raises:
-        ValueError: the plan is not guided, so that there is no null half.
+        calls: of the float pipeline's run, input by input.
+        quantized: component -> packed transformer.
+        after_call: told when a call is done.
     """
-    if not plan.guided:
-        raise ValueError(
-            f"halves: need guidance above 1, got {plan.guidance}; without it there is no null half"
-        )
-    nulls = (plan.null_label,) * len(plan.labels)
-    plans = {"cond": plan.labels, "null": nulls}
-    curves = {}
-    for half, labels in plans.items():
-        alone = replace(plan, labels=labels, guidance=1.0)
-        free, forced = [], []
-        for ours, theirs in zip(float_calls, quantized_calls, strict=True):
-            timestep = torch.tensor(ours.timestep)
-            truth = predict(model, ours.latents, timestep, alone)
-            free.append(sqnr_db(truth, predict(quantized, theirs.latents, timestep, alone)))
-            forced.append(sqnr_db(truth, predict(quantized, ours.latents, timestep, alone)))
+    runs = []
+    for recorded in calls:
+        made = []
+        for one in recorded:
+            output = one.call.replay(quantized[one.call.component]).float().cpu()
+            made.append((one.call.timestep, _powers(one.output, output)))
             if after_call is not None:
                 after_call()
-        curves[half] = {"free": _curve(free), "forced": _curve(forced)}
-    return curves
+        runs.append(made)
+    return _curve(runs)
 
 
-def subset(calls: list[Call], samples: int) -> list[Call]:
-    """The first `samples` samples of a run."""
-    return [
-        Call(c.index, c.timestep, c.latents[:samples], c.epsilon[:samples], c.after[:samples])
-        for c in calls
-    ]
-
-
-def _curve(pairs: list[tuple[float, float]]) -> SqnrCurve:
-    return SqnrCurve(*(list(values) for values in zip(*pairs, strict=True)))
+def _curve(runs: list[list[tuple[float, Powers]]]) -> SqnrCurve:
+    schedule = schedule_of([[timestep for timestep, _ in run] for run in runs])
+    bins: list[list[Powers]] = [[] for _ in schedule.timesteps]
+    for run in runs:
+        for timestep, powers in run:
+            bins[schedule.bin_of[timestep]].append(powers)
+    means, sums = zip(*(_db(part) for part in bins), strict=True)
+    return SqnrCurve(list(means), list(sums), schedule.timesteps)

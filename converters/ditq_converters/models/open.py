@@ -96,6 +96,22 @@ def transformer_of(pipe: Any) -> nn.Module:
     return pipe if isinstance(pipe, nn.Module) else pipe.transformer
 
 
+def transformers_in(pipe: Any) -> dict[str, nn.Module]:
+    """Every transformer of a pipeline by the name of its component; `transformer` where it stands alone."""
+    if isinstance(pipe, nn.Module):
+        return {"transformer": pipe}
+    found = {
+        name: module
+        for name, module in sorted(getattr(pipe, "components", {}).items())
+        if name.startswith("transformer") and isinstance(module, nn.Module)
+    }
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer; expected a diffusers pipeline or its transformer"
+        )
+    return found
+
+
 def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None) -> Any:
     if (path / PIPELINE_FILE).exists():
         _refuse_packed(path / "transformer" / TRANSFORMER_FILE)

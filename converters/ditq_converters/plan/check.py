@@ -76,7 +76,7 @@ def check_statistics(plan: Plan, stats: CalibrationStats | None) -> None:
             f"{stats.folder}: holds no ranges of Q, K and V; run `ditq calibrate MODEL --out NEW_FOLDER` and "
             "pass it with --stats, or convert with --attention-scales token or --attention none"
         )
-    if plan.needs_rows and not stats.manifest.get("rows", {}).get("calls"):
+    if plan.needs_rows and not stats.has_rows:
         raise StatisticsError(
             f"{stats.folder}: holds no sampled rows; calibrate into a new folder with --rows 64"
         )

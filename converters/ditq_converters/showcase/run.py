@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ditq_converters.calibrate.run import calibrate, draw_labels, make_scheduler
+from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.calibrate.trajectory import SamplingPlan
 from ditq_converters.convert.story import convert, ditq_version
 from ditq_converters.demo import export_demo
-from ditq_converters.evaluate import compare_runs, forced_sqnr, layer_errors, run
+from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
+from ditq_converters.models.open import transformers_in
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
 from ditq_converters.showcase.records import Settings, Study
@@ -65,64 +65,59 @@ def _study(
     float_folder = _fresh(folder / "float")
     export_demo(name, float_folder)
     pipe = DiffusionPipeline.from_pretrained(float_folder)
+    how: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
     stats = calibrate(
         pipe,
         folder / f"stats-{settings.steps}x{settings.calibration_samples}",
-        settings.steps,
-        settings.calibration_samples,
-        settings.guidance,
+        samples=settings.calibration_samples,
+        batch=settings.calibration_samples,
         seed=settings.seed,
+        **how,
     )
-    labels = draw_labels(list(range(10)), samples, settings.seed + 1)
-    plan = SamplingPlan(
-        labels,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        seed=settings.seed + 1,
-        micro_batch=50,
-    )
-    with progress_bar(f"{name} float", settings.steps) as advance:
-        float_calls = run(pipe.transformer, make_scheduler(pipe, "ddim"), plan, advance)
-    baseline = Baseline(name, pipe, plan, float_calls)
-    latents = {"float": float_calls[-1].after}
+    few = settings.few_samples
+    with progress_bar(f"{name} float", -(-samples // few)) as tick:
+        baseline = Baseline.of(name, pipe, samples, few, settings.seed + 1, tick, **how)
+    latents = {"float": baseline.latents}
     figures: dict[str, Any] = {
         "model": name,
-        "labels": list(labels),
+        "labels": list(baseline.labels),
         "bytes": {"float": size_by_category(open_folder(float_folder))},
-        "float": score_samples(float_calls[-1].after, labels),
+        "float": score_samples(baseline.latents, baseline.labels),
         "variants": {},
     }
     layers = {}
     for variant in variants:
-        result, finals, errors = _variant(variant, baseline, stats, folder, settings)
+        result, finals, errors = _variant(variant, baseline, stats, folder)
         figures["variants"][variant.name] = result
         figures["bytes"][variant.name] = result.pop("bytes_by_category")
         latents[variant.name] = finals
         if errors is not None:
             layers[variant.name] = errors
-    return Study(figures, latents, labels, stats, layers, baseline.decode)
+    return Study(figures, latents, baseline.labels, stats, layers, baseline.decode)
 
 
 def _variant(
-    variant: Variant, baseline: Baseline, stats: CalibrationStats, folder: Path, settings: Settings
+    variant: Variant, baseline: Baseline, stats: CalibrationStats, folder: Path
 ) -> tuple[dict[str, Any], torch.Tensor, tuple[list[str], torch.Tensor] | None]:
     recipe = Recipe(method=variant.method, weights=variant.weights, activations=variant.activations)
     target = _fresh(folder / variant.folder)
     begin = time.perf_counter()
     convert(baseline.pipe, recipe, stats, target, quiet=True)
     seconds = time.perf_counter() - begin
-    packed = DiffusionPipeline.from_pretrained(target)
-    plan, calls, few = baseline.plan, baseline.calls, baseline.subset(settings.few_samples)
-    with progress_bar(f"{baseline.name} {variant.name}", 2 * plan.steps) as advance:
-        own = run(packed.transformer, make_scheduler(packed, "ddim"), plan, advance)
-        forced = forced_sqnr(few.calls, packed.transformer, few.plan, advance)
+    packed, models = DiffusionPipeline.from_pretrained(target), transformers_in(baseline.pipe)
+    calls, quantized = baseline.run.calls, transformers_in(packed)
+    total = len(baseline.inputs) + sum(len(part) for part in calls)
+    with progress_bar(f"{baseline.name} {variant.name}", total) as tick:
+        own = run(packed, baseline.inputs, tick=tick)
+        forced = forced_sqnr(calls, quantized, tick)
     opened = open_folder(target)
+    assert own.latents is not None
     result = {
         "recipe": recipe.to_dict(),
-        "sqnr_free": compare_runs(calls, own).to_dict(),
+        "sqnr_free": compare_runs(baseline.run, own).to_dict(),
         "sqnr_forced": forced.to_dict(),
-        "psnr_db": paired_psnr(calls[-1].after, own[-1].after),
-        **score_samples(own[-1].after, plan.labels),
+        "psnr_db": paired_psnr(baseline.latents, own.latents),
+        **score_samples(own.latents, baseline.labels),
         "convert_seconds": seconds,
         "bytes_on_disk": opened.nbytes,
         "bytes_by_category": size_by_category(opened),
@@ -130,11 +125,10 @@ def _variant(
     }
     errors = None
     if variant.per_layer:
-        with progress_bar(f"{baseline.name} {variant.name} layers", plan.steps) as advance:
-            errors = layer_errors(
-                baseline.pipe.transformer, packed.transformer, few.calls, few.plan, advance
-            )
-    return result, own[-1].after, errors
+        with progress_bar(f"{baseline.name} {variant.name} layers", total) as tick:
+            found = cascade_errors(models, quantized, calls, tick)
+        errors = found.names, found.relative
+    return result, own.latents, errors
 
 
 def checks(digits: dict[str, Any], salient: dict[str, Any]) -> list[dict[str, Any]]:

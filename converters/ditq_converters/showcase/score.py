@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ditq_converters.calibrate.trajectory import Call, SamplingPlan
+from ditq_converters.calibrate.inputs import Input, gather
+from ditq_converters.calibrate.labels import class_ids, draw
 from ditq_converters.demo.classifier import FEATURES, score
+from ditq_converters.evaluate.runs import Run, run
 
 PEAK = 2.0  # images lie in [-1, 1]
 FEWEST_FOR_FD = FEATURES + 1
@@ -21,29 +23,46 @@ class Baseline:
     Attributes:
         name: of the demo model, for progress bars.
         pipe: the float pipeline.
-        plan: what was sampled.
-        calls: its calls.
+        inputs: what was drawn.
+        labels: class of every sample.
+        run: what it did.
     """
 
     name: str
     pipe: Any
-    plan: SamplingPlan
-    calls: list[Call]
+    inputs: list[Input]
+    labels: tuple[int, ...]
+    run: Run
 
-    def subset(self, samples: int) -> Baseline:
-        """The first `samples` samples of the run."""
-        calls = [
-            Call(c.index, c.timestep, c.latents[:samples], c.epsilon[:samples], c.after[:samples])
-            for c in self.calls
-        ]
-        return Baseline(
-            self.name, self.pipe, replace(self.plan, labels=self.plan.labels[:samples]), calls
-        )
+    @classmethod
+    def of(
+        cls, name: str, pipe: Any, samples: int, few: int, seed: int, tick: Any = None, **how: Any
+    ) -> Baseline:
+        """Draw samples of classes, the first `few` in calls that are recorded.
+
+        Args:
+            name: of the model.
+            pipe: the float pipeline.
+            samples: how many in all.
+            few: how many recorded.
+            seed: of classes and noise.
+            tick: told when a call is over.
+            how: further arguments of `gather`.
+        """
+        labels = draw(class_ids(pipe), samples, seed)
+        inputs = gather(name, pipe, labels=labels, batch=few, seed=seed, **how)
+        return cls(name, pipe, inputs, labels, run(pipe, inputs, few=few, tick=tick))
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """[S, 1, 8, 8] final latents."""
+        assert self.run.latents is not None
+        return self.run.latents
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Any]:
         """Final latents [S, C, H, W] -> PIL images, through the pipeline's VAE."""
-        pixels = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample
+        pixels = self.pipe.vae.decode(latents).sample
         array = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
         return self.pipe.numpy_to_pil(array)
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.hosts import host_of
-
 SIZE, CAPTION, TEXT, PROMPTS = 8, 32, 6, 3
 
 
@@ -31,8 +29,8 @@ def _dit():
 def _pixart(additional=False, heads=4, head_dim=24):
     model = diffusers.PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=SIZE, patch_size=2, caption_channels=CAPTION, cross_attention_dim=heads * head_dim,
-        use_additional_conditions=additional,
+        sample_size=128 if additional else SIZE, patch_size=2, caption_channels=CAPTION,
+        cross_attention_dim=heads * head_dim, use_additional_conditions=additional,
     )  # fmt: skip
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] + [0] * 5, [1] * 5 + [0]])
     added = {"resolution": None, "aspect_ratio": None}
@@ -181,7 +179,9 @@ def _disturb(linear, layer_format, generator):
 def _embeddings(model):
     """Of three prompts and the empty one, as a pipeline would give them."""
     found = {}
-    for seed, (name, width) in enumerate(host_of(model).captions(model).items()):
+    pooled = 0 if "PixArt" in type(model).__name__ else model.config.pooled_projection_dim
+    names = ("prompt_embeds", "pooled_prompt_embeds" if pooled else "prompt_attention_mask")
+    for seed, (name, width) in enumerate(zip(names, (CAPTION, pooled), strict=True)):
         if name == "prompt_attention_mask":
             mask = torch.ones(PROMPTS, TEXT, dtype=torch.long)
             mask[1, 3:] = 0

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import ditq_kernels as k
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.calibrate.recorder import Recorder
-from ditq_converters.calibrate.rows import RowPlan
+from ditq_converters.calibrate.rows import RowChoice
 from ditq_converters.plan.make import make_plan
 from ditq_runtime import DitqConfig, FallbackError, execution_report
 from ditq_runtime.families import ValueRows, family_of
@@ -62,6 +62,7 @@ def case(make_case, embeddings, tmp_path_factory):
             prompts = folder / "prompts.safetensors"
             save_file(embeddings(model), prompts)
             plan = {"steps": 2, "samples": 2, "rows": 0, "quiet": True, "prompts": prompts}
+            plan |= {"height": 64, "width": 64}
             made[name] = SimpleNamespace(
                 model=model,
                 inputs=inputs,
@@ -120,16 +121,17 @@ def test_ranges_are_those_of_what_the_stock_processor_hands_over(case, run, name
         calls.append((query, key, value, attn_mask))
         return scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
-    recorder = Recorder(case.model, case.family, RowPlan(0, (), 1, False))
-    with recorder:
+    models, visits = {"transformer": (case.model, case.family)}, []
+    with Recorder(models, RowChoice(0, 0, 0), 0, 0, True, visits.append) as recorder:
         run(case.model, case.inputs)
+        recorder.finish()
     monkeypatch.setattr(case.where, keep)
     run(case.model, case.inputs)
     assert case.family.attention_names(case.model) == case.names
     for attention, (query, key, value, mask) in zip(case.names, calls, strict=True):
         rows = {"q": attended(query, None), "k": attended(key, mask), "v": attended(value, mask)}
         for operand, expected in rows.items():
-            low, high = recorder.ranges()[f"{attention}.{operand}"]
+            low, high = visits[0].ranges[f"{attention}.{operand}"]
             assert torch.equal(low, expected.amin(0))
             assert torch.equal(high, expected.amax(0))
 

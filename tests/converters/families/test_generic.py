@@ -9,6 +9,7 @@ from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.plan.make import make_plan
+from ditq_converters.sites import family_or_row
 from ditq_runtime import CheckpointError, QuantLinear, execution_report
 from ditq_runtime.families import FAMILIES, family_of
 from ditq_runtime.families.generic import generic_family
@@ -147,11 +148,19 @@ def test_the_report_proves_integers_given_inputs(case):
         execution_report(packed)
 
 
-def test_calibration_is_refused_with_what_works_instead(case, tmp_path):
-    with pytest.raises(ValueError, match="convert it without data: method linear, activations tok"):
-        calibrate(case[0], tmp_path / "stats")
+def test_an_own_loop_calibrates_any_class(case, tmp_path):
+    model, inputs = case
+    stats = calibrate(model, tmp_path / "stats", run=lambda model: model(**inputs), quiet=True)
+    assert stats.timesteps == [pytest.approx(float(inputs["timestep"].max()))]
+    for block, table in family_or_row(model).block_tables(model).items():
+        for site in table.sites:
+            low, high = stats.ranges(f"{block}.{site.name}")
+            assert low.shape == (1, model.get_submodule(f"{block}.{site.consumers[0]}").in_features)
+            assert bool((low <= high).all())
+    with pytest.raises(ValueError, match=r"needs inputs: prompts|no telling which"):
+        calibrate(model, tmp_path / "none")
     with pytest.raises(ValueError, match=r"needs statistics|pass its keyword arguments as inputs"):
-        convert(case[0], Recipe("smoothquant"), quiet=True)
+        convert(model, Recipe("smoothquant"), quiet=True)
 
 
 def test_a_damaged_checkpoint_is_refused(case, tmp_path):

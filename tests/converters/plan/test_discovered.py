@@ -46,7 +46,7 @@ def cogvideox():
 class Recorded:
     """What a calibration of some forwards knows, read as `CalibrationStats` is."""
 
-    folder, has_attention = "stats", False
+    folder, has_attention, has_rows = "stats", False, True
 
     def __init__(self, model, family, batches, times):
         self.timesteps, self.calls = times, len(times)

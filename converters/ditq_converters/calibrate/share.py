@@ -1,0 +1,168 @@
+"""The folder of a calibration: whose it is, who makes which shard, and the merge at the end.
+
+Processes know of each other by the folder alone: locks on shards that are being made, and shards that are there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditq_converters.calibrate.errors import StatisticsError
+from ditq_converters.calibrate.journal import LOG, Journal, journal
+from ditq_converters.calibrate.memory import give_back
+from ditq_converters.calibrate.merge import merge
+from ditq_converters.calibrate.recorder import Recorder, Visit
+from ditq_converters.calibrate.rows import RowChoice
+from ditq_converters.calibrate.shards import ShardWriter, claim, shard_folder
+from ditq_converters.calibrate.stats import (
+    MERGED,
+    CalibrationStats,
+    identity,
+    read_manifest,
+    write_manifest,
+)
+from ditq_runtime.families import Family
+from ditq_runtime.files import atomic_folder
+
+Models = dict[str, tuple[nn.Module, Family]]
+PAUSE = 0.1  # seconds between two looks at what other processes do
+OURS = ("manifest.json", "inputs", "locks", LOG, MERGED)
+
+
+def check_place(folder: Path) -> None:
+    """StatisticsError unless the folder is new, empty, or holds statistics of this version."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StatisticsError(f"{folder}: is a file; give a new folder for the statistics")
+    if (folder / "manifest.json").exists():
+        if read_manifest(folder)["version"] == 1:
+            raise StatisticsError(
+                f"{folder}: holds statistics of version 1, which can be read but not gone on with; use a new folder"
+            )
+        return
+    strange = [
+        p.name
+        for p in sorted(folder.iterdir())
+        if p.name not in OURS and not p.name.startswith(".")
+    ]
+    if strange:
+        raise StatisticsError(
+            f"{folder}: holds something else ({', '.join(strange[:3])}); give a new folder for the statistics"
+        )
+
+
+def claim_folder(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a new run, or check that what is there is of the same; more inputs may follow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "manifest.json").exists():
+        write_manifest(folder, manifest)
+        return read_manifest(folder)
+    before = read_manifest(folder)
+    known = before["settings"]
+    shared = {k: known[k] for k in ("rows_per_input", "calls_per_input") if k in known}
+    wanted = {**manifest, "settings": {**manifest["settings"], **shared}}
+    for key, now in (*wanted["settings"].items(), *wanted.items()):
+        then = before.get(key, known.get(key))
+        grown = key == "inputs" and then == now[: len(then)]
+        if key != "settings" and then != now and not grown:
+            raise StatisticsError(
+                f"{folder}: holds a calibration with other {key} ({_short(then)}, now {_short(now)}); "
+                "use a new folder, or the same arguments to resume"
+            )
+    if before["inputs"] != wanted["inputs"]:
+        write_manifest(folder, wanted)
+    return read_manifest(folder)
+
+
+def make_shards(
+    folder: Path,
+    manifest: dict[str, Any],
+    models: Models,
+    run: Callable[[int], Any],
+    quiet: bool,
+) -> None:
+    """Make every shard that is not there: first this process' share, then what nobody works on."""
+    total = len(manifest["inputs"])
+    done = sum(shard_folder(folder, index).exists() for index in range(total))
+    if done == total:
+        return
+    with journal(folder, total, done, quiet) as log:
+        while todo := [i for i in _own_first(total) if not shard_folder(folder, i).exists()]:
+            if not any([_make(folder, manifest, models, run, index, log) for index in todo]):
+                time.sleep(PAUSE)  # others are at all of them
+
+
+def _own_first(total: int) -> list[int]:
+    rank, world = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    return sorted(range(total), key=lambda index: (index % max(world, 1) != rank, index))
+
+
+def _make(
+    folder: Path,
+    manifest: dict[str, Any],
+    models: Models,
+    run: Callable[[int], Any],
+    index: int,
+    log: Journal,
+) -> bool:
+    """One shard, unless somebody else makes or has made it; True if it was made here."""
+    target = shard_folder(folder, index)
+    with claim(folder / "locks" / f"{index:04d}") as ours:
+        if not ours or target.exists():
+            return False
+        settings = manifest["settings"]
+        with atomic_folder(target) as part:
+            writer = ShardWriter(part)
+
+            def done(visit: Visit) -> None:
+                writer.add(visit)
+                log.visit(index, recorder.calls, visit.timestep)
+
+            choice = RowChoice(settings["rows_per_input"], settings["seed"], index)
+            recorder = Recorder(
+                models, choice, settings["calls_per_input"], settings["seed"], settings["attention"], done
+            )  # fmt: skip
+            with recorder:
+                run(index)
+                calls = recorder.finish()
+            if not writer.visits:
+                raise StatisticsError(f"input {index}: no transformer ran; is it an input?")
+            writer.finish(identity(manifest, index), calls)
+        give_back()
+        log.finished(index, recorder.calls)
+    return True
+
+
+def merge_shards(folder: Path, manifest: dict[str, Any]) -> None:
+    """Merge all shards, unless that is done; one process does it, the others wait."""
+    stats = CalibrationStats(folder, manifest)
+    while stats.merged_inputs != manifest["inputs"]:
+        with claim(folder / "locks" / "merge") as ours:
+            if ours and stats.merged_inputs != manifest["inputs"]:
+                shards = list(stats.shards())
+                merge(
+                    folder,
+                    shards,
+                    manifest["inputs"],
+                    stats.components,
+                    manifest["settings"]["rows"],
+                )
+            elif not ours:
+                time.sleep(PAUSE)
+    locks = folder / "locks"
+    if locks.exists() and not any(locks.iterdir()):
+        locks.rmdir()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,120 @@
+"""A transformer's call: the timestep in it, and a copy of its arguments that can be kept, stored and made again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+TIMESTEPS = ("timestep", "timesteps", "t")
+TENSOR = "tensor"
+
+
+@dataclass(frozen=True)
+class TransformerCall:
+    """One forward.
+
+    Attributes:
+        component: which transformer of the pipeline.
+        timestep: that it was told; the highest where it was told several.
+        args: by position; every tensor on the device it came on, or on the CPU when read from disk.
+        kwargs: by name.
+    """
+
+    component: str
+    timestep: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, model: nn.Module) -> torch.Tensor:
+        """The model's first output for these arguments, on its device; floating arguments in its dtype."""
+        place = next(p for p in model.parameters() if not p.is_meta)
+
+        def fit(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(place.device)
+
+        args, kwargs = map_tensors(fit, (self.args, self.kwargs))
+        with torch.no_grad():
+            out = model(*args, **kwargs)
+        first: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
+        return first
+
+
+def timestep_name(model: nn.Module) -> str | None:
+    """The argument of a transformer that carries the timestep; None if it has none."""
+    takes = inspect.signature(type(model).forward).parameters
+    return next((name for name in TIMESTEPS if name in takes), None)
+
+
+def timestep_of(
+    model: nn.Module, name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> float:
+    """The timestep of a call, in the model's own units; the highest of several, 0 where there is none."""
+    if name is None:
+        return 0.0
+    value = kwargs.get(name)
+    if value is None:
+        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+        value = bound.arguments.get(name)
+    return 0.0 if value is None else float(torch.as_tensor(value).float().max())
+
+
+def map_tensors(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """A tree of dictionaries, lists and tuples with every tensor changed."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(change, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(change, value) for value in tree)
+    return tree
+
+
+def to_store(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, list[torch.Tensor]] | None:
+    """(JSON, tensors in its order) of a call's arguments; None if they hold something that JSON cannot say."""
+    tensors: list[torch.Tensor] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            return {TENSOR: len(tensors) - 1}
+        if isinstance(value, Mapping):
+            return {"map": {str(key): plain(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {"tuple" if isinstance(value, tuple) else "list": [plain(v) for v in value]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        return {"value": value}
+
+    try:
+        return json.dumps(plain([args, kwargs])), tensors
+    except TypeError:
+        return None
+
+
+def from_store(text: str, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that `to_store` described."""
+
+    def value_of(plain: dict[str, Any]) -> Any:
+        ((kind, content),) = plain.items()
+        return READERS[kind](content, tensors, value_of)
+
+    args, kwargs = value_of(json.loads(text))
+    return args, kwargs
+
+
+READERS: dict[str, Callable[[Any, list[torch.Tensor], Callable[[Any], Any]], Any]] = {
+    TENSOR: lambda content, tensors, read: tensors[content],
+    "map": lambda content, tensors, read: {key: read(item) for key, item in content.items()},
+    "list": lambda content, tensors, read: [read(item) for item in content],
+    "tuple": lambda content, tensors, read: tuple(read(item) for item in content),
+    "dtype": lambda content, tensors, read: getattr(torch, content),
+    "value": lambda content, tensors, read: content,
+}
