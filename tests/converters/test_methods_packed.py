@@ -171,7 +171,8 @@ def test_one_graph_serves_all_groups(grouped, batch):
     assert counter.frame_count == 1
 
 
-def test_boundaries_that_do_not_rise_are_refused(grouped, tmp_path):
+def test_boundaries_that_do_not_rise_are_refused(grouped, monkeypatch):
+    monkeypatch.setenv("DITQ_VERIFY", "0")  # its digest would be the first to say so
     path = grouped / "diffusion_pytorch_model.safetensors"
     before = path.read_bytes()
     tensors = load_file(path)
