@@ -48,10 +48,14 @@ class TimestepGroups(Pinned):
                 "timestep groups: no timestep reached the block; call the model, with its timestep, and no other "
                 "packed model inside of its forward"
             )
+        if given.dim() == 1 and given.stride(0) == 0:
+            given = given[
+                :1
+            ]  # pipelines pass t.expand(B): one for all, also where a processor splits the batch
         values = given.float()
         if values.dim() != 2 or values.shape[1] == 1:
             values = values.reshape(-1)
-        index = torch.bucketize(values.contiguous(), self.bounds)  # pipelines pass t.expand(B)
+        index = torch.bucketize(values.contiguous(), self.bounds)
         here().index = index
         return index
 
@@ -71,6 +75,12 @@ def group_index(num_rows: int) -> torch.Tensor:
             "timestep groups: a layer with groups ran outside of a forward of its model; call the model"
         )
     if index.dim() == 1:
+        if num_rows % len(index):
+            raise ValueError(
+                f"timestep groups: {num_rows} rows are no equal share of {len(index)} samples; something splits the "
+                "batch inside of the model, as perturbed attention does: pass timestep as t.expand(B), as pipelines "
+                "do, or convert without timestep groups"
+            )
         return index
     if index.numel() != num_rows:
         raise ValueError(

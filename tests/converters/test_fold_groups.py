@@ -139,7 +139,7 @@ def test_timesteps_that_do_not_fall_are_refused():
 def test_any_dtype_and_one_timestep_for_all(dtype):
     groups = TimestepGroups(3, device="cpu")
     groups.bounds.data = torch.tensor(BOUNDS)
-    assert groups(torch.tensor(999, dtype=dtype).expand(4)).tolist() == [2] * 4
+    assert groups(torch.tensor(999, dtype=dtype).expand(4)).tolist() == [2]
     groups(torch.tensor(-5, dtype=dtype))
     table = torch.arange(6.0).reshape(3, 2)
     assert of_groups(table, 3).tolist() == [[0.0, 1.0]] * 3

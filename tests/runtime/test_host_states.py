@@ -1,11 +1,13 @@
 """What users do to packed models through diffusers and torch: it works, or one sentence says why not."""
 
+import copy
 import json
 import pickle
 
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
@@ -170,3 +172,23 @@ def test_more_timestep_groups_than_calls_are_refused(pipes, stats):
     recipe = Recipe("htg", activations="static", num_groups=1000)
     with pytest.raises(ValueError, match="1000 timestep groups, but the statistics hold 2 calls"):
         convert(pipes["own"], recipe, stats["own"], quiet=True)
+
+
+def test_perturbed_attention_splits_the_batch_of_grouped_layers(pipes, stats):
+    """Its processor runs to_v on a third of the batch alone."""
+    recipe = Recipe("htg", activations="static", num_groups=2)
+    packed = convert(pipes["own"], recipe, stats["own"], quiet=True)
+    assert any(m.format.groups == 2 for m in packed.modules() if isinstance(m, QuantLinear))
+    float_model = copy.deepcopy(pipes["own"].transformer)
+    outputs = []
+    for model in (float_model, packed):
+        model.transformer_blocks[1].attn1.set_processor(PAGCFGIdentitySelfAttnProcessor2_0())
+        inputs = {
+            "hidden_states": torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+            "class_labels": torch.tensor([3, 1000, 3]),
+            "timestep": torch.tensor([400]).expand(3),
+        }
+        outputs.append(run(model, inputs))
+    assert error(outputs[1], outputs[0]) < 0.05
+    with pytest.raises(ValueError, match="no equal share of 3 samples; something splits the batch"):
+        run(packed, {**inputs, "timestep": torch.tensor([400, 400, 400])})
