@@ -5,6 +5,10 @@ import itertools
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
@@ -249,3 +253,24 @@ def test_a_class_without_verbs_has_those_of_ditq(make_case, run):
     for name in ("a.b", "", "items"):
         with pytest.raises(ValueError, match="cannot be called"):
             ditq.load_lora(packed, state_of(targets, model, 1), name=name)
+
+
+def test_an_ip_adapter_of_flux_adds_behind_the_fold(make_case, run):
+    """Its values are added after the output projection, so a model with V folded takes it as the float model does."""
+    model, inputs = make_case("flux-dev")
+    packed = fold_exactly(model)
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(len(inputs["hidden_states"]), 5, 24, generator=generator)
+    told = {**inputs, "joint_attention_kwargs": {"ip_hidden_states": [image]}}
+    plain = run(model, inputs)
+    for each in (model, packed):
+        for block in each.transformer_blocks:
+            width = block.attn.to_q.in_features
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                block.attn.set_processor(FluxIPAdapterAttnProcessor(width, 24, (5,)))
+    expected = run(model, told)
+    assert error_of(plain, expected) > 0.01
+    assert error_of(run(packed, told), expected) < 1e-5
+    for block in model.transformer_blocks:  # other tests share it
+        block.attn.set_processor(FluxAttnProcessor())
