@@ -25,7 +25,7 @@ def install_sites(model: nn.Module, scheme: Scheme) -> None:
     tensors = {
         name for name, _ in model.named_parameters()
     }  # modulation tables are still among them
-    for name, site_format in scheme.sites.items():
+    for name, site_format in sorted(scheme.sites.items()):  # as a stored scheme lists them
         block, _, inside = name.rpartition(".")
         if block not in modules:
             raise CheckpointError(f"scheme: site {name} is in a block {block} that the model lacks")
