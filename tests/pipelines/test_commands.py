@@ -41,11 +41,11 @@ def test_sample_draws_from_text(ditq, packed_folder, prompts_file, tmp_path, cap
 def test_eval_judges_text_pipelines(
     ditq, packed_folder, float_folder, prompts_file, tmp_path, name
 ):
-    told = ("--reference", float_folder(name), "--prompts", prompts_file, "--few-samples", 1)
-    plan = ("--steps", 1, "--samples", 1, "--cfg", 2, "--height", 16, "--width", 16)
+    told = ("--reference", float_folder(name), "--prompts", prompts_file, "--few-samples", 2)
+    plan = ("--steps", 1, "--samples", 2, "--cfg", 2, "--height", 16, "--width", 16)
     assert ditq("eval", packed_folder(name), *told, *plan, "--out", tmp_path / "report") == 0
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert (figures["settings"]["inputs"], figures["settings"]["steps"]) == (1, 1)
+    assert (figures["settings"]["inputs"], figures["settings"]["steps"]) == (2, 1)
     if name == "flux":  # told its guidance: what it predicts is what the scheduler is given
         assert figures["sqnr"]["free"] == figures["sqnr"]["forced"]  # one step, from equal noise
     assert (
