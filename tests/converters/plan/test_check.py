@@ -78,7 +78,9 @@ def test_attention_that_cannot_run_quantized(make_dit):
 
 def test_statistics_must_hold_what_is_needed(make_dit):
     model = make_dit(num_attention_heads=2, attention_head_dim=32)
-    none = SimpleNamespace(folder="stats", manifest={}, has_attention=False, has_rows=False)
+    none = SimpleNamespace(
+        folder="stats", manifest={}, has_attention=False, has_rows=False, timesteps=[500.0, 0.0]
+    )
     check_statistics(make_plan(model), none)
     for choices, sentence in (
         ({"rounding": "gptq"}, "no sampled rows; calibrate into a new folder with --rows 64"),
