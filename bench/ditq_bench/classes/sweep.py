@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ditq_bench.zoo import Tiny, outputs, quiet
+from ditq_converters.calibrate.run import calibrate
+from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.sites.find import Discovery, discover, family_for
@@ -20,11 +22,29 @@ from ditq_converters.sites.reasons import EMBEDDER
 from ditq_runtime import QuantLinear
 from ditq_runtime.families import Family, NormWeights, OnTheFly, ProductRows, ValueRows
 
+HTG = {"method": "htg", "num_groups": 2, "attention": "none"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "w8-token": {"method": "linear", "weights": "w8", "activations": "token"},
-    "w4p-token": {"method": "linear", "weights": "w4p", "activations": "token"},
+    "linear-w8": {"method": "linear", "weights": "w8"},
+    "linear-w4p": {"method": "linear", "weights": "w4p"},
+    "smoothquant-w8": {"method": "smoothquant", "weights": "w8"},
+    "smoothquant-w8-static": {"method": "smoothquant", "weights": "w8", "activations": "static"},
+    "smoothquant-w4p-gptq": {"method": "smoothquant", "weights": "w4p", "rounding": "gptq"},
+    "htg-w8": {**HTG, "weights": "w8"},
+    "htg-w8-static": {**HTG, "weights": "w8", "activations": "static"},
+    "htg-w4p-gptq": {**HTG, "weights": "w4p", "rounding": "gptq"},
+    "ditas-w8": {"method": "ditas", "weights": "w8", "lora_rank": 0},
+    "ditas-w8-static": {
+        "method": "ditas",
+        "weights": "w8",
+        "activations": "static",
+        "lora_rank": 0,
+    },
+    "ditas-w4p-gptq": {"method": "ditas", "weights": "w4p", "rounding": "gptq", "lora_rank": 0},
 }
-OUTPUT_FILE = "output.safetensors"
+STEPS = (1.0, 0.75, 0.5, 0.25)  # of the largest timestep, as a sampler falls
+ROWS = 8  # kept per site and timestep
+REFUSED = "follows the timestep, and"  # a class with several timesteps or none, told by name
+OUTPUT_FILE, STATS = "output.safetensors", "stats"
 
 
 @dataclass
@@ -73,11 +93,12 @@ class Row:
     failed: str = ""
 
 
-def sweep(tiny: Tiny, folder: Path) -> Row:
+def sweep(tiny: Tiny, folder: Path, recipes: Sequence[str] = ()) -> Row:
     """One class through all recipes; what fails is told in its row.
 
     Args:
         tiny: of the zoo.
+        recipes: names of `RECIPES`; all by default.
         folder: each recipe's checkpoint goes to a folder of its name, with the output of a forward.
     """
     row = Row(tiny.name)
@@ -88,12 +109,27 @@ def sweep(tiny: Tiny, folder: Path) -> Row:
             found = discover(model, inputs)
             fill(row, found, model)
             family_for(model, inputs)
+            stats = observe(tiny, model, inputs, folder / STATS)
     except Exception as error:
         row.failed = told(error)
         return row
-    for name, choices in RECIPES.items():
-        row.recipes[name] = one_recipe(model, inputs, found.family, choices, folder / name)
+    for name in recipes or RECIPES:
+        out = folder / name
+        row.recipes[name] = one_recipe(model, inputs, found.family, stats, RECIPES[name], out)
     return row
+
+
+def observe(tiny: Tiny, model: nn.Module, inputs: dict[str, Any], folder: Path) -> CalibrationStats:
+    """Statistics of a few forwards at falling timesteps."""
+    names = (tiny.timestep,) if isinstance(tiny.timestep, str) else tiny.timestep or ()
+
+    def run(model: nn.Module) -> None:
+        for share in STEPS:
+            times = {name: (inputs[name] * share).to(inputs[name].dtype) for name in names}
+            with quiet():
+                model(**{**inputs, **times})
+
+    return calibrate(model, folder, run=run, rows=ROWS * len(STEPS), attention=False, quiet=True)
 
 
 def fill(row: Row, found: Discovery, model: nn.Module) -> None:
@@ -113,13 +149,18 @@ KINDS = {NormWeights: "norm", ValueRows: "value", ProductRows: "product", OnTheF
 
 @torch.no_grad()
 def one_recipe(
-    model: nn.Module, inputs: dict[str, Any], family: Family, choices: dict[str, Any], out: Path
+    model: nn.Module,
+    inputs: dict[str, Any],
+    family: Family,
+    stats: CalibrationStats,
+    choices: dict[str, Any],
+    out: Path,
 ) -> Converted:
     """Convert, save, and run once, for a new process to do the same."""
     done = Converted()
     try:
         with quiet(), torch.compiler.set_stance("force_eager"):  # some compile flex attention
-            packed = convert(model, Recipe(**choices), None, out, quiet=True)
+            packed = convert(model, Recipe.of(**choices), stats, out, quiet=True)
             done.integers, done.four_bits = shares(model, packed, family)
             truth, got = outputs(model, inputs), outputs(packed, inputs)
         save_file(numbered(got), out / OUTPUT_FILE)

@@ -31,8 +31,10 @@ from ditq_converters.calibrate.share import (
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.models.open import transformers_in
-from ditq_converters.sites import family_or_row
-from ditq_runtime.families import Family, get_linear
+from ditq_converters.sites import family_for
+from ditq_converters.sites.first_call import first_call
+from ditq_converters.sites.inputs import NoInputs
+from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.surroundings import steady
 
 REPLAYED = 16  # calls that are kept whole, over all inputs
@@ -133,6 +135,7 @@ def calibrate(
             if free_text_encoders:
                 stack.enter_context(encoded_once(driven, given))
             work = pipeline_work(driven, given)
+        models = with_sites(models, work)
         settings = {"rows": rows, "seed": seed, "attention": attention}
         manifest = claim_folder(folder, manifest_of(models, work, settings))
         make_shards(folder, manifest, models, work.run, quiet)
@@ -145,7 +148,19 @@ def watched(pipe: Any, rows: int) -> Models:
     if rows < 0:
         raise ValueError(f"calibrate: rows must be 0 (none) or more, got {rows}")
     found = {n: float_transformer(m, "calibrate") for n, m in transformers_in(pipe).items()}
-    return {name: (model, family_or_row(model)) for name, model in found.items()}
+    return {name: (model, family_of(type(model).__name__)) for name, model in found.items()}
+
+
+def with_sites(models: Models, work: Work) -> Models:
+    """The sites of classes without a table; where no inputs can be made, found on the first call of the first input."""
+    found = {}
+    for name, (model, _) in models.items():
+        try:
+            family = family_for(model)
+        except NoInputs:
+            family = family_for(model, first_call(model, lambda: work.run(0)))
+        found[name] = model, family
+    return found
 
 
 def pipeline_work(pipe: Any, given: list[Input]) -> Work:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ditq_bench.zoo import CLASSES
+from ditq_bench.zoo import CLASSES, quiet
+from ditq_converters import calibrate
 from ditq_converters.sites.find import family_for, find_sites
 from ditq_runtime.families import FAMILIES, OnTheFly, ValueRows
 
@@ -92,3 +93,17 @@ def test_inputs_that_do_not_run_are_refused(make_case):
     wrong = {**inputs, "hidden_states": inputs["hidden_states"][:, :3]}
     with pytest.raises(ValueError, match="DiTTransformer2DModel: a forward on these inputs failed"):
         find_sites(model, wrong)
+
+
+def test_calibration_finds_sites_on_the_first_call_where_no_inputs_can_be_made(tmp_path):
+    tiny = CLASSES["OmniGenTransformer2DModel"]
+    model = tiny.build()
+    inputs = tiny.inputs(model)
+    with quiet():
+        stats = calibrate(model, tmp_path / "stats", run=lambda m: m(**inputs), rows=0, quiet=True)
+    family = family_for(model)
+    for block, table in family.block_tables(model).items():
+        for site in table.sites:
+            width = model.get_submodule(f"{block}.{site.consumers[0]}").in_features
+            assert stats.ranges(f"{block}.{site.name}")[0].shape == (1, width)
+    assert any(len(site.consumers) > 1 for site in table.sites)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.plan.make import make_plan
-from ditq_converters.sites import family_or_row
+from ditq_converters.sites import family_for
 from ditq_runtime import CheckpointError, QuantLinear, execution_report
 from ditq_runtime.families import FAMILIES, family_of
 from ditq_runtime.families.generic import generic_family
@@ -152,7 +152,7 @@ def test_an_own_loop_calibrates_any_class(case, tmp_path):
     model, inputs = case
     stats = calibrate(model, tmp_path / "stats", run=lambda model: model(**inputs), quiet=True)
     assert stats.timesteps == [pytest.approx(float(inputs["timestep"].max()))]
-    for block, table in family_or_row(model).block_tables(model).items():
+    for block, table in family_for(model, inputs).block_tables(model).items():
         for site in table.sites:
             low, high = stats.ranges(f"{block}.{site.name}")
             assert low.shape == (1, model.get_submodule(f"{block}.{site.consumers[0]}").in_features)
