@@ -175,7 +175,7 @@ class Handles:
 def claim(path: Path) -> Iterator[bool]:
     """Hold a lock for the block where nobody else has it; True if it is ours. The kernel frees it after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -35,8 +35,10 @@ from ditq_runtime.families.placing import Shapes
 from ditq_runtime.files import check_new
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.scheme import Scheme
+from ditq_runtime.surroundings import steady
 
 
+@steady()
 def convert(
     pipe: Any,
     plan: Plan | Recipe,

@@ -21,8 +21,10 @@ from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sites import plan_site
 from ditq_converters.sites import family_for, family_or_row
 from ditq_runtime.families import Family, get_linear
+from ditq_runtime.surroundings import steady
 
 
+@steady()
 def make_plan(
     model: Any,
     stats: CalibrationStats | None = None,
