@@ -29,8 +29,8 @@ def kernels(
 ) -> None:
     """Latency of the quantized linears and attentions against torch's, and their share of a measured roofline.
 
-    Every row is checked against fp64 first; a wrong answer gets no time. On a CPU without
-    int8 dot products the integer ops run on the exact reference, slower than fp32, and the table says so.
+    Every row is checked against fp64 first; a wrong answer gets no time. kernels.csv names the backend of each: on a
+    CPU, ops without int8 products run on the exact reference, slower than fp32.
 
     Example: ditq bench kernels --shapes dit-xl-256 --batch 1,16 --out runs/bench
     """
@@ -40,7 +40,15 @@ def kernels(
     from ditq_bench.gemm import BASELINES, bench_gemm
     from ditq_bench.measure import Row
     from ditq_bench.plots import plot_roofline, plot_speedup
-    from ditq_bench.results import Shape, device_name, origin_of, row_fields, write_csv
+    from ditq_bench.results import (
+        Shape,
+        commit,
+        device_name,
+        doubts,
+        origin_of,
+        row_fields,
+        write_csv,
+    )
     from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
     from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
@@ -75,16 +83,22 @@ def kernels(
             }
         )
         return
-    columns = ("shape", "candidate", "median us", "p20 us", "p80 us", "TOPS", "roof", "x bf16")
+    columns = ("shape", "candidate", "us", "spread, %", "TOPS", "roof, %", "x bf16")
     table = [
         (
-            s.name, r.candidate, *(1e6 * t for t in (r.timing.median, r.timing.p20, r.timing.p80)), r.tops,
-            f"{100 * (r.roof or 0):.0f} %", r.speedup_bf16,
+            s.name, r.candidate, 1e6 * r.timing.median, round(100 * r.timing.spread), r.tops,
+            round(100 * (r.roof or 0)), r.speedup_bf16,
         )
         for s, r in rows
     ]  # fmt: skip
-    print_table(f"{device_name(place)}, ditq backend: {backend}", columns, table)
+    print_table(
+        f"{device_name(place)}, ditq {commit()}, backend {backend}; us: median, spread: (p80 - p20) / median",
+        columns,
+        table,
+    )
     measured_at = ", ".join(f"{kind} {rate / 1e12:.2f}" for kind, rate in ceilings.rates.items())
+    for sentence in doubts(rows):
+        say(sentence)
     say(f"ceilings of this run: copy {ceilings.bandwidth / 1e9:.1f} GB/s; TOPS: {measured_at}")
     say(f"{out / 'kernels.csv'}: {len(rows)} rows; speedup.png and roofline.png beside it")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ditq_kernels.launch import cpu_features
 from ditq_runtime.files import atomic_file
 
 Shape = GemmShape | AttentionShape
+SPREAD = 0.2  # of the median: what rounds may differ by
 
 FIELDS = (
     "device", "torch", "triton", "commit", "shape", "operations", "candidate", "backend",
@@ -91,6 +93,22 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         return ""
+
+
+def doubts(rows: Sequence[tuple[Shape, Row]]) -> list[str]:
+    """One sentence per row that should not be quoted: its rounds disagree, or it beats the roof of its own run."""
+    found = []
+    for shape, row in rows:
+        name = f"{shape.name}, {row.candidate}"
+        if row.timing.spread > SPREAD:
+            found.append(
+                f"{name}: rounds differ by {100 * row.timing.spread:.0f} % of the median; run it again"
+            )
+        if row.roof is not None and row.roof > 1 + SPREAD:
+            found.append(
+                f"{name}: {100 * row.roof:.0f} % of the roof; the machine was busy when the roof was measured"
+            )
+    return found
 
 
 def _triton() -> str:

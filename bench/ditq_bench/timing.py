@@ -33,6 +33,11 @@ class Timing:
     rounds: int
     how: str = "clock"
 
+    @property
+    def spread(self) -> float:
+        """(p80 - p20) / median: what the rounds differ by."""
+        return (self.p80 - self.p20) / self.median
+
 
 def time_in_turn(
     candidates: Mapping[str, Callable[[], object]],

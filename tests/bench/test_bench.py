@@ -12,8 +12,9 @@ import ditq_kernels as k
 from ditq_bench import SHAPES, GemmShape, ceilings
 from ditq_bench.cli import bench
 from ditq_bench.gemm import BASELINE, bench_gemm
-from ditq_bench.results import FIELDS, backend_of
-from ditq_bench.timing import time_in_turn
+from ditq_bench.measure import Row
+from ditq_bench.results import FIELDS, backend_of, doubts
+from ditq_bench.timing import Timing, time_in_turn
 
 SMALL = GemmShape("small", 8, 128, 32)
 CPU = torch.device("cpu")
@@ -117,3 +118,13 @@ def test_the_roof_of_int8_is_an_exact_product(processor, vnni):
     codes = torch.randint(-64, 65, (24, 24), dtype=torch.int8)
     total = ceilings._int8_product(codes)()
     assert torch.equal(total.long(), codes.long() @ codes.long().t())
+
+
+def test_rows_to_doubt_are_named():
+    def row(p20, p80, roof):
+        return Row("w8", Timing(p20, 1.0, p80, 9), 1.0, 1.0, 1.0, 1, roof, 0.0, True)
+
+    assert doubts([(SMALL, row(0.95, 1.1, 0.9))]) == []
+    assert "rounds differ by 50 %" in doubts([(SMALL, row(0.9, 1.4, 0.9))])[0]
+    assert "130 % of the roof" in doubts([(SMALL, row(1.0, 1.0, 1.3))])[0]
+    assert doubts([(SMALL, row(1.0, 1.0, None))]) == []
