@@ -15,7 +15,7 @@ img { max-width: 100%; margin: .5em 0; } .note { background: #f4f4f4; padding: .
 CAPTIONS = {
     "samples.png": "Equal seeds: float, packed, difference",
     "sqnr.png": "Signal to quantization noise, per sampling step",
-    "layers-cascade.png": "Where the error is: every linear, on inputs from its quantized predecessors (cascade)",
+    "layers-cascade.png": "Where the error is: linears (not V, not modulation) on quantized inputs (cascade)",
     "layers-forced-block.png": "Where the error is made: every block, on the float model's input (forced)",
     "clip.png": "What the static activation ranges cut off",
     "sizes.png": "Bytes on disk",

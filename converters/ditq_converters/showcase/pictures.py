@@ -32,7 +32,9 @@ def write_pictures(out: Path, digits: Study, salient: Study, settings: Settings)
                 out / f"{key.replace('_', '-')}-{name}.png", curves, f"{model}, {title}"
             )
     for name, (layers, errors) in digits.layers.items():
-        title = f"demo:digits {name}: error of every linear at every step (cascade)"
+        title = (
+            f"demo:digits {name}: error of linears (not V, not modulation) at every step, cascade"
+        )
         plots.layer_heatmap(out / f"layers-{name.lower()}.png", layers, errors, title)
     sizes = digits.figures["bytes"]
     plots.stacked_sizes(out / "sizes.png", sizes, "demo:digits, transformer on disk")
