@@ -95,7 +95,9 @@ def _lora(folder: Path) -> None:
 
 def _facebook_dit(path: Path) -> None:
     """DiT-S/2 of depth 1 under the names of DiT's own code: small random numbers."""
-    wide, patch, tokens = 384, 2, 16
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    wide, patch, side = 384, 2, 4
     shapes = {
         "x_embedder.proj": (wide, 4, patch, patch), "t_embedder.mlp.0": (wide, 256), "t_embedder.mlp.2": (wide, wide),
         "final_layer.linear": (patch**2 * 8, wide), "final_layer.adaLN_modulation.1": (2 * wide, wide),
@@ -106,7 +108,8 @@ def _facebook_dit(path: Path) -> None:
     state = {f"{name}.weight": torch.randn(shape) / 20 for name, shape in shapes.items()}
     state |= {f"{name}.bias": torch.randn(shape[0]) / 20 for name, shape in shapes.items()}
     state["y_embedder.embedding_table.weight"] = torch.randn(1001, wide)
-    torch.save({**state, "pos_embed": torch.zeros(1, tokens, wide)}, path)
+    fixed = get_2d_sincos_pos_embed(wide, side, base_size=side, output_type="pt")
+    torch.save({**state, "pos_embed": fixed.float().reshape(1, side**2, wide)}, path)
 
 
 STAND_INS: dict[str, Callable[[Path], None]] = {
