@@ -11,7 +11,7 @@ GROUP = "ditq.methods"
 HOME = "ditq_converters.methods"
 BUILT_IN = {
     name: EntryPoint(name, f"{HOME}.{name}:{name.upper()}", GROUP)
-    for name in ("linear", "smoothquant", "meta", "ditas", "ptq4dit", "htg")
+    for name in ("linear", "smoothquant", "osplus", "meta", "ditas", "ptq4dit", "htg")
 }
 
 

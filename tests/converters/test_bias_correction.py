@@ -180,7 +180,7 @@ def test_a_converted_table_leaves_no_mean_error_in_any_group(model, stats, activ
 
 
 def test_biases_of_the_sites_change_and_nothing_else(make_dit, stats, tmp_path):
-    """With gptq codes change as well: rows are centred where the bias takes back the mean."""
+    """Of linears that read a site or a modulation's input; a linear without a bias gets none."""
     model = make_dit(3, attention_bias=False)  # q, k and v without a bias keep none
     stats = calibrate(model, tmp_path / "stats", steps=3, samples=1, rows=8, quiet=True)
     plain, corrected = (
@@ -195,11 +195,24 @@ def test_biases_of_the_sites_change_and_nothing_else(make_dit, stats, tmp_path):
     assert plain.keys() == corrected.keys()
     assert "transformer_blocks.0.attn1.to_q.bias" not in plain
     changed = {name for name, tensor in plain.items() if not torch.equal(tensor, corrected[name])}
-    assert changed == {
+    assert changed == {"proj_out_1.bias"} | {
         f"transformer_blocks.{block}.{name}.bias"
         for block in (0, 1)
-        for name in ("attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+        for name in ("norm1.linear", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
     }
+
+
+def test_a_linear_without_a_bias_is_rounded_for_all_of_its_inputs(make_dit, tmp_path):
+    """Nothing takes the mean error back there, so its rows may not be centred: codes as without correction."""
+    model = make_dit(3, attention_bias=False)
+    stats = calibrate(model, tmp_path / "stats", steps=3, samples=1, rows=8, quiet=True)
+    recipes = (
+        Recipe("linear", "w4p", rounding="gptq", bias_correction=flag) for flag in (False, True)
+    )
+    plain, corrected = (convert(model, r, stats, quiet=True).state_dict() for r in recipes)
+    name = "transformer_blocks.0.{}.weight"
+    assert torch.equal(plain[name.format("attn1.to_q")], corrected[name.format("attn1.to_q")])
+    assert not torch.equal(plain[name.format("ff.net.2")], corrected[name.format("ff.net.2")])
 
 
 def test_linears_that_stay_float_keep_their_bias(model, stats):

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ditq_converters.convert.emulated import playable
 from ditq_converters.convert.fold import LinearTensors
 from ditq_runtime.format.layer import LayerFormat
-from ditq_runtime.format.site import SiteFormat
-from ditq_runtime.layers.linear import QuantLinear
-from ditq_runtime.layers.site import Site
 
 CHUNK = 512  # rows whose outputs are held at once
 
@@ -27,10 +25,12 @@ class SampledRows:
     Attributes:
         x: [R, K] fp64, as the folded weight sees them: shifted and smoothed.
         group: [R] int64, timestep group of every row, noisiest first.
+        seen: [R, K] fp64, what the packed linear reads at the same tokens; None: the same.
     """
 
     x: torch.Tensor
     group: torch.Tensor
+    seen: torch.Tensor | None = None
 
 
 def corrected_bias(
@@ -42,14 +42,14 @@ def corrected_bias(
 ) -> torch.Tensor:
     """The bias with which the mean output on the rows is that of the float layer: b + mean(X W^T - Xq Wq^T).
 
-    Xq Wq^T is what the packed layer computes: its activation quantizer, codes, branch and factors, without bias.
+    Xq Wq^T is what the packed layer computes: its activation quantizer, codes and branch, without bias.
     One bias is corrected by all rows, a table by each group's own; a group without rows takes the mean over all.
 
     Args:
         linear: folded weight [N, K] and bias [G, N], fp64, groups by rising timestep.
         layer_format: of the packed layer.
         stored: its tensors.
-        quantizer: those of the site it reads, as far as the quantizer applies them.
+        quantizer: those of the site it reads; the rows are transformed already.
         rows: inputs.
 
     Returns:
@@ -57,18 +57,15 @@ def corrected_bias(
     """
     assert linear.bias is not None
     groups, (outputs, inputs) = len(linear.bias), linear.weight.shape
-    layer = QuantLinear(inputs, outputs, replace(layer_format, bias=False, groups=1))
-    layer.load_state_dict({n: t for n, t in stored.items() if n != "bias"}, assign=True)
-    smooth = "smooth_inv" in quantizer
-    site = Site(inputs, SiteFormat(("linear",), layer_format.activations, smooth=smooth))
-    unshifted = {name: tensor for name, tensor in quantizer.items() if name != "shift"}
-    site.load_state_dict(unshifted, assign=True)  # the rows are shifted already
-    layer.read(site)
+    bare = replace(layer_format, bias=False, groups=1)
+    kept = {name: tensor for name, tensor in stored.items() if name != "bias"}
+    layer = playable(inputs, outputs, bare, kept, quantizer)
     group = groups - 1 - rows.group if groups > 1 else torch.zeros_like(rows.group)
     total = torch.zeros(groups, outputs, dtype=torch.float64)
-    for x, of in zip(rows.x.split(CHUNK), group.split(CHUNK), strict=True):
-        raw = x / quantizer["smooth_inv"].double() if smooth else x
-        error = x @ linear.weight.T - layer(raw.float()).double()
+    read = rows.x if rows.seen is None else rows.seen
+    parts = zip(rows.x.split(CHUNK), read.split(CHUNK), group.split(CHUNK), strict=True)
+    for x, seen, of in parts:
+        error = x @ linear.weight.T - layer(seen.float()).double()
         total.index_add_(0, of, error)
     count = torch.bincount(group, minlength=groups)[:, None]
     mean = torch.where(count > 0, total / count.clamp(min=1), total.sum(0) / len(group))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.bias_correction import SampledRows
 from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.quantize import static_range
 from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
-from ditq_converters.plan.entries import SitePlan
+from ditq_converters.plan.entries import LinearPlan, SitePlan
 from ditq_converters.plan.plan import Part
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -26,15 +27,26 @@ class Observed:
         act_range: static range (low, high); None: it has no static activations.
         feedback: how errors of columns spread; None: it is rounded to nearest.
         rows: makes the sampled rows; None: no bias is corrected.
+        target: [N, K] fp64, what the codes should stand for; None: the folded weight.
     """
 
     act_range: Range | None = None
     feedback: Feedback | None = None
     rows: Callable[[], SampledRows] | None = None
+    target: torch.Tensor | None = None
 
 
-def observe(part: Part, data: list[SiteData], choice: BlockTransform) -> dict[str, Observed]:
-    """Full linear name -> what is known; readers of a site share it."""
+def observe(
+    part: Part, data: list[SiteData], choice: BlockTransform, biased: Collection[str]
+) -> dict[str, Observed]:
+    """Full linear name -> what is known; readers of a site share it.
+
+    Args:
+        part: entries of the plan.
+        data: what is known about the sites.
+        choice: their transforms.
+        biased: full names of the linears with a bias behind the fold: without one nothing takes a mean error back.
+    """
     found = {}
     for site in data:
         entry = part.sites[site.name]
@@ -42,15 +54,39 @@ def observe(part: Part, data: list[SiteData], choice: BlockTransform) -> dict[st
         static = any(reader.activations == "static" for reader in readers)
         limits = act_range(entry, site, choice) if static else None
         rows = partial(sampled_rows, entry, site, choice)
-        centred = {r.bias_correction for r in readers if r.rounding == "gptq"}
+        corrects = {r.name: r.bias_correction and r.name in biased for r in readers}
+        centred = {corrects[r.name] for r in readers if r.rounding == "gptq"}  # aimed: see `aim`
         feedback = {flag: error_feedback(rows().x, centred=flag) for flag in centred}
         for reader in readers:
             found[reader.name] = Observed(
                 limits if reader.activations == "static" else None,
-                feedback[reader.bias_correction] if reader.rounding == "gptq" else None,
-                rows if reader.bias_correction else None,
+                feedback[corrects[reader.name]] if reader.rounding == "gptq" else None,
+                rows if corrects[reader.name] else None,
             )
     return found
+
+
+def observe_modulation(
+    entry: LinearPlan, stats: CalibrationStats, groups: Sequence[int]
+) -> Observed:
+    """What is known about the input of a modulation linear, which is exact: nothing before it is quantized.
+
+    Args:
+        entry: of the plan.
+        stats: of the model.
+        groups: [T] timestep group of every call; empty without groups.
+
+    Raises:
+        StatisticsError: no such inputs were kept.
+    """
+    if not entry.needs_rows:
+        return Observed()
+    x, calls = stats.modulation(entry.name)
+    group = torch.tensor([groups[call] if groups else 0 for call in calls])
+    rows = SampledRows(x.double(), group)
+    corrects = entry.bias_correction
+    feedback = None if entry.rounding == "nearest" else error_feedback(rows.x, centred=corrects)
+    return Observed(feedback=feedback, rows=(lambda: rows) if corrects else None)
 
 
 def act_range(entry: SitePlan, site: SiteData, choice: BlockTransform) -> Range:

@@ -15,6 +15,7 @@ from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
 from ditq_converters.convert.pack import make_scheme, pack_model, packed_skeleton
 from ditq_converters.convert.pipeline_folder import write_pipeline
+from ditq_converters.convert.prefix import Prefix
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.models.open import open_model
@@ -85,7 +86,7 @@ def convert(
     check_finite(model)
     if stats is not None:
         stats.check_model(model)
-    job = Job(pipe, model, family, plan, stats, quiet)
+    job = Job(pipe, model, family, plan, stats, quiet, prefix_of(plan, model, stats))
     if on_disk:
         assert out is not None
         return convert_on_disk(job, Path(out), max_shard_size)
@@ -108,7 +109,17 @@ def opened(pipe: Any, memory_budget: int | None) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion: what was opened, its transformer and family, the plan, the statistics."""
+    """One conversion.
+
+    Attributes:
+        pipe: what was opened.
+        model: its transformer.
+        family: of the transformer.
+        plan: what happens to it.
+        stats: of it; None: the plan needs none.
+        quiet: show no progress bar.
+        before: the model as far as it is packed, where rounding is aimed.
+    """
 
     pipe: Any
     model: nn.Module
@@ -116,16 +127,17 @@ class Job:
     plan: Plan
     stats: CalibrationStats | None
     quiet: bool
+    before: Prefix | None = None
 
     @torch.no_grad()
     def convert_part(self, name: str) -> PackedBlock:
         """A block, or the final modulation."""
         part = self.plan.part(name)
-        if name == self.family.final_modulation:
-            return convert_final_modulation(self.model, name, part)
         used = self.stats if self.plan.needs_statistics else None
+        if name == self.family.final_modulation:
+            return convert_final_modulation(self.model, name, part, used)
         with weights_of(self.model, name):
-            return convert_block(self.model, self.family, name, part, used)
+            return convert_block(self.model, self.family, name, part, used, self.before)
 
     def scheme(self, formats: dict[str, LayerFormat], shapes: Shapes) -> Scheme:
         """Of the packed model: full layer name -> format, stored tensor -> shape."""
@@ -171,6 +183,22 @@ def convert_on_disk(job: Job, out: Path, max_shard_size: str) -> nn.Module:
     packed = packed_skeleton(job.model, scheme, made, job.plan.kept_dtype)
     write_streamed(job.pipe, job.model, packed, to_json(job.plan), done, out, max_shard_size)
     return packed
+
+
+def prefix_of(plan: Plan, model: nn.Module, stats: CalibrationStats | None) -> Prefix | None:
+    """What rounding that is aimed runs; None where nothing is.
+
+    Raises:
+        ValueError: the model is on disk, so it cannot be run beside itself.
+    """
+    if stats is None or not any(linear.rounding == "aimed" for linear in plan.linears):
+        return None
+    if streamed_of(model) is not None:
+        raise ValueError(
+            "convert: rounding aimed runs the model, and this one is read block by block; take rounding gptq, or "
+            "convert without --memory-budget"
+        )
+    return Prefix(model, stats.replay())
 
 
 def checked_plan(

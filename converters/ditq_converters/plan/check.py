@@ -163,12 +163,15 @@ def _check_linear(entry: LinearPlan, linear: nn.Linear, site: str) -> None:
             f"plan: {entry.name}: weights 'as it is' is for linears outside the blocks and only for them; take fp32 "
             f"to keep one float, got {entry.weights!r}"
         )
-    if site in (MODULATION, OUTSIDE) and (entry.is_integer or entry.needs_rows):
+    if site in (MODULATION, OUTSIDE) and entry.is_integer:
         raise ValueError(
-            f"plan: {entry.name}: reads no site, so it has weights alone; leave activations, rounding and "
-            "bias_correction out"
+            f"plan: {entry.name}: reads no site, so it has weights alone; leave activations out"
         )
-    if entry.needs_rows and not entry.is_integer:
+    if entry.rounding == "aimed" and not entry.is_integer:
+        raise ValueError(
+            f"plan: {entry.name}: rounding aimed is for linears that read a site; take gptq"
+        )
+    if entry.needs_rows and not entry.is_integer and site != MODULATION:
         raise ValueError(
             f"plan: {entry.name}: rounding by rows and bias correction need quantized activations, got "
             f"{entry.activations!r}"

@@ -24,7 +24,7 @@ CALLS = ("all", "noisiest")
 QUANTIZED = ("w8", "w4p", "w4g")
 WEIGHTS = (*QUANTIZED, "fp32", "as it is")
 ACTIVATIONS = ("token", "token_asym", "static", "none")
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "aimed")
 MODULATION, OUTSIDE = "modulation", "outside"  # what stands for a site where a linear has none
 
 
@@ -97,7 +97,8 @@ class LinearPlan:
         group_size: input channels per group of `w4p` or `w4g`.
         symmetric: `w4g` without zero points.
         rank: of the low-rank branch beside the integer product; 0: none.
-        rounding: `nearest` or `gptq`.
+        rounding: `nearest`, `gptq`, or `aimed`: gptq towards the float model's outputs behind all that is quantized
+            before.
         bias_correction: take its mean output error on sampled rows back through its bias.
         reason: why, in words.
     """
@@ -154,7 +155,7 @@ class LinearPlan:
     @property
     def needs_rows(self) -> bool:
         """Whether it is rounded or corrected by sampled rows."""
-        return self.rounding == "gptq" or self.bias_correction
+        return self.rounding != "nearest" or self.bias_correction
 
     def layer_format(self, bias: bool, groups: int = 1) -> LayerFormat | None:
         """Its format in the checkpoint; None where it stays as it is.

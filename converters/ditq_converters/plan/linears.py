@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 import ditq_kernels as k
@@ -35,15 +37,21 @@ def plan_modulation(
         return LinearPlan(name, shape, MODULATION, "fp32", reason=KEPT)
     if table is None:
         why = "weight-only, in 8 bits: no block follows; one row per sample"
-        return LinearPlan(name, shape, MODULATION, "w8", reason=why)
+        return LinearPlan(name, shape, MODULATION, "w8", reason=why, **_rounding(recipe))
     direct = table.use_direct_multiplier is not None
     what = "weight-only; " + ("emits the AdaLN multiplier" if direct else "one row per sample")
     weights, group, why = _weights(linear, recipe.modulation_weights, recipe.group_size)
     symmetric = recipe.symmetric_weights and weights == "w4g"
     return LinearPlan(
         name, shape, MODULATION, weights, "none", group, symmetric,
-        reason=f"{what}; {why}" if why else what,
+        reason=f"{what}; {why}" if why else what, **_rounding(recipe),
     )  # fmt: skip
+
+
+def _rounding(recipe: Recipe) -> dict[str, Any]:
+    """Of a modulation linear, whose inputs are exact: aimed is no more than gptq."""
+    rounding = "gptq" if recipe.rounding == "aimed" else recipe.rounding
+    return {"rounding": rounding, "bias_correction": recipe.bias_correction}
 
 
 def plan_outside(name: str, linear: nn.Linear, family: Family) -> LinearPlan:

@@ -39,8 +39,9 @@ class Recipe:
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
         range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
-        rounding: of the weights of the sites' linears: `nearest`, or `gptq`, which passes the error of a column on to
-            later ones by the sampled rows (arXiv:2210.17323).
+        rounding: of weights: `nearest`; `gptq`, which passes the error of a column on to later ones by the sampled
+            rows (arXiv:2210.17323), those of modulation linears included; or `aimed`, gptq towards the float model's
+            outputs behind all that is quantized before, on replayed calls.
         bias_correction: take the mean output error of every site's linear on the sampled rows back through its bias
             (arXiv:1906.04721), per timestep group where the bias is a table; a linear without a bias gets none.
         profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its

@@ -59,6 +59,12 @@ class Recorded:
                 self._rows[f"{block}.{site.name}"] = self._run(
                     model, [f"{block}.{name}" for name in site.observed], batches
                 )
+            for name in table.modulations:
+                self._rows[f"{block}.{name}"] = self._run(model, [f"{block}.{name}"], batches)
+
+    def modulation(self, name):
+        rows = self._rows[name]
+        return rows.flatten(0, 1).float(), tuple(i for i in range(self.calls) for _ in rows[i])
 
     @staticmethod
     def _run(model, names, batches):

@@ -1,0 +1,135 @@
+"""Rounding aimed at the float model's outputs: every linear makes up for what was quantized before it.
+
+Linears are converted in the order in which they run. Each is given the inputs that the packed model will show to it,
+and rounded towards the outputs that the float model has at the same tokens (`gptq.aimed`), instead of towards its own
+outputs on the float model's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditq_converters.convert.bias_correction import SampledRows
+from ditq_converters.convert.emulated import Emulated, output_units, playable
+from ditq_converters.convert.fold import Block, LinearTensors
+from ditq_converters.convert.gptq import aimed, error_feedback
+from ditq_converters.convert.observed import Observed
+from ditq_converters.convert.prefix import Prefix
+from ditq_converters.methods import BlockTransform, Transform
+from ditq_runtime.families import BlockTable
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.site import Site
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a site's readers see and what they should have seen, as their folded weights do; [R, K] fp64.
+
+    Attributes:
+        wanted: inputs of the float model.
+        seen: inputs behind all that is quantized before.
+        codes: what the quantizer makes of them.
+    """
+
+    wanted: torch.Tensor
+    seen: torch.Tensor
+    codes: torch.Tensor
+
+
+class Aim:
+    """One block on its way through `convert_block`."""
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        block: str,
+        table: BlockTable,
+        linears: Block,
+        choice: BlockTransform,
+        in_quantizer: Collection[str],
+    ) -> None:
+        """Run both models up to the block.
+
+        Raises:
+            ValueError: the transforms follow the timestep.
+        """
+        if choice.num_groups > 1:
+            raise ValueError(
+                f"convert: {block}: rounding aimed needs one bias for all timesteps, and its method has "
+                f"{choice.num_groups} timestep groups; take rounding gptq, or another method"
+            )
+        self._prefix, self._block = prefix, block
+        folded = {n: t for n, t in choice.sites.items() if n not in in_quantizer}
+        self._units = output_units(linears, table, folded)
+        self._site = {name: site.name for site in table.sites for name in site.consumers}
+        self._transforms = {
+            name: choice.sites.get(site, Transform()) for name, site in self._site.items()
+        }
+        self._goals: dict[str, Goal] = {}
+
+    def observed(
+        self, name: str, linear: LinearTensors, activations: str, quantizer: dict[str, torch.Tensor]
+    ) -> Observed:
+        """What rounding and bias correction read.
+
+        Args:
+            name: inside the block.
+            linear: folded, fp64.
+            activations: of its site.
+            quantizer: tensors of its site.
+        """
+        goal = self._goal(name, activations, quantizer)
+        centred = linear.bias is not None  # a bias takes back the mean error
+        wanted, codes = goal.wanted, goal.codes
+        if centred:
+            wanted, codes = wanted - wanted.mean(0), codes - codes.mean(0)
+        group = torch.zeros(len(goal.seen), dtype=torch.int64)
+        return Observed(
+            feedback=error_feedback(codes),
+            rows=(lambda: SampledRows(goal.wanted, group, goal.seen)) if centred else None,
+            target=aimed(linear.weight, wanted, codes),
+        )
+
+    def finish(
+        self,
+        name: str,
+        layer_format: LayerFormat,
+        stored: dict[str, torch.Tensor],
+        quantizer: dict[str, torch.Tensor],
+    ) -> None:
+        """Let the linears that follow see what this one became."""
+        linear: Any = self._prefix.seen.get_submodule(f"{self._block}.{name}")
+        layer = playable(linear.in_features, linear.out_features, layer_format, stored, quantizer)
+        transform = self._transforms.get(name, Transform())
+        self._prefix.finish(
+            f"{self._block}.{name}", Emulated(layer, transform, self._units.get(name))
+        )
+
+    def _goal(self, name: str, activations: str, quantizer: dict[str, torch.Tensor]) -> Goal:
+        site = self._site[name]
+        if site not in self._goals:
+            transform = self._transforms[name]
+            if not self._goals:  # all that runs before the block is finished by now
+                self._prefix.enter(self._block)
+            wanted, seen = (transform.apply(rows, ()) for rows in self._prefix.rows(name))
+            self._goals[site] = Goal(wanted, seen, _coded(seen, activations, quantizer))
+        return self._goals[site]
+
+
+def _coded(
+    rows: torch.Tensor, activations: str, quantizer: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Transformed rows [R, K] as the quantizer leaves them, fp64."""
+    site = Site(rows.shape[1], SiteFormat(("linear",), activations))
+    kept = {name: tensor for name, tensor in quantizer.items() if name in ("act_scale", "act_zero")}
+    site.load_state_dict(kept, assign=True)
+    codes = site(rows.float())
+    q = codes.q.double()
+    if codes.zero_point is not None:
+        q = q - codes.zero_point.double()[:, None]
+    return q * codes.scale.double()[:, None]

@@ -1,0 +1,144 @@
+"""Linears of the float model that compute what their packed form will, in the float model's own units.
+
+A packed linear reads an input that its producer has shifted and scaled, and may itself write rows that were scaled for
+its consumer. Put into the float model, which knows nothing of that, it has to undo both: this is the packed layer with
+its true integers between the two changes of units. So a model whose linears are exchanged one by one shows to the next
+linear what the packed model will.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ditq_converters.convert.fold import Block
+from ditq_converters.methods import Transform
+from ditq_runtime.families import AdaLN, BlockTable, ProductRows, ValueRows
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Site
+
+QUANTIZERS = ("act_scale", "act_zero")  # what a quantizer reads behind the transform
+
+
+@dataclass(frozen=True)
+class Units:
+    """How folds changed the output of a linear: y' = (y + added) * scale.
+
+    Attributes:
+        scale: [N] fp64.
+        added: [N] fp64.
+    """
+
+    scale: torch.Tensor
+    added: torch.Tensor
+
+
+def output_units(
+    linears: Block, table: BlockTable, folded: dict[str, Transform]
+) -> dict[str, Units]:
+    """What `fold_block` did to the outputs of a block's linears, for one shift in all timestep groups.
+
+    Args:
+        linears: of the block; only their shapes are read.
+        table: of the block.
+        folded: site name -> the transform that its producer took; not those that the quantizer applies.
+
+    Returns:
+        Producer name -> units; other linears kept theirs.
+    """
+    found: dict[str, Units] = {}
+
+    def change(
+        name: str, rows: slice, scale: torch.Tensor | None, added: torch.Tensor | None
+    ) -> None:
+        size = linears[name].weight.shape[0]
+        ones, zeros = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        units = found.setdefault(name, Units(ones, zeros))
+        if scale is not None:
+            units.scale[rows] = scale
+        if added is not None:
+            units.added[rows] = added
+
+    for site in table.sites:
+        transform = folded.get(site.name, Transform())
+        u = None if transform.smooth is None else 1 / transform.smooth
+        z = None if transform.shift is None else transform.shift[0]
+        match site.producer:
+            case AdaLN(modulation, shift_chunk, scale_chunk) if modulation in table.modulations:
+                width = linears[modulation].weight.shape[0] // table.chunks(modulation)
+                at = [slice(i * width, (i + 1) * width) for i in (shift_chunk, scale_chunk)]
+                change(modulation, at[0], u, None if z is None else -z)
+                change(modulation, at[1], u, torch.ones(width, dtype=torch.float64))
+            case ValueRows(values):
+                for name in values:
+                    width = linears[name].weight.shape[0]
+                    taken = None if u is None else u[:width]
+                    change(name, slice(0, width), taken, None if z is None else -z[:width])
+            case ProductRows(name, start, stop):
+                change(name, slice(start, stop), u, None)
+    return found
+
+
+def playable(
+    in_features: int,
+    out_features: int,
+    layer_format: LayerFormat,
+    stored: dict[str, torch.Tensor],
+    quantizer: dict[str, torch.Tensor],
+) -> QuantLinear:
+    """A packed linear that reads transformed rows: with its quantizer, without its transform.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        layer_format: with one timestep group.
+        stored: its tensors.
+        quantizer: those of its site; only what quantizes is read.
+    """
+    layer = QuantLinear(in_features, out_features, layer_format)
+    layer.load_state_dict(stored, assign=True)
+    if layer_format.integer_gemm:
+        site = Site(in_features, SiteFormat(("linear",), layer_format.activations))
+        kept = {name: tensor for name, tensor in quantizer.items() if name in QUANTIZERS}
+        site.load_state_dict(kept, assign=True)
+        layer.read(site)
+    return layer
+
+
+class Emulated(nn.Module):
+    """A packed linear in the place of the float one.
+
+    Attributes:
+        layer: the packed linear, with its quantizer.
+    """
+
+    def __init__(self, layer: QuantLinear, transform: Transform, units: Units | None) -> None:
+        """Remember what to undo.
+
+        Args:
+            layer: of `playable`.
+            transform: of its input; one shift.
+            units: of its output; None: the float model's.
+        """
+        super().__init__()
+        self.layer, self.units = layer, units
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._u = None if transform.smooth is None else (1 / transform.smooth).float()
+        self._z = None if transform.shift is None else transform.shift[0].float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] to [..., N], in the dtype of x."""
+        rows = x.float() if self._z is None else x.float() - self._z
+        y: torch.Tensor = self.layer(rows if self._u is None else rows * self._u)
+        if self.units is not None:
+            y = y / self.units.scale.float() - self.units.added.float()
+        return y.to(x.dtype)
+
+
+def ungrouped(layer_format: LayerFormat) -> LayerFormat:
+    """The format with one bias for all timesteps."""
+    return replace(layer_format, groups=1)
