@@ -14,6 +14,7 @@ from ditq_converters.plugins import found_methods
 if TYPE_CHECKING:
     from torch import nn
 
+    from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.plan.plan import Plan
     from ditq_converters.plan.recipe import Recipe
 
@@ -24,7 +25,12 @@ def _option(kind: Any, default: Any, text: str, *names: str, **limits: Any) -> t
 
 # keyword of `Recipe` -> its type and help, and its default
 CHOICES: dict[str, tuple[Any, Any]] = {
-    "method": _option(str, "smoothquant", f"One of {', '.join(found_methods())}."),
+    "method": _option(
+        str, "smoothquant", f"One of {', '.join(found_methods())}; auto: bits by --budget."
+    ),
+    "budget": _option(
+        str, "", "auto: bytes of the transformer, as 45%, 1.9MiB, smallest (default) or largest."
+    ),
     "weights": _option(
         str,
         "w8",
@@ -53,7 +59,9 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         int | None, None, "Rank of a low-rank branch; default: as the method has it.", min=0
     ),
     "rounding": _option(
-        str, "nearest", "nearest, or gptq: later columns make up for the error of earlier ones."
+        str,
+        "nearest",
+        "nearest, gptq (later columns make up for earlier ones), or aimed (also for layers before).",
     ),
     "bias_correction": _option(
         bool,
@@ -120,13 +128,43 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def recipe_of(choices: dict[str, Any]) -> Recipe:
-    """The recipe; a choice that is out of its range is misuse."""
+    """The recipe; a choice that is out of its range is misuse. Of auto the one that it starts from, in 4 bits."""
+    from ditq_converters.auto.search import BEST
     from ditq_converters.plan.recipe import Recipe
 
+    asked = {name: value for name, value in choices.items() if name != "budget"}
+    if is_auto(choices):
+        decided = {**BEST, "weights": "w4p"}
+        asked |= {name: decided[name] for name in decided if _is_default(name, asked[name])}
+        asked["method"] = BEST["method"]
+    elif choices["budget"]:
+        raise typer.BadParameter("--budget is for --method auto; leave it out, or take auto.")
     try:
-        return Recipe(**choices)
+        return Recipe(**asked)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
+
+
+def is_auto(choices: dict[str, Any]) -> bool:
+    """Whether bits are to be searched for."""
+    return bool(choices["method"] == "auto")
+
+
+def searched(choices: dict[str, Any], pipe: Any, stats: CalibrationStats) -> Plan:
+    """The plan that auto finds, with the choices that were made beside it."""
+    from ditq_converters.auto.search import auto_plan
+
+    fixed = {
+        name: value
+        for name, value in choices.items()
+        if name not in ("method", "budget", "weights") and not _is_default(name, value)
+    }
+    return auto_plan(pipe, stats, choices["budget"] or "smallest", **fixed)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = CHOICES[name][1]
+    return bool(value == (tuple(default) if isinstance(default, list) else default))
 
 
 def refuse_choices(context: typer.Context, plan: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 if TYPE_CHECKING:
     from torch import nn
 
+    from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.plan.plan import Plan
     from ditq_runtime.format.scheme import Scheme
 
@@ -49,6 +51,8 @@ def convert(
     the same command goes on after a kill.
 
     Example: ditq convert demo:digits out --method smoothquant --weights w4p
+
+    Example: ditq convert demo:digits out --method auto --budget 45%
     """
     from ditq_converters.plan.make import refuse_profile
     from ditq_runtime.files import check_new
@@ -68,7 +72,8 @@ def convert(
     def planned(transformer: nn.Module) -> Plan:
         return c.plan_for(transformer, recipe, plan, set)
 
-    _convert(model, out, planned, stats, device, max_shard_size, calibration)
+    search = partial(c.searched, choices) if c.is_auto(choices) else None
+    _convert(model, out, planned, search, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 
 
@@ -76,6 +81,7 @@ def _convert(
     model: str,
     out: Path,
     planned: Callable[[nn.Module], Plan],
+    search: Callable[[Any, CalibrationStats], Plan] | None,
     stats: Path | None,
     device: str,
     max_shard_size: str,
@@ -96,6 +102,9 @@ def _convert(
     elif plan.needs_statistics:
         folder = out.with_name(f"{out.name}.stats")
         opened = calibrate(pipe, folder, rows=64 if plan.needs_rows else 0, **calibration)
+    if search is not None:
+        assert opened is not None  # what auto starts from needs statistics
+        plan = search(pipe, opened)
     run(pipe, plan, opened, out, max_shard_size)
 
 

@@ -27,19 +27,26 @@ def plan(
     ] = None,
     json: o.JsonOption = False,
 ) -> None:
-    """Write the plan of a conversion: per site and linear what happens to it, and why. Weights are not read.
+    """Write the plan of a conversion: per site and linear what happens to it, and why. Weights are read by auto alone.
 
     Read it, edit it, and run it with `ditq convert MODEL OUT --plan plan.json`.
 
     Example: ditq plan demo:digits --weights w4p --set '*.ff.net.2:weights=w8' --out plan.json
     """
     from ditq_converters.calibrate.stats import CalibrationStats
-    from ditq_converters.models.open import open_skeleton
+    from ditq_converters.models.open import open_model, open_skeleton
     from ditq_converters.plan.check import check_statistics
     from ditq_converters.plan.file import to_json, write_plan
 
     recipe = c.recipe_of(choices)
-    made = c.plan_for(open_skeleton(model), recipe, None, set)
+    if c.is_auto(choices):
+        if stats is None:
+            raise typer.BadParameter("--method auto needs --stats; run `ditq calibrate` first.")
+        made = c.searched(choices, open_model(model), CalibrationStats.open(stats))
+        for rule in set:
+            made.set_rule(rule)
+    else:
+        made = c.plan_for(open_skeleton(model), recipe, None, set)
     if stats is not None:
         check_statistics(made, CalibrationStats.open(stats))
     write_plan(made, out)
