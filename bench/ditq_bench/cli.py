@@ -113,6 +113,31 @@ def jitter(
     say(f"{out / 'jitter.csv'}: {len(rows)} rows")
 
 
+@bench.command()
+def auto(
+    out: Annotated[Path, typer.Option(help="Folder for auto.csv and the statistics.")] = Path(
+        "runs/auto"
+    ),
+    models: Annotated[str, typer.Option(help="Demo models, comma-separated; default: all.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Calibrations per model.")] = 3,
+) -> None:
+    """What `--method auto` reaches at several budgets, beside single methods.
+
+    Takes tens of minutes on two cores; killed, the same command goes on where it was.
+
+    Example: ditq bench auto --models demo:digits --out runs/auto
+    """
+    from ditq_bench.auto import BUDGETS, FIELDS, MODELS, study
+    from ditq_bench.methods import read_rows
+    from ditq_runtime.cli.output import print_table, say
+
+    for row in study(out, _chosen("--models", models, MODELS), seeds, BUDGETS):
+        say(f"{row['model']}, {row['case']}: {row['sqnr_guided_db']} dB")
+    rows = read_rows(out / "auto.csv")
+    print_table("forced SQNR", FIELDS, [[row[name] for name in FIELDS] for row in rows])
+    say(f"{out / 'auto.csv'}: {len(rows)} rows")
+
+
 def _chosen(option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Comma-separated names, all of them known; none given: all."""
     names = tuple(name.strip() for name in given.split(",")) if given else known
