@@ -29,7 +29,7 @@ GAP, CAPTION = 12, 18  # of the demo's grid, in pixels
 
 def rows(path: Path = RESULTS, model: str = "demo:digits") -> list[dict[str, str]]:
     """The methods' rows of one model with activations per token."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     keep = {"model": model, "table": "methods", "activations": "token"}
     return [row for row in found if all(row[key] == value for key, value in keep.items())]

@@ -25,7 +25,7 @@ from ditq_runtime.format.folder import open_folder
 
 MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
 ABLATED = ("demo:digits-salient", "demo:digits-asymmetric")
-METHOD_NAMES = ("linear", "smoothquant", "meta", "ditas", "ptq4dit", "htg")
+METHOD_NAMES = ("linear", "smoothquant", "osplus", "meta", "ditas", "ptq4dit", "htg")
 FIELDS = (
     "model", "table", "case", "weights", "activations", "sqnr_free_db", "sqnr_forced_db", "psnr_db", "accuracy",
     "bytes", "convert_seconds", "samples", "steps", "calibration_samples",

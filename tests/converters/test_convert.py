@@ -272,7 +272,9 @@ def test_a_killed_conversion_leaves_all_or_nothing(killable, pipe, stats, tmp_pa
         killable.run(job)
         assert digest(DiffusionPipeline.from_pretrained(out).transformer) == expected
     assert cut_short >= 5  # the kills met half-written folders
-    assert sorted(os.listdir(folder)) == sorted(["whole", *(f"out{i}" for i in range(10))])
+    # a kill between the rename and the end leaves the lock's file, which nobody holds any more
+    left = [name for name in os.listdir(folder) if not name.endswith(".lock")]
+    assert sorted(left) == sorted(["whole", *(f"out{i}" for i in range(10))])
 
 
 def recorded_otherwise(stats, folder, change):

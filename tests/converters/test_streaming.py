@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_converters.calibrate.journal import LOG
 from ditq_converters.calibrate.memory import held
 from ditq_converters.convert.pipeline_folder import write_pipeline
+from ditq_converters.convert.story import Job
 from ditq_converters.models.open import transformer_of
 from ditq_converters.streaming.finished import folder_of
 from ditq_converters.streaming.model import streamed_of
@@ -19,6 +21,7 @@ from ditq_converters.streaming.source import WEIGHTS
 from ditq_runtime.errors import CheckpointError
 
 BUDGET = 2**40
+STORY = vars(sys.modules[Job.__module__])  # what `convert` looks its steps up in
 LINEAR = Recipe(method="linear")
 RECIPES = {
     "linear": LINEAR,
@@ -178,7 +181,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(killable, killed, tmp_pat
 def test_finished_blocks_are_not_converted_again(source, tmp_path, monkeypatch):
     out, pipe = tmp_path / "out", open_in_pieces(source, BUDGET)
     made = []
-    real = convert.__globals__["convert_block"]
+    real = STORY["convert_block"]
 
     def counted(model, family, block, *rest):
         if made == ["transformer_blocks.0"] and block == "transformer_blocks.1":
@@ -187,7 +190,7 @@ def test_finished_blocks_are_not_converted_again(source, tmp_path, monkeypatch):
         made.append(block)
         return real(model, family, block, *rest)
 
-    monkeypatch.setitem(convert.__globals__, "convert_block", counted)
+    monkeypatch.setitem(STORY, "convert_block", counted)
     with pytest.raises(KeyboardInterrupt):
         convert(pipe, LINEAR, out=out, quiet=True)
     assert not out.exists()
@@ -206,7 +209,7 @@ def test_blocks_of_another_conversion_are_not_used(source, make_dit, tmp_path, m
     out, folder = tmp_path / "out", source / "transformer"
     model = open_in_pieces(folder, BUDGET)
     with monkeypatch.context() as patch:
-        patch.setitem(convert.__globals__, "write_streamed", lambda *_: 1 / 0)
+        patch.setitem(STORY, "write_streamed", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(model, LINEAR, out=out, quiet=True)
     assert len(list(folder_of(out).glob("*.safetensors"))) == 3  # two blocks, final modulation

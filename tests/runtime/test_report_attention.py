@@ -6,9 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from ditq_runtime import FallbackError, execution_report
+from ditq_runtime import FallbackError, configure, execution_report
 from ditq_runtime.attention.processor import QuantAttnProcessor
-from ditq_runtime.host import configure
 
 D, TOKENS, BLOCKS, HEADS = 64, 16, 2, 2
 ATTENTION = "transformer_blocks.0.attn1"
@@ -150,5 +149,9 @@ def test_another_format_than_the_scheme_says_is_a_fallback(packed_folder, load, 
 
 
 def test_hooks_are_removed(model):
+    def hooks():
+        return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+
+    before = hooks()
     execution_report(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks() == before

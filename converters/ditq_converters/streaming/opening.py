@@ -15,7 +15,9 @@ from ditq_converters.streaming.source import PICKLES, FloatSource
 from ditq_runtime.format.safetensors_header import read_header
 
 PIPELINE_FILE = "model_index.json"
-LOADED = 1.3  # a conversion in memory holds the float model and, in the end, the packed one
+LOADED = (
+    2.0  # float model and packed one, or float model and statistics, and what either needs beside
+)
 
 
 def fits(folder: Path, budget: int) -> bool:
