@@ -34,7 +34,9 @@ def test_what_a_budget_means(model):
     assert parse_budget("largest", model) is None
 
 
-@pytest.mark.parametrize("text", ["much", "", "1.2.3MB", "12 parsecs", "-3MB"])
+@pytest.mark.parametrize(
+    "text", ["much", "", "1.2.3MB", "12 parsecs", "-3MB", "-5%", "nan%", "inf%", "%"]
+)
 def test_other_texts_are_refused(model, text):
     with pytest.raises(ValueError, match=r"--budget must be a share as 45%, a size as 1.9MiB"):
         parse_budget(text, model)

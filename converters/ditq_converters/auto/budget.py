@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from math import prod
 
 from torch import nn
 
+from ditq_converters.calibrate.memory import parse_bytes
 from ditq_converters.plan.entries import LinearPlan
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 SMALLEST, LARGEST = "smallest", "largest"
-SIZE = re.compile(r"([0-9.]+)\s*([A-Za-z]*|%)")
 
 
 def parse_budget(text: str, model: nn.Module) -> int | None:
@@ -39,16 +28,17 @@ def parse_budget(text: str, model: nn.Module) -> int | None:
     """
     if text in (SMALLEST, LARGEST):
         return 0 if text == SMALLEST else None
-    found = SIZE.fullmatch(text.strip())
     try:
-        assert found is not None
-        number, unit = float(found[1]), found[2].upper()
-        factor = float_bytes(model) / 100 if unit == "%" else UNITS[unit]
-    except (AssertionError, ValueError, KeyError) as error:
+        if not text.endswith("%"):
+            return parse_bytes(text)
+        share = float(text[:-1])
+        if not 0 < share < 1000:  # nor NaN
+            raise ValueError(text)
+        return round(float_bytes(model) * share / 100)
+    except ValueError as error:
         raise ValueError(
             f"--budget must be a share as 45%, a size as 1.9MiB, {SMALLEST} or {LARGEST}, got {text!r}"
         ) from error
-    return round(number * factor)
 
 
 def float_bytes(model: nn.Module) -> int:
