@@ -16,6 +16,10 @@ ROOM_OF = {  # package -> its room, leftmost first: each may import only those t
     "ditq_kernels": "kernels",
 }
 ORDER = list(ROOM_OF)
+WINGS = (  # of the converters, from the front door to the cellar: each imports only those below it
+    "cli", "showcase", "auto", "fakequant", "evaluate", "convert", "plan", "calibrate", "sites", "methods", "models",
+    "streaming", "demo",
+)  # fmt: skip
 
 
 def sources(package):
@@ -64,6 +68,24 @@ def test_this_test_sees_a_wrong_import(tmp_path):
     assert imports(path) == [
         ("ditq_bench.x", 0), ("ditq_bench.x.y", 0), ("a.b", 0), ("", 1), ("None.c", 1),
     ]  # fmt: skip
+
+
+def test_the_wings_of_the_converters_import_one_way():
+    root = ROOT / ROOM_OF["ditq_converters"] / "ditq_converters"
+    wings = [path.name for path in root.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    assert sorted(wings) == sorted(WINGS)
+    shared = [path.stem for path in root.glob("*.py") if path.stem != "__init__"]
+    for path in sources("ditq_converters"):
+        here = path.relative_to(root).parts[0].removesuffix(".py")
+        if here == "__init__":  # what the package shows, by lazy names
+            continue
+        below = [*(WINGS[WINGS.index(here) :] if here in WINGS else ()), *shared]
+        wrong = [
+            module
+            for module, _ in imports(path)
+            if module.startswith("ditq_converters.") and module.split(".")[1] not in below
+        ]
+        assert wrong == [], path
 
 
 @pytest.mark.parametrize("package", ORDER)

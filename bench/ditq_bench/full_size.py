@@ -195,7 +195,7 @@ def measure(stage: Stage, connection: Any) -> None:
     import torch
 
     import ditq_converters
-    from ditq_converters.calibrate.memory import held, peak_rss
+    from ditq_converters.memory import held, peak_rss
 
     assert ditq_converters.__all__  # imported before the clock starts
     before = held(torch.device("cpu"))

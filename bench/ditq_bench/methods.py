@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ditq_converters.calibrate.pipeline import with_transformers
 from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
@@ -20,6 +19,7 @@ from ditq_converters.methods.profiles import PROFILES
 from ditq_converters.models.open import open_model
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
+from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
 

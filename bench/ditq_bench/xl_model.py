@@ -16,8 +16,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from ditq_converters.calibrate.seeds import generator
 from ditq_converters.streaming.write import write_shards
+from ditq_runtime.calls.seeds import generator
 from ditq_runtime.files import atomic_folder
 
 DIT_XL_2: dict[str, Any] = {

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_runtime.calls.schedulers import SAMPLERS, set_sampler
 from ditq_runtime.cli.device import place
 from ditq_runtime.cli.images import grid
 from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
-from ditq_runtime.cli.schedulers import SAMPLERS, set_sampler
 from ditq_runtime.cli.wishes import Sizes, draw, wishes
 from ditq_runtime.files import atomic_file, check_file
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.cli.prompts import read_prompts
-
-CLASS_STEPS, CLASS_GUIDANCE = 50, 1.5  # DiT's; text pipelines have defaults of their own
-BINNED_SIZES = (32, 64, 128, 256)  # latents of the models that diffusers has aspect ratio bins for
+from ditq_runtime.calls.inputs import BINNED_SIZES, CLASS_GUIDANCE, CLASS_STEPS
+from ditq_runtime.calls.prompts import read_prompts
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from ditq_converters import CalibrationStats, StatisticsError, calibrate
-from ditq_converters.calibrate.seeds import generator
 from ditq_converters.calibrate.shards import shard_folder
+from ditq_runtime.calls.seeds import generator
 
 CONSUMERS = {
     "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),

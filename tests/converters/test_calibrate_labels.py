@@ -2,9 +2,9 @@
 
 import pytest
 
-from ditq_converters.calibrate.inputs import gather
-from ditq_converters.calibrate.labels import draw, read_labels
-from ditq_converters.calibrate.pipeline import pipeline_of
+from ditq_runtime.calls.inputs import gather
+from ditq_runtime.calls.labels import draw, read_labels
+from ditq_runtime.calls.pipeline import pipeline_of
 
 
 @pytest.fixture

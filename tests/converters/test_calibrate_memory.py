@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ditq_converters import calibrate
-from ditq_converters.calibrate.memory import LiveBytes, format_bytes, held, parse_bytes
+from ditq_converters.calibrate.memory import LiveBytes
+from ditq_converters.memory import format_bytes, held, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ import sys, tempfile
 import torch
 from diffusers import DiTTransformer2DModel
 from ditq_converters import calibrate
-from ditq_converters.calibrate.memory import held, peak_rss
+from ditq_converters.memory import held, peak_rss
 torch.set_num_threads(1)
 model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=8,
     num_layers=2, sample_size=32, patch_size=2, num_embeds_ada_norm=1000).eval().requires_grad_(False)

@@ -3,9 +3,9 @@
 import pytest
 
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.calibrate.pipeline import with_transformers
 from ditq_converters.evaluate import compare_runs, run
 from ditq_converters.showcase.score import Baseline
+from ditq_runtime.calls.pipeline import with_transformers
 
 STEPS, SAMPLES, GUIDANCE = 20, 20, 1.5
 

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from ditq_converters.calibrate.inputs import gather
-from ditq_converters.calibrate.pipeline import SchedulerStep
 from ditq_converters.evaluate import (
     Run,
     SqnrCurve,
@@ -17,6 +15,8 @@ from ditq_converters.evaluate import (
     sqnr_db,
 )
 from ditq_converters.evaluate.layer_error import comparable_layers
+from ditq_runtime.calls.inputs import gather
+from ditq_runtime.calls.pipeline import SchedulerStep
 
 HOW = {"labels": (0, 7, 1), "batch": 2, "steps": 3, "guidance": 2.0, "seed": 1}
 

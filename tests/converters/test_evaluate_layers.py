@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ditq_converters.calibrate.inputs import gather
 from ditq_converters.evaluate import cascade_errors, forced_errors, run
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
 from ditq_runtime import LayerFormat, QuantLinear
+from ditq_runtime.calls.inputs import gather
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.site import Site
 

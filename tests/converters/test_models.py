@@ -8,7 +8,7 @@ from diffusers import DiTPipeline
 
 from ditq_converters import Recipe, convert, open_model
 from ditq_converters.demo import open_demo
-from ditq_converters.models.open import transformer_of
+from ditq_runtime.calls.parts import transformer_of
 
 
 @pytest.fixture

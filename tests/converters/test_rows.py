@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 from ditq_converters import StatisticsError, calibrate
 from ditq_converters.calibrate.rows import RowChoice, evenly_spaced
-from ditq_converters.calibrate.seeds import row_keys, splitmix64
 from ditq_converters.calibrate.stats import shard_path
+from ditq_runtime.calls.seeds import row_keys, splitmix64
 
 TOKENS = 16  # of the tiny DiT
 SITES = [f"transformer_blocks.{b}.{s}" for b in (0, 1) for s in ("qkv", "o_proj", "fc1", "fc2")]

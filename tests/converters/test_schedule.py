@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ditq_converters.calibrate.schedule import schedule_of
-from ditq_converters.calibrate.seeds import generator, splitmix64
+from ditq_runtime.calls.seeds import generator, splitmix64
 
 
 def test_equal_runs_keep_their_timesteps():

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_converters.calibrate.journal import LOG
-from ditq_converters.calibrate.memory import held
-from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.convert.story import Job
-from ditq_converters.models.open import transformer_of
+from ditq_converters.memory import held
+from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.streaming.finished import folder_of
 from ditq_converters.streaming.model import streamed_of
 from ditq_converters.streaming.opening import open_in_pieces
 from ditq_converters.streaming.source import WEIGHTS
+from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.errors import CheckpointError
 
 BUDGET = 2**40

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.calibrate.memory import peak_rss
+from ditq_converters.memory import peak_rss
 
 torch.set_num_threads(1)
 folder, blocks = Path(sys.argv[1]), int(sys.argv[2])

@@ -17,9 +17,9 @@ from PIL import Image
 
 import ditq_kernels as k
 from ditq_kernels.launch.backend import TORCH_OPS, TRITON_OPS
+from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
-from ditq_runtime.cli.schedulers import SAMPLERS
 
 if sys.version_info >= (3, 11):
     import tomllib

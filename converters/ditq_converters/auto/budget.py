@@ -6,7 +6,7 @@ from math import prod
 
 from torch import nn
 
-from ditq_converters.calibrate.memory import parse_bytes
+from ditq_converters.memory import parse_bytes
 from ditq_converters.plan.entries import LinearPlan
 
 SMALLEST, LARGEST = "smallest", "largest"

@@ -21,13 +21,13 @@ from ditq_converters.auto.budget import linear_bytes, parse_budget
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.story import Job, convert_in_memory
-from ditq_converters.models.open import transformer_of
 from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
 from ditq_converters.sites.find import family_for
+from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.families import Family
 
 CALLS = 8  # replayed calls that judge a unit, evenly over those that were kept

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ditq_runtime.cli.prompts import read_prompts
+from ditq_runtime.calls.prompts import read_prompts
 
 NEGATIVE = "negative_"
 Tensors = dict[str, torch.Tensor]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.inputs import Input, update_digest
-from ditq_converters.calibrate.pipeline import draw
 from ditq_converters.calibrate.transformer_calls import map_tensors
-from ditq_converters.models.open import transformers_in
+from ditq_runtime.calls.inputs import Input, update_digest
+from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.pipeline import draw
 
 ENCODERS = "text_encoder"
 

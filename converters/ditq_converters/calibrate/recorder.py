@@ -11,7 +11,6 @@ from torch import nn
 
 from ditq_converters.calibrate.errors import StatisticsError
 from ditq_converters.calibrate.rows import Kept, RowChoice
-from ditq_converters.calibrate.seeds import splitmix64
 from ditq_converters.calibrate.transformer_calls import (
     TransformerCall,
     map_tensors,
@@ -19,6 +18,7 @@ from ditq_converters.calibrate.transformer_calls import (
     timestep_of,
 )
 from ditq_converters.sites.operands import OperandWatch
+from ditq_runtime.calls.seeds import splitmix64
 from ditq_runtime.families import Family
 
 Range = tuple[torch.Tensor, torch.Tensor]

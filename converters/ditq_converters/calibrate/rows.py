@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ditq_converters.calibrate.seeds import row_keys
+from ditq_runtime.calls.seeds import row_keys
 
 ROW_CALLS = 50  # rows are read of this many timesteps at most
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # row dtypes; any other is stored as fp32

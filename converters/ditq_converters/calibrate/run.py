@@ -14,13 +14,10 @@ import diffusers
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.inputs import LABELS_PER_CALL, Given, Input, gather
 from ditq_converters.calibrate.memory import needs
-from ditq_converters.calibrate.pipeline import draw, pipeline_of, ready
 from ditq_converters.calibrate.prompts_once import encoded_once
 from ditq_converters.calibrate.recorder import Recorder
 from ditq_converters.calibrate.rows import RowChoice
-from ditq_converters.calibrate.seeds import splitmix64
 from ditq_converters.calibrate.share import (
     Models,
     check_place,
@@ -30,10 +27,13 @@ from ditq_converters.calibrate.share import (
 )
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.models.gate import float_transformer
-from ditq_converters.models.open import transformers_in
 from ditq_converters.sites import family_for
 from ditq_converters.sites.first_call import first_call
 from ditq_converters.sites.inputs import NoInputs
+from ditq_runtime.calls.inputs import LABELS_PER_CALL, Given, Input, gather
+from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.pipeline import draw, pipeline_of, ready
+from ditq_runtime.calls.seeds import splitmix64
 from ditq_runtime.families import Family, family_of, get_linear
 from ditq_runtime.surroundings import steady
 
@@ -97,7 +97,7 @@ def calibrate(
         batch: of a short form, samples per call; default: 8 classes.
         steps: for entries that name none; default: the pipeline's own, 50 for classes.
         guidance: likewise; 1.5 for classes.
-        sampler: another scheduler, one of `ditq_runtime.cli.schedulers.SAMPLERS`; default: the pipeline's own.
+        sampler: another scheduler, one of `ditq_runtime.calls.schedulers.SAMPLERS`; default: the pipeline's own.
         seed: of what is drawn, of the noise, and of the choice of rows.
         rows: input rows to keep per site for searches, at up to 50 timesteps, over all inputs; 0 keeps none. On disk
             that is twice 4 bytes (fp32) times rows times timesteps times all channels: 6 GB for DiT-XL at 64 and 50.

@@ -15,7 +15,6 @@ from torch import nn
 
 from ditq_converters.calibrate.errors import StatisticsError
 from ditq_converters.calibrate.journal import LOG, Journal, journal
-from ditq_converters.calibrate.memory import give_back
 from ditq_converters.calibrate.merge import merge
 from ditq_converters.calibrate.recorder import Recorder, Visit
 from ditq_converters.calibrate.rows import RowChoice
@@ -27,6 +26,7 @@ from ditq_converters.calibrate.stats import (
     read_manifest,
     write_manifest,
 )
+from ditq_converters.memory import give_back
 from ditq_runtime.families import Family
 from ditq_runtime.files import atomic_folder
 

@@ -43,11 +43,11 @@ def calibrate(
 
     Example: ditq calibrate MODEL --inputs calls.jsonl --out stats
     """
-    from ditq_converters.calibrate.labels import read_labels
-    from ditq_converters.calibrate.memory import format_bytes, peak_rss
     from ditq_converters.calibrate.run import calibrate as run
     from ditq_converters.calibrate.share import check_place
+    from ditq_converters.memory import format_bytes, peak_rss
     from ditq_converters.models.open import open_model
+    from ditq_runtime.calls.labels import read_labels
 
     budget = _check(sampler, samples, inputs, labels, prompts, memory_budget)
     check_place(out)
@@ -81,7 +81,7 @@ def _check(
     memory: str,
 ) -> int | None:
     """Refuse what needs no model to be refused; return the memory budget in bytes."""
-    from ditq_runtime.cli.schedulers import SAMPLERS
+    from ditq_runtime.calls.schedulers import SAMPLERS
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(

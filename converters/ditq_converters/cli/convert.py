@@ -91,7 +91,8 @@ def _convert(
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.convert.story import convert as run
-    from ditq_converters.models.open import open_model, transformer_of
+    from ditq_converters.models.open import open_model
+    from ditq_runtime.calls.parts import transformer_of
 
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
     plan = planned(transformer_of(pipe))

@@ -80,7 +80,7 @@ def evaluate_command(
     Example: ditq eval out --reference demo:digits --out report
     """
     from ditq_converters.evaluate import EvaluationSettings
-    from ditq_runtime.cli.schedulers import SAMPLERS
+    from ditq_runtime.calls.schedulers import SAMPLERS
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(

@@ -104,8 +104,8 @@ ShardOption = Annotated[str, typer.Option(help="As in diffusers' save_pretrained
 
 def place(pipe: Any, device: str) -> None:
     """Move a model to `device`, or to the GPU where there is one; of one on disk, what is loaded and what will be."""
-    from ditq_converters.models.open import transformer_of
     from ditq_converters.streaming.model import move, streamed_of
+    from ditq_runtime.calls.parts import transformer_of
     from ditq_runtime.cli.device import place as device_of
 
     chosen = device_of(device)
@@ -124,7 +124,7 @@ def sizes(height: int | None, width: int | None) -> dict[str, Any]:
 
 def parse_budget(text: str) -> int | None:
     """--memory-budget in bytes; None where it was not given."""
-    from ditq_converters.calibrate.memory import parse_bytes
+    from ditq_converters.memory import parse_bytes
 
     try:
         return parse_bytes(text) if text else None

@@ -7,7 +7,7 @@ transforms.py          what the methods decide, within what the sites can take
 fold.py                exact: transforms into producers and readers; fold_producers.py: into norms and products
 observed.py            behind the transforms: static ranges, error feedback, sampled rows
 quantize.py            lossy: rounding; gptq.py, bias_correction.py, attention.py and groups.py are parts of it
-pack.py                lossless: the packed model; pipeline_folder.py: the folder around it
+pack.py                lossless: the packed model
 
 Every stage reads entries of the plan and its own inputs, never the choices that made the plan.
 """

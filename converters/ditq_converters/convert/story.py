@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.memory import give_back
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
 from ditq_converters.convert.pack import make_scheme, pack_model, packed_skeleton
-from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.convert.prefix import Prefix
+from ditq_converters.memory import give_back
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.models.open import open_model
+from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.plan.attention import BY_CHOICE
 from ditq_converters.plan.check import check_plan, check_statistics
 from ditq_converters.plan.compact import compact, headline

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditq_converters.convert.pipeline_folder import write_pipeline
 from ditq_converters.demo import DEMO_MODELS
 from ditq_converters.demo.architecture import build_scheduler, build_transformer, expand
 from ditq_converters.demo.bundle import DIGITS_FILE, load_asset
@@ -15,6 +14,7 @@ from ditq_converters.demo.digits import DIGIT_NAMES
 from ditq_converters.demo.flow.pipeline import load_flow
 from ditq_converters.demo.identity_vae import build_identity_vae
 from ditq_converters.demo.salience import plant, plant_asymmetry
+from ditq_converters.pipeline_folder import write_pipeline
 from ditq_runtime.files import check_new
 
 if TYPE_CHECKING:

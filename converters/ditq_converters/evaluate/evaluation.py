@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from ditq_converters.calibrate.inputs import Given, Input, gather
-from ditq_converters.calibrate.pipeline import with_transformers
 from ditq_converters.calibrate.schedule import schedule_of
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.inputs import Models, judge_pipe, transformers_of, warn_of_source
@@ -22,7 +20,9 @@ from ditq_converters.evaluate.runs import Run, run
 from ditq_converters.evaluate.scores import Judges, judge
 from ditq_converters.evaluate.sqnr import compare_runs, forced_sqnr
 from ditq_converters.progress import progress_bar
-from ditq_runtime.cli.schedulers import SAMPLERS
+from ditq_runtime.calls.inputs import Given, Input, gather
+from ditq_runtime.calls.pipeline import with_transformers
+from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.files import check_new
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ditq_converters.calibrate.pipeline import pipeline_of
 from ditq_converters.calibrate.stats import model_hash
-from ditq_converters.models.open import transformers_in
+from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.pipeline import pipeline_of
 
 IGNORED = ("quantization_config",)
 Models = dict[str, Any]

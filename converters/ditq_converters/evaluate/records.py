@@ -23,7 +23,7 @@ class EvaluationSettings:
         guidance: for inputs that name none; None: the pipeline's own, 1.5 for classes.
         seed: of classes and noise; not the calibration's default, so that no model is judged on its calibration noise.
         micro_batch: samples per call of a short form of classes.
-        sampler: another scheduler, one of `ditq_runtime.cli.schedulers.SAMPLERS`; None: the pipeline's own.
+        sampler: another scheduler, one of `ditq_runtime.calls.schedulers.SAMPLERS`; None: the pipeline's own.
         features: `module:function` of a feature extractor for one more Frechet distance; "" for none.
         lpips: also LPIPS, by torchmetrics.
         fid: also the Frechet distance on Inception features, by torch-fidelity.

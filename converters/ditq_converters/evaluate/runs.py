@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.inputs import Input
-from ditq_converters.calibrate.pipeline import SchedulerStep, draw, ready, watched_steps
 from ditq_converters.calibrate.transformer_calls import (
     TransformerCall,
     map_tensors,
     timestep_name,
     timestep_of,
 )
-from ditq_converters.models.open import transformers_in
+from ditq_runtime.calls.inputs import Input
+from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.pipeline import SchedulerStep, draw, ready, watched_steps
 
 Tick = Callable[[], None]
 

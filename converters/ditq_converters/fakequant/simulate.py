@@ -19,12 +19,12 @@ from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
 from ditq_converters.fakequant.weights import SimulatedWeight
 from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
 from ditq_converters.methods.profiles import Profile, profile_of
-from ditq_converters.models.open import transformer_of
 from ditq_converters.plan.entries import MODULATION, QUANTIZED, SitePlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Part
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.sites import family_for
+from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.families import BlockTable, get_linear
 
 BITS = {"w8": 8, "w4p": 4, "w4g": 4}

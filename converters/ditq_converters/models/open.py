@@ -14,6 +14,7 @@ from torch import nn
 from ditq_converters.demo import DEMO_MODELS, open_demo
 from ditq_converters.models.facebook_dit import open_facebook_dit
 from ditq_converters.streaming.opening import fits, open_in_pieces
+from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.host.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
@@ -89,27 +90,6 @@ def open_skeleton(model: str) -> nn.Module:
     with init_empty_weights():
         skeleton: nn.Module = kind.from_config(config)
     return skeleton
-
-
-def transformer_of(pipe: Any) -> nn.Module:
-    """The transformer of a pipeline, or the transformer itself."""
-    return pipe if isinstance(pipe, nn.Module) else pipe.transformer
-
-
-def transformers_in(pipe: Any) -> dict[str, nn.Module]:
-    """Every transformer of a pipeline by the name of its component; `transformer` where it stands alone."""
-    if isinstance(pipe, nn.Module):
-        return {"transformer": pipe}
-    found = {
-        name: module
-        for name, module in sorted(getattr(pipe, "components", {}).items())
-        if name.startswith("transformer") and isinstance(module, nn.Module)
-    }
-    if not found:
-        raise ValueError(
-            f"{type(pipe).__name__} has no transformer; expected a diffusers pipeline or its transformer"
-        )
-    return found
 
 
 def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None) -> Any:

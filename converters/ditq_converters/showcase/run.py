@@ -16,12 +16,12 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert, ditq_version
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
-from ditq_converters.models.open import transformers_in
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
 from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
+from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.files import write_json
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category

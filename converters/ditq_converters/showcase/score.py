@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ditq_converters.calibrate.inputs import Input, gather
-from ditq_converters.calibrate.labels import class_ids, draw
 from ditq_converters.demo.classifier import FEATURES, score
 from ditq_converters.evaluate.runs import Run, run
+from ditq_runtime.calls.inputs import Input, gather
+from ditq_runtime.calls.labels import class_ids, draw
 
 PEAK = 2.0  # images lie in [-1, 1]
 FEWEST_FOR_FD = FEATURES + 1

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ditq_converters.calibrate.memory import format_bytes, held
+from ditq_converters.memory import format_bytes, held
 from ditq_converters.streaming.model import open_streamed
 from ditq_converters.streaming.source import PICKLES, FloatSource
 from ditq_runtime.format.safetensors_header import read_header

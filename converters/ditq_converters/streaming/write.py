@@ -16,8 +16,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import nn
 
-from ditq_converters.calibrate.memory import SLACK, held
-from ditq_converters.convert.pipeline_folder import forget_paths, keep_plan
+from ditq_converters.memory import SLACK, held
+from ditq_converters.pipeline_folder import forget_paths, keep_plan
 from ditq_converters.streaming import finished
 from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
 from ditq_converters.streaming.opening import (

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 
+import ditq_converters.pipeline_folder as pipeline_folder
 from ditq_converters import demo
-from ditq_converters.convert import pipeline_folder
 from ditq_converters.demo import DEMO_MODELS, export_demo, open_demo
 from ditq_converters.demo.classifier import score
 from ditq_converters.demo.drawing import draw_digits

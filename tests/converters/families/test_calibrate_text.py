@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from ditq_converters import Recipe, calibrate, convert
-from ditq_converters.calibrate.inputs import gather
-from ditq_converters.calibrate.pipeline import pipeline_of
 from ditq_converters.calibrate.recorder import Recorder
 from ditq_converters.calibrate.rows import RowChoice
+from ditq_runtime.calls.inputs import gather
+from ditq_runtime.calls.pipeline import pipeline_of
 from ditq_runtime.families import family_of
 
 NAMES = ["pixart-alpha", "pixart-sigma", "sd3", "sd3.5", "flux-dev"]

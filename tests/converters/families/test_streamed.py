@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ditq_converters import Recipe, convert
-from ditq_converters.calibrate.memory import held
+from ditq_converters.memory import held
 
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.inputs import Input
-from ditq_converters.models.open import transformers_in
-from ditq_runtime.cli.schedulers import set_sampler
+from ditq_runtime.calls.inputs import Input
+from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.schedulers import set_sampler
 
 STEMS = {
     "SD3": "StableDiffusion3",
@@ -92,7 +92,7 @@ def ready(pipe: Any, sampler: str = "") -> Iterator[None]:
 
     Args:
         pipe: a pipeline.
-        sampler: one of `ditq_runtime.cli.schedulers.SAMPLERS`; "" for its own scheduler.
+        sampler: one of `ditq_runtime.calls.schedulers.SAMPLERS`; "" for its own scheduler.
     """
     with ExitStack() as stack:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ditq_converters.calibrate.input_files import embedding_entries, read_entries
-from ditq_converters.calibrate.labels import check_labels, class_ids, draw, read_labels
-from ditq_converters.calibrate.seeds import splitmix64
-from ditq_runtime.cli.prompts import read_prompts
-from ditq_runtime.cli.wishes import BINNED_SIZES, CLASS_GUIDANCE, CLASS_STEPS
+from ditq_runtime.calls.input_files import embedding_entries, read_entries
+from ditq_runtime.calls.labels import check_labels, class_ids, draw, read_labels
+from ditq_runtime.calls.prompts import read_prompts
+from ditq_runtime.calls.seeds import splitmix64
 
 SAMPLES, LABELS_PER_CALL = 32, 8
+CLASS_STEPS, CLASS_GUIDANCE = 50, 1.5  # DiT's; text pipelines have defaults of their own
+BINNED_SIZES = (32, 64, 128, 256)  # latents of the models that diffusers has aspect ratio bins for
 SEED = "seed"  # what an entry may hold instead of a generator
 
 Given = Sequence[Mapping[str, Any]] | str | Path

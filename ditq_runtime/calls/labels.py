@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ditq_converters.calibrate.seeds import generator
-from ditq_converters.models.open import transformer_of
+from ditq_runtime.calls.parts import transformer_of
+from ditq_runtime.calls.seeds import generator
 
 CLASSES = 1000
 
