@@ -69,6 +69,7 @@ class Recorder:
         self._models, self._choice, self._replay, self._done = models, choice, replay, done
         self._seed, self._attention = seed, attention
         self._hooks: list[Any] = []
+        self._watches: dict[str, OperandWatch] = {}
         self._visit: Visit | None = None
         self.calls = 0
         self.kept: dict[int, tuple[int, TransformerCall]] = {}  # key -> number and call
@@ -94,7 +95,7 @@ class Recorder:
                 self._listen(
                     model, family.final_modulation, self._modulation(family.final_modulation)
                 )
-            self._watch_operands(model, family)
+            self._watch_operands(component, model, family)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -110,7 +111,7 @@ class Recorder:
     def _listen(self, model: nn.Module, name: str, hook: Any) -> None:
         self._hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
 
-    def _watch_operands(self, model: nn.Module, family: Family) -> None:
+    def _watch_operands(self, component: str, model: nn.Module, family: Family) -> None:
         names = family.attention_names(model) if self._attention else []
         if names:
             watch = OperandWatch(
@@ -118,6 +119,7 @@ class Recorder:
                 lambda operand, rows: self._observe(operand, rows.float()),
             )
             self._hooks.append(watch.__enter__())
+            self._watches[component] = watch
 
     def _beginner(self, component: str, model: nn.Module, name: str | None) -> Any:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,9 +145,13 @@ class Recorder:
     def _hand_over(self) -> None:
         if self._visit is None:
             return
-        model, family = self._models[self._visit.component]
+        component = self._visit.component
+        model, family = self._models[component]
         for name in family.attention_names(model) if self._attention else []:
-            if f"{name}.q" not in self._visit.ranges:
+            if (
+                f"{name}.q" not in self._visit.ranges
+                and name not in self._watches[component].unlike
+            ):
                 raise StatisticsError(
                     f"{name}: did not call scaled_dot_product_attention, where Q, K and V are recorded; set diffusers' "
                     "default processor and backend, or calibrate with --no-attention"

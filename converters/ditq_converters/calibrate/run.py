@@ -14,6 +14,7 @@ import diffusers
 import torch
 from torch import nn
 
+from ditq_converters.calibrate.known_sites import sites_record
 from ditq_converters.calibrate.memory import needs
 from ditq_converters.calibrate.prompts_once import encoded_once
 from ditq_converters.calibrate.recorder import Recorder
@@ -235,8 +236,9 @@ def manifest_of(models: Models, work: Work, settings: dict[str, Any]) -> dict[st
                 "architecture": type(model).__name__,
                 "model_hash": model_hash(model),
                 "dtype": str(next(model.parameters()).dtype),
+                **sites_record(model, family),
             }
-            for name, (model, _) in models.items()
+            for name, (model, family) in models.items()
         },
         "settings": {**settings, **each},
         "sampler": work.sampler,

@@ -177,6 +177,23 @@ def refuse_choices(context: typer.Context, plan: Path | None) -> None:
             )
 
 
+def transformer_for(model: str, inputs: Path | None, stats: CalibrationStats | None) -> nn.Module:
+    """The transformer of MODEL to plan for; its sites are those of statistics, or found on the first call of inputs."""
+    from ditq_converters.calibrate.known_sites import know_sites
+    from ditq_converters.models.open import open_skeleton
+    from ditq_runtime.calls.parts import transformer_of
+
+    if inputs is None or stats is not None:
+        skeleton = open_skeleton(model)
+        know_sites(skeleton, stats)
+        return skeleton
+    from ditq_converters.calibrate.first_inputs import find_by_call, open_for_call
+
+    pipe = open_for_call(model)
+    find_by_call(pipe, inputs)
+    return transformer_of(pipe)
+
+
 def plan_for(model: nn.Module, recipe: Recipe, path: Path | None, rules: list[str]) -> Plan:
     """The plan of a file, or of the choices, changed by rules and checked."""
     from ditq_converters.plan.check import check_plan

@@ -88,19 +88,22 @@ def _convert(
     calibration: dict[str, Any],
 ) -> None:
     """Open, refuse what can be refused before the long work, calibrate where needed, convert."""
+    from ditq_converters.calibrate.first_inputs import find_by_call
+    from ditq_converters.calibrate.known_sites import know_sites
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.convert.story import convert as run
     from ditq_converters.models.open import open_model
     from ditq_runtime.calls.parts import transformer_of
 
+    opened = None if stats is None else CalibrationStats.open(stats)
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
+    know_sites(transformer_of(pipe), opened)
+    if opened is None and calibration["inputs"] is not None:
+        find_by_call(pipe, calibration["inputs"])
     plan = planned(transformer_of(pipe))
     o.place(pipe, device)
-    opened = None
-    if stats is not None:
-        opened = CalibrationStats.open(stats)
-    elif plan.needs_statistics:
+    if opened is None and plan.needs_statistics:
         folder = out.with_name(f"{out.name}.stats")
         opened = calibrate(pipe, folder, rows=64 if plan.needs_rows else 0, **calibration)
     if search is not None:

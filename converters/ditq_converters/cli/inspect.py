@@ -27,6 +27,7 @@ def inspect(
     choices: dict[str, Any],
     plan: c.PlanOption = None,
     set: c.SetOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    inputs: o.SitesOption = None,
     verify: o.VerifyOption = False,
     json: o.JsonOption = False,
 ) -> None:
@@ -34,7 +35,6 @@ def inspect(
 
     Example: ditq inspect demo:digits --weights w4p
     """
-    from ditq_converters.models.open import open_skeleton
     from ditq_runtime.host.hub_cache import local
 
     path = local(path)
@@ -45,7 +45,7 @@ def inspect(
         raise typer.BadParameter(f"--verify: {path} is a float model, which has no digests.")
     c.refuse_choices(context, plan)
     recipe = c.recipe_of(choices)
-    model = open_skeleton(path)
+    model = c.transformer_for(path, inputs, None)
     _show_float(inspect_float(model, c.plan_for(model, recipe, plan, set)), json)
 
 

@@ -49,6 +49,14 @@ InputsOption = Annotated[
         "one prompt or class per line, or .safetensors of embeddings."
     ),
 ]
+SitesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        help="To find sites by, where its configuration is not enough: as calibrate takes, or .safetensors of the "
+        "arguments of one forward.",
+    ),
+]
 HeightOption = Annotated[
     int | None,
     typer.Option(min=8, help="Pixels, of inputs that name none; default: the pipeline's own."),

@@ -25,6 +25,7 @@ def plan(
     stats: Annotated[
         Path | None, typer.Option(help="Check the plan against these statistics.")
     ] = None,
+    inputs: o.SitesOption = None,
     json: o.JsonOption = False,
 ) -> None:
     """Write the plan of a conversion: per site and linear what happens to it, and why. Weights are read by auto alone.
@@ -34,21 +35,22 @@ def plan(
     Example: ditq plan demo:digits --weights w4p --set '*.ff.net.2:weights=w8' --out plan.json
     """
     from ditq_converters.calibrate.stats import CalibrationStats
-    from ditq_converters.models.open import open_model, open_skeleton
+    from ditq_converters.models.open import open_model
     from ditq_converters.plan.check import check_statistics
     from ditq_converters.plan.file import to_json, write_plan
 
     recipe = c.recipe_of(choices)
+    known = None if stats is None else CalibrationStats.open(stats)
     if c.is_auto(choices):
-        if stats is None:
+        if known is None:
             raise typer.BadParameter("--method auto needs --stats; run `ditq calibrate` first.")
-        made = c.searched(choices, open_model(model), CalibrationStats.open(stats))
+        made = c.searched(choices, open_model(model), known)
         for rule in set:
             made.set_rule(rule)
     else:
-        made = c.plan_for(open_skeleton(model), recipe, None, set)
-    if stats is not None:
-        check_statistics(made, CalibrationStats.open(stats))
+        made = c.plan_for(c.transformer_for(model, inputs, known), recipe, None, set)
+    if known is not None:
+        check_statistics(made, known)
     write_plan(made, out)
     if json:
         typer.echo(to_json(made), nl=False)

@@ -24,7 +24,7 @@ class SampledRows:
 
     Attributes:
         x: [R, K] fp64, as the folded weight sees them: shifted and smoothed.
-        group: [R] int64, timestep group of every row, noisiest first.
+        group: [R] int64, timestep group of every row, by falling timestep.
         seen: [R, K] fp64, what the packed linear reads at the same tokens; None: the same.
     """
 

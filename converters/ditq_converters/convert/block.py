@@ -13,7 +13,7 @@ from ditq_converters.convert.attention import static_scales
 from ditq_converters.convert.bias_correction import corrected_bias
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
 from ditq_converters.convert.fold_producers import norm_tensors
-from ditq_converters.convert.groups import group_bounds
+from ditq_converters.convert.groups import by_timestep, group_bounds
 from ditq_converters.convert.observed import Observed, observe, observe_modulation
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, store_table
@@ -57,6 +57,8 @@ def convert_block(
     linears = block_linears(model.get_submodule(block), table)
     data = site_data(table, block, linears, part, stats)
     choice = decide(table, linears, part, data)
+    if stats is not None:
+        choice = by_timestep(choice, stats.timesteps)
     in_quantizer = [name for name, site in part.sites.items() if site.place == "quantizer"]
     floats = [name for name in linears if not _is_integer(part, f"{block}.{name}")]
     left = fold_block(linears, table, choice.sites, in_quantizer, floats)

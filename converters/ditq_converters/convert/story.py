@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
 from ditq_converters.convert.pack import make_scheme, pack_model, packed_skeleton
@@ -63,7 +64,8 @@ def convert(
         memory_budget: bytes of main memory for a MODEL: one that is larger is read and converted block by block, into
             the same bytes. Finished blocks stay in the hidden folder `.OUT.blocks` until `out` is complete: killed,
             the same call goes on after them.
-        inputs: keyword arguments of one forward of the transformer, as the plan was made with.
+        inputs: keyword arguments of one forward of the transformer, as the plan was made with; statistics know its
+            sites themselves.
 
     Returns:
         The packed transformer, in memory; its tensors on meta if it was converted block by block.
@@ -78,6 +80,7 @@ def convert(
         check_new(Path(out))
     pipe = opened(pipe, memory_budget)
     model = float_transformer(pipe, "convert")
+    know_sites(model, stats)
     plan, family = checked_plan(plan, model, inputs, quiet)
     check_statistics(plan, stats)
     on_disk = streamed_of(model) is not None

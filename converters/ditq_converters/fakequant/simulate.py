@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.fold import LinearTensors, block_linears
-from ditq_converters.convert.groups import group_bounds
+from ditq_converters.convert.groups import by_timestep, group_bounds
 from ditq_converters.convert.site_data import site_data
 from ditq_converters.fakequant.granularity import fake_quantize_weight
 from ditq_converters.fakequant.linear import Groups, SimulatedLinear
@@ -54,6 +55,7 @@ def simulate(
     granularity = granularity or profile.granularity_at(BITS[recipe.weights])
     model = transformer_of(pipe)
     stats.check_model(model)
+    know_sites(model, stats)
     family, plan = family_for(model), plan_of(model, replace(recipe, profile="int"))
     simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     groups: Bounds = []
@@ -91,7 +93,7 @@ def _block(
         for name in consumers[site.name]
     }
     readers = {site.name: [weights[name] for name in consumers[site.name]] for site in sites}
-    choice = block_transform(part, profile, sites, readers)
+    choice = by_timestep(block_transform(part, profile, sites, readers), stats.timesteps)
     layers, index = {}, Groups()
     for site in sites:
         transform = choice.sites.get(site.name, Transform())

@@ -139,7 +139,7 @@ class BlockTransform:
 
     Attributes:
         sites: site name -> its transform; sites that are absent are left alone.
-        group_of_call: [T] timestep group of every call: starts at 0, never falls, rises by at most 1.
+        group_of_call: [T] timestep group of every call, noisiest first: starts at 0, never falls, rises by at most 1.
     """
 
     sites: dict[str, Transform]
@@ -148,7 +148,7 @@ class BlockTransform:
     @property
     def num_groups(self) -> int:
         """G."""
-        return self.group_of_call[-1] + 1 if self.group_of_call else 1
+        return max(self.group_of_call, default=0) + 1
 
 
 @dataclass(frozen=True)

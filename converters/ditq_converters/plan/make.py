@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.models.open import open_skeleton
@@ -40,7 +41,7 @@ def make_plan(
             not read.
         stats: a calibration; the plan is checked against what it holds.
         inputs: keyword arguments of one forward of the transformer, to find the sites of a class without a table;
-            None: made from its configuration.
+            None: those that `stats` were taken at, or made from its configuration.
         set: changes, each `PATTERN:field=value` as in `Plan.set_rule`, one after another.
         **choices: fields of `Recipe`, and options of its method.
 
@@ -58,6 +59,7 @@ def make_plan(
         if isinstance(model, str | Path)
         else float_transformer(model, "make_plan", False)
     )
+    know_sites(opened, stats)
     plan = plan_of(opened, Recipe.of(**choices), set, inputs)
     if stats is not None:
         check_statistics(plan, stats)

@@ -14,7 +14,12 @@ from ditq_runtime.attention.processor import key_mask_of
 
 
 class OperandWatch(TorchFunctionMode):
-    """Tells the rows of Q, K and V: after norms and rotary embedding, all streams together, without masked keys."""
+    """Tells the rows of Q, K and V: after norms and rotary embedding, all streams together, without masked keys.
+
+    Attributes:
+        unlike: attentions that were called with a mask per query or head, or with a bias, so that they cannot run
+            quantized; nothing is told of them.
+    """
 
     def __init__(
         self, attentions: Mapping[str, nn.Module], observe: Callable[[str, torch.Tensor], None]
@@ -28,6 +33,7 @@ class OperandWatch(TorchFunctionMode):
         super().__init__()
         self._attentions, self._observe = attentions, observe
         self._inside: list[str] = []
+        self.unlike: set[str] = set()
         self._hooks: list[Any] = []
 
     def __enter__(self) -> OperandWatch:
@@ -67,7 +73,11 @@ class OperandWatch(TorchFunctionMode):
     ) -> None:
         """Query, key, value: [B, H, T, D]; mask: [B, H or 1, 1, Tk], the same for all heads."""
         if attn_mask is not None:
-            attn_mask = key_mask_of(attn_mask[:, 0], len(key), key.shape[2])
+            try:
+                attn_mask = key_mask_of(attn_mask[:, 0], len(key), key.shape[2])
+            except NotImplementedError:
+                self.unlike.add(self._inside[-1])
+                return
         for operand, x, mask in (
             ("q", query, None),
             ("k", key, attn_mask),
