@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+from dataclasses import replace
 
 import pytest
 
@@ -66,26 +67,36 @@ def test_salient_channels_are_undone_by_smoothing_and_bf16_adds_no_error_of_its_
         assert first.bf16_excess <= 1
 
 
-def test_the_table_and_the_csv_hold_every_class(swept, tmp_path):
-    rows, _ = swept
+def test_the_table_and_the_csv_hold_every_class(tmp_path):
+    names = of_today(RECIPES, LITTLE)
+    whole = Row("Whole", recipes={name: Converted(1.0, 0.0, 0.1) for name in names}, proof=1e-15)
     broken = Row("Broken", failed="ValueError: no inputs")
-    names = list(next(iter(rows.values())).recipes)
-    half = Row(
-        "Half",
-        recipes={r: Converted(failed="other bits" * (r == names[0])) for r in names},
-        planted=Planted(sites=4, linear=0.5, smoothquant=0.05, bf16=0.03, float_bf16=0.01),
-    )
-    table = markdown([*rows.values(), broken, half])
-    assert all(f"| `{name}`" in table for name in rows)
+    salient = Planted(sites=4, linear=0.5, smoothquant=0.05, bf16=0.03, float_bf16=0.01)
+    half = replace(whole, name="Half", calibrated="Flux", planted=salient)
+    half.recipes = {**whole.recipes, names[0]: Converted(failed="other bits")}
+    rows = [whole, broken, half]
+    table = markdown(rows)
+    assert "* 2 of 3 classes are swept, 1 of them" in table
+    assert "(marked *); 1 carry out every recipe" in table
+    assert "| `Whole` | " in table
+    assert "| `Half`* | " in table
     assert "* `Broken`: ValueError: no inputs" in table
     assert f"* `Half`: {names[0]}: other bits" in table
     assert "| 20 dB | 0.50 |" in table
-    half.write(tmp_path / "half.json")
-    assert Row.read(tmp_path / "half.json") == half
-    write_csv(tmp_path / "c.csv", [*rows.values(), broken])
+    write_csv(tmp_path / "c.csv", rows)
     lines = (tmp_path / "c.csv").read_text().splitlines()
-    assert len(lines) == 1 + sum(len(row.recipes) for row in rows.values()) + 1
+    assert len(lines) == 1 + LITTLE + 1 + LITTLE
     assert {len(line) for line in csv.reader(lines)} == {len(FIELDS)}
+
+
+def test_a_row_survives_its_file(tmp_path):
+    salient = Planted(4, 0.5, 0.05, 0.03, 0.01)
+    row = Row(
+        "A", "abc1234", "Flux", 2, 4, 1, {"norm": 4}, 1e-15, "timestep", {"why": 1}, planted=salient
+    )
+    row.recipes = {"linear-w8": Converted(1.0, 0.0, 0.1)}
+    row.write(tmp_path / "row.json")
+    assert Row.read(tmp_path / "row.json") == row
 
 
 def test_experts_count_and_embedders_in_blocks_do_not():

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from ditq_bench.zoo import CLASSES, quiet
+from ditq_converters.calibrate.transformer_calls import TransformerCall
 from ditq_converters.evaluate import cascade_errors, forced_errors, run
 from ditq_converters.evaluate.clipping import ClipCounter
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
+from ditq_converters.evaluate.runs import Recorded
 from ditq_runtime import LayerFormat, QuantLinear
 from ditq_runtime.calls.inputs import gather
 from ditq_runtime.format.site import SiteFormat
@@ -136,3 +139,20 @@ def test_without_static_ranges_there_is_nothing_to_clip(model, calls):
         calls[0][0].call.replay(model)
     assert counter.names == []
     assert counter.shares().shape == (0, 1)
+
+
+def test_layers_of_a_class_without_a_table_are_found_on_its_first_call():
+    """Latte's inputs cannot be made from its configuration; the call that is replayed has them."""
+    tiny = CLASSES["LatteTransformer3DModel"]
+    model, other = tiny.build(), tiny.build()
+    inputs = tiny.inputs(model)
+    with quiet():
+        call = TransformerCall("transformer", 0.5, (inputs.pop("hidden_states"),), inputs)
+        output = call.replay(model)
+        with torch.no_grad():
+            other.transformer_blocks[0].attn1.to_q.weight *= 1.25
+        found = cascade_errors(*pair(model, other), [[Recorded(call, output)]])
+    scaled = {name for name in found.names if name.endswith("to_v")}
+    assert scaled == set()  # V carries folds; where a row knows no folds it would compare
+    row = found.names.index("transformer_blocks.0.attn1.to_q")
+    assert float(found.relative[row, 0]) > 0.1

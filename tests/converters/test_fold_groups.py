@@ -128,11 +128,16 @@ def test_boundaries_lie_midway_and_rise():
     assert bounds.tolist() == [200.0, 550.0]
     assert bounds.dtype == torch.float32
     assert group_bounds([900.0, 700.0], (0, 0)).tolist() == []
+    assert group_bounds([0.25, 0.5, 1.0], (1, 1, 0)).tolist() == [
+        0.75
+    ]  # it rises while noise falls
 
 
 def test_timesteps_that_do_not_fall_are_refused():
     with pytest.raises(StatisticsError, match="fall at every call"):
         group_bounds([900.0, 900.0, 20.0], (0, 1, 1))
+    with pytest.raises(StatisticsError, match="or rise at every call"):
+        group_bounds([900.0, 20.0, 30.0], (0, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])

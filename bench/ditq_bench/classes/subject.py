@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from ditq_bench.zoo import Tiny, outputs, quiet
 from ditq_bench.zoo.pipelines import MAIN
 from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.calibrate.transformer_calls import TransformerCall
 from ditq_converters.sites.find import Discovery, discover, remember
 from ditq_converters.sites.first_call import first_call
 from ditq_runtime.families import FAMILIES
@@ -96,13 +94,7 @@ def judged(stats: CalibrationStats, tiny: Tiny, model: nn.Module) -> Calls:
     kept = list(stats.replay())
     if not kept:
         return [tiny.inputs(model)]
-    return [arguments(model, call) for call in (kept[0], kept[-1])]
-
-
-def arguments(model: nn.Module, call: TransformerCall) -> dict[str, Any]:
-    """A call's arguments by name."""
-    bound = inspect.signature(type(model).forward).bind(model, *call.args, **call.kwargs)
-    return dict(list(bound.arguments.items())[1:])  # the first is self
+    return [call.by_name(model) for call in (kept[0], kept[-1])]
 
 
 def run_all(model: nn.Module, calls: Calls) -> list[torch.Tensor]:

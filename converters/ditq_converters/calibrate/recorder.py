@@ -77,7 +77,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         """Install the hooks."""
         for component, (model, family) in self._models.items():
-            name = timestep_name(model)
+            name = timestep_name(model, family.timestep_argument)
             begin = self._beginner(component, model, name)
             self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
             tables = family.block_tables(model).items()

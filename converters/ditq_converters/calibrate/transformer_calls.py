@@ -44,11 +44,16 @@ class TransformerCall:
         first: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
         return first
 
+    def by_name(self, model: nn.Module) -> dict[str, Any]:
+        """All arguments, by the names that the model's forward has for them."""
+        bound = inspect.signature(type(model).forward).bind(model, *self.args, **self.kwargs)
+        return dict(list(bound.arguments.items())[1:])  # the first is self
 
-def timestep_name(model: nn.Module) -> str | None:
-    """The argument of a transformer that carries the timestep; None if it has none."""
+
+def timestep_name(model: nn.Module, found: str | None = None) -> str | None:
+    """The argument of a transformer that carries the timestep: the one that was found, or the first of a usual name."""
     takes = inspect.signature(type(model).forward).parameters
-    return next((name for name in TIMESTEPS if name in takes), None)
+    return next((name for name in (found, *TIMESTEPS) if name in takes), None)
 
 
 def timestep_of(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
-from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
 from ditq_converters.methods import BlockTransform, Transform, ranges
 from ditq_converters.plan.plan import Part
 from ditq_runtime.families import BlockTable, ValueRows
@@ -43,13 +43,23 @@ def static_scales(
         for field, (_, (heads,)) in stored.items():
             assert stats is not None
             operand = field[0]
-            low, high = (side[calls] for side in stats.ranges(f"{name}.{operand}"))
+            low, high = (side[calls] for side in _ranges(stats, f"{name}.{operand}"))
             if operand == "v":
                 folded = _of_values(table, part, f"{name}.to_v", choice, low.shape[1])
                 low, high = ranges.after(low, high, folded, choice.group_of_call[calls])
             absmax = torch.maximum(low.abs(), high.abs()).amax(0)  # [H * D]
             scales[f"{name}.{CORE}.{field}"] = k.symmetric_scale(absmax.view(heads, -1).amax(1))
     return scales
+
+
+def _ranges(stats: CalibrationStats, operand: str) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return stats.ranges(operand)
+    except StatisticsError as error:
+        raise StatisticsError(
+            f"{error}; attention that was called with a mask per query or head has none, and stays float: take "
+            "--attention none, or values none in the plan"
+        ) from error
 
 
 def _of_values(

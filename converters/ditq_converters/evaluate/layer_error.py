@@ -17,7 +17,8 @@ from torch import nn
 
 from ditq_converters.calibrate.schedule import schedule_of
 from ditq_converters.evaluate.runs import Recorded
-from ditq_runtime.families import ValueRows, family_of
+from ditq_converters.sites import family_or_row
+from ditq_runtime.families import Producer, ProductRows, ValueRows
 
 CASCADE = "cascade"
 FORCED = "forced (block)"
@@ -53,19 +54,28 @@ class LayerErrors:
         return -20 * self.relative.log10()
 
 
-def comparable_layers(model: nn.Module) -> list[str]:
-    """Linears whose output a fold leaves as it was: not the modulations, not V (scaled rows)."""
+def comparable_layers(model: nn.Module, inputs: dict[str, Any] | None = None) -> list[str]:
+    """Linears whose output a fold leaves as it was: not the modulations, not V or a factor (scaled rows).
+
+    Args:
+        model: a float transformer.
+        inputs: keyword arguments of one forward, to find the sites of a class without a table.
+    """
     names = []
-    for block, table in family_of(type(model).__name__).block_tables(model).items():
-        scaled = {
-            value
-            for site in table.sites
-            if isinstance(site.producer, ValueRows)
-            for value in site.producer.values
-        }
+    for block, table in family_or_row(model, inputs).block_tables(model).items():
+        scaled = {name for site in table.sites for name in _scaled(site.producer)}
         inside = [name for site in table.sites for name in site.consumers if name not in scaled]
         names += [f"{block}.{name}" for name in inside]
     return names
+
+
+def _scaled(producer: Producer) -> tuple[str, ...]:
+    match producer:
+        case ValueRows(values):
+            return tuple(values)
+        case ProductRows(linear):
+            return (linear,)
+    return ()
 
 
 def cascade_errors(
@@ -79,7 +89,7 @@ def cascade_errors(
         calls: of the float pipeline's run, input by input.
         after_call: told when a call is done.
     """
-    names = {component: comparable_layers(model) for component, model in models.items()}
+    names = {c: comparable_layers(model, _inputs(c, model, calls)) for c, model in models.items()}
     return _measure(CASCADE, models, quantized, names, calls, after_call)
 
 
@@ -90,8 +100,15 @@ def forced_errors(
 
     An output is the whole residual stream, which a block only adds to: its error is small beside that of a linear.
     """
-    names = {c: family_of(type(m).__name__).block_names(m) for c, m in models.items()}
+    names = {c: family_or_row(m, _inputs(c, m, calls)).block_names(m) for c, m in models.items()}
     return _measure(FORCED, models, quantized, names, calls, after_call)
+
+
+def _inputs(component: str, model: nn.Module, calls: Calls) -> dict[str, Any] | None:
+    """What a transformer was called with first; None if it was not."""
+    found = (one.call for run in calls for one in run if one.call.component == component)
+    first = next(found, None)
+    return None if first is None else first.by_name(model)
 
 
 @torch.no_grad()

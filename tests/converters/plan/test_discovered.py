@@ -1,5 +1,6 @@
 """Every method on classes without a table: sites found on a forward, transforms where they fold or in the quantizer."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -168,6 +169,50 @@ def test_shifts_per_timestep_group_go_into_quantizers(case):
     ) / 2  # [T, K], noisiest first; two groups of contiguous calls, by rising timestep
     candidates = [torch.stack([centres[n:].mean(0), centres[:n].mean(0)]) for n in range(1, CALLS)]
     assert any(torch.allclose(shift.double(), c, rtol=0, atol=1e-5) for c in candidates)
+
+
+def test_groups_of_a_timestep_that_rises_while_noise_falls(case):
+    """As Z-Image and Lumina2 are told theirs: the noisiest call has the lowest one."""
+    stats = copy.copy(case.stats)
+    stats.timesteps = stats.timesteps[::-1]
+    stats._rows = {name: rows.flip(0) for name, rows in stats._rows.items()}
+    choices = {"method": "htg", "num_groups": 2, "attention": "none", "activations": "static"}
+    plan = make_plan(case.model, stats, inputs=case.batch, **choices)
+    packed = convert(case.model, plan, stats, quiet=True, inputs=case.batch)
+    truth, ours = run(case.model, case.batch), run(packed, case.batch)
+    assert 0 < float((ours - truth).norm() / truth.norm()) < 0.06
+    state, checked = packed.state_dict(), 0
+    for site in plan.sites:
+        block, _, name = site.name.rpartition(".")
+        shift = state.get(f"{block}.ditq_sites.{name}.shift")
+        if shift is None or len(shift) < 2:
+            continue
+        (bound,) = state[f"{block}.timestep_groups.bounds"]
+        low, high = (side.double() for side in stats.ranges(site.name))
+        under = torch.tensor(stats.timesteps) < bound
+        for group, of in enumerate((under, ~under)):  # by rising timestep
+            expected = ((low + high) / 2)[of].mean(0)
+            torch.testing.assert_close(shift[group].double(), expected, rtol=0, atol=1e-5)
+            checked += 1
+    assert checked >= 8
+
+
+def test_an_attention_that_adds_values_of_its_own_is_refused_where_v_carries_a_fold(case):
+    """As an IP-Adapter does, before the output projection that expects the factor."""
+    plan = make_plan(case.model, case.stats, inputs=case.batch, method="smoothquant")
+    packed = convert(case.model, plan, case.stats, quiet=True, inputs=case.batch)
+    folded = [site.name for site in plan.sites if site.place == "value"]
+    assert bool(folded) != ("Lumina2" in plan.architecture)  # whose heads share their V
+    expected = run(packed, case.batch)
+    for name in folded:
+        attention = packed.get_submodule(name.rpartition(".")[0])
+        attention = attention.get_submodule(name.rpartition(".")[2].partition("_")[0])
+        stock = attention.processor
+        attention.processor = type("Adds", (type(stock),), {})()
+        with pytest.raises(ValueError, match=r": its processor is a Adds, and a factor was folded"):
+            run(packed, case.batch)
+        attention.processor = stock
+    assert torch.equal(run(packed, case.batch), expected)
 
 
 def test_what_is_behind_an_activation_is_left_alone_by_the_papers(case):
