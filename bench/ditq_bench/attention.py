@@ -63,15 +63,15 @@ def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate
     def value_codes() -> torch.Tensor:
         return k.quantize_static(v.reshape(-1, v.shape[-1]), v_scale).view(v.shape)
 
-    def int8(qs: tuple, ks: tuple, vs: torch.Tensor) -> torch.Tensor:
+    rest = {"softmax_scale": softmax_scale, "out_dtype": dtype}
+
+    def int8(qs: tuple, ks: tuple, vs: torch.Tensor, strict: bool = False) -> torch.Tensor:
         return k.attention_qk_int8_pv_int8(
-            qs[0], ks[0], vs, qs[1], ks[1], v_scale, softmax_scale=softmax_scale, out_dtype=dtype
+            qs[0], ks[0], vs, qs[1], ks[1], v_scale, strict=strict, **rest
         )
 
-    def bf16(qs: tuple, ks: tuple) -> torch.Tensor:
-        return k.attention_qk_int8_pv_bf16(
-            qs[0], ks[0], half, qs[1], ks[1], softmax_scale=softmax_scale, out_dtype=dtype
-        )
+    def bf16(qs: tuple, ks: tuple, strict: bool = False) -> torch.Tensor:
+        return k.attention_qk_int8_pv_bf16(qs[0], ks[0], half, qs[1], ks[1], strict=strict, **rest)
 
     qs, ks, vs = codes(q), codes(key), value_codes()
     q_real, k_real = (c.float() * s[..., None] for c, s in (qs, ks))
@@ -81,8 +81,10 @@ def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate
     runs = (
         ("int8 PV", lambda: int8(codes(q), codes(key), value_codes()), v_real, INT8_P_ERROR, 6 * q.numel() + 3 * out),
         ("int8 PV, attention alone", lambda: int8(qs, ks, vs), v_real, INT8_P_ERROR, 3 * q.numel()),
+        ("int8 PV, strict, alone", lambda: int8(qs, ks, vs, True), v_real, INT8_P_ERROR, 3 * q.numel()),
         ("bf16 PV", lambda: bf16(codes(q), codes(key)), half, BF16_P_ERROR, 6 * q.numel() + 2 * out),
         ("bf16 PV, attention alone", lambda: bf16(qs, ks), half, BF16_P_ERROR, 4 * q.numel()),
+        ("bf16 PV, strict, alone", lambda: bf16(qs, ks, True), half, BF16_P_ERROR, 4 * q.numel()),
     )  # fmt: skip
     return [
         Candidate(

@@ -1,5 +1,7 @@
 """Attention with bf16 probabilities: the kernel against the definition, within a derived bound."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from ditq_kernels._triton import attention_qk_int8_pv_bf16 as kernel
 from ditq_kernels.launch.tuning import AttentionConfig
 from ditq_kernels.reference import attention as reference
 
+strict = functools.partial(kernel.launch, strict=True)  # one look: test_attention_one_look.py
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # PTX: ex2.approx is within 2**-22; the reference rounds once
 EXP2_ERROR = 2.0**-22 + 2.0**-24
@@ -55,7 +58,7 @@ def test_kernel_equals_reference(
     queries, keys, head_dim, scales, device, attention_problem, generator
 ):
     p = attention_problem(queries, keys, head_dim, generator, scales=scales)
-    got = kernel.launch(*arguments(p, device), torch.float32)
+    got = strict(*arguments(p, device), torch.float32)
     expected = reference.attention_qk_int8_pv_bf16(*arguments(p), torch.float32)
     assert got.stride() == expected.stride()
     assert_within(got, expected, bound_of(p))
@@ -67,7 +70,7 @@ def test_kernel_equals_reference(
 def test_kernel_of_every_tile(config, mask, device, attention_problem, generator):
     p = attention_problem(20, 100, 72, generator, mask=mask, batch=1)
     config = AttentionConfig(*config)
-    got = kernel.launch(*arguments(p, device), torch.float32, config=config)
+    got = strict(*arguments(p, device), torch.float32, config=config)
     expected = reference.attention_qk_int8_pv_bf16(*arguments(p), torch.float32)
     assert_within(got, expected, bound_of(p))
 
@@ -76,7 +79,7 @@ def test_kernel_of_every_tile(config, mask, device, attention_problem, generator
 @pytest.mark.usefixtures("poisoned")
 def test_output_types(out_dtype, device, attention_problem, generator):
     p = attention_problem(3, 40, 64, generator)
-    got = kernel.launch(*arguments(p, device), out_dtype)
+    got = strict(*arguments(p, device), out_dtype)
     assert got.dtype == out_dtype
     expected = reference.attention_qk_int8_pv_bf16(*arguments(p), out_dtype)
     assert_within(got, expected, bound_of(p, out_dtype))
@@ -86,9 +89,9 @@ def test_output_types(out_dtype, device, attention_problem, generator):
 def test_codes_of_the_outputs(device, attention_problem, generator):
     """Exactly the quantizer of the fp32 outputs."""
     p = attention_problem(5, 33, 72, generator, batch=1)
-    y = kernel.launch(*arguments(p, device), torch.float32)
+    y = strict(*arguments(p, device), torch.float32)
     codes = (torch.tensor([0.004]), torch.tensor([100], dtype=torch.int32), torch.rand(144) + 0.5)
-    got = kernel.launch(*arguments(p, device), torch.float32, *(x.to(device) for x in codes))
+    got = strict(*arguments(p, device), torch.float32, *(x.to(device) for x in codes))
     expected = k.quantize_static(y.cpu().transpose(1, 2).reshape(5, 144), *codes)
     assert torch.equal(got.cpu().transpose(1, 2).reshape(5, 144), expected)
 
@@ -98,7 +101,7 @@ def test_codes_of_the_outputs(device, attention_problem, generator):
 def test_an_image_without_keys_gives_zeros(keys, device, attention_problem, generator):
     p = attention_problem(3, keys, 32, generator)
     p["key_mask"][1] = False
-    got = kernel.launch(*arguments(p, device), torch.float32).cpu()
+    got = strict(*arguments(p, device), torch.float32).cpu()
     for o in (got, reference.attention_qk_int8_pv_bf16(*arguments(p), torch.float32)):
         assert o[1].count_nonzero() == 0
         assert o[0].isfinite().all()
@@ -107,15 +110,15 @@ def test_an_image_without_keys_gives_zeros(keys, device, attention_problem, gene
 @pytest.mark.usefixtures("poisoned")
 def test_views_of_a_projection(device, attention_problem, generator):
     p = attention_problem(9, 21, 72, generator, scales="static")
-    expected = kernel.launch(*arguments(p, device), torch.float32)
+    expected = strict(*arguments(p, device), torch.float32)
     for name in ("q", "k", "values"):  # [B, T, H, D] memory
         p[name] = p[name].transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(kernel.launch(*arguments(p, device), torch.float32), expected)
+    assert torch.equal(strict(*arguments(p, device), torch.float32), expected)
 
 
 def test_no_queries(device, attention_problem, generator):
     p = attention_problem(0, 8, 64, generator)
-    assert kernel.launch(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)
+    assert strict(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Attention with int8 probabilities: the kernel against the definition, nearly everywhere bit for bit."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from ditq_kernels._triton import attention_qk_int8_pv_int8 as kernel
 from ditq_kernels.launch.tuning import AttentionConfig
 from ditq_kernels.reference import attention as reference
 
+strict = functools.partial(kernel.launch, strict=True)  # one look: test_attention_one_look.py
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # PTX: ex2.approx is within 2**-22; the reference rounds once
 EXP2_ERROR = 2.0**-22 + 2.0**-24
@@ -69,7 +72,7 @@ def test_kernel_equals_reference(
 ):
     mask = scales != "per_head"
     p = attention_problem(queries, keys, head_dim, generator, scales=scales, mask=mask)
-    got = kernel.launch(*arguments(p, device), torch.float32)
+    got = strict(*arguments(p, device), torch.float32)
     expected = reference.attention_qk_int8_pv_int8(*arguments(p), torch.float32)
     assert got.stride() == expected.stride()
     bound = bound_of(p)
@@ -84,9 +87,9 @@ def test_tiles_do_not_change_a_bit(config, mask, device, attention_problem, gene
     """One tile for all keys; several, the last one partial."""
     p = attention_problem(20, 100, 72, generator, mask=mask, batch=1)
     one_tile = AttentionConfig(16, 128, 4, 2)
-    expected = kernel.launch(*arguments(p, device), torch.float32, config=one_tile)
+    expected = strict(*arguments(p, device), torch.float32, config=one_tile)
     config = AttentionConfig(*config)
-    got = kernel.launch(*arguments(p, device), torch.float32, config=config)
+    got = strict(*arguments(p, device), torch.float32, config=config)
     assert torch.equal(got, expected)
 
 
@@ -94,7 +97,7 @@ def test_tiles_do_not_change_a_bit(config, mask, device, attention_problem, gene
 @pytest.mark.usefixtures("poisoned")
 def test_output_types(out_dtype, device, attention_problem, generator):
     p = attention_problem(3, 40, 64, generator)
-    got = kernel.launch(*arguments(p, device), out_dtype)
+    got = strict(*arguments(p, device), out_dtype)
     assert got.dtype == out_dtype
     expected = reference.attention_qk_int8_pv_int8(*arguments(p), out_dtype)
     assert_within(got, expected, bound_of(p), out_dtype)
@@ -106,7 +109,7 @@ def test_output_types(out_dtype, device, attention_problem, generator):
 def test_an_image_without_keys_gives_zeros(keys, scales, device, attention_problem, generator):
     p = attention_problem(3, keys, 32, generator, scales=scales)
     p["key_mask"][1] = False
-    got = kernel.launch(*arguments(p, device), torch.float32).cpu()
+    got = strict(*arguments(p, device), torch.float32).cpu()
     for o in (got, reference.attention_qk_int8_pv_int8(*arguments(p), torch.float32)):
         assert o[1].count_nonzero() == 0
         assert o[0].isfinite().all()
@@ -122,7 +125,7 @@ def test_code_sums_are_exact(keys, device, attention_problem, generator):
     p["v"] = torch.full_like(p["v"], -128)
     p["v_zero_point"] = torch.tensor([-127], dtype=torch.int32)  # v - zero_point = -1
     p["v_scale"] = torch.ones(1)
-    got = kernel.launch(*arguments(p, device), torch.float32).cpu()
+    got = strict(*arguments(p, device), torch.float32).cpu()
     # -sum(code) * (1 / sum(code)): two roundings
     torch.testing.assert_close(got, torch.full_like(got, -1), rtol=2.0**-23, atol=0)
 
@@ -135,7 +138,7 @@ def test_equal_logits_at_the_extremes(device):
     zero, one = torch.tensor([127], dtype=torch.int32, device=device), torch.ones(1, device=device)
     for scale in (2.0**-20, 1.0, 2.0**40):
         step = torch.full((1,), scale, device=device)
-        o = kernel.launch(q, keys, keys, step, one, one, zero, 1.0, None, torch.float32)
+        o = strict(q, keys, keys, step, one, one, zero, 1.0, None, torch.float32)
         torch.testing.assert_close(o, torch.full_like(o, -255), rtol=2.0**-22, atol=0)
 
 
@@ -146,8 +149,8 @@ def test_views_of_a_projection(device, generator):
     q, keys, v = fused.to(device).permute(2, 0, 3, 1, 4)
     step, zero = torch.full((1,), 0.01, device=device), torch.tensor([4], device=device).int()
     rest = (step, step, step, zero, 0.1, None, torch.float32)
-    got = kernel.launch(q, keys, v, *rest)
-    assert torch.equal(got, kernel.launch(q.contiguous(), keys.contiguous(), v.contiguous(), *rest))
+    got = strict(q, keys, v, *rest)
+    assert torch.equal(got, strict(q.contiguous(), keys.contiguous(), v.contiguous(), *rest))
     assert got.transpose(1, 2).is_contiguous()
 
 
@@ -158,25 +161,25 @@ def test_values_with_tokens_inside(
     keys, memory_keys, device, attention_problem, generator, monkeypatch
 ):
     p = attention_problem(5, keys, 72, generator, mask=keys == 37, heads=1)
-    expected = kernel.launch(*arguments(p, device), torch.float32)
+    expected = strict(*arguments(p, device), torch.float32)
     memory = torch.full((2, 1, 72, memory_keys), -128, dtype=torch.int8)
     memory[..., :keys] = p["v"].mT
     p["v"] = memory.to(device)[..., :keys].mT
     if memory_keys != 40:
         monkeypatch.setattr(kernel.transpose_v, "launch", None)  # read as they are
-    assert torch.equal(kernel.launch(*arguments(p, device), torch.float32), expected)
+    assert torch.equal(strict(*arguments(p, device), torch.float32), expected)
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_wide_rows_of_queries_and_keys(device, attention_problem, generator):
     """D = 72 in rows of 96, as a projection may write them."""
     p = attention_problem(5, 33, 72, generator, batch=1)
-    expected = kernel.launch(*arguments(p, device), torch.float32)
+    expected = strict(*arguments(p, device), torch.float32)
     for name in "qk":
         wide = torch.full((*p[name].shape[:3], 96), -128, dtype=torch.int8)
         wide[..., :72] = p[name]
         p[name] = wide[..., :72]
-    assert torch.equal(kernel.launch(*arguments(p, device), torch.float32), expected)
+    assert torch.equal(strict(*arguments(p, device), torch.float32), expected)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -184,11 +187,11 @@ def test_codes_of_the_outputs(device, attention_problem, generator):
     """Exactly the quantizer of the fp32 outputs, as the next linear reads them; some clamp."""
     p = attention_problem(18, 33, 72, generator, batch=1)
     p["v_zero_point"].zero_()
-    y = kernel.launch(*arguments(p, device), torch.float32)
+    y = strict(*arguments(p, device), torch.float32)
     scale, zero_point = torch.tensor([0.004]), torch.tensor([-9], dtype=torch.int32)
     for smooth_inv in (None, torch.rand(144, generator=generator) + 0.5):
         codes = [x if x is None else x.to(device) for x in (scale, zero_point, smooth_inv)]
-        got = kernel.launch(*arguments(p, device), torch.float32, *codes)
+        got = strict(*arguments(p, device), torch.float32, *codes)
         assert got.transpose(1, 2).is_contiguous()
         rows = y.cpu().transpose(1, 2).reshape(18, 144)
         expected = k.quantize_static(rows, scale, zero_point, smooth_inv)
@@ -196,7 +199,7 @@ def test_codes_of_the_outputs(device, attention_problem, generator):
         assert 0 < (expected == 127).sum() < expected.numel() / 2
 
 
-@pytest.mark.parametrize("run", [kernel.launch, reference.attention_qk_int8_pv_int8])
+@pytest.mark.parametrize("run", [strict, reference.attention_qk_int8_pv_int8])
 @pytest.mark.usefixtures("poisoned")
 def test_a_value_scale_for_each_image_and_head(run, device, attention_problem, generator):
     """A batch equals its images alone, each with its own scale per head."""
@@ -212,7 +215,7 @@ def test_a_value_scale_for_each_image_and_head(run, device, attention_problem, g
 
 def test_no_queries(device, attention_problem, generator):
     p = attention_problem(0, 8, 64, generator)
-    assert kernel.launch(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)
+    assert strict(*arguments(p, device), torch.float32).shape == (2, 2, 0, 64)
     assert reference.attention_qk_int8_pv_int8(*arguments(p), torch.float32).numel() == 0
 
 

@@ -282,11 +282,13 @@ def test_attention_names_other_head_dimensions(pv):
         getattr(k, f"attention_qk_int8_pv_{pv}")(**attention_arguments(pv) | change)
 
 
-def test_attention_refuses_more_keys_than_int32_can_sum():
+def test_strict_attention_refuses_more_keys_than_int32_can_sum():
     assert (
-        checks_attention.MAX_KEYS * 255 * 255 < 2**31 <= (checks_attention.MAX_KEYS + 1) * 255 * 255
+        checks_attention.MAX_STRICT_KEYS * 255 * 255
+        < 2**31
+        <= (checks_attention.MAX_STRICT_KEYS + 1) * 255 * 255
     )
-    keys = torch.zeros(1, 1, checks_attention.MAX_KEYS + 1, 32, dtype=torch.int8)
-    change = {"q": keys[:, :, :1], "k": keys, "v": keys, "v_scale": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"Tk must be at most 33025 .* got Tk=33026; use"):
+    keys = torch.zeros(1, 1, checks_attention.MAX_STRICT_KEYS + 1, 32, dtype=torch.int8)
+    change = {"q": keys[:, :, :1], "k": keys, "v": keys, "v_scale": torch.ones(1), "strict": True}
+    with pytest.raises(ValueError, match=r"Tk must be at most 33025 .* got Tk=33026; leave"):
         k.attention_qk_int8_pv_int8(**attention_arguments("int8") | change)

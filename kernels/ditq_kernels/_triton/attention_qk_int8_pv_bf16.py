@@ -1,6 +1,7 @@
 """Attention with int8 scores and bf16 values: for long rows, whose small probabilities 8 bits lose.
 
-Like SageAttention (arXiv:2410.02367), with bf16 for its fp16 and the maximum of the whole row.
+Like SageAttention (arXiv:2410.02367), with bf16 for its fp16. Keys are looked at once, with a running maximum
+(FlashAttention, arXiv:2205.14135); the strict form finds the maximum of the whole row first.
 """
 
 import torch
@@ -50,6 +51,7 @@ def _attention_qk_int8_pv_bf16_kernel(
     D: tl.constexpr, SCORE_A: tl.constexpr, SCORE_B: tl.constexpr,
     VALUE_A: tl.constexpr, VALUE_B: tl.constexpr,
     EVEN_K: tl.constexpr, ONE_TILE: tl.constexpr,  # Tk is a multiple of, at most BLOCK_K
+    STRICT: tl.constexpr,  # the maximum of the row comes first
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b, h, t = tile_of_head(Tq, H, BLOCK_Q)
@@ -65,7 +67,8 @@ def _attention_qk_int8_pv_bf16_kernel(
     if Q_SCALE == PER_TOKEN:
         q_scale_at += rows
     row_step = tl.broadcast_to(tl.load(q_scale_at) * softmax_step, (BLOCK_Q,))
-    if not ONE_TILE:
+    top = tl.full((BLOCK_Q,), LOWEST_LOGIT, tl.float32)
+    if STRICT and not ONE_TILE:
         top = row_maximum(
             q_a, q_b, row_step, k_ptr, k_scale_ptr, key_mask_ptr, Tk,
             STRIDE_KT, D, SCORE_A, SCORE_B, K_SCALE, EVEN_K, BLOCK_Q, BLOCK_K,
@@ -80,8 +83,15 @@ def _attention_qk_int8_pv_bf16_kernel(
             q_a, q_b, k_ptr, start, Tk, STRIDE_KT, D, SCORE_A, SCORE_B, EVEN_K, BLOCK_K
         )
         logits = logits_of(total, row_step, k_scale_ptr, key_mask_ptr, keys, Tk, K_SCALE, EVEN_K)
-        if ONE_TILE:
-            top = tl.maximum(tl.max(logits, 1), LOWEST_LOGIT)
+        if ONE_TILE or not STRICT:
+            higher = tl.maximum(top, tl.max(logits, 1))
+            if not ONE_TILE:
+                kept = tl.exp2(top - higher)  # 0 where nothing was attended before
+                p_sum *= kept
+                acc_a *= kept[:, None]
+                if VALUE_B > 0:
+                    acc_b *= kept[:, None]
+            top = higher
         p = tl.exp2(logits - top[:, None])
         p_sum += tl.sum(p, 1)
         p = p.to(tl.bfloat16)
@@ -115,6 +125,7 @@ def launch(
     out_scale: torch.Tensor | None = None,
     out_zero_point: torch.Tensor | None = None,
     out_smooth_inv: torch.Tensor | None = None,
+    strict: bool = False,
     config: tuning.AttentionConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `attention.attention_qk_int8_pv_bf16`."""
@@ -134,7 +145,7 @@ def launch(
             q.stride(0), k.stride(0), v.stride(0),
             q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
             Q_SCALE=attention.scale_kind(q_scale), K_SCALE=attention.scale_kind(k_scale),
-            BF16_DOT=not INTERPRETED,
+            BF16_DOT=not INTERPRETED, STRICT=strict,
             **attention.shape_constants(head_dim, num_keys, config.block_q, block_k, parts),
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip

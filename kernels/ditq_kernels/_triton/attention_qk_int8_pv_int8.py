@@ -1,8 +1,10 @@
-"""Attention on int8 tensor cores throughout: scores and values, summed in int32 and never rescaled.
+"""Attention on int8 tensor cores throughout: scores and values.
 
-Probabilities are codes 0 to 255 of exp2(logit - row maximum), stored as `code - 128` because tensor
-cores here multiply signed by signed. INT-FlashAttention (arXiv:2409.16997) has 127 levels and a
-running maximum.
+Probabilities are codes 0 to 255 of exp2(logit - maximum), stored as `code - 128` because tensor
+cores here multiply signed by signed. Keys are looked at once, with a running maximum as in INT-FlashAttention
+(arXiv:2409.16997), which has 127 levels: the sum of a tile is exact, and fp32 sums of tiles are rescaled when the
+maximum grows. The strict form finds the maximum of the whole row first and sums in int32; where keys share a scale its
+first look compares integers, costs no more, and is what runs.
 """
 
 import torch
@@ -28,10 +30,11 @@ from ditq_kernels._triton.parts.softmax_tiles import (
     store_part,
     tile_of_head,
 )
-from ditq_kernels.checks.attention import has_tokens_inside
+from ditq_kernels.checks.attention import MAX_STRICT_KEYS, has_tokens_inside
 from ditq_kernels.launch import tuning
 
 ROUND_TO_STORED = tl.constexpr(ROUND_TO_INTEGER.value - 128)  # even, so that ties stay ties to even
+MAX_ONE_LOOK = 128  # keys a tile, see `rescaled`
 CODE_BITS = tl.constexpr(0x4B400000 - 128)
 
 
@@ -79,13 +82,56 @@ def add_values(
 
 
 @triton.jit
-def write_part(
-    acc, v_sum, code_sum, step, zero_point, b, h, t, Tq, H,
-    out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
-    D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+def column_sums(v_sum, v_sum_ptr, START: tl.constexpr, BLOCK: tl.constexpr):
+    """int32 [BLOCK]: what was added here, or what the copy of V counted."""
+    return tl.sum(v_sum, 1) if v_sum_ptr is None else tl.load(v_sum_ptr + START + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def rescaled(acc, kept, stored, v, v_sum):
+    """One more tile, acc * kept + code @ v, fp32 [BLOCK_Q, BLOCK], rounded once; v_sum [BLOCK] are column sums of v.
+
+    The product is exact: at most 255 * 128 times MAX_ONE_LOOK keys, below 2**22, on top of 1.5 * 2**23 as an integer
+    makes the bits of that sum as a float.
+    """
+    start = tl.broadcast_to((128 * v_sum + 0x4B400000)[None, :], acc.shape)
+    product = tl.dot(stored, v, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    return tl.fma(acc, tl.broadcast_to(kept[:, None], acc.shape), product - ROUND_TO_INTEGER)
+
+
+@triton.jit
+def add_part(
+    acc, v_sum, kept, stored, v_ptr, v_sum_ptr, start, stride_vd, keys_to_read,
+    ONE_LOOK: tl.constexpr, EVEN_V: tl.constexpr, D: tl.constexpr,
+    START: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, INLINE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """Undo the stored offset and the zero point, exactly; scale; store."""
-    total = acc + 128 * v_sum[None, :] - zero_point * code_sum[:, None]
+    """Add the codes of a tile times values START and on to acc, and the values to v_sum where nobody summed them."""
+    v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, START, BLOCK, BLOCK_K)
+    if v_sum_ptr is None:
+        if ONE_LOOK:  # acc holds code sums: this tile's is all it needs
+            v_sum = tl.zeros_like(v_sum)
+        v_sum = add_values(
+            v_sum, v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, START, BLOCK, BLOCK_K, INLINE_ASM
+        )
+    if ONE_LOOK:
+        sums = column_sums(v_sum, v_sum_ptr, START, BLOCK)
+        acc = rescaled(acc, kept, stored, v, sums)
+    else:
+        acc = tl.dot(stored, v, acc, out_dtype=tl.int32)
+    return acc, v_sum
+
+
+@triton.jit
+def write_part(
+    acc, v_sum, v_sum_ptr, code_sum, step, zero_point, b, h, t, Tq, H,
+    out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,
+    ONE_LOOK: tl.constexpr, D: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Undo the stored offset and the zero point (exactly, where sums are integers); scale; store."""
+    total = acc
+    if not ONE_LOOK:
+        total += 128 * column_sums(v_sum, v_sum_ptr, START, BLOCK)[None, :]
+    total -= zero_point * code_sum[:, None]
     store_part(
         total.to(tl.float32) * step[:, None], b, h, t, Tq, H,
         out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, START, BLOCK,
@@ -97,7 +143,8 @@ def _attention_qk_int8_pv_int8_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,  # [B, H, T, D] int8 twice; [B, H, D, T'] int8; [B, Tq, H, D] float or int8
     out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr,  # fp32 [1], int32 [1], fp32 [H * D], or None
     q_scale_ptr, k_scale_ptr, v_scale_ptr,  # fp32: [1], [H] or [B, H, T]; v: [B, H]
-    zero_point_ptr, v_sum_ptr,  # int32 [1] or [H] or None; [B, H, VALUE_A + VALUE_B] or None: summed here
+    zero_point_ptr,  # int32 [1] or [H] or None
+    v_sum_ptr,  # int32 [B, H, VALUE_A + VALUE_B], or [B, H, tiles, the same] for one look; None: summed here
     key_mask_ptr,  # uint8 [B, Tk] or None
     softmax_step, Tq, Tk, keys_to_read, H, stride_qb, stride_kb, stride_vb, stride_vh, stride_vd,
     STRIDE_QH: tl.constexpr, STRIDE_QT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_KT: tl.constexpr,
@@ -106,8 +153,11 @@ def _attention_qk_int8_pv_int8_kernel(
     VALUE_A: tl.constexpr, VALUE_B: tl.constexpr,
     EVEN_K: tl.constexpr, ONE_TILE: tl.constexpr,  # Tk is a multiple of, at most BLOCK_K
     EVEN_V: tl.constexpr, INLINE_ASM: tl.constexpr,  # T' holds whole tiles; not interpreted
+    STRICT: tl.constexpr,  # the maximum of the row comes first
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    ONE_LOOK: tl.constexpr = not (STRICT or ONE_TILE)
+    SUM: tl.constexpr = tl.float32 if ONE_LOOK else tl.int32
     b, h, t = tile_of_head(Tq, H, BLOCK_Q)
     rows = tl.minimum(t, Tq - 1)  # rows past the end repeat the last one; they are never stored
     q_ptr += b * stride_qb + h * STRIDE_QH
@@ -117,21 +167,24 @@ def _attention_qk_int8_pv_int8_kernel(
     k_scale_ptr = scale_of_head(k_scale_ptr, b, h, H, Tk, K_SCALE)
     if key_mask_ptr is not None:
         key_mask_ptr += b * Tk
+    if v_sum_ptr is not None:
+        v_sum_ptr += (b * H + h) * (tl.cdiv(Tk, BLOCK_K) if ONE_LOOK else 1) * (VALUE_A + VALUE_B)
     q_scale_at = scale_of_head(q_scale_ptr, b, h, H, Tq, Q_SCALE)
     if Q_SCALE == PER_TOKEN:
         q_scale_at += rows
     row_step = tl.broadcast_to(tl.load(q_scale_at) * softmax_step, (BLOCK_Q,))
-    if not ONE_TILE:
+    top = tl.full((BLOCK_Q,), LOWEST_LOGIT, tl.float32)
+    if STRICT and not ONE_TILE:
         top = row_maximum(
             q_a, q_b, row_step, k_ptr, k_scale_ptr, key_mask_ptr, Tk,
             STRIDE_KT, D, SCORE_A, SCORE_B, K_SCALE, EVEN_K, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
-    code_sum = tl.zeros((BLOCK_Q,), tl.int32)
+    code_sum = tl.zeros((BLOCK_Q,), SUM)
     EXTRA: tl.constexpr = (BLOCK_K * CODE_BITS + 2**31) % 2**32 - 2**31  # int32 wraps; differences fit
-    acc_a = tl.zeros((BLOCK_Q, VALUE_A), tl.int32)
+    acc_a = tl.zeros((BLOCK_Q, VALUE_A), SUM)
     v_sum_a = tl.zeros((VALUE_A, BLOCK_K // 4), tl.int32)
     if VALUE_B > 0:
-        acc_b = tl.zeros((BLOCK_Q, VALUE_B), tl.int32)
+        acc_b = tl.zeros((BLOCK_Q, VALUE_B), SUM)
         v_sum_b = tl.zeros((VALUE_B, BLOCK_K // 4), tl.int32)
     for start in range(0, BLOCK_K if ONE_TILE else Tk, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
@@ -139,43 +192,43 @@ def _attention_qk_int8_pv_int8_kernel(
             q_a, q_b, k_ptr, start, Tk, STRIDE_KT, D, SCORE_A, SCORE_B, EVEN_K, BLOCK_K
         )
         logits = logits_of(total, row_step, k_scale_ptr, key_mask_ptr, keys, Tk, K_SCALE, EVEN_K)
-        if ONE_TILE:
-            top = tl.maximum(tl.max(logits, 1), LOWEST_LOGIT)
+        kept = top
+        if ONE_TILE or not STRICT:
+            higher = tl.maximum(top, tl.max(logits, 1))
+            kept = tl.exp2(top - higher)  # 0 where nothing was attended before
+            top = higher
         codes = stored_codes(logits, top)
-        code_sum += tl.sum(codes, 1) - EXTRA
+        new_codes = tl.sum(codes, 1) - EXTRA
+        if ONE_LOOK:
+            code_sum = tl.fma(code_sum, kept, new_codes.to(tl.float32))
+        else:
+            code_sum += new_codes
         stored = codes.to(tl.int8)
-        v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, 0, VALUE_A, BLOCK_K)
-        acc_a = tl.dot(stored, v, acc_a, out_dtype=tl.int32)
-        if v_sum_ptr is None:
-            v_sum_a = add_values(
-                v_sum_a, v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, 0, VALUE_A, BLOCK_K, INLINE_ASM
-            )
+        acc_a, v_sum_a = add_part(
+            acc_a, v_sum_a, kept, stored, v_ptr, v_sum_ptr, start, stride_vd, keys_to_read,
+            ONE_LOOK, EVEN_V, D, 0, VALUE_A, BLOCK_K, INLINE_ASM,
+        )  # fmt: skip
         if VALUE_B > 0:
-            v = load_values(v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, VALUE_A, VALUE_B, BLOCK_K)
-            acc_b = tl.dot(stored, v, acc_b, out_dtype=tl.int32)
-            if v_sum_ptr is None:
-                v_sum_b = add_values(
-                    v_sum_b, v_ptr, start, stride_vd, keys_to_read, EVEN_V, D, VALUE_A, VALUE_B, BLOCK_K,
-                    INLINE_ASM,
-                )  # fmt: skip
+            acc_b, v_sum_b = add_part(
+                acc_b, v_sum_b, kept, stored, v_ptr, v_sum_ptr, start, stride_vd, keys_to_read,
+                ONE_LOOK, EVEN_V, D, VALUE_A, VALUE_B, BLOCK_K, INLINE_ASM,
+            )  # fmt: skip
+        if ONE_LOOK and v_sum_ptr is not None:
+            v_sum_ptr += VALUE_A + VALUE_B
     v_scale = tl.load(scale_of_head(v_scale_ptr, b, h, H, Tk, V_SCALE))
     zero_point = 0
     if zero_point_ptr is not None:
         zero_point = tl.load(scale_of_head(zero_point_ptr, b, h, H, Tk, ZERO_POINT))
     divisor = tl.maximum(code_sum, 1).to(tl.float32)  # a row without keys gives zeros
     step = tl.div_rn(tl.broadcast_to(v_scale, (BLOCK_Q,)), divisor)
-    if v_sum_ptr is not None:
-        v_sum_at = v_sum_ptr + (b * H + h) * (VALUE_A + VALUE_B)
-    sums = tl.sum(v_sum_a, 1) if v_sum_ptr is None else tl.load(v_sum_at + tl.arange(0, VALUE_A))
     write_part(
-        acc_a, sums, code_sum, step, zero_point, b, h, t, Tq, H,
-        out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, 0, VALUE_A,
+        acc_a, v_sum_a, v_sum_ptr, code_sum, step, zero_point, b, h, t, Tq, H,
+        out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, ONE_LOOK, D, 0, VALUE_A,
     )  # fmt: skip
     if VALUE_B > 0:
-        sums = tl.sum(v_sum_b, 1) if v_sum_ptr is None else tl.load(v_sum_at + VALUE_A + tl.arange(0, VALUE_B))
         write_part(
-            acc_b, sums, code_sum, step, zero_point, b, h, t, Tq, H,
-            out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, D, VALUE_A, VALUE_B,
+            acc_b, v_sum_b, v_sum_ptr, code_sum, step, zero_point, b, h, t, Tq, H,
+            out_ptr, out_scale_ptr, out_zero_point_ptr, out_smooth_inv_ptr, ONE_LOOK, D, VALUE_A, VALUE_B,
         )  # fmt: skip
 
 
@@ -198,6 +251,7 @@ def launch(
     out_scale: torch.Tensor | None = None,
     out_zero_point: torch.Tensor | None = None,
     out_smooth_inv: torch.Tensor | None = None,
+    strict: bool = False,
     config: tuning.AttentionConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `attention.attention_qk_int8_pv_int8`."""
@@ -208,10 +262,13 @@ def launch(
     config, block_k = attention.config_of("attention_qk_int8_pv_int8", k, config)
     parts = attention.VALUE_PARTS[head_dim]
     tiles = triton.cdiv(num_queries, config.block_q)
+    shared_scale = attention.scale_kind(k_scale) != PER_TOKEN.value
+    strict = strict or block_k > MAX_ONE_LOOK or (shared_scale and num_keys <= MAX_STRICT_KEYS)
     with on_device_of(q):
         v_sum = None
         if not (has_tokens_inside(v) and has_whole_words(v)):
-            v, v_sum = transpose_v.launch(v, sum(parts), block_k)
+            whole_sums = strict or num_keys <= block_k
+            v, v_sum = transpose_v.launch(v, sum(parts), block_k, whole_sums)
         memory_keys = v.stride(3)
         run_kernel(
             _attention_qk_int8_pv_int8_kernel, (batch * heads * tiles,),
@@ -225,6 +282,7 @@ def launch(
             V_SCALE=attention.scale_kind(v_scale),
             ZERO_POINT=0 if v_zero_point is None else attention.scale_kind(v_zero_point),
             INLINE_ASM=not INTERPRETED, EVEN_V=triton.cdiv(num_keys, block_k) * block_k <= memory_keys,
+            STRICT=strict,
             **attention.shape_constants(head_dim, num_keys, config.block_q, block_k, parts),
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from ditq_kernels.checks import tensors as checks
 
 HEAD_DIMS = (32, 64, 72, 88, 96, 128)
-MAX_KEYS = (2**31 - 1) // (255 * 255)  # of probability codes times values with a zero point
+MAX_STRICT_KEYS = (2**31 - 1) // (255 * 255)  # of probability codes times values with a zero point
 
 
 def check_attention(
@@ -48,12 +48,12 @@ def has_tokens_inside(v: torch.Tensor) -> bool:
     return v.dtype == torch.int8 and v.stride(2) == 1 and v.stride(3) >= max(2, v.shape[2])
 
 
-def check_attention_sum(op: str, num_keys: int) -> None:
-    """Few enough keys for an int32 sum of probability codes times values."""
-    if num_keys > MAX_KEYS:
+def check_strict_sum(op: str, num_keys: int, strict: bool) -> None:
+    """Few enough keys for one int32 sum of probability codes times values, where it must be one."""
+    if strict and num_keys > MAX_STRICT_KEYS:
         raise ValueError(
-            f"{op}: Tk must be at most {MAX_KEYS} for the int32 sum not to overflow, got "
-            f"Tk={num_keys}; use attention_qk_int8_pv_bf16"
+            f"{op}: Tk must be at most {MAX_STRICT_KEYS} where strict asks for one int32 sum, got "
+            f"Tk={num_keys}; leave strict out, or use attention_qk_int8_pv_bf16"
         )
 
 

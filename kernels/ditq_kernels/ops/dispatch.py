@@ -19,6 +19,7 @@ FUSED = "Tensor q, Tensor weight, Tensor? group_scale, Tensor? group_offset"
 LAYER = f"Tensor scale, Tensor weight_scale, {STAGES}, Tensor? bias_index, Tensor? lora_x, Tensor? lora_up"
 SCORES = "Tensor q_scale, Tensor k_scale"
 OUTPUT = "ScalarType out_dtype, Tensor? out_scale=None, Tensor? out_zero_point=None, Tensor? out_smooth_inv=None"
+OUTPUT += ", bool strict=False"
 
 
 def _codes(x, scale=None, asymmetric=False):

@@ -1,4 +1,7 @@
-"""Attention in plain torch, as `reference`: every line is one correctly rounded step, a few heads at a time."""
+"""Attention in plain torch, as `reference`: every line is one correctly rounded step, a few heads at a time.
+
+It is strict always.
+"""
 
 import math
 from collections.abc import Callable
@@ -26,13 +29,14 @@ def attention_qk_int8_pv_int8(
     out_scale: torch.Tensor | None = None,
     out_zero_point: torch.Tensor | None = None,
     out_smooth_inv: torch.Tensor | None = None,
+    strict: bool = True,
 ) -> torch.Tensor:
     """Attention [B, H, Tq, D] on int8 codes; probabilities are codes 0 to 255 of the row maximum."""
 
     def weigh(p: torch.Tensor, values: torch.Tensor, *scale_and_zero: Any) -> torch.Tensor:
         step, zero = scale_and_zero
         codes = (p.double() * numerics.INT8_LEVELS).round_()  # ties to even, of the exact product
-        # integers below 2**31 all the way
+        # integers below 2**53 all the way
         exact = reference.exact_dtype(v.device, v.shape[2] * numerics.INT8_LEVELS**2)
         codes, values = codes.to(exact), values.to(exact)
         if zero is not None:
@@ -58,6 +62,7 @@ def attention_qk_int8_pv_bf16(
     out_scale: torch.Tensor | None = None,
     out_zero_point: torch.Tensor | None = None,
     out_smooth_inv: torch.Tensor | None = None,
+    strict: bool = True,
 ) -> torch.Tensor:
     """Attention [B, H, Tq, D] on int8 queries and keys, bf16 probabilities and values."""
 

@@ -1,8 +1,8 @@
-"""Attention to compile without tensors, in two forms.
+"""Attention to compile without tensors, in three forms.
 
 As torch calls it: heads inside tokens, as projections write them; a scale a token for Q and K, a transposed copy of V
 with its sums, float outputs. "+static", as a fused block with calibrated scales calls it: a scale a head, rows of Q
-and K padded to whole products, V with tokens inside, codes of the outputs.
+and K padded to whole products, V with tokens inside, codes of the outputs. "+strict" looks twice at the keys always.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ditq_kernels._triton import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels._triton.parts import softmax_tiles as attention
 from ditq_kernels._triton.parts import transpose_v
+from ditq_kernels.checks.attention import MAX_STRICT_KEYS
 from ditq_kernels.launch import tuning
 
 MODULES = {
@@ -17,7 +18,8 @@ MODULES = {
     "attention_qk_int8_pv_bf16": attention_qk_int8_pv_bf16,
 }
 STATIC = "+static"
-OPS = (*MODULES, *(op + STATIC for op in MODULES))
+STRICT = "+strict"
+OPS = (*MODULES, *(op + STATIC for op in MODULES), *(op + STRICT for op in MODULES))
 HEADS_OF_TOKENS = 16
 
 
@@ -28,8 +30,8 @@ def types_of(op: str) -> dict[str, str]:
 
 
 def config_of(op: str, tables: tuple[str, ...], num_keys: int, head_dim: int) -> tuning.AttentionConfig:
-    """Both forms share launches."""
-    return tuning.attention_config(op.removesuffix(STATIC), tables, num_keys, head_dim)
+    """All forms share launches."""
+    return tuning.attention_config(op.partition("+")[0], tables, num_keys, head_dim)
 
 
 def attention_kernel(op: str, problem: Any, config: tuning.AttentionConfig) -> tuple[Any, dict[str, Any]]:
@@ -40,6 +42,7 @@ def attention_kernel(op: str, problem: Any, config: tuning.AttentionConfig) -> t
     constants = {
         "Q_SCALE": kind, "K_SCALE": kind, "V_SCALE": attention.PER_HEAD.value,
         "ZERO_POINT": attention.PER_HEAD.value, "BF16_DOT": True, "EVEN_V": True, "INLINE_ASM": True,
+        "STRICT": STRICT in op or (static and "pv_int8" in op and num_keys <= MAX_STRICT_KEYS),
         **_strides(num_keys, head_dim, static),
         **attention.shape_constants(head_dim, num_keys, config.block_q, config.block_k, parts),
     }  # fmt: skip
@@ -47,7 +50,7 @@ def attention_kernel(op: str, problem: Any, config: tuning.AttentionConfig) -> t
     unused += ["v_sum_ptr"] if static else ["out_scale_ptr", "out_zero_point_ptr"]
     unused += [] if problem.zero_point else ["zero_point_ptr"]
     constants |= dict.fromkeys(unused)
-    name = op.removesuffix(STATIC)
+    name = op.partition("+")[0]
     kernel = getattr(MODULES[name], f"_{name}_kernel")
     return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}
 
@@ -69,7 +72,7 @@ def transpose_kernel(_: str, problem: Any, config: tuning.RowConfig) -> tuple[An
     constants = {
         "STRIDE_VH": head_dim, "STRIDE_VT": HEADS_OF_TOKENS * head_dim,
         "D": head_dim, "WIDTH": sum(attention.VALUE_PARTS[head_dim]),
-        "BLOCK_D": transpose_v.BLOCK_D, "BLOCK_T": config.rows,
+        "BLOCK_D": transpose_v.BLOCK_D, "BLOCK_T": config.rows, "WHOLE_SUMS": False,
     }  # fmt: skip
     return transpose_v._transpose_v_kernel, constants
 

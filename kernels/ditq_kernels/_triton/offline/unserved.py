@@ -13,7 +13,7 @@ BORROWED = {100: 90}
 SM_100_OUTPUTS = {
     "gemm_w8a8": 128, "gemm_w8a8+grouped": 128, "gemm_w8a8+qkv_quantize": 64, "gemm_w8a8+residual": 64,
 }  # fmt: skip
-SM_100_WARPS = {"attention_qk_int8_pv_int8": 8}
+SM_100_WARPS = {"attention_qk_int8_pv_int8": 8, "attention_qk_int8_pv_int8+strict": 8}
 
 
 def tables_of(target: int) -> tuple[str, ...]:
