@@ -1,12 +1,14 @@
-"""Write a pipeline folder that stock diffusers loads: complete or not at all, class names included."""
+"""Write a pipeline folder that stock diffusers loads: complete or not at all, with what `save_pretrained` drops."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.files import atomic_folder
+from ditq_runtime.calls.saved import CALL, saved_call
+from ditq_runtime.files import atomic_folder, write_json
 
 PLAN = Path("ditq") / "plan.json"
 
@@ -15,8 +17,7 @@ def write_pipeline(
     pipe: Any,
     out: Path,
     max_shard_size: str = "10GB",
-    labels_of: Any = None,
-    plan: str | None = None,
+    plans: Mapping[str, str] | None = None,
 ) -> None:
     """Save a pipeline, or a transformer alone, atomically.
 
@@ -24,8 +25,7 @@ def write_pipeline(
         pipe: what to save.
         out: the folder; must not exist, or be empty.
         max_shard_size: as in diffusers' `save_pretrained`.
-        labels_of: the pipeline whose class names to keep; default: `pipe`.
-        plan: text of the plan that it was made by; None for a float model.
+        plans: component -> text of the plan that it was made by; none for a float model.
 
     Raises:
         FileExistsError: `out` is in use.
@@ -33,15 +33,23 @@ def write_pipeline(
     with atomic_folder(out) as part:
         pipe.save_pretrained(part, max_shard_size=max_shard_size)
         forget_paths(part)
-        _keep_labels(labels_of or pipe, part / "model_index.json")
-        if plan is not None:
-            keep_plan(part, plan)
+        _keep_labels(pipe, part / "model_index.json")
+        keep_plans(part, plans or {})
+        call = saved_call(pipe)
+        if call:
+            (part / CALL).parent.mkdir(exist_ok=True)
+            write_json(part / CALL, call)
 
 
-def keep_plan(folder: Path, plan: str) -> None:
-    """Write the plan, with its reasons, beside what it made; nothing reads it to load or to sample."""
-    (folder / PLAN).parent.mkdir()
-    (folder / PLAN).write_text(plan, encoding="utf-8")
+def keep_plans(folder: Path, plans: Mapping[str, str]) -> None:
+    """Write plans, with their reasons, beside what they made; nothing reads them to load or to sample.
+
+    The first is `ditq/plan.json`; that of another transformer has its name, `ditq/plan.transformer_2.json`.
+    """
+    for number, (component, plan) in enumerate(plans.items()):
+        path = folder / (PLAN if number == 0 else PLAN.with_suffix(f".{component}.json"))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(plan, encoding="utf-8")
 
 
 def forget_paths(folder: Path) -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 from ditq_runtime.calls.input_files import embedding_entries, read_entries
 from ditq_runtime.calls.labels import check_labels, class_ids, draw, read_labels
 from ditq_runtime.calls.prompts import read_prompts
+from ditq_runtime.calls.saved import saved_call
 from ditq_runtime.calls.seeds import splitmix64
 
 SAMPLES, LABELS_PER_CALL = 32, 8
 CLASS_STEPS, CLASS_GUIDANCE = 50, 1.5  # DiT's; text pipelines have defaults of their own
 BINNED_SIZES = (32, 64, 128, 256)  # latents of the models that diffusers has aspect ratio bins for
-SEED = "seed"  # what an entry may hold instead of a generator
+SEED = "seed"  # what an entry may hold instead of a generator, or of one per sample: an integer, a list of them
 
 Given = Sequence[Mapping[str, Any]] | str | Path
 
@@ -44,6 +45,12 @@ class Input:
         state = hashlib.sha256()
         update_digest(state, {"arguments": self.arguments, "seeds": self.seeds})
         return state.hexdigest()
+
+    def steps(self, pipe: Any) -> int | None:
+        """Denoising steps that it asks for, or that the pipeline makes by itself; None where that cannot be told."""
+        own = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+        found: int | None = self.arguments.get("num_inference_steps", own.default if own else None)
+        return found
 
     @property
     def samples(self) -> int:
@@ -76,7 +83,8 @@ def gather(
     Args:
         caller: whose errors these are.
         pipe: a pipeline.
-        inputs: keyword arguments of each call, or a file of them (`input_files.read_entries`).
+        inputs: keyword arguments of each call, or a file of them (`input_files.read_entries`); what is left out, the
+            folder may say (`saved`).
         prompts: short form: texts, or a file of them, or a `.safetensors` file of their embeddings; one per call.
         labels: short form: classes, `batch` per call.
         samples: of a short form: how many, drawn without replacement until all are; default: all prompts, 32 classes.
@@ -100,7 +108,11 @@ def gather(
     if len(forms) > 1:
         raise ValueError(f"{caller}: give one of {' and '.join(forms)}, not both")
     _check_positive(caller, samples=samples, batch=batch, steps=steps)
-    shared = _shared(caller, pipe, takes, steps, guidance, dict(call or {}))
+    saved = saved_call(pipe)
+    known = saved.pop("prompt", None)
+    if not forms and "class_labels" not in takes:
+        prompts = known
+    shared = saved | _shared(caller, pipe, takes, steps, guidance, dict(call or {}))
     entries, drawn = _entries(caller, pipe, takes, inputs, prompts, labels, samples, seed)
     if drawn is not None:
         size = batch or LABELS_PER_CALL
@@ -112,11 +124,10 @@ def gather(
         arguments = {**shared, **entry}
         count = len(arguments["class_labels"]) if drawn is not None else 1
         own = arguments.pop(SEED, None)
-        seeds = (
-            tuple(splitmix64(seed, number + i) for i in range(count))
-            if own is None
-            else (int(own),)
-        )
+        if own is None:
+            seeds = tuple(splitmix64(seed, number + i) for i in range(count))
+        else:
+            seeds = tuple(map(int, own)) if isinstance(own, list) else (int(own),)
         number += count
         _check_known(f"{caller}: input {index}", pipe, takes, arguments)
         made.append(Input(_filled(pipe, takes, arguments), seeds))
@@ -192,7 +203,20 @@ def _filled(pipe: Any, takes: Mapping[str, Any], arguments: dict[str, Any]) -> d
         arguments.setdefault("use_resolution_binning", False)
     if "negative_prompt_embeds" in arguments and "negative_prompt" in takes:
         arguments.setdefault("negative_prompt", None)  # some have "" for a default
-    return arguments
+    return alike(arguments)
+
+
+def alike(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As many negative prompts as prompts, where one text stands for all: not every pipeline repeats it."""
+    prompts = arguments.get("prompt")
+    return {
+        name: [value] * len(prompts)
+        if name.startswith("negative_prompt")
+        and isinstance(value, str)
+        and isinstance(prompts, list)
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_known(

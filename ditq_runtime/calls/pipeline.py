@@ -78,21 +78,21 @@ def pipeline_of(model: Any) -> Any:
 
 
 def with_transformers(pipe: Any, transformers: dict[str, nn.Module]) -> Any:
-    """The same pipeline around other transformers; it shares everything else."""
-    other = type(pipe)(**{**pipe.components, **transformers})
-    for name in ("labels",):
-        if hasattr(pipe, name):
-            setattr(other, name, getattr(pipe, name))
+    """The same pipeline around other transformers; it shares everything else, what its configuration says included."""
+    other = copy.copy(pipe)
+    for name, model in transformers.items():
+        setattr(other, name, model)
     return other
 
 
 @contextmanager
-def ready(pipe: Any, sampler: str = "") -> Iterator[None]:
+def ready(pipe: Any, sampler: str = "", shown: bool = False) -> Iterator[None]:
     """Prepare a pipeline for `draw`, and put everything back.
 
     Args:
         pipe: a pipeline.
         sampler: one of `ditq_runtime.calls.schedulers.SAMPLERS`; "" for its own scheduler.
+        shown: show its progress bars on a terminal.
     """
     with ExitStack() as stack:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -105,9 +105,9 @@ def ready(pipe: Any, sampler: str = "") -> Iterator[None]:
             stack.callback(setattr, pipe, "scheduler", own)
             pipe.scheduler = copy.deepcopy(own)
             set_sampler(pipe, sampler)
-        shown = getattr(pipe, "_progress_bar_config", None)
-        stack.callback(setattr, pipe, "_progress_bar_config", shown or {})
-        pipe.set_progress_bar_config(disable=True)
+        bars = getattr(pipe, "_progress_bar_config", None)
+        stack.callback(setattr, pipe, "_progress_bar_config", bars or {})
+        pipe.set_progress_bar_config(disable=None if shown else True)
         yield
 
 
@@ -123,7 +123,7 @@ def draw(pipe: Any, given: Input, decode: bool = False) -> Drawn:
         ValueError: the pipeline refuses its arguments.
     """
     takes = inspect.signature(pipe.__call__).parameters
-    arguments = dict(given.arguments)
+    arguments = {name: _placed(pipe, name, value) for name, value in given.arguments.items()}
     if "generator" in takes and "generator" not in arguments:
         made = [torch.Generator().manual_seed(seed) for seed in given.seeds]
         arguments["generator"] = made if len(made) > 1 else made[0]
@@ -142,6 +142,14 @@ def draw(pipe: Any, given: Input, decode: bool = False) -> Drawn:
     if decode:
         return Drawn(_plain(seen[0]) if seen else None, _images(found))
     return Drawn(_plain(found) if isinstance(found, torch.Tensor) else None, None)
+
+
+def _placed(pipe: Any, name: str, value: Any) -> Any:
+    """Embeddings as the pipeline's own encoders would give them: on its device, in its type."""
+    if not isinstance(value, torch.Tensor) or "embed" not in name or not value.is_floating_point():
+        return value
+    model: Any = next(iter(transformers_in(pipe).values()))
+    return value.to(pipe.device, model.dtype)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

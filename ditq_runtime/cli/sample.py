@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ditq_runtime.calls.schedulers import SAMPLERS, set_sampler
+from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.cli.device import place
-from ditq_runtime.cli.images import grid
 from ditq_runtime.cli.last_inputs import LastInputs
 from ditq_runtime.cli.output import print_json, say
-from ditq_runtime.cli.wishes import Sizes, draw, wishes
-from ditq_runtime.files import atomic_file, check_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def sample(
-    path: Annotated[
-        str, typer.Argument(help="A pipeline folder written by `ditq convert`, or a hub id.")
-    ],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("sample.png"),
+    path: Annotated[str, typer.Argument(help="A folder written by `ditq convert`, or a hub id.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A .png of all images, a .safetensors of the latents, or a folder with a file per call."
+        ),
+    ] = Path("sample.png"),
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to call the pipeline with: .jsonl with one call's arguments per line (paths for images), or "
+            ".safetensors of embeddings."
+        ),
+    ] = None,
     class_labels: Annotated[
         str, typer.Option(help="Class ids or names, comma-separated; for DiT.")
     ] = "",
@@ -73,7 +81,10 @@ def sample(
     report: Annotated[bool, typer.Option("--report", help="Print the execution report.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Sample images and write them as one grid.
+    """Sample images and write them as one grid, or a file per call.
+
+    A transformer alone takes embeddings, and gives latents. A folder is shared by processes that torchrun or accelerate
+    started, and a killed run goes on there.
 
     Example: ditq sample out --class-labels 0,1,2,3 --steps 50 --out digits.png --report
 
@@ -81,36 +92,47 @@ def sample(
     """
     import torch
 
-    check_file(out, (".png",))
+    from ditq_runtime.calls.parts import transformers_in
+    from ditq_runtime.calls.pipeline import ready
+    from ditq_runtime.cli.drawing import check_out, write_all
+    from ditq_runtime.cli.wishes import Sizes, wished
+
+    if inputs is not None and (class_labels or prompt or prompts):
+        raise typer.BadParameter("--inputs says what to draw already; leave the other form out.")
+    check_out(out)
     here = place(device)
     used = _check(here, dtype, backend, cuda_graph)
     begin = time.perf_counter()
-    pipe = _opened(path, getattr(torch, dtype), here, sampler, cuda_graph)
+    pipe = _opened(path, getattr(torch, dtype), here, cuda_graph)
     loaded = time.perf_counter() - begin
-    wanted = wishes(pipe, class_labels, prompt, prompts, Sizes(steps, cfg, height, width))
-    torch.manual_seed(seed)  # diffusers gives a sampler that draws noise at every step no generator
+    sizes = Sizes(steps, cfg, height, width)
+    given = wished(pipe, inputs, class_labels, prompt, prompts, sizes, seed, batch)
     begin = time.perf_counter()
-    with LastInputs(pipe.transformer) as last:
-        images = draw(pipe, wanted, seed, batch)
+    with ExitStack() as stack:
+        listening = [LastInputs(m) for m in transformers_in(pipe).values()]
+        for last in listening:
+            stack.enter_context(last)
+        stack.enter_context(ready(pipe, sampler, shown=True))
+        work = {"model": path, "dtype": dtype, "sampler": sampler}
+        images = write_all(out, pipe, given, columns, work)
     took = time.perf_counter() - begin
-    with atomic_file(out) as part:
-        grid(images, min(columns, len(images))).save(part, format="PNG")
-    proof = _proof(pipe, last) if report else None
+    proofs = [last.report() for last in listening if last.ran] if report else []
     result: dict[str, Any] = {
         "out": str(out),
-        "images": len(images),
-        "steps": wanted.options["num_inference_steps"],
+        "images": images,
+        "steps": given[0].steps(pipe),
         "load_seconds": loaded,
         "seconds": took,
-        "seconds_per_image": took / len(images),
+        "seconds_per_image": took / max(images, 1),
         "device": str(here),
         "backend": used,
         "dtype": dtype,
     }
     if json:
-        print_json(result if proof is None else result | {"report": proof.to_dict()})
+        names = ("report", *(f"report_{i}" for i in range(2, len(proofs) + 1)))
+        print_json(result | {n: p.to_dict() for n, p in zip(names, proofs, strict=False)})
     else:
-        _tell(result, proof)
+        _tell(result, proofs)
 
 
 def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
@@ -128,25 +150,18 @@ def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
     return used
 
 
-def _opened(path: str, dtype: Any, here: Any, sampler: str, cuda_graph: bool) -> Any:
-    """The pipeline, with the scheduler that was asked for, captured if that was."""
+def _opened(path: str, dtype: Any, here: Any, cuda_graph: bool) -> Any:
+    """The pipeline, captured if that was asked for."""
     from ditq_runtime.speed.prepare import prepare
 
     pipe = load(path, dtype, here)
-    set_sampler(pipe, sampler)
     if cuda_graph:
         prepare(pipe, cuda_graph=True)
     return pipe
 
 
-def _proof(pipe: Any, last: LastInputs) -> Any:
-    from ditq_runtime.report.execution import execution_report
-
-    return execution_report(pipe.transformer, last.inputs)
-
-
-def _tell(result: dict[str, Any], proof: Any) -> None:
-    if proof is not None:
+def _tell(result: dict[str, Any], proofs: list[Any]) -> None:
+    for proof in proofs:
         say(str(proof))
     say(
         "{out}: {images} images, {steps} steps, {seconds:.2f} s ({seconds_per_image:.3f} s per image) on {device} "
@@ -155,10 +170,14 @@ def _tell(result: dict[str, Any], proof: Any) -> None:
 
 
 def load(path: str, dtype: Any, device: Any) -> Any:
-    """Open a packed pipeline the way any diffusers user does, after checking that it is one."""
-    from diffusers import DiffusionPipeline
+    """Open a packed pipeline the way any diffusers user does, after checking that it is one.
+
+    A transformer alone gets the pipeline that diffusers has for it, without encoders and VAE.
+    """
+    from diffusers import AutoModel, DiffusionPipeline
 
     import ditq_runtime  # noqa: F401  registers the backend
+    from ditq_runtime.calls.pipeline import pipeline_of
     from ditq_runtime.format.folder import open_folder
     from ditq_runtime.host.hub_cache import local
 
@@ -172,13 +191,9 @@ def load(path: str, dtype: Any, device: Any) -> Any:
         raise ValueError(
             f"{path}: a float model, not a packed one; `ditq convert {path} OUT` makes one"
         )
-    if folder.path == Path(path):
-        raise ValueError(
-            f"{path}: a transformer alone cannot sample; give a pipeline folder with model_index.json"
-        )
-    pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=None)
-    return pipe
+    alone = folder.path == Path(path)
+    kind = AutoModel if alone else DiffusionPipeline
+    return pipeline_of(kind.from_pretrained(path, dtype=dtype).to(device))
 
 
 def check_backend(backend: str, device: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a pipeline is asked to draw: classes or text, and the arguments that every call of it takes."""
+"""The short forms of `ditq sample`: classes or text, and the arguments that every call takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditq_runtime.calls.inputs import BINNED_SIZES, CLASS_GUIDANCE, CLASS_STEPS
+from ditq_runtime.calls.inputs import (
+    BINNED_SIZES,
+    CLASS_GUIDANCE,
+    CLASS_STEPS,
+    Input,
+    alike,
+    gather,
+)
 from ditq_runtime.calls.prompts import read_prompts
+from ditq_runtime.calls.saved import saved_call
 
 
 @dataclass(frozen=True)
@@ -29,25 +37,41 @@ class Sizes:
     width: int | None = None
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What to draw.
-
-    Attributes:
-        argument: of the pipeline's call that takes `items`: `class_labels` or `prompt`.
-        items: one class id or prompt per image.
-        options: further arguments of the call.
-    """
-
-    argument: str
-    items: Sequence[Any]
-    options: dict[str, Any]
+def wished(
+    pipe: Any,
+    inputs: Path | None,
+    class_labels: str,
+    prompt: Sequence[str],
+    prompts: Path | None,
+    sizes: Sizes,
+    seed: int,
+    batch: int,
+) -> list[Input]:
+    """The calls of a file of inputs or of embeddings, or of a short form; errors as `gather` and `wishes`."""
+    embeddings = prompts is not None and prompts.suffix == ".safetensors"
+    if inputs is None and not embeddings:
+        if getattr(pipe, "text_encoder", None) is None and "tokenizer" in pipe.components:
+            raise ValueError(
+                f"{type(pipe).__name__} has no text encoder here; give embeddings with --inputs FILE.safetensors"
+            )
+        return wishes(pipe, class_labels, prompt, prompts, sizes, seed, batch)
+    asked = {"height": sizes.height, "width": sizes.width}
+    return gather(
+        "sample", pipe, inputs or prompts, steps=sizes.steps, guidance=sizes.guidance, seed=seed,
+        call={name: value for name, value in asked.items() if value is not None},
+    )  # fmt: skip
 
 
 def wishes(
-    pipe: Any, class_labels: str, prompt: Sequence[str], prompts: Path | None, sizes: Sizes
-) -> Wishes:
-    """Check what was asked for against what the pipeline can be told.
+    pipe: Any,
+    class_labels: str,
+    prompt: Sequence[str],
+    prompts: Path | None,
+    sizes: Sizes,
+    seed: int = 0,
+    batch: int = 16,
+) -> list[Input]:
+    """Check what was asked for against what the pipeline can be told, and make calls of it.
 
     Args:
         pipe: a diffusers pipeline.
@@ -55,6 +79,8 @@ def wishes(
         prompt: texts; for pipelines that draw from text.
         prompts: a text file with one prompt per line, after those of `prompt`.
         sizes: steps, guidance, height and width.
+        seed: of the first image; image i has its own generator, seeded seed + i.
+        batch: images per call.
 
     Raises:
         ValueError: text for a class-conditional pipeline, classes for a text pipeline, neither for the latter; an
@@ -67,19 +93,36 @@ def wishes(
             raise ValueError(
                 f"--prompt: {name} draws classes, not text; give --class-labels, as ids or names"
             )
-        return Wishes("class_labels", label_ids(pipe, class_labels), _class_options(name, sizes))
+        options = _class_options(name, sizes)
+        return _calls("class_labels", label_ids(pipe, class_labels), options, seed, batch)
     if "prompt" not in takes:
         raise ValueError(
-            f"{name} draws neither from classes nor from text; call the pipeline in Python"
+            f"{name} draws neither from classes nor from text; give the arguments of its calls with --inputs"
         )
     if class_labels:
         raise ValueError(
             f"--class-labels: {name} draws from text and has no classes; give --prompt or --prompts"
         )
-    texts = [*prompt, *(read_prompts(prompts) if prompts is not None else ())]
+    saved = saved_call(pipe)
+    known = saved.pop("prompt", [])
+    texts = [*prompt, *(read_prompts(prompts) if prompts is not None else ())] or known
     if not texts:
-        raise ValueError(f"{name} draws from text; give --prompt TEXT, or --prompts FILE")
-    return Wishes("prompt", texts, _text_options(pipe, takes, sizes))
+        raise ValueError(
+            f"{name} draws from text; give --prompt TEXT, or --prompts FILE, or --inputs FILE"
+        )
+    return _calls("prompt", texts, saved | _text_options(pipe, takes, sizes, saved), seed, batch)
+
+
+def _calls(
+    argument: str, items: Sequence[Any], options: dict[str, Any], seed: int, batch: int
+) -> list[Input]:
+    """Calls of at most `batch` items each."""
+    made = []
+    for start in range(0, len(items), batch):
+        part = list(items[start : start + batch])
+        seeds = tuple(seed + start + i for i in range(len(part)))
+        made.append(Input(alike({**options, argument: part}), seeds))
+    return made
 
 
 def _class_options(name: str, sizes: Sizes) -> dict[str, Any]:
@@ -91,14 +134,15 @@ def _class_options(name: str, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _text_options(pipe: Any, takes: Any, sizes: Sizes) -> dict[str, Any]:
+def _text_options(pipe: Any, takes: Any, sizes: Sizes, saved: dict[str, Any]) -> dict[str, Any]:
     asked = {
         "--cfg": ("guidance_scale", sizes.guidance),
         "--height": ("height", sizes.height),
         "--width": ("width", sizes.width),
     }
     default = takes["num_inference_steps"].default
-    options: dict[str, Any] = {"num_inference_steps": sizes.steps or default}
+    own = saved.get("num_inference_steps", default)
+    options: dict[str, Any] = {"num_inference_steps": sizes.steps or own}
     for option, (argument, value) in asked.items():
         if value is not None and argument not in takes:
             raise ValueError(f"{option}: {type(pipe).__name__} has no {argument}; leave it out")
@@ -134,22 +178,3 @@ def num_classes(pipe: Any) -> int:
     named = set(getattr(pipe, "labels", {}).values())
     embedded: int = pipe.transformer.config.num_embeds_ada_norm
     return len(named) if named and named == set(range(len(named))) else embedded
-
-
-def draw(pipe: Any, wanted: Wishes, seed: int, batch: int) -> list[Any]:
-    """One PIL image per item, in batches; image i has its own generator seeded seed + i.
-
-    Raises:
-        ValueError: the pipeline makes something else than images.
-    """
-    import torch
-
-    images: list[Any] = []
-    for start in range(0, len(wanted.items), batch):
-        part = wanted.items[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        made = pipe(**{wanted.argument: part}, generator=generators, **wanted.options)
-        if not hasattr(made, "images"):
-            raise ValueError(f"{type(pipe).__name__} makes no images; call the pipeline in Python")
-        images += made.images
-    return images

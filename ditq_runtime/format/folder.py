@@ -95,6 +95,19 @@ def open_folder(path: str | Path) -> TransformerFolder:
     return TransformerFolder(folder, parsed, files, read_headers(files))
 
 
+def transformer_folders(path: str | Path) -> dict[str, TransformerFolder]:
+    """Every transformer of a pipeline folder by the name of its component; `transformer` where it stands alone.
+
+    Raises:
+        CheckpointError: as `open_folder`, for any of them.
+    """
+    root = Path(path)
+    if not (root / "model_index.json").exists():
+        return {"transformer": open_folder(root)}
+    inside = sorted(folder for folder in root.glob("transformer*") if folder.is_dir())
+    return {folder.name: open_folder(folder) for folder in inside or [root / "transformer"]}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError for anything else, named."""
     if not path.is_file():  # a pipe would wait for ever

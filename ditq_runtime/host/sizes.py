@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ditq_runtime.families import family_of
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.format.folder import TransformerFolder
@@ -41,6 +43,15 @@ CATEGORIES = (
     "other float",
     "file headers",
 )
+
+
+def add_up(sizes: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sum of several folders' sizes."""
+    total = dict.fromkeys(CATEGORIES, 0)
+    for one in sizes:
+        for name, size in one.items():
+            total[name] += size
+    return total
 
 
 def size_by_category(folder: TransformerFolder) -> dict[str, int]:

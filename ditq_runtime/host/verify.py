@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.digests import check_digest
-from ditq_runtime.format.folder import TransformerFolder, open_folder
+from ditq_runtime.format.folder import TransformerFolder, transformer_folders
 
 
 def verify(path: str | Path) -> int:
@@ -24,9 +24,7 @@ def verify(path: str | Path) -> int:
     Raises:
         CheckpointError: a tensor differs from its digest: names its file; or the folder is damaged otherwise.
     """
-    root = Path(path)
-    inside = sorted(root.glob("transformer*/config.json")) or [root / "config.json"]
-    return sum(_verify(open_folder(config.parent)) for config in inside)
+    return sum(_verify(folder) for folder in transformer_folders(path).values())
 
 
 def _verify(folder: TransformerFolder) -> int:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_converters.calibrate.journal import LOG
-from ditq_converters.convert.story import Job
 from ditq_converters.memory import held
 from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.streaming.finished import folder_of
@@ -21,7 +20,9 @@ from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.errors import CheckpointError
 
 BUDGET = 2**40
-STORY = vars(sys.modules[Job.__module__])  # what `convert` looks its steps up in
+STORY, JOBS = (  # what `convert` looks its steps up in
+    vars(sys.modules[f"ditq_converters.convert.{name}"]) for name in ("story", "jobs")
+)
 LINEAR = Recipe(method="linear")
 RECIPES = {
     "linear": LINEAR,
@@ -168,7 +169,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(killable, killed, tmp_pat
         job = JOB.format(out=str(out))
         assert killable.kill_at(job, event, rng.uniform(0, 0.01))
         kept = folder_of(out)
-        with_blocks += bool(list(kept.glob("*.safetensors")))
+        with_blocks += bool(list(kept.rglob("*.safetensors")))
         if out.exists():  # killed between the rename and the end
             assert files(out) == whole
             continue
@@ -181,7 +182,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(killable, killed, tmp_pat
 def test_finished_blocks_are_not_converted_again(source, tmp_path, monkeypatch):
     out, pipe = tmp_path / "out", open_in_pieces(source, BUDGET)
     made = []
-    real = STORY["convert_block"]
+    real = JOBS["convert_block"]
 
     def counted(model, family, block, *rest):
         if made == ["transformer_blocks.0"] and block == "transformer_blocks.1":
@@ -190,11 +191,11 @@ def test_finished_blocks_are_not_converted_again(source, tmp_path, monkeypatch):
         made.append(block)
         return real(model, family, block, *rest)
 
-    monkeypatch.setitem(STORY, "convert_block", counted)
+    monkeypatch.setitem(JOBS, "convert_block", counted)
     with pytest.raises(KeyboardInterrupt):
         convert(pipe, LINEAR, out=out, quiet=True)
     assert not out.exists()
-    assert sorted(path.name for path in folder_of(out).iterdir()) == [
+    assert sorted(path.name for path in (folder_of(out) / "transformer").iterdir()) == [
         "conversion.json",
         "transformer_blocks.0.safetensors",
     ]
@@ -212,13 +213,13 @@ def test_blocks_of_another_conversion_are_not_used(source, make_dit, tmp_path, m
         patch.setitem(STORY, "write_streamed", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(model, LINEAR, out=out, quiet=True)
-    assert len(list(folder_of(out).glob("*.safetensors"))) == 3  # two blocks, final modulation
+    assert len(list(folder_of(out).rglob("*.safetensors"))) == 3  # two blocks, final modulation
     recipe = Recipe(method="linear", weights="w4p") if change == "recipe" else LINEAR
     if change == "weights":
         make_dit(seed=4).save_pretrained(tmp_path / "other")
         folder = tmp_path / "other"
     if change == "damaged settings":
-        settings = folder_of(out) / "conversion.json"
+        settings = folder_of(out) / "transformer" / "conversion.json"
         settings.write_text(settings.read_text()[:40])
     convert(open_in_pieces(folder, BUDGET), recipe, out=out, quiet=True)
     convert(open_model(str(folder)), recipe, out=tmp_path / "memory", quiet=True)

@@ -246,8 +246,9 @@ def test_sample_refuses_what_is_no_packed_pipeline(ditq, folder, pipes, tmp_path
     assert "a float model" in _refused(ditq, tmp_path, tmp_path / "float")
     assert "`ditq convert" in _refused(ditq, tmp_path, tmp_path / "float" / "transformer")
     assert "built-in float model" in _refused(ditq, tmp_path, "demo:digits")
-    assert "a transformer alone cannot" in _refused(ditq, tmp_path, folder / "transformer")
-    assert "a transformer alone cannot" in _refused(ditq, tmp_path, f"{folder}/transformer/")
+    for alone in (folder / "transformer", f"{folder}/transformer/"):
+        line = _refused(ditq, tmp_path, alone)
+        assert "a transformer alone makes latents, not images; name a .safetensors" in line
     assert "no config.json there" in _refused(ditq, tmp_path, tmp_path / "nowhere")
 
 
@@ -269,7 +270,7 @@ def test_sample_refuses_labels_that_are_no_classes(ditq, folder, tmp_path, label
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("sample", "MODEL", "--out", "TMP"), "is a folder; name a file in it"),
+        (("sample", "MODEL", "--out", "TMP"), "holds something else; name a new folder"),
         (("sample", "MODEL", "--out", "TMP/x.jpg"), "its name must end in .png"),
         (("sample", "MODEL", "--out", "/proc/x.png"), "nothing can be written in /proc"),
         (("sample", "MODEL", "--cfg", "nan"), "--cfg must be a finite number, got nan"),

@@ -9,7 +9,7 @@ from diffusers import AuraFlowTransformer2DModel
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
 from ditq_runtime.cli.last_inputs import LastInputs
-from ditq_runtime.cli.wishes import Sizes, draw, label_ids, wishes
+from ditq_runtime.cli.wishes import Sizes, label_ids, wishes
 
 
 class TextPipeline:
@@ -36,14 +36,25 @@ class VideoPipeline(TextPipeline):
 
 def test_what_is_not_said_is_left_to_the_pipeline(tmp_path):
     (tmp_path / "p.txt").write_text("abc\n\nabcd\n", encoding="utf-8")
-    told = wishes(TextPipeline(), "", ["a"], tmp_path / "p.txt", Sizes())
-    assert (told.argument, list(told.items)) == ("prompt", ["a", "abc", "abcd"])
-    assert told.options == {"num_inference_steps": 20, "use_resolution_binning": False}
-    assert wishes(TextPipeline(128), "", ["a"], None, Sizes(7, height=64)).options == {
-        "num_inference_steps": 7,
-        "height": 64,
-    }
-    assert draw(TextPipeline(), told, seed=5, batch=2) == [(1, 5), (3, 6), (4, 7)]
+    told = wishes(TextPipeline(), "", ["a"], tmp_path / "p.txt", Sizes(), seed=5, batch=2)
+    own = {"num_inference_steps": 20, "use_resolution_binning": False}
+    assert [(one.arguments, one.seeds) for one in told] == [
+        ({"prompt": ["a", "abc"], **own}, (5, 6)),
+        ({"prompt": ["abcd"], **own}, (7,)),
+    ]
+    (told,) = wishes(TextPipeline(128), "", ["a"], None, Sizes(7, height=64))
+    assert told.arguments == {"prompt": ["a"], "num_inference_steps": 7, "height": 64}
+
+
+def test_what_a_folder_says_about_its_calls_is_taken_where_nothing_else_is_said():
+    pipe = TextPipeline()
+    pipe.ditq_call = {"prompt": ["one", "two"], "num_inference_steps": 9, "height": 32}
+    common = {"use_resolution_binning": False, "height": 32}
+    (told,) = wishes(pipe, "", [], None, Sizes())
+    assert told.arguments == {"prompt": ["one", "two"], "num_inference_steps": 9, **common}
+    (told,) = wishes(pipe, "", ["a"], None, Sizes(3, height=64))
+    assert told.arguments == {**common, "prompt": ["a"], "num_inference_steps": 3, "height": 64}
+    assert pipe.ditq_call["prompt"] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -51,18 +62,12 @@ def test_what_is_not_said_is_left_to_the_pipeline(tmp_path):
     [
         (TextPipeline, Sizes(guidance=2.0), "--cfg: TextPipeline has no guidance_scale; leave it"),
         (VideoPipeline, Sizes(width=64), "--width: VideoPipeline has no width; leave it out"),
-        (ImagePipeline, Sizes(), "ImagePipeline draws neither from classes nor from text; call"),
+        (ImagePipeline, Sizes(), "ImagePipeline draws neither from classes nor from text; give"),
     ],
 )
 def test_what_a_pipeline_cannot_be_told(pipeline, sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
         wishes(pipeline(), "", ["a fox"], None, sizes)
-
-
-def test_what_makes_no_images_is_refused():
-    told = wishes(VideoPipeline(), "", ["a fox"], None, Sizes())
-    with pytest.raises(ValueError, match="VideoPipeline makes no images; call the pipeline in"):
-        draw(VideoPipeline(), told, 0, 1)
 
 
 def test_a_family_without_a_table_is_reported_on_its_last_inputs():

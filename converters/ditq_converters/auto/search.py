@@ -19,8 +19,9 @@ from torch import nn
 
 from ditq_converters.auto.budget import linear_bytes, parse_budget
 from ditq_converters.calibrate.stats import CalibrationStats
+from ditq_converters.convert.jobs import Job
 from ditq_converters.convert.prefix import Prefix
-from ditq_converters.convert.story import Job, convert_in_memory
+from ditq_converters.convert.story import convert_in_memory
 from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan

@@ -10,10 +10,8 @@ The folder appears by a rename when the input is done. While it is made a lock s
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,17 +167,3 @@ class Handles:
                 del self._open[next(iter(self._open))]
             self._open[path] = file, size
         return self._open[path][0]
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Hold a lock for the block where nobody else has it; True if it is ours. The kernel frees it after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-        path.unlink(missing_ok=True)

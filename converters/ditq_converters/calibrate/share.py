@@ -5,8 +5,6 @@ Processes know of each other by the folder alone: locks on shards that are being
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from ditq_converters.calibrate.journal import LOG, Journal, journal
 from ditq_converters.calibrate.merge import merge
 from ditq_converters.calibrate.recorder import Recorder, Visit
 from ditq_converters.calibrate.rows import RowChoice
-from ditq_converters.calibrate.shards import ShardWriter, claim, shard_folder
+from ditq_converters.calibrate.shards import ShardWriter, shard_folder
 from ditq_converters.calibrate.stats import (
     MERGED,
     CalibrationStats,
@@ -27,12 +25,13 @@ from ditq_converters.calibrate.stats import (
     write_manifest,
 )
 from ditq_converters.memory import give_back
+from ditq_runtime.calls.sharing import once, take_turns, tidy
 from ditq_runtime.families import Family
 from ditq_runtime.files import atomic_folder
 
 Models = dict[str, tuple[nn.Module, Family]]
-PAUSE = 0.1  # seconds between two looks at what other processes do
-OURS = ("manifest.json", "inputs", "locks", LOG, MERGED)
+LOCKS = "locks"
+OURS = ("manifest.json", "inputs", LOCKS, LOG, MERGED)
 
 
 def check_place(folder: Path) -> None:
@@ -94,16 +93,12 @@ def make_shards(
     if done == total:
         return
     with journal(folder, total, done, quiet) as log:
-        while todo := [i for i in _own_first(total) if not shard_folder(folder, i).exists()]:
-            if not any([_make(folder, manifest, models, run, index, log) for index in todo]):
-                time.sleep(PAUSE)  # others are at all of them
-
-
-def _own_first(total: int) -> list[int]:
-    rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return sorted(range(total), key=lambda index: (index % max(world, 1) != rank, index))
+        take_turns(
+            total,
+            folder / LOCKS,
+            lambda index: shard_folder(folder, index).exists(),
+            lambda index: _make(folder, manifest, models, run, index, log),
+        )
 
 
 def _make(
@@ -113,54 +108,40 @@ def _make(
     run: Callable[[int], Any],
     index: int,
     log: Journal,
-) -> bool:
-    """One shard, unless somebody else makes or has made it; True if it was made here."""
-    target = shard_folder(folder, index)
-    with claim(folder / "locks" / f"{index:04d}") as ours:
-        if not ours or target.exists():
-            return False
-        settings = manifest["settings"]
-        with atomic_folder(target) as part:
-            writer = ShardWriter(part)
+) -> None:
+    """One shard."""
+    settings = manifest["settings"]
+    with atomic_folder(shard_folder(folder, index)) as part:
+        writer = ShardWriter(part)
 
-            def done(visit: Visit) -> None:
-                writer.add(visit)
-                log.visit(index, recorder.calls, visit.timestep)
+        def done(visit: Visit) -> None:
+            writer.add(visit)
+            log.visit(index, recorder.calls, visit.timestep)
 
-            choice = RowChoice(settings["rows_per_input"], settings["seed"], index)
-            recorder = Recorder(
-                models, choice, settings["calls_per_input"], settings["seed"], settings["attention"], done
-            )  # fmt: skip
-            with recorder:
-                run(index)
-                calls = recorder.finish()
-            if not writer.visits:
-                raise StatisticsError(f"input {index}: no transformer ran; is it an input?")
-            writer.finish(identity(manifest, index), calls)
-        give_back()
-        log.finished(index, recorder.calls)
-    return True
+        choice = RowChoice(settings["rows_per_input"], settings["seed"], index)
+        recorder = Recorder(
+            models, choice, settings["calls_per_input"], settings["seed"], settings["attention"], done
+        )  # fmt: skip
+        with recorder:
+            run(index)
+            calls = recorder.finish()
+        if not writer.visits:
+            raise StatisticsError(f"input {index}: no transformer ran; is it an input?")
+        writer.finish(identity(manifest, index), calls)
+    give_back()
+    log.finished(index, recorder.calls)
 
 
 def merge_shards(folder: Path, manifest: dict[str, Any]) -> None:
     """Merge all shards, unless that is done; one process does it, the others wait."""
-    stats = CalibrationStats(folder, manifest)
-    while stats.merged_inputs != manifest["inputs"]:
-        with claim(folder / "locks" / "merge") as ours:
-            if ours and stats.merged_inputs != manifest["inputs"]:
-                shards = list(stats.shards())
-                merge(
-                    folder,
-                    shards,
-                    manifest["inputs"],
-                    stats.components,
-                    manifest["settings"]["rows"],
-                )
-            elif not ours:
-                time.sleep(PAUSE)
-    locks = folder / "locks"
-    if locks.exists() and not any(locks.iterdir()):
-        locks.rmdir()
+    stats, inputs = CalibrationStats(folder, manifest), manifest["inputs"]
+
+    def make() -> None:
+        rows = manifest["settings"]["rows"]
+        merge(folder, list(stats.shards()), inputs, stats.components, rows)
+
+    once(folder / LOCKS / "merge", lambda: stats.merged_inputs == inputs, make)
+    tidy(folder / LOCKS)
 
 
 def _short(value: Any) -> str:

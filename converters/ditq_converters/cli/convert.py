@@ -73,7 +73,8 @@ def convert(
         return c.plan_for(transformer, recipe, plan, set)
 
     search = partial(c.searched, choices) if c.is_auto(choices) else None
-    _convert(model, out, planned, search, stats, device, max_shard_size, calibration)
+    alike = plan is not None  # a plan of a file is for all transformers that it fits
+    _convert(model, out, planned, alike, search, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 
 
@@ -81,6 +82,7 @@ def _convert(
     model: str,
     out: Path,
     planned: Callable[[nn.Module], Plan],
+    alike: bool,
     search: Callable[[Any, CalibrationStats], Plan] | None,
     stats: Path | None,
     device: str,
@@ -94,45 +96,44 @@ def _convert(
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.convert.story import convert as run
     from ditq_converters.models.open import open_model
-    from ditq_runtime.calls.parts import transformer_of
+    from ditq_runtime.calls.parts import transformers_in
 
     opened = None if stats is None else CalibrationStats.open(stats)
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
-    know_sites(transformer_of(pipe), opened)
     if opened is None and calibration["inputs"] is not None:
         find_by_call(pipe, calibration["inputs"])
-    plan = planned(transformer_of(pipe))
+    models = transformers_in(pipe)
+    for name, transformer in models.items():
+        know_sites(transformer, opened and opened.of(name))
+    plans = {name: planned(models[name]) for name in list(models)[: 1 if alike else None]}
     o.place(pipe, device)
-    if opened is None and plan.needs_statistics:
+    if opened is None and any(plan.needs_statistics for plan in plans.values()):
         folder = out.with_name(f"{out.name}.stats")
-        opened = calibrate(pipe, folder, rows=64 if plan.needs_rows else 0, **calibration)
+        rows = 64 if any(plan.needs_rows for plan in plans.values()) else 0
+        opened = calibrate(pipe, folder, rows=rows, **calibration)
+    chosen: Plan | dict[str, Plan] = next(iter(plans.values())) if alike else plans
     if search is not None:
         assert opened is not None  # what auto starts from needs statistics
-        plan = search(pipe, opened)
-    run(pipe, plan, opened, out, max_shard_size)
+        chosen = search(pipe, opened)
+    run(pipe, chosen, opened, out, max_shard_size)
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:
-    from ditq_runtime.format.folder import open_folder
-    from ditq_runtime.host.sizes import size_by_category
+    from ditq_runtime.format.folder import transformer_folders
+    from ditq_runtime.host.sizes import add_up, size_by_category
 
-    folder = open_folder(out)
-    sizes = size_by_category(folder)
+    folders = transformer_folders(out)
+    packed = {name: folder for name, folder in folders.items() if folder.scheme is not None}
+    sizes = add_up(size_by_category(folder) for folder in packed.values())
+    total = sum(folder.nbytes for folder in packed.values())
     if json:
-        print_json(
-            {
-                "out": str(out),
-                "seconds": seconds,
-                "bytes": folder.nbytes,
-                "bytes_by_category": sizes,
-            }
-        )
+        made = {"out": str(out), "seconds": seconds, "bytes": total, "bytes_by_category": sizes}
+        print_json({**made, "transformers": list(packed)})
         return
     rows = [(name, mebibytes(size)) for name, size in sizes.items() if size]
-    print_table(
-        "transformer on disk", ("category", "size"), [*rows, ("total", mebibytes(folder.nbytes))]
-    )
-    say(f"{out}: written in {seconds:.1f} s; {_next_step(out, folder.scheme)}")
+    title = f"{' and '.join(packed)} on disk"
+    print_table(title, ("category", "size"), [*rows, ("total", mebibytes(total))])
+    say(f"{out}: written in {seconds:.1f} s; {_next_step(out, next(iter(packed.values())).scheme)}")
 
 
 def _next_step(out: Path, scheme: Scheme | None) -> str:

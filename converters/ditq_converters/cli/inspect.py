@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ditq_converters.plan.plan import Plan
+    from ditq_runtime.format.folder import TransformerFolder
 
 
 @c.with_choices
@@ -95,15 +96,27 @@ def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:
 
 
 def inspect_packed(path: str, verify: bool = False) -> dict[str, Any]:
-    """Scheme, sizes and backends of a packed folder, from its headers alone; with `verify` its tensors are read too."""
+    """Scheme, sizes and backends of a packed folder, from its headers alone; with `verify` its tensors are read too.
+
+    Of a pipeline with several packed transformers that of the first; the others stand in it under their names.
+    """
+    from ditq_runtime.format.folder import transformer_folders
+    from ditq_runtime.host import verify as digests
+
+    first, *others = (
+        (name, _packed_report(folder))
+        for name, folder in transformer_folders(path).items()
+        if folder.scheme is not None
+    )
+    return {**first[1], "verified": digests.verify(path) if verify else None, **dict(others)}
+
+
+def _packed_report(folder: TransformerFolder) -> dict[str, Any]:
     import torch
 
-    from ditq_runtime.format.folder import open_folder
-    from ditq_runtime.host import verify as digests
     from ditq_runtime.host.loadable import check_loadable
     from ditq_runtime.host.sizes import size_by_category
 
-    folder = open_folder(path)
     check_loadable(folder)
     scheme = folder.scheme
     assert scheme is not None
@@ -135,7 +148,6 @@ def inspect_packed(path: str, verify: bool = False) -> dict[str, Any]:
         "bytes_by_category": size_by_category(folder),
         "bytes": folder.nbytes,
         "tensors": len(folder.headers),
-        "verified": digests.verify(path) if verify else None,
     }
 
 
@@ -212,8 +224,12 @@ def _show_packed(report: dict[str, Any], json: bool) -> None:
     )
     for entry in report["attention"]:
         say(f"attention of {entry['modules']} modules: {entry['format']}: {entry['runs']}")
-    if report["verified"] is not None:
+    if report.get("verified") is not None:
         count = report["verified"]
         say(f"{count} tensors have their digests" if count else "it holds no digests to verify by")
     sizes = [(name, mebibytes(size)) for name, size in report["bytes_by_category"].items() if size]
     print_table("on disk", ("category", "size"), [*sizes, ("total", mebibytes(report["bytes"]))])
+    for name, other in report.items():
+        if name.startswith("transformer_"):
+            say(f"{name}:")
+            _show_packed(other, json)

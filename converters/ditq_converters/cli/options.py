@@ -113,15 +113,15 @@ ShardOption = Annotated[str, typer.Option(help="As in diffusers' save_pretrained
 def place(pipe: Any, device: str) -> None:
     """Move a model to `device`, or to the GPU where there is one; of one on disk, what is loaded and what will be."""
     from ditq_converters.streaming.model import move, streamed_of
-    from ditq_runtime.calls.parts import transformer_of
+    from ditq_runtime.calls.parts import transformers_in
     from ditq_runtime.cli.device import place as device_of
 
     chosen = device_of(device)
-    model = transformer_of(pipe)
-    if streamed_of(model) is None:
-        pipe.to(chosen)
-    else:
+    streamed = [m for m in transformers_in(pipe).values() if streamed_of(m) is not None]
+    for model in streamed:
         move(model, chosen)
+    if not streamed:
+        pipe.to(chosen)
 
 
 def sizes(height: int | None, width: int | None) -> dict[str, Any]:

@@ -55,8 +55,9 @@ def export_demo(name: str, folder: str | os.PathLike[str]) -> Path:
     """Write a demo model as a pipeline folder that `DiffusionPipeline.from_pretrained` loads.
 
     The folder appears complete or not at all. The DiT's also holds the digits' names, which
-    `save_pretrained` would leave out. Nothing in a Flux's folder says how large its images are:
-    ask for `height=32, width=32`.
+    `save_pretrained` would leave out; the Flux's, in `ditq/call.json`, the size, steps and guidance
+    that it was trained with, which ditq's commands take. diffusers does not read that: ask it for
+    `height=32, width=32`.
 
     Args:
         name: one of `DEMO_MODELS`.

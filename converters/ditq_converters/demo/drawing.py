@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ditq_converters.demo.digits import DIGIT_NAMES
-
-IMAGE_SIDE = 32
-PROMPT_TOKENS = 8  # more give the same images to rounding, and cost more
+from ditq_converters.demo.flow.pipeline import CALL
+from ditq_converters.demo.flow.text import NO_PROMPT
 
 
 def call_arguments(pipe: Any, labels: list[int], guidance: float) -> dict[str, Any]:
@@ -22,14 +21,10 @@ def call_arguments(pipe: Any, labels: list[int], guidance: float) -> dict[str, A
     """
     if hasattr(pipe, "get_label_ids"):
         return {"class_labels": labels, "guidance_scale": guidance}
-    return {
-        "prompt": [DIGIT_NAMES[label] for label in labels],
-        "negative_prompt": [""] * len(labels),
-        "true_cfg_scale": guidance,
-        "height": IMAGE_SIDE,
-        "width": IMAGE_SIDE,
-        "max_sequence_length": PROMPT_TOKENS,
-    }
+    prompts = [DIGIT_NAMES[label] for label in labels]
+    saved = {**CALL, "prompt": prompts, "negative_prompt": [NO_PROMPT] * len(labels)}
+    del saved["num_inference_steps"]
+    return {**saved, "true_cfg_scale": guidance}
 
 
 def draw_digits(

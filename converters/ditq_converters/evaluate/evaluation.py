@@ -24,9 +24,10 @@ from ditq_runtime.calls.inputs import Given, Input, gather
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.files import check_new
-from ditq_runtime.format.folder import open_folder
-from ditq_runtime.host.sizes import size_by_category
+from ditq_runtime.format.folder import transformer_folders
+from ditq_runtime.host.sizes import add_up, size_by_category
 from ditq_runtime.surroundings import steady
+from ditq_runtime.version import __version__
 
 SAMPLES = 50
 
@@ -179,18 +180,17 @@ def _sizes(models: Models, packed_folder: str | Path | None) -> dict[str, Any]:
     memory = sum(p.numel() * p.element_size() for m in models.values() for p in m.parameters())
     sizes: dict[str, Any] = {"float_in_memory": memory, "packed": None, "packed_total": None}
     if packed_folder is not None:
-        folder = open_folder(packed_folder)
-        sizes |= {"packed": size_by_category(folder), "packed_total": folder.nbytes}
+        folders = [f for f in transformer_folders(packed_folder).values() if f.scheme is not None]
+        by_category = add_up(size_by_category(folder) for folder in folders)
+        sizes |= {"packed": by_category, "packed_total": sum(folder.nbytes for folder in folders)}
     return sizes
 
 
 def _versions() -> dict[str, str]:
     import diffusers
 
-    from ditq_converters.convert.story import ditq_version
-
     return {
-        "ditq": ditq_version(),
+        "ditq": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),

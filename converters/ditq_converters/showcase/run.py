@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.convert.story import convert, ditq_version
+from ditq_converters.convert.story import convert
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
 from ditq_converters.plan.recipe import Recipe
@@ -26,6 +26,7 @@ from ditq_runtime.files import write_json
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category
 from ditq_runtime.report.execution import execution_report
+from ditq_runtime.version import __version__
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _versions() -> dict[str, str]:
     import diffusers
 
     return {
-        "ditq": ditq_version(),
+        "ditq": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),

@@ -1,7 +1,7 @@
 """Converted blocks of an unfinished conversion, kept beside its output, so that a killed one goes on.
 
-.OUT.blocks/conversion.json         what is being made: of other settings, the folder is emptied
-.OUT.blocks/BLOCK.safetensors       stored tensors of one block, and its formats as metadata; by atomic rename
+.OUT.blocks/TRANSFORMER/conversion.json     what is being made: of other settings, the folder is emptied
+.OUT.blocks/TRANSFORMER/BLOCK.safetensors   stored tensors of one block, and its formats as metadata; by atomic rename
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class FinishedBlocks:
     folder: Path
 
     @classmethod
-    def open(cls, out: Path, settings: dict[str, Any]) -> FinishedBlocks:
+    def open(cls, out: Path, component: str, settings: dict[str, Any]) -> FinishedBlocks:
         """Blocks of an earlier run for `out` if it had the same settings; an empty folder if not."""
-        folder = folder_of(out)
+        folder = folder_of(out) / component
         settings = json.loads(json.dumps(settings))
         if not _holds(folder, settings):
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from ditq_converters.streaming.model import open_streamed
 from ditq_converters.streaming.source import PICKLES, FloatSource
 from ditq_runtime.format.safetensors_header import read_header
 
-PIPELINE_FILE = "model_index.json"
+PIPELINE_FILE, TRANSFORMER = "model_index.json", "transformer"
 LOADED = (
     2.0  # float model and packed one, or float model and statistics, and what either needs beside
 )
@@ -44,22 +44,22 @@ def open_in_pieces(folder: Path, budget: int, dtype: torch.dtype = torch.float32
         ValueError: weights that are not safetensors, a tensor that is missing or misshapen, an unsupported class.
         CheckpointError: a damaged file.
     """
-    is_pipeline = (folder / PIPELINE_FILE).exists()
-    source = FloatSource.open(folder / "transformer" if is_pipeline else folder, dtype)
-    if is_pipeline:
-        for name in components(folder):
+    if not (folder / PIPELINE_FILE).exists():
+        return open_streamed(FloatSource.open(folder, dtype), budget)
+    names = components(folder)
+    models = {n: FloatSource.open(folder / n, dtype) for n in names if n.startswith(TRANSFORMER)}
+    for name in names:
+        if name not in models:
             stored_files(folder / name)
-    model = open_streamed(source, budget)
-    if not is_pipeline:
-        return model
-    unloaded = {name: None for name in components(folder) if _has_weights(folder / name)}
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **{**unloaded, "transformer": model})
+    parts: dict[str, Any] = {n: None for n in names if n not in models and _has_weights(folder / n)}
+    parts |= {name: open_streamed(source, budget) for name, source in models.items()}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
 
 
 def components(folder: Path) -> list[str]:
-    """Names of a pipeline's components that have a folder, the transformer left out."""
+    """Names of a pipeline's components that have a folder."""
     index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
-    return sorted(name for name in index if name != "transformer" and (folder / name).is_dir())
+    return sorted(name for name in index if (folder / name).is_dir())
 
 
 def stored_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ditq_converters.memory import SLACK, held
-from ditq_converters.pipeline_folder import forget_paths, keep_plan
+from ditq_converters.pipeline_folder import forget_paths, keep_plans
 from ditq_converters.streaming import finished
 from ditq_converters.streaming.model import Streamed, largest_block, streamed_of
 from ditq_converters.streaming.opening import (
@@ -28,6 +29,7 @@ from ditq_converters.streaming.opening import (
 )
 from ditq_converters.streaming.source import WEIGHTS
 from ditq_converters.streaming.writer import write_safetensors
+from ditq_runtime.calls.saved import CALL
 from ditq_runtime.families import family_of
 from ditq_runtime.files import atomic_folder
 from ditq_runtime.format.digests import digest
@@ -46,36 +48,43 @@ def check_room(model: nn.Module, out: object) -> None:
     check_budget(held(torch.device("cpu")) + SLACK + work, streamed.memory_budget)
 
 
-def write_streamed(
-    pipe: Any,
-    model: nn.Module,
-    packed: nn.Module,
-    plan: str,
-    done: finished.FinishedBlocks,
-    out: Path,
-    max_shard_size: str,
-) -> None:
-    """Write the packed folder from converted blocks and the source's other tensors, atomically.
+@dataclass(frozen=True)
+class Piece:
+    """One transformer of a folder that is written from disk.
 
-    Args:
-        pipe: what was opened: `model` itself, or a pipeline around it, whose other components are copied.
+    Attributes:
         model: the streamed float transformer.
         packed: the packed one, its tensors on meta.
         plan: text of the plan that it was made by.
-        done: all blocks.
+        done: all its blocks.
+    """
+
+    model: nn.Module
+    packed: nn.Module
+    plan: str
+    done: finished.FinishedBlocks
+
+
+def write_streamed(pipe: Any, pieces: dict[str, Piece], out: Path, max_shard_size: str) -> None:
+    """Write the packed folder from converted blocks and the source's other tensors, atomically.
+
+    Args:
+        pipe: what was opened: a transformer, or a pipeline, whose other components are copied.
+        pieces: component -> what was made of it.
         out: the folder.
         max_shard_size: as in diffusers' `save_pretrained`.
     """
-    read = _reader(done, _streamed(model))
+    alone = isinstance(pipe, nn.Module)
     with atomic_folder(out) as part:
-        if pipe is model:
-            _write_transformer(packed, part, read, max_shard_size)
-        else:
-            folder = _streamed(model).source.folder.parent
-            _copy_components(folder, part, type(packed).__name__)
-            _write_transformer(packed, part / "transformer", read, max_shard_size)
+        if not alone:
+            first = next(iter(pieces.values()))
+            classes = {name: type(piece.packed).__name__ for name, piece in pieces.items()}
+            _copy_components(_streamed(first.model).source.folder.parent, part, classes)
+        for name, piece in pieces.items():
+            read = _reader(piece.done, _streamed(piece.model))
+            _write_transformer(piece.packed, part if alone else part / name, read, max_shard_size)
         forget_paths(part)
-        keep_plan(part, plan)
+        keep_plans(part, {name: piece.plan for name, piece in pieces.items()})
     finished.forget(out)
 
 
@@ -145,13 +154,17 @@ def write_shards(
         (folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
 
 
-def _copy_components(folder: Path, part: Path, architecture: str) -> None:
-    """Everything of a pipeline but its transformer, file by file; nothing is loaded."""
+def _copy_components(folder: Path, part: Path, classes: dict[str, str]) -> None:
+    """Everything of a pipeline but the transformers of `classes`, file by file; nothing is loaded."""
     for name in components(folder):
-        for file in stored_files(folder / name):
+        for file in stored_files(folder / name) if name not in classes else ():
             copy = part / name / file.relative_to(folder / name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+    if (folder / CALL).exists():
+        (part / CALL).parent.mkdir()
+        shutil.copyfile(folder / CALL, part / CALL)
     index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
-    index["transformer"] = ["diffusers", architecture]  # an old folder says Transformer2DModel
+    for name, kind in classes.items():
+        index[name] = ["diffusers", kind]  # an old folder says Transformer2DModel
     (part / PIPELINE_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditq_converters.demo.bundle import FLOW_FILE, load_asset
+from ditq_converters.demo.digits import DIGIT_NAMES
 from ditq_converters.demo.flow.architecture import build_scheduler, build_transformer
-from ditq_converters.demo.flow.text import build_encoders, build_tokenizers
+from ditq_converters.demo.flow.text import NO_PROMPT, build_encoders, build_tokenizers
 from ditq_converters.demo.identity_vae import build_identity_vae
+from ditq_runtime.calls.saved import ATTRIBUTE
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2")
 SIDE = 8  # of the latents; the VAE enlarges it 4 times
+CALL = {  # what its folder says: as it was trained, guided, and no more text tokens than a prompt has
+    "prompt": list(DIGIT_NAMES),
+    "negative_prompt": NO_PROMPT,
+    "true_cfg_scale": 1.5,
+    "num_inference_steps": 20,
+    "height": 4 * SIDE,
+    "width": 4 * SIDE,
+    "max_sequence_length": 8,
+}
 
 
 def assemble(transformer: Any, encoders: tuple[Any, Any]) -> FluxPipeline:
@@ -36,6 +47,7 @@ def assemble(transformer: Any, encoders: tuple[Any, Any]) -> FluxPipeline:
         transformer,
     )
     pipe.default_sample_size = SIDE
+    setattr(pipe, ATTRIBUTE, CALL)
     return pipe
 
 
