@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ditq_converters.calibrate.captions import Captions
-from ditq_converters.calibrate.hosts import HOSTS, Batch, Host
+from ditq_converters.plan.one_image import ONE_IMAGE, Arguments
 from ditq_converters.plan.plan import Plan
 from ditq_runtime.families import Family, get_linear
 from ditq_runtime.format.layer import LayerFormat
@@ -20,7 +20,7 @@ FLOAT_BYTES = 2  # bf16, what large models are published and run in
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of one image at the size that the model is calibrated at.
+    """Of one image at the size that the configuration names; Flux, which names none, at 512 pixels.
 
     Attributes:
         flops: linear name -> 2 * rows * K * N of one forward; None for a class that ditq cannot call.
@@ -57,10 +57,10 @@ def coverage(model: nn.Module, family: Family, plan: Plan) -> Coverage:
     for block, table in family.block_tables(model).items():
         for name in table.tables:  # rows in bf16 become rows and factors in fp32
             packed += (2 * 4 - FLOAT_BYTES) * model.get_parameter(f"{block}.{name}").numel()
-    host = HOSTS.get(type(model).__name__)
-    if host is None:
+    arguments = ONE_IMAGE.get(type(model).__name__)
+    if arguments is None:
         return Coverage(None, None, None, total, packed)
-    rows = _count_rows(model, host)
+    rows = _count_rows(model, arguments)
     flops = {e.name: 2 * rows[e.name] * e.shape[0] * e.shape[1] for e in plan.linears}
     integer = sum(flops[entry.name] for entry in plan.linears if entry.is_integer)
     return Coverage(flops, integer / sum(flops.values()), max(rows.values()), total, packed)
@@ -90,7 +90,7 @@ def parameters_of(model: nn.Module, name: str) -> int:
     return sum(p.numel() for p in get_linear(model, name).parameters(recurse=False))
 
 
-def _count_rows(model: Any, host: Host) -> dict[str, int]:
+def _count_rows(model: Any, arguments: Callable[[Any], Arguments]) -> dict[str, int]:
     """Rows that every linear sees for one image: a forward of a model without weights."""
     with init_empty_weights():
         empty = type(model).from_config(model.config)
@@ -107,21 +107,6 @@ def _count_rows(model: Any, host: Host) -> dict[str, int]:
         if isinstance(module, nn.Linear):
             rows[name] = 0
             module.register_forward_pre_hook(count(name))
-    latents = torch.empty(1, *host.latent_shape(empty), device="meta")
-    one = torch.zeros(1, dtype=torch.int64)
-    batch = Batch(latents, latents.new_empty(1), one, _captions(empty, host), 1.0)
     with torch.no_grad():
-        host.call(empty, batch)
+        empty(**arguments(empty))
     return rows
-
-
-def _captions(model: Any, host: Host) -> Captions | None:
-    """One caption of the length that the pipeline pads to, on meta."""
-    tensors = {}
-    for name, width in host.captions(model).items():
-        shape = {
-            "prompt_embeds": (1, host.caption_tokens, width),
-            "prompt_attention_mask": (1, host.caption_tokens),
-        }.get(name, (1, width))
-        tensors[name] = torch.empty(shape, device="meta")
-    return Captions(tensors, 1) if tensors else None
