@@ -67,6 +67,7 @@ class LayerRun:
 class ExecutionReport:
     """All linears of a transformer, in the order they ran, its attentions, and its blocks that have a fused forward.
 
+    `experts` counts the parameters of its blocks that are matrices and no linear's, tensor by tensor: they stay float.
     `hoisted` counts the blocks that take the modulation of a sampling run from `ditq.prepare`; the observed forward
     belongs to no run and computes its own.
     """
@@ -75,6 +76,7 @@ class ExecutionReport:
     attention: list[AttentionRun] = field(default_factory=list)
     blocks: list[BlockRun] = field(default_factory=list)
     hoisted: int = 0
+    experts: dict[str, int] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, float]:
@@ -93,6 +95,7 @@ class ExecutionReport:
             "blocks": len(self.blocks),
             "fused_blocks": sum(row.fused for row in self.blocks),
             "hoisted_blocks": self.hoisted,
+            "expert_parameters": sum(self.experts.values()),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ class ExecutionReport:
             "layers": [asdict(layer) for layer in self.layers],
             "attention": [asdict(row) for row in self.attention],
             "blocks": [asdict(row) for row in self.blocks],
+            "experts": self.experts,
         }
 
     def __str__(self) -> str:
@@ -116,6 +120,10 @@ class ExecutionReport:
             for r in self.attention
         ]
         rows += [f"{r.name:<44} not fused: {r.note}" for r in self.blocks if not r.fused]
+        rows += [
+            f"{name:<44} no linear: {count} parameters stay float"
+            for name, count in self.experts.items()
+        ]
         t = self.totals
         hoisted = f"modulation of {self.hoisted} hoisted, " if self.hoisted else ""
         last = (
@@ -184,8 +192,21 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
     runs = attention_runs(
         model, attentions, scheme.attention, watch.products, watch.fused_attentions
     )
-    blocks = {model.get_submodule(name) for name in family.block_names(model)}
-    return ExecutionReport(layers, runs, watch.blocks, len(blocks & hoisted_modules(model)))
+    blocks = {model.get_submodule(name): name for name in family.block_names(model)}
+    hoisted = len(blocks.keys() & hoisted_modules(model))
+    experts = {k: n for block, name in blocks.items() for k, n in _experts(block, name).items()}
+    return ExecutionReport(layers, runs, watch.blocks, hoisted, experts)
+
+
+def _experts(block: nn.Module, name: str) -> dict[str, int]:
+    """Parameters [E, in, out] of a block, which no linear holds: full name -> how many numbers."""
+    return {
+        f"{name}.{inner}.{own}".replace("..", "."): parameter.numel()
+        for inner, module in block.named_modules()
+        if not isinstance(module, QuantLinear | nn.Conv1d | nn.ConvTranspose1d)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:

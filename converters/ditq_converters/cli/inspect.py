@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ditq_converters.plan.plan import Plan
+    from ditq_runtime.families import Family
     from ditq_runtime.format.folder import TransformerFolder
 
 
@@ -88,11 +89,21 @@ def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:
         "float_bytes": covered.float_bytes,
         "packed_bytes": covered.packed_bytes,
         "layers": layers,
+        "others": [
+            {"name": name, "parameters": model.get_parameter(name).numel(), "reason": why}
+            for name, why in _others(model, family).items()
+        ],
         "attention": [
             {"name": entry.name, "format": str(entry.format or "float"), "reason": entry.reason}
             for entry in plan.attention
         ],
     }
+
+
+def _others(model: nn.Module, family: Family) -> dict[str, str]:
+    """Parameters that a family keeps float and that are no linear's, by full name: weights of all experts."""
+    parameters = dict(model.named_parameters())
+    return {name: why for name, why in family.kept.items() if name in parameters}
 
 
 def inspect_packed(path: str, verify: bool = False) -> dict[str, Any]:
@@ -198,6 +209,9 @@ def _show_float(report: dict[str, Any], json: bool) -> None:
         (entry["format"], entry["reason"]) for entry in report["attention"]
     ).items():
         say(f"attention of {count} modules: {form}{f' ({reason})' if reason else ''}")
+    for reason, count in Counter(entry["reason"] for entry in report["others"]).items():
+        size = sum(e["parameters"] for e in report["others"] if e["reason"] == reason)
+        say(f"{count} tensors with {size:,} parameters: {reason}")
     say(
         f"{100 * report['quantized_parameters_share']:.1f} % of {total:,} parameters become integers; "
         f"{mebibytes(report['float_bytes'])} in bf16, {mebibytes(report['packed_bytes'])} packed"

@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from ditq_bench.zoo import CLASSES
+from ditq_converters import convert, make_plan
+from ditq_converters.cli.inspect import inspect_float
+from ditq_converters.sites import experts
 from ditq_converters.sites.experts import expert_parameters, gates, routes
 from ditq_converters.sites.trace import trace
 from ditq_converters.sites.usage import Usage
+from ditq_runtime import execution_report
 
 WIDTH, EXPERTS = 32, 3
 
@@ -75,3 +80,20 @@ def test_rows_that_a_router_picks_stand_by_no_sample():
 def test_experts_are_matrices_in_one_parameter(usage):
     """Neither a table that is added nor a convolution, three dimensions though they have."""
     assert expert_parameters(usage) == ["weights"]
+
+
+def test_experts_are_counted_and_named_where_a_plan_is_shown_and_where_it_runs():
+    tiny = CLASSES["NucleusMoEImageTransformer2DModel"]
+    model = tiny.build().requires_grad_(False)
+    inputs = tiny.inputs(model)
+    held = {n: p.numel() for n, p in model.named_parameters() if ".experts." in n}
+    assert sum(held.values()) > 0.2 * sum(p.numel() for p in model.parameters())
+    plan = make_plan(model, inputs=inputs, method="linear")
+    shown = inspect_float(model, plan)["others"]
+    assert {entry["name"]: entry["parameters"] for entry in shown} == held
+    assert {entry["reason"] for entry in shown} == {experts.EXPERTS}
+    report = execution_report(convert(model, plan, quiet=True, inputs=inputs), inputs)
+    assert report.experts == held
+    assert report.totals["expert_parameters"] == sum(held.values())
+    told = " ".join(str(report).split())
+    assert all(f"{name} no linear: {count} parameters" in told for name, count in held.items())
