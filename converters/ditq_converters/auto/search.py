@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ditq_converters.auto.budget import linear_bytes, parse_budget
+from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.jobs import Job
 from ditq_converters.convert.prefix import Prefix
@@ -128,6 +129,7 @@ def auto_plan(
     model = transformer_of(pipe)
     most = parse_budget(budget, model)
     stats.check_model(model)
+    know_sites(model, stats)
     if most:
         return climb(model, stats, quiet=quiet, inputs=inputs, **choices).plan(most)
     return ends(model, inputs, choices).plan(most)
