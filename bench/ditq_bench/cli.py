@@ -56,6 +56,33 @@ def methods(
 
 
 @bench.command()
+def flow(
+    out: Annotated[Path, typer.Option(help="Folder for flow.csv and the statistics.")] = Path(
+        "runs/flow"
+    ),
+    models: Annotated[str, typer.Option(help="Demo models, comma-separated; default: all.")] = "",
+) -> None:
+    """Compare all methods on the demo's Flux and its planted copies, with and without rounding by error feedback.
+
+    Takes tens of minutes on two cores; killed, the same command goes on where it was.
+
+    Example: ditq bench flow --out runs/flow --models demo:digits-flow
+    """
+    from ditq_bench.method_tables import flow_table
+    from ditq_bench.methods import FLOWS, flow_cases, read_rows, study
+    from ditq_converters.progress import progress_bar
+    from ditq_runtime.cli.output import say
+
+    studied = list(flow_cases(_chosen("--models", models, FLOWS)))
+    with progress_bar("methods", len(studied)) as advance:
+        for _ in study(out, studied, "flow.csv"):
+            advance()
+    rows = read_rows(out / "flow.csv")
+    (out / "flow.md").write_text(flow_table(rows), encoding="utf-8")
+    say(f"{out / 'flow.md'}: a table of {len(rows)} rows")
+
+
+@bench.command()
 def profiles(
     out: Annotated[Path, typer.Option(help="Folder for profiles.csv and the statistics.")] = Path(
         "runs/profiles"

@@ -29,6 +29,27 @@ def tables(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def flow_table(rows: list[Row]) -> str:
+    """Forced and free SQNR of every method on each flow model, and accuracy: Markdown."""
+    lines = [
+        "| forced / free SQNR, dB (accuracy) | W8A8 | W4A8 | W4A8, gptq and bias correction |",
+        "|---|---|---|---|",
+    ]
+    columns = (("methods", "w8"), ("methods", "w4p"), ("fed back", "w4p"))
+    found = {(r["model"], r["case"], r["table"], r["weights"]): r for r in rows}
+    for model, case in dict.fromkeys((r["model"], r["case"]) for r in rows):
+        cells = (_flow_cell(found.get((model, case, *column))) for column in columns)
+        lines.append(f"| `{model}`, {case} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _flow_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    figures = f"{float(row['sqnr_forced_db']):.1f} / {float(row['sqnr_free_db']):.1f}"
+    return f"{figures} ({float(row['accuracy']):.2f})"
+
+
 def profile_table(rows: list[Row]) -> str:
     """Free and forced SQNR of the simulated profiles: Markdown."""
     lines = [

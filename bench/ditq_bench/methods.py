@@ -18,12 +18,17 @@ from ditq_converters.fakequant import simulate
 from ditq_converters.methods.profiles import PROFILES
 from ditq_converters.models.open import open_model
 from ditq_converters.plan.recipe import Recipe
+from ditq_converters.showcase.asking import asked_for, digits
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
 
 MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
+FLOWS = ("demo:digits-flow", "demo:digits-flow-salient", "demo:digits-flow-asymmetric")
+FLOW_METHODS = ("linear", "smoothquant", "osplus", "ditas", "ptq4dit", "htg")
+FED_BACK: dict[str, Any] = {"rounding": "gptq", "bias_correction": True}
+NEAREST: dict[str, Any] = {}
 ABLATED = ("demo:digits-salient", "demo:digits-asymmetric")
 METHOD_NAMES = ("linear", "smoothquant", "osplus", "meta", "ditas", "ptq4dit", "htg")
 FIELDS = (
@@ -102,6 +107,17 @@ def cases(models: tuple[str, ...]) -> Iterator[Case]:
             yield Case(model, "ablations", name, recipe)
 
 
+def flow_cases(models: tuple[str, ...]) -> Iterator[Case]:
+    """All methods x {W8A8, W4A8, W4A8 with gptq and bias correction}, per token; linear W4A8 needs no data."""
+    for model in models:
+        for table, weights, more in (
+            ("methods", "w8", NEAREST), ("methods", "w4p", NEAREST), ("fed back", "w4p", FED_BACK),
+        ):  # fmt: skip
+            for name in FLOW_METHODS:
+                recipe = Recipe(name, weights, "token", attention="none", **more)
+                yield Case(model, table, name, recipe)
+
+
 def profile_cases(models: tuple[str, ...], methods: tuple[str, ...]) -> Iterator[Case]:
     """The published quantizers of these methods, simulated in float, at 8 and 4 bits."""
     for model in models:
@@ -124,14 +140,9 @@ def prepare(model: str, folder: Path) -> Subject:
     """Calibrate a model (resumable) and sample it in float."""
     pipe = open_model(model)
     how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE}
-    stats = calibrate(
-        pipe,
-        folder / model.partition(":")[2],
-        samples=CALIBRATION_SAMPLES,
-        batch=CALIBRATION_SAMPLES,
-        seed=SEED,
-        **how,
-    )
+    labels = digits(CALIBRATION_SAMPLES, SEED)
+    asked = asked_for(pipe, labels, CALIBRATION_SAMPLES, SEED, **how)
+    stats = calibrate(pipe, folder / model.partition(":")[2], **asked)
     return Subject(stats, Baseline.of(model, pipe, SAMPLES, SAMPLES, SEED + 1, **how))
 
 
@@ -149,8 +160,8 @@ def measure(case: Case, subject: Subject) -> dict[str, Any]:
             seconds = time.perf_counter() - begin
             nbytes = open_folder(out).nbytes
     twin = {"transformer": packed}
-    own = run(with_transformers(baseline.pipe, twin), baseline.inputs)
-    assert own.latents is not None
+    own = run(with_transformers(baseline.pipe, twin), baseline.inputs, decode=True)
+    assert own.images is not None
     forced = forced_sqnr(baseline.run.calls, twin)
     return {
         "model": case.model,
@@ -160,12 +171,12 @@ def measure(case: Case, subject: Subject) -> dict[str, Any]:
         "activations": case.recipe.activations,
         "sqnr_free_db": f"{compare_runs(baseline.run, own).mean:.2f}",
         "sqnr_forced_db": f"{forced.mean:.2f}",
-        "psnr_db": f"{paired_psnr(baseline.latents, own.latents):.2f}",
-        "accuracy": f"{score_samples(own.latents, baseline.labels)['accuracy']:.3f}",
+        "psnr_db": f"{paired_psnr(baseline.images, own.images):.2f}",
+        "accuracy": f"{score_samples(own.images, baseline.labels)['accuracy']:.3f}",
         "bytes": nbytes,
         "convert_seconds": f"{seconds:.1f}",
         "samples": SAMPLES,
-        "steps": STEPS,
+        "steps": baseline.inputs[0].steps(baseline.pipe),
         "calibration_samples": CALIBRATION_SAMPLES,
     }
 

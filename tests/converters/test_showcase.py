@@ -16,6 +16,8 @@ TINY = Settings(
     scored_samples=10,
     salient_samples=2,
     few_samples=2,
+    flow_samples=4,
+    flow_salient_samples=2,
 )
 
 
@@ -61,7 +63,8 @@ def test_the_report_parses_and_is_complete(made):
     stored = json.loads((out / "report.json").read_text())
     assert stored == json.loads(json.dumps(report))
     assert stored["settings"]["steps"] == 3
-    assert {"checks", "digits", "salient", "seconds", "settings", "versions"} == set(stored)
+    studies = {"digits", "salient", "flow", "flow_salient"}
+    assert {"checks", "seconds", "settings", "versions"} | studies == set(stored)
     assert {"ditq", "torch", "diffusers", "python", "machine"} == set(stored["versions"])
     assert set(stored["digits"]["variants"]) == {"W8A8", "W4A8"}
     assert set(stored["salient"]["variants"]) == {
@@ -70,7 +73,9 @@ def test_the_report_parses_and_is_complete(made):
         for activations in ("static", "token")
         for method in ("linear", "smoothquant")
     }
-    for study in (stored["digits"], stored["salient"]):
+    for name in ("flow", "flow_salient"):
+        assert set(stored[name]["variants"]) == {"W8A8", "W4A8 data-free", "W4A8 gptq"}
+    for study in (stored[name] for name in sorted(studies)):
         assert {"accuracy", "mean_probability", "digit_fd"} <= set(study["float"])
         for name, variant in study["variants"].items():
             for curve in ("sqnr_free", "sqnr_forced"):
@@ -79,13 +84,15 @@ def test_the_report_parses_and_is_complete(made):
             assert 0 <= variant["accuracy"] <= 1
             assert math.isfinite(variant["psnr_db"])
             assert sum(study["bytes"][name].values()) == variant["bytes_on_disk"]
-            assert variant["execution"]["totals"]["integer_linears"] == 36  # 6 blocks x 6 linears
+            # 6 blocks x 6 linears; a Flux has 12 in each of 2 joint blocks, and 5 in each of 4 single ones
+            linears = 36 if "flow" not in study["model"] else 2 * 12 + 4 * 5
+            assert variant["execution"]["totals"]["integer_linears"] == linears
             assert variant["recipe"]["weights"] == {"W8": "w8", "W4": "w4p"}[name[:2]]
 
 
 def test_checks_say_what_was_measured(made):
     checks = made[1]["checks"]
-    assert len(checks) == 8
+    assert len(checks) == 13
     for check in checks:
         assert check["ok"] == (check["value"] >= check["at_least"])
 
@@ -96,6 +103,8 @@ def test_the_models_it_left_load(made):
         path = out / folder if folder != "salient" else next(out.glob("digits-salient/w4a8-*"))
         pipe = DiffusionPipeline.from_pretrained(path)
         assert pipe.get_label_ids(["three"]) == [3]
+    flow = json.loads((out / "digits-flow" / "w4a8-gptq" / "ditq" / "call.json").read_text())
+    assert (flow["height"], flow["true_cfg_scale"]) == (32, 1.5)
     sizes = report["digits"]["bytes"]
     totals = {name: sum(parts.values()) for name, parts in sizes.items()}
     assert totals["W4A8"] < totals["W8A8"] < totals["float"]
@@ -104,7 +113,7 @@ def test_the_models_it_left_load(made):
 def test_it_can_be_run_again_with_other_settings(made):
     """`ditq demo --quick` and then `ditq demo` write to the same default folder."""
     out, before = made
-    again = run_showcase(out, Settings(2, 1.5, 2, 4, 2, 1))
+    again = run_showcase(out, Settings(2, 1.5, 2, 4, 2, 1, 2, 2))
     assert again["settings"]["steps"] == 2
     assert len(again["digits"]["variants"]["W8A8"]["sqnr_free"]["mean_of_ratios_db"]) == 2
     assert before["settings"]["steps"] == 3

@@ -17,6 +17,10 @@ CAVEAT = (
     "The planted outlier channels are the exact inverse of smoothing, so smoothing undoes them by construction: "
     "this table shows that the method is implemented right, not that smoothing wins on a real DiT-XL/2."
 )
+FLOW = (
+    "A small Flux, trained by rectified flow on the same digits. Its own pipeline calibrates it, with prompts, at the "
+    "size and guidance that its folder names."
+)
 
 
 def write_page(out: Path, report: dict[str, Any]) -> None:
@@ -50,6 +54,17 @@ def write_page(out: Path, report: dict[str, Any]) -> None:
         _image("samples-salient.png"),
         _image("sqnr-free-salient.png"),
         _image("sqnr-forced-salient.png"),
+        "<h2>A model that takes prompts: demo:digits-flow</h2>",
+        f"<p>{FLOW}</p>",
+        _variants(report["flow"]),
+        _image("samples-flow.png"),
+        _image("sqnr-free-flow.png"),
+        _image("sqnr-forced-flow.png"),
+        "<h2>The same with planted outlier channels</h2>",
+        _variants(report["flow_salient"]),
+        _image("samples-flow_salient.png"),
+        _image("sqnr-free-flow_salient.png"),
+        _image("sqnr-forced-flow_salient.png"),
         "<h2>What ran</h2>",
         _execution(report["digits"]["variants"]["W4A8"]["execution"]),
         f"<p>{escape(str(report['versions']))}; {report['seconds']:.0f} s in all; figures in report.json.</p>",

@@ -9,23 +9,26 @@ import torch
 from PIL import Image, ImageDraw
 
 from ditq_converters.evaluate import plots
-from ditq_converters.showcase.records import Settings, Study
+from ditq_converters.showcase.records import Study
+from ditq_runtime.cli.drawing import to_pil
 from ditq_runtime.cli.images import grid
 
 SHOWN = 40  # samples per model in a grid
 SITES = ("qkv", "o_proj", "fc1", "fc2")
 
 
-def write_pictures(out: Path, digits: Study, salient: Study, settings: Settings) -> None:
-    """Sample grids and plots for both studies."""
-    side_by_side(out / "samples-digits.png", digits, list(digits.samples))
+def write_pictures(out: Path, studies: dict[str, Study]) -> None:
+    """Sample grids and plots for all studies."""
+    digits, salient = studies["digits"], studies["salient"]
+    for name in ("digits", "flow", "flow_salient"):
+        side_by_side(out / f"samples-{name}.png", studies[name], list(studies[name].samples))
     shown = ["float", *(name for name in salient.samples if " static " in name)]
     side_by_side(out / "samples-salient.png", salient, shown)
     for key, title in (
         ("sqnr_free", "each on its own trajectory"),
         ("sqnr_forced", "on the float model's latents"),
     ):
-        for study, name in ((digits, "digits"), (salient, "salient")):
+        for name, study in studies.items():
             curves = {n: v[key]["mean_of_ratios_db"] for n, v in study.figures["variants"].items()}
             model = study.figures["model"]
             plots.sqnr_curves(
@@ -67,8 +70,7 @@ def absmax(study: Study, site: str) -> torch.Tensor:
 def side_by_side(path: Path, study: Study, names: list[str]) -> None:
     """One grid per model, same seeds at the same places, with captions."""
     panels = [
-        (name, grid(study.decode(study.samples[name][:SHOWN]), columns=8, scale=2))
-        for name in names
+        (name, grid(to_pil(study.samples[name][:SHOWN]), columns=8, scale=2)) for name in names
     ]
     captioned = [_caption(image, name, study.figures) for name, image in panels]
     grid(captioned, columns=3, gap=12).save(path)

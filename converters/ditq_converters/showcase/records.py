@@ -15,11 +15,13 @@ class Settings:
     """How much of everything.
 
     Attributes:
-        steps: model calls per sample, in calibration and in sampling.
-        guidance: classifier-free guidance weight.
+        steps: model calls per sample, in calibration and in sampling; of a flow model at most.
+        guidance: classifier-free guidance weight; a flow model has its own.
         calibration_samples: images sampled to calibrate.
         scored_samples: images per model of `demo:digits`, for free SQNR, PSNR, accuracy and digit-FD.
         salient_samples: images per model of `demo:digits-salient`, for SQNR.
+        flow_samples: images per model of `demo:digits-flow`.
+        flow_salient_samples: images per model of `demo:digits-flow-salient`.
         few_samples: images for the forced SQNR and the error per layer.
         seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
     """
@@ -30,13 +32,21 @@ class Settings:
     scored_samples: int = 100
     salient_samples: int = 20
     few_samples: int = 20
+    flow_samples: int = 70
+    flow_salient_samples: int = 10
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Settings:
         """A run of well under a minute; its figures are rougher."""
         return cls(
-            steps=10, calibration_samples=10, scored_samples=20, salient_samples=10, few_samples=5
+            steps=10,
+            calibration_samples=10,
+            scored_samples=20,
+            salient_samples=10,
+            few_samples=5,
+            flow_samples=10,
+            flow_salient_samples=5,
         )
 
 
@@ -46,11 +56,10 @@ class Study:
 
     Attributes:
         figures: JSON-safe results.
-        samples: model name -> final latents [S, C, H, W].
+        samples: model name -> images [S, 1, 32, 32] in [-1, 1].
         labels: class of each sample.
         stats: its calibration.
         layers: variant -> (layer names, errors [layers, steps]), where measured.
-        decode: latents -> list of PIL images.
     """
 
     figures: dict[str, Any]
@@ -58,4 +67,3 @@ class Study:
     labels: tuple[int, ...]
     stats: CalibrationStats
     layers: dict[str, tuple[list[str], torch.Tensor]]
-    decode: Any

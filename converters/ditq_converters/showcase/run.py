@@ -16,11 +16,11 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
-from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
+from ditq_converters.showcase.asking import asked_for, digits
 from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
-from ditq_converters.showcase.variants import DIGITS, SALIENT, Variant
+from ditq_converters.showcase.variants import DIGITS, FED_BACK, FLOW, NO_DATA, SALIENT, Variant
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.files import write_json
 from ditq_runtime.format.folder import open_folder
@@ -30,7 +30,7 @@ from ditq_runtime.version import __version__
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
-    """Run the main job on both demo models and write a report folder.
+    """Run the main job on the demo models and write a report folder.
 
     Args:
         out: folder for models, statistics, images, plots, report.json and index.html; its models are replaced.
@@ -43,17 +43,23 @@ def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
     from ditq_converters.showcase.pictures import write_pictures
 
     begin = time.perf_counter()
-    digits = _study("demo:digits", DIGITS, out, settings, settings.scored_samples)
-    salient = _study("demo:digits-salient", SALIENT, out, settings, settings.salient_samples)
+    studies = {
+        "digits": _study("demo:digits", DIGITS, out, settings, settings.scored_samples),
+        "salient": _study("demo:digits-salient", SALIENT, out, settings, settings.salient_samples),
+        "flow": _study("demo:digits-flow", FLOW, out, settings, settings.flow_samples),
+        "flow_salient": _study(
+            "demo:digits-flow-salient", FLOW, out, settings, settings.flow_salient_samples
+        ),
+    }
+    figures = {name: study.figures for name, study in studies.items()}
     report = {
         "settings": asdict(settings),
         "versions": _versions(),
-        "digits": digits.figures,
-        "salient": salient.figures,
-        "checks": checks(digits.figures, salient.figures),
+        **figures,
+        "checks": checks(figures),
         "seconds": time.perf_counter() - begin,
     }
-    write_pictures(out, digits, salient, settings)
+    write_pictures(out, studies)
     write_json(out / "report.json", report)
     write_page(out, report)
     return report
@@ -66,24 +72,18 @@ def _study(
     float_folder = _fresh(folder / "float")
     export_demo(name, float_folder)
     pipe = DiffusionPipeline.from_pretrained(float_folder)
+    count, few = settings.calibration_samples, settings.few_samples
     how: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
-    stats = calibrate(
-        pipe,
-        folder / f"stats-{settings.steps}x{settings.calibration_samples}",
-        samples=settings.calibration_samples,
-        batch=settings.calibration_samples,
-        seed=settings.seed,
-        **how,
-    )
-    few = settings.few_samples
+    asked = asked_for(pipe, digits(count, settings.seed), count, settings.seed, **how)
+    stats = calibrate(pipe, folder / f"stats-{settings.steps}x{count}", **asked)
     with progress_bar(f"{name} float", -(-samples // few)) as tick:
         baseline = Baseline.of(name, pipe, samples, few, settings.seed + 1, tick, **how)
-    latents = {"float": baseline.latents}
+    images = {"float": baseline.images}
     figures: dict[str, Any] = {
         "model": name,
         "labels": list(baseline.labels),
         "bytes": {"float": size_by_category(open_folder(float_folder))},
-        "float": score_samples(baseline.latents, baseline.labels),
+        "float": score_samples(baseline.images, baseline.labels),
         "variants": {},
     }
     layers = {}
@@ -91,16 +91,16 @@ def _study(
         result, finals, errors = _variant(variant, baseline, stats, folder)
         figures["variants"][variant.name] = result
         figures["bytes"][variant.name] = result.pop("bytes_by_category")
-        latents[variant.name] = finals
+        images[variant.name] = finals
         if errors is not None:
             layers[variant.name] = errors
-    return Study(figures, latents, baseline.labels, stats, layers, baseline.decode)
+    return Study(figures, images, baseline.labels, stats, layers)
 
 
 def _variant(
     variant: Variant, baseline: Baseline, stats: CalibrationStats, folder: Path
 ) -> tuple[dict[str, Any], torch.Tensor, tuple[list[str], torch.Tensor] | None]:
-    recipe = Recipe(method=variant.method, weights=variant.weights, activations=variant.activations)
+    recipe = variant.recipe
     target = _fresh(folder / variant.folder)
     begin = time.perf_counter()
     convert(baseline.pipe, recipe, stats, target, quiet=True)
@@ -109,16 +109,16 @@ def _variant(
     calls, quantized = baseline.run.calls, transformers_in(packed)
     total = len(baseline.inputs) + sum(len(part) for part in calls)
     with progress_bar(f"{baseline.name} {variant.name}", total) as tick:
-        own = run(packed, baseline.inputs, tick=tick)
+        own = run(packed, baseline.inputs, decode=True, tick=tick)
         forced = forced_sqnr(calls, quantized, tick)
     opened = open_folder(target)
-    assert own.latents is not None
+    assert own.images is not None
     result = {
         "recipe": recipe.to_dict(),
         "sqnr_free": compare_runs(baseline.run, own).to_dict(),
         "sqnr_forced": forced.to_dict(),
-        "psnr_db": paired_psnr(baseline.latents, own.latents),
-        **score_samples(own.latents, baseline.labels),
+        "psnr_db": paired_psnr(baseline.images, own.images),
+        **score_samples(own.images, baseline.labels),
         "convert_seconds": seconds,
         "bytes_on_disk": opened.nbytes,
         "bytes_by_category": size_by_category(opened),
@@ -129,32 +129,41 @@ def _variant(
         with progress_bar(f"{baseline.name} {variant.name} layers", total) as tick:
             found = cascade_errors(models, quantized, calls, tick)
         errors = found.names, found.relative
-    return result, own.latents, errors
+    return result, own.images, errors
 
 
-def checks(digits: dict[str, Any], salient: dict[str, Any]) -> list[dict[str, Any]]:
+def checks(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What the demo is expected to show, with what it showed."""
     rows = []
+    digits, salient, flow, flow_salient = (
+        figures[name]["variants"] for name in ("digits", "salient", "flow", "flow_salient")
+    )
 
     def at_least(what: str, value: float, least: float) -> None:
         rows.append({"what": what, "value": value, "at_least": least, "ok": value >= least})
 
+    def mean(variant: dict[str, Any], mode: str = "free") -> float:
+        return float(variant[f"sqnr_{mode}"]["mean_db"])
+
     for name, least in (("W8A8", 35.0), ("W4A8", 25.0)):
-        variant = digits["variants"][name]
-        at_least(f"{name} mean SQNR, dB", variant["sqnr_free"]["mean_db"], least)
-        kept = variant["accuracy"] / digits["float"]["accuracy"]
+        at_least(f"{name} mean SQNR, dB", mean(digits[name]), least)
+        kept = digits[name]["accuracy"] / figures["digits"]["float"]["accuracy"]
         at_least(f"{name} share of the float model's accuracy", kept, 0.98)
     for weights in ("W8A8", "W4A8"):
         for activations in ("static", "token"):
             smooth, linear = (
-                salient["variants"][f"{weights} {activations} {method}"]["sqnr_free"]["mean_db"]
+                mean(salient[f"{weights} {activations} {method}"])
                 for method in ("smoothquant", "linear")
             )
-            at_least(
-                f"salient {weights} {activations}: smoothquant over linear, dB",
-                smooth - linear,
-                10.0,
-            )
+            what = f"salient {weights} {activations}: smoothquant over linear, dB"
+            at_least(what, smooth - linear, 10.0)
+    at_least("flow W8A8 mean SQNR, forced, dB", mean(flow["W8A8"], "forced"), 38.0)
+    for name, variants, least in (("flow", flow, 4.0), ("flow salient", flow_salient, 10.0)):
+        gain = mean(variants[FED_BACK], "forced") - mean(variants[NO_DATA], "forced")
+        at_least(f"{name} {FED_BACK} over data-free, forced, dB", gain, least)
+        accuracy = variants[FED_BACK]["accuracy"]
+        kept = accuracy / figures[name.replace(" ", "_")]["float"]["accuracy"]
+        at_least(f"{name} {FED_BACK} share of the float model's accuracy", kept, 0.98)
     return rows
 
 

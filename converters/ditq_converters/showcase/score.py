@@ -9,8 +9,8 @@ import torch
 
 from ditq_converters.demo.classifier import FEATURES, score
 from ditq_converters.evaluate.runs import Run, run
+from ditq_converters.showcase.asking import asked_for, digits
 from ditq_runtime.calls.inputs import Input, gather
-from ditq_runtime.calls.labels import class_ids, draw
 
 PEAK = 2.0  # images lie in [-1, 1]
 FEWEST_FOR_FD = FEATURES + 1
@@ -36,9 +36,17 @@ class Baseline:
 
     @classmethod
     def of(
-        cls, name: str, pipe: Any, samples: int, few: int, seed: int, tick: Any = None, **how: Any
+        cls,
+        name: str,
+        pipe: Any,
+        samples: int,
+        few: int,
+        seed: int,
+        tick: Any = None,
+        steps: int = 50,
+        guidance: float = 1.5,
     ) -> Baseline:
-        """Draw samples of classes, the first `few` in calls that are recorded.
+        """Draw samples of digits, the first `few` in calls that are recorded.
 
         Args:
             name: of the model.
@@ -47,24 +55,18 @@ class Baseline:
             few: how many recorded.
             seed: of classes and noise.
             tick: told when a call is over.
-            how: further arguments of `gather`.
+            steps: as in `asked_for`.
+            guidance: as in `asked_for`.
         """
-        labels = draw(class_ids(pipe), samples, seed)
-        inputs = gather(name, pipe, labels=labels, batch=few, seed=seed, **how)
-        return cls(name, pipe, inputs, labels, run(pipe, inputs, few=few, tick=tick))
+        labels = digits(samples, seed)
+        inputs = gather(name, pipe, **asked_for(pipe, labels, few, seed, steps, guidance))
+        return cls(name, pipe, inputs, labels, run(pipe, inputs, few=few, decode=True, tick=tick))
 
     @property
-    def latents(self) -> torch.Tensor:
-        """[S, 1, 8, 8] final latents."""
-        assert self.run.latents is not None
-        return self.run.latents
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> list[Any]:
-        """Final latents [S, C, H, W] -> PIL images, through the pipeline's VAE."""
-        pixels = self.pipe.vae.decode(latents).sample
-        array = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
-        return self.pipe.numpy_to_pil(array)
+    def images(self) -> torch.Tensor:
+        """[S, 1, 32, 32] in [-1, 1]."""
+        assert self.run.images is not None
+        return self.run.images
 
 
 def paired_psnr(reference: torch.Tensor, images: torch.Tensor) -> float:
@@ -73,12 +75,12 @@ def paired_psnr(reference: torch.Tensor, images: torch.Tensor) -> float:
     return 10 * float((PEAK**2 / clamped).log10())
 
 
-def score_samples(latents: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float | None]:
-    """Accuracy, mean probability of the right class, and digit-FD of final latents [S, 1, 8, 8].
+def score_samples(images: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float | None]:
+    """Accuracy, mean probability of the right class, and digit-FD of images [S, 1, 32, 32] in [-1, 1].
 
     digit-FD is None below FEWEST_FOR_FD samples, where the covariance of its 64 features is singular.
     """
-    result = score(latents.clamp(-1, 1), torch.tensor(labels))
+    result = score(images, torch.tensor(labels))
     return {
         "accuracy": result.accuracy,
         "mean_probability": result.mean_probability,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ditq_converters.plan.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -14,14 +17,22 @@ class Variant:
         method: calibration method.
         weights: `w8` or `w4p`.
         activations: `token` or `static`.
+        gptq: round by error feedback, and take mean errors back through biases.
         per_layer: measure the error of every layer too.
     """
 
     name: str
     method: str
     weights: str
-    activations: str
+    activations: str = "token"
+    gptq: bool = False
     per_layer: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its choices."""
+        more: dict[str, Any] = {"rounding": "gptq", "bias_correction": True} if self.gptq else {}
+        return Recipe(self.method, self.weights, self.activations, **more)
 
     @property
     def folder(self) -> str:
@@ -29,9 +40,15 @@ class Variant:
         return self.name.lower().replace(" ", "-")
 
 
+NO_DATA, FED_BACK = "W4A8 data-free", "W4A8 gptq"
 DIGITS = (
-    Variant("W8A8", "smoothquant", "w8", "token", per_layer=True),
-    Variant("W4A8", "smoothquant", "w4p", "token", per_layer=True),
+    Variant("W8A8", "smoothquant", "w8", per_layer=True),
+    Variant("W4A8", "smoothquant", "w4p", per_layer=True),
+)
+FLOW = (
+    Variant("W8A8", "smoothquant", "w8"),
+    Variant(NO_DATA, "linear", "w4p"),
+    Variant(FED_BACK, "smoothquant", "w4p", gptq=True),
 )
 SALIENT = tuple(
     Variant(f"{bits} {activations} {method}", method, weights, activations)
