@@ -46,7 +46,7 @@ class Registry(MutableMapping[str, Method]):
 
     def __iter__(self) -> Iterator[str]:
         """Built-in names, then those of packages."""
-        return iter([*found_methods(), *(n for n in self._loaded if n not in found_methods())])
+        return iter(dict.fromkeys([*found_methods(), *self._loaded]))
 
     def __len__(self) -> int:
         """How many there are."""

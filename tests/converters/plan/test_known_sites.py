@@ -10,13 +10,12 @@ from typer.testing import CliRunner
 
 from ditq_bench.zoo import CLASSES, outputs, quiet
 from ditq_converters import StatisticsError, calibrate, convert, make_plan, read_plan
-from ditq_converters.calibrate.first_inputs import find_by_call
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.cli.convert import convert as convert_command
 from ditq_converters.cli.inspect import inspect
 from ditq_converters.cli.plan import plan as plan_command
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.sites import family_for, find
+from ditq_converters.sites import find
 
 TINY = CLASSES["LatteTransformer3DModel"]
 SMOOTH = Recipe(method="smoothquant")
@@ -105,16 +104,12 @@ def test_a_file_of_arguments_stands_for_inputs_that_cannot_be_made(ditq, tmp_pat
     assert {layer["kind"] for layer in json.loads(result.stdout)["layers"]} >= {"V"}
 
 
-def test_the_first_call_of_a_pipeline_tells_its_sites(tmp_path):
-    tiny = TINY
+def test_the_first_call_of_a_pipeline_tells_its_sites(ditq, tmp_path):
     with quiet():
-        pipe = tiny.pipeline()
-    calls = tmp_path / "calls.jsonl"
-    calls.write_text(json.dumps(tiny.calls[0]))
+        TINY.pipeline().save_pretrained(tmp_path / "pipe")
+    calls, out = tmp_path / "calls.jsonl", tmp_path / "plan.json"
+    calls.write_text(json.dumps(TINY.calls[0]))
     with quiet():
-        find_by_call(pipe, calls)
-    assert any(
-        len(site.consumers) > 1
-        for table in family_for(pipe.transformer).block_tables(pipe.transformer).values()
-        for site in table.sites
-    )
+        result = ditq("plan", tmp_path / "pipe", "--inputs", calls, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert any(len(site.readers) > 1 for site in read_plan(out).sites)
