@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ditq_runtime.families import family_of
+from torch import nn
+
+from ditq_runtime.families import Family, family_of
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.format.folder import TransformerFolder
+from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.site import SITES
 
 SCALES = "channel and activation scales"
@@ -54,29 +57,57 @@ def add_up(sizes: Iterable[dict[str, int]]) -> dict[str, int]:
     return total
 
 
-def size_by_category(folder: TransformerFolder) -> dict[str, int]:
-    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`. Layers that `--keep` left float are other float."""
-    family, scheme = family_of(str(folder.config.get("_class_name"))), folder.scheme
+def size_by_category(folder: TransformerFolder, like: Scheme | None = None) -> dict[str, int]:
+    """Bytes on disk by CATEGORIES; they add up to `folder.nbytes`. Layers that `--keep` left float are other float.
+
+    Args:
+        folder: packed, or float.
+        like: of a float folder, the scheme of its packed twin: the layers that it packed stand under its categories.
+    """
+    family = family_of(str(folder.config.get("_class_name")))
+    tensors = ((name, len(x.shape), x.nbytes) for name, x in folder.headers.items())
+    sizes = _sorted(tensors, family, folder.scheme or like)
+    sizes["file headers"] = folder.nbytes - sum(sizes.values())
+    return sizes
+
+
+def size_in_memory(model: nn.Module, like: Scheme | None) -> dict[str, int]:
+    """Bytes of a float model's parameters by CATEGORIES, as its packed twin's scheme sorts them."""
+    tensors = (
+        (name, p.dim(), p.numel() * p.element_size()) for name, p in model.named_parameters()
+    )
+    return _sorted(tensors, family_of(type(model).__name__), like)
+
+
+def _sorted(
+    tensors: Iterable[tuple[str, int, int]], family: Family, scheme: Scheme | None
+) -> dict[str, int]:
+    """Bytes by category of tensors, given as name, number of dimensions, bytes."""
     sizes = dict.fromkeys(CATEGORIES, 0)
-    for name, info in folder.headers.items():
+    for name, dimensions, nbytes in tensors:
         layer, _, field = name.rpartition(".")
-        layer_format = scheme.format_of(layer) if scheme and layer in scheme.layers else None
         if family.shared_embedder and f".{family.shared_embedder}." in name:
             category = "timestep and label embedder"
         elif f".{SITES}." in name:
             category = CATEGORY_OF_SITE.get(field, SCALES)
         elif ".folds." in name:  # version 1
             category = "folds"
-        elif scheme and layer.removesuffix(f".{CORE}") in scheme.attention:
-            category = CATEGORY_OF_FIELD.get(field, "other float")
-        elif layer_format is None or layer_format.weights == "fp32":
+        elif scheme is None:
             category = "other float"
-        elif field == "weight" and not layer_format.integer_gemm:
-            category = "modulation weights"
-        elif field in ("weight_scale", "weight_sum") and len(info.shape) == 2:  # one a group
-            category = "group scales and offsets"
         else:
-            category = CATEGORY_OF_FIELD.get(field, "other float")
-        sizes[category] += info.nbytes
-    sizes["file headers"] = folder.nbytes - sum(sizes.values())
+            category = _of_layer(scheme, layer, field, dimensions)
+        sizes[category] += nbytes
     return sizes
+
+
+def _of_layer(scheme: Scheme, layer: str, field: str, dimensions: int) -> str:
+    """The category of one tensor of a layer."""
+    if layer.removesuffix(f".{CORE}") in scheme.attention:
+        return CATEGORY_OF_FIELD.get(field, "other float")
+    if layer not in scheme.layers or scheme.format_of(layer).weights == "fp32":
+        return "other float"
+    if field == "weight" and not scheme.format_of(layer).integer_gemm:
+        return "modulation weights"
+    if field in ("weight_scale", "weight_sum") and dimensions == 2:  # one a group
+        return "group scales and offsets"
+    return CATEGORY_OF_FIELD.get(field, "other float")

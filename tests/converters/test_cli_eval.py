@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
+from ditq_bench.browser import MISSING, faults, find_browser
 from ditq_converters import Recipe, calibrate, convert, open_model
 from ditq_converters.cli.eval import evaluate_command
 from ditq_converters.demo import export_demo
@@ -62,7 +64,9 @@ def test_the_folder_holds_a_whole_report(report):
         "layers-forced-block.png",
         "layers.csv",
         "report.json",
-        "samples.png",
+        "samples-difference.png",
+        "samples-float.png",
+        "samples-packed.png",
         "sizes.png",
         "sqnr.csv",
         "sqnr.png",
@@ -125,8 +129,55 @@ def test_the_page_stands_alone(report):
     references = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert len(references) >= 12
     assert all((out / name).is_file() for name in references)
-    assert {path.name for path in out.glob("*.png")} == set(references)
+    assert {path.name for path in out.glob("*.png")} <= set(references)
     assert not re.search(r"https?:|//|<script|@import|url\(", html)
+
+
+@pytest.mark.skipif(find_browser() is None, reason=MISSING)
+def test_the_page_fits_a_phone_and_a_screen(report):
+    assert faults(report[0] / "index.html", find_browser()) == []
+
+
+@pytest.mark.skipif(find_browser() is None, reason=MISSING)
+def test_the_browser_finds_what_does_not_fit(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text('<p style="width:700px">wide</p><img src="gone.png"><p>text</p>')
+    narrow = [fault for fault in faults(page, find_browser()) if "at 400 pixels" in fault]
+    assert any("p sticks out: wide" in fault for fault in narrow)
+    assert any("picture gone.png is missing" in fault for fault in narrow)
+    wide = faults(page, find_browser(), (1280,))
+    assert len(wide) == 1  # the picture
+
+
+def test_letters_can_be_read_on_a_phone(report):
+    """A page of 400 pixels shows a plot 368 wide: its smallest letters, of 8 points, then have at least 7 pixels."""
+    for path in report[0].glob("*.png"):
+        if not path.name.startswith("samples"):
+            with Image.open(path) as image:
+                inches = image.width / image.info["dpi"][0]
+            assert 8 / 72 * 368 / inches >= 7, path.name
+
+
+def test_several_checkpoints_stand_side_by_side(ditq, packed, tmp_path):
+    pipe = open_model("demo:digits")
+    convert(pipe, Recipe("linear", weights="w8"), None, tmp_path / "w8", quiet=True)
+    out = tmp_path / "report"
+    result = ditq(packed, tmp_path / "w8", *REFERENCE, "--out", out, *SMALL, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    figures = json.loads(result.stdout)
+    assert list(figures) == ["out", "w8"]
+    assert figures == json.loads((out / "report.json").read_text())
+    assert figures["w8"]["sqnr"]["free"]["mean_db"] > figures["out"]["sqnr"]["free"]["mean_db"] + 5
+    alone = tmp_path / "alone"
+    result = ditq(tmp_path / "w8", *REFERENCE, "--out", alone, *SMALL, "--json")
+    assert json.loads(result.stdout)["sqnr"] == figures["w8"]["sqnr"]  # the float model drew once
+    page = (out / "index.html").read_text()
+    for name in ("out", "w8"):
+        assert f'href="{name}/index.html"' in page
+        assert 'href="../index.html"' in (out / name / "index.html").read_text()
+    assert 'href="../report/index.html"' in (alone / "index.html").read_text()  # its neighbour
+    browser = find_browser()
+    assert browser is None or faults(out / "index.html", browser) == []
 
 
 def test_samples_are_in_adms_format(report):
@@ -177,7 +228,7 @@ def test_transformers_alone_have_no_images(ditq, packed, tmp_path):
     assert figures["images"] is None
     assert figures["demo"] is None
     assert any("images are not scored" in note for note in figures["notes"])
-    assert not (tmp_path / "r" / "samples.png").exists()
+    assert not list((tmp_path / "r").glob("samples*"))
     refused = ditq(*arguments[:-1], tmp_path / "r2", *SMALL, "--npz", tmp_path / "x.npz")
     assert refused.exit_code == 1
     assert "there will be no images" in str(refused.exception)
@@ -205,6 +256,7 @@ def test_misuse_exits_with_2(ditq, packed, tmp_path):
         (*base, "--seed", -1),
         (*base, "--sampler", "heun"),
         (*base, "--inputs", "a.jsonl", "--prompts", "b.txt"),
+        (packed, packed.parent / "other", *base[1:], "--npz", tmp_path / "x.npz"),
     ]
     for arguments in wrong:
         assert ditq(*arguments).exit_code == 2, arguments
@@ -222,6 +274,8 @@ def test_refusals_are_one_sentence_and_leave_nothing(ditq, packed, tmp_path, mak
         (packed, ("--reference", "demo:letters"), (), "unknown demo model"),
         (packed, ("--reference", other), (), "reference: its "),
         (packed, REFERENCE, ("--features", "nothing"), "expected module:function"),
+        (packed, (packed, *REFERENCE), (), "stands there twice"),
+        (packed, (other, *REFERENCE), (), "a float model, not a packed one"),
     ]
     for path, reference, extra, sentence in cases:
         result = ditq(path, *reference, "--out", tmp_path / "r", *SMALL, *extra)

@@ -1,4 +1,4 @@
-"""`ditq eval`: a packed folder against the float model it was made from; figures, plots, a page."""
+"""`ditq eval`: packed folders against the float model it was made from; figures, plots, a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 PackedArgument = Annotated[
-    str, typer.Argument(metavar="OUT", help="A folder written by `ditq convert`, or a hub id.")
+    list[str],
+    typer.Argument(
+        metavar="OUT...",
+        help="Folders written by `ditq convert`, or hub ids; several stand side by side.",
+    ),
 ]
 ReferenceOption = Annotated[
     str, typer.Option(metavar="MODEL", help="The float model it was made from, as for convert.")
@@ -74,10 +78,12 @@ def evaluate_command(
 ) -> None:
     """Measure what packing cost: SQNR per step and per layer, images, distances, true bytes.
 
-    Both models draw the same --inputs, prompts or classes from equal noise. Ends with a folder to look at: open
+    All models draw the same --inputs, prompts or classes from equal noise. Ends with a folder to look at: open
     REPORT/index.html.
 
     Example: ditq eval out --reference demo:digits --out report
+
+    Example: ditq eval out-w8 out-w4 --reference demo:digits --out report
     """
     from ditq_converters.evaluate import EvaluationSettings
     from ditq_runtime.calls.schedulers import SAMPLERS
@@ -88,6 +94,8 @@ def evaluate_command(
         )
     if inputs is not None and prompts is not None:
         raise typer.BadParameter("--inputs and --prompts say the same in two ways; give one.")
+    if npz is not None and len(packed) > 1:
+        raise typer.BadParameter("--npz takes the samples of one packed model; give one folder.")
     settings = EvaluationSettings(
         steps, samples, few_samples, cfg, seed, batch or 32, sampler or None, features, lpips, fid
     )
@@ -95,50 +103,63 @@ def evaluate_command(
     drawn = {"inputs": inputs, "prompts": prompts, **o.sizes(height, width)}
     found = _run(packed, reference, out, settings, drawn, npz, device)
     if json:
-        print_json(found.figures)
+        figures = {name: one.figures for name, one in found.items()}
+        print_json(figures if len(found) > 1 else next(iter(figures.values())))
         return
-    _print(found, f"{packed} against {reference}", out)
+    _print(found, f"{', '.join(packed)} against {reference}", out)
 
 
-def _print(found: Evaluation, title: str, out: Path) -> None:
-    from ditq_converters.evaluate.page import summary
+def _print(found: dict[str, Evaluation], title: str, out: Path) -> None:
+    from ditq_converters.evaluate.several import compared
 
-    print_table(title, ("measure", "value"), summary(found.figures))
-    for note in found.figures["notes"]:
+    columns = tuple(found) if len(found) > 1 else ("value",)
+    print_table(title, ("measure", *columns), compared(found))
+    notes = dict.fromkeys(note for one in found.values() for note in one.figures["notes"])
+    for note in notes:
         say(f"note: {note}")
+    seconds = sum(one.figures["seconds"] for one in found.values())
     say(
-        f"{out / 'index.html'}: open it in a browser; {found.figures['seconds']:.0f} s, "
-        f"figures in {out / 'report.json'}"
+        f"{out / 'index.html'}: open it in a browser; {seconds:.0f} s, figures in {out / 'report.json'}"
     )
 
 
 def _run(
-    packed: str,
+    packed: list[str],
     reference: str,
     out: Path,
     settings: EvaluationSettings,
     drawn: dict[str, Any],
     npz: Path | None,
     device: str,
-) -> Evaluation:
-    """Open both models, evaluate, and write the samples where asked to."""
+) -> dict[str, Evaluation]:
+    """Open the models, evaluate, and write the samples where asked to."""
     from ditq_converters.evaluate import evaluate
-    from ditq_converters.evaluate.inputs import judge_pipe, open_packed
+    from ditq_converters.evaluate.inputs import check_packed, judge_pipe, open_packed
     from ditq_converters.evaluate.scores import NO_IMAGES
+    from ditq_converters.evaluate.several import evaluate_each, names_of
     from ditq_converters.models.open import open_model
     from ditq_runtime.files import check_new
-    from ditq_runtime.host.hub_cache import local
+
+    def opened(path: str) -> Any:
+        pipe = open_packed(path)
+        o.place(pipe, device)
+        return pipe
 
     check_new(out)
-    packed = local(packed)
-    packed_pipe, float_pipe = open_packed(packed), open_model(reference)
+    folders = {name: check_packed(path) for name, path in names_of(packed).items()}
+    if len(folders) > 1:
+        float_pipe = open_model(reference)
+        o.place(float_pipe, device)
+        return evaluate_each(folders, opened, float_pipe, settings, out, **drawn)
+    (name, folder), *_ = folders.items()
+    packed_pipe, float_pipe = open_packed(folder), open_model(reference)
     if npz is not None and getattr(judge_pipe(packed_pipe, float_pipe), "vae", None) is None:
         raise ValueError(f"--npz: there will be no images, because {NO_IMAGES}")
     for pipe in (packed_pipe, float_pipe):
         o.place(pipe, device)
-    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=packed, **drawn)
+    found = evaluate(packed_pipe, float_pipe, settings, out, packed_folder=folder, **drawn)
     if npz is not None and found.images is not None:
         from ditq_converters.evaluate.report import write_npz
 
         write_npz(npz, found.images["packed"])
-    return found
+    return {name: found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,15 +18,15 @@ from ditq_converters.evaluate.records import Evaluation, EvaluationSettings
 from ditq_converters.evaluate.runs import Run, run
 from ditq_converters.evaluate.scores import Judges, judge
 from ditq_converters.evaluate.sqnr import compare_runs, forced_sqnr
+from ditq_converters.pages.origin import versions
 from ditq_converters.progress import progress_bar
 from ditq_runtime.calls.inputs import Given, Input, gather
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.files import check_new
 from ditq_runtime.format.folder import transformer_folders
-from ditq_runtime.host.sizes import add_up, size_by_category
+from ditq_runtime.host.sizes import add_up, size_by_category, size_in_memory
 from ditq_runtime.surroundings import steady
-from ditq_runtime.version import __version__
 
 SAMPLES = 50
 
@@ -42,6 +41,7 @@ def evaluate(
     quiet: bool = False,
     inputs: Given | None = None,
     prompts: Sequence[str] | str | Path | None = None,
+    drawn: list[Run] | None = None,
     **call: Any,
 ) -> Evaluation:
     """Measure a packed model against its float model: SQNR, layers, images, distances, bytes.
@@ -58,6 +58,7 @@ def evaluate(
         quiet: show no progress bar.
         inputs: as for `calibrate`: one entry of arguments per call, or a file of them.
         prompts: as for `calibrate`: prompts, a text file, or a `.safetensors` file of their embeddings.
+        drawn: what the float model drew: empty, to be filled for the next packed model; else taken as it is.
         **call: further arguments of every call.
 
     Returns:
@@ -77,7 +78,7 @@ def evaluate(
     pipe = judge_pipe(packed_pipe, float_pipe)
     given = _given(pipe, settings, inputs, prompts, call)
     judges = Judges.load(settings.features, settings.lpips, settings.fid, pipe)
-    found = _measure(packed, models, pipe, given, settings, judges, quiet)
+    found = _measure(packed, models, pipe, given, settings, judges, quiet, drawn)
     first, twin = (next(iter(side.values())) for side in (packed, models))
     found.figures["notes"] = warn_of_source(first, twin) + found.figures["notes"]
     found.figures["bytes"] = _sizes(models, packed_folder)
@@ -123,10 +124,14 @@ def _measure(
     settings: EvaluationSettings,
     judges: Judges,
     quiet: bool,
+    drawn: list[Run] | None,
 ) -> Evaluation:
     how, few = (given, settings.sampler or ""), settings.few_samples
-    with progress_bar("drawing", 2 * len(given), quiet=quiet) as tick:
-        ours = run(with_transformers(pipe, models), *how, few=few, decode=True, tick=tick)
+    drawn = [] if drawn is None else drawn
+    with progress_bar("drawing", (1 if drawn else 2) * len(given), quiet=quiet) as tick:
+        if not drawn:
+            drawn += [run(with_transformers(pipe, models), *how, few=few, decode=True, tick=tick)]
+        ours = drawn[0]
         with ClipCounter(packed) as counter:
             theirs = run(with_transformers(pipe, packed), *how, decode=True, tick=tick)
     forwards = sum(len(calls) for calls in ours.calls)
@@ -142,7 +147,7 @@ def _measure(
     first = next(iter(packed.values()))
     figures = {
         "settings": {**asdict(settings), "inputs": len(given), "steps": _steps(ours)},
-        "versions": _versions(),
+        "versions": versions(),
         "architecture": type(first).__name__,
         "recipe": getattr(first.config.quantization_config, "recipe", {}),
         "labels": list(labels),
@@ -178,20 +183,13 @@ def _means(names: list[str], values: torch.Tensor) -> dict[str, float]:
 def _sizes(models: Models, packed_folder: str | Path | None) -> dict[str, Any]:
     """True bytes on disk of the packed transformer, and of the float one's parameters in its dtype."""
     memory = sum(p.numel() * p.element_size() for m in models.values() for p in m.parameters())
-    sizes: dict[str, Any] = {"float_in_memory": memory, "packed": None, "packed_total": None}
+    sizes: dict[str, Any] = dict.fromkeys(("float", "packed", "packed_total"))
+    sizes["float_in_memory"] = memory
     if packed_folder is not None:
-        folders = [f for f in transformer_folders(packed_folder).values() if f.scheme is not None]
-        by_category = add_up(size_by_category(folder) for folder in folders)
-        sizes |= {"packed": by_category, "packed_total": sum(folder.nbytes for folder in folders)}
+        found = transformer_folders(packed_folder)
+        folders = {name: f for name, f in found.items() if f.scheme is not None}
+        sizes["packed"] = add_up(size_by_category(folder) for folder in folders.values())
+        sizes["packed_total"] = sum(folder.nbytes for folder in folders.values())
+        twins = ((models[name], folder.scheme) for name, folder in folders.items())
+        sizes["float"] = add_up(size_in_memory(*twin) for twin in twins)
     return sizes
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-
-    return {
-        "ditq": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-    }

@@ -26,17 +26,25 @@ def open_packed(path: str | Path) -> Any:
 
     import ditq_runtime  # noqa: F401  registers the backend
     from ditq_runtime.format.folder import open_folder
+
+    path = check_packed(path)
+    folder = open_folder(path)
+    kind = AutoModel if folder.path == Path(path) else DiffusionPipeline
+    return kind.from_pretrained(str(path))
+
+
+def check_packed(path: str | Path) -> str:
+    """The folder of a packed model, read no further than its headers; raises as `open_packed`."""
+    from ditq_runtime.format.folder import open_folder
     from ditq_runtime.host.hub_cache import local
 
     how = "packed folders are made by `ditq convert MODEL OUT`"
     if str(path).startswith("demo:"):
         raise ValueError(f"{path} is a built-in float model, not a packed folder; {how}")
     path = local(str(path))
-    folder = open_folder(path)
-    if folder.scheme is None:
+    if open_folder(path).scheme is None:
         raise ValueError(f"{path}: a float model, not a packed one; {how}")
-    kind = AutoModel if folder.path == Path(path) else DiffusionPipeline
-    return kind.from_pretrained(str(path))
+    return path
 
 
 def check_twins(packed: nn.Module, model: nn.Module) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .3em .8em; border-bottom: 1px solid #ddd; }
-td { text-align: right; } td:first-child, th:first-child { text-align: left; } th { text-align: right; }
-img { max-width: 100%; margin: .5em 0; } .note { background: #f4f4f4; padding: .6em 1em; } h2 { margin-top: 2em; }
-"""
+from ditq_converters.pages.origin import origin
+from ditq_converters.pages.template import (
+    Heading,
+    details,
+    note,
+    picture,
+    side_by_side,
+    table,
+    write_page,
+)
+
 CAPTIONS = {
-    "samples.png": "Equal seeds: float, packed, difference",
     "sqnr.png": "Signal to quantization noise, per sampling step",
     "layers-cascade.png": "Where the error is: linears (not V, not modulation) on quantized inputs (cascade)",
     "layers-forced-block.png": "Where the error is made: every block, on the float model's input (forced)",
     "clip.png": "What the static activation ranges cut off",
-    "sizes.png": "Bytes on disk",
+    "sizes.png": "Bytes: packed on disk, float in memory",
+}
+SAMPLES = {
+    "samples-float.png": "float",
+    "samples-packed.png": "packed, equal seeds",
+    "samples-difference.png": "difference, 8 times",
 }
 MODES = (
     "<b>free</b>: each model on its own trajectory from equal noise; of the guided prediction. "
@@ -29,32 +39,44 @@ MODES = (
 )
 
 
-def write_page(out: Path, figures: dict[str, Any], pictures: list[str]) -> None:
+def write_report_page(
+    out: Path, figures: dict[str, Any], pictures: list[str], links: Mapping[str, str]
+) -> None:
     """Write index.html beside the pictures it shows."""
-    recipe = figures["recipe"]
-    made = ", ".join(
-        f"{key} {recipe[key]}" for key in ("method", "weights", "activations") if key in recipe
-    )
+    grids = [picture(name, SAMPLES[name]) for name in pictures if name in SAMPLES]
+    plots = [picture(name, CAPTIONS[name]) for name in pictures if name in CAPTIONS]
     parts = [
-        "<h1>ditq eval</h1>",
-        f"<p>{escape(figures['architecture'])}, packed with {escape(made or 'an unknown recipe')}, against its "
-        f"float model. {_settings(figures['settings'])}</p>",
-        *(f'<p class="note">{escape(note)}</p>' for note in figures["notes"]),
-        _summary(figures),
-        *(f"<h2>{CAPTIONS[name]}</h2>{_image(name)}" for name in pictures),
+        *map(note, figures["notes"]),
+        table(["measure", "value"], [[escape(what), value] for what, value in summary(figures)]),
+        "<h2>Samples</h2>" if grids else "",
+        side_by_side(grids, "samples"),
+        "<h2>Error and size</h2>",
+        side_by_side(plots),
         "<h2>SQNR conventions</h2>",
         f"<p>{MODES}</p>",
         _sqnr(figures["sqnr"]),
         "<h2>Layers, mean over steps</h2>",
         *(_layers(mode, errors) for mode, errors in figures["layers"].items()),
         _bytes(figures["bytes"]),
-        f"<p>{escape(str(figures['versions']))}; {figures['seconds']:.0f} s in all; all figures in "
-        "report.json, sqnr.csv and layers.csv.</p>",
     ]
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>ditq eval</title><style>{STYLE}</style>"
-    (out / "index.html").write_text(
-        head + "\n".join(part for part in parts if part) + "</html>\n", encoding="utf-8"
+    facts = {
+        "recipe": recipe_of(figures),
+        "calls": calls_of(figures["settings"]),
+        "made with": origin(figures["versions"], figures["seconds"]),
+    }
+    heading = Heading(
+        "ditq eval", f"{figures['architecture']} against its float model", facts=facts
     )
+    write_page(out, heading, parts, ["report.json", "sqnr.csv", "layers.csv"], links)
+
+
+def recipe_of(figures: dict[str, Any]) -> str:
+    """How a model was packed, in words."""
+    recipe = figures["recipe"]
+    known = [
+        f"{key} {recipe[key]}" for key in ("method", "weights", "activations") if key in recipe
+    ]
+    return ", ".join(known) or "unknown"
 
 
 def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,15 +129,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _summary(figures: dict[str, Any]) -> str:
-    return _table(["measure", "value"], [[escape(what), value] for what, value in summary(figures)])
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    sampler = settings["sampler"] or "the pipeline's own sampler"
+def calls_of(settings: dict[str, Any]) -> str:
+    """What was drawn, in words."""
     return (
-        f"{settings['inputs']} calls, the first {settings['few_samples']} samples for forced SQNR and layers; "
-        f"{settings['steps']} steps of {escape(sampler)}, seed {settings['seed']}."
+        f"{settings['inputs']}, the first {settings['few_samples']} samples also for forced SQNR and layers; "
+        f"{settings['steps']} steps of {settings['sampler'] or 'its own sampler'}, seed {settings['seed']}"
     )
 
 
@@ -126,29 +144,22 @@ def _sqnr(curves: dict[str, Any]) -> str:
         worst = min(curve["mean_of_ratios_db"])
         cells = (curve["mean_db"], sum(sums) / len(sums), worst)
         rows.append([escape(name), *(number(cell) for cell in cells)])
-    return _table(["mode", "mean of ratios, dB", "ratio of sums, dB", "worst step, dB"], rows)
+    return table(["mode", "mean of ratios, dB", "ratio of sums, dB", "worst step, dB"], rows)
 
 
 def _layers(mode: str, errors: dict[str, float]) -> str:
     rows = [[escape(name), number(100 * error, 3)] for name, error in errors.items()]
     rows.sort(key=lambda row: -float(row[1]))
-    table = _table(["layer, worst first", "relative error, %"], rows)
-    return f"<details><summary>{escape(mode)}: {len(rows)} rows</summary>{table}</details>"
+    return details(
+        f"{mode}: {len(rows)} rows", table(["layer, worst first", "relative error, %"], rows)
+    )
 
 
 def _bytes(sizes: dict[str, Any]) -> str:
     if sizes["packed"] is None:
         return ""
-    rows = [[escape(name), f"{size:,}"] for name, size in sizes["packed"].items() if size]
-    rows.append(["total", f"{sizes['packed_total']:,}"])
-    return "<h2>Bytes by category</h2>" + _table(["category", "bytes on disk"], rows)
-
-
-def _image(name: str) -> str:
-    return f'<p><a href="{name}"><img src="{name}" alt="{escape(CAPTIONS[name])}"></a></p>'
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    sides = {"float, in memory": sizes["float"], "packed, on disk": sizes["packed"]}
+    named = [c for c in sizes["packed"] if any(side[c] for side in sides.values())]
+    rows = [[escape(c), *(f"{side[c]:,}" for side in sides.values())] for c in named]
+    rows.append(["total bytes", *(f"{sum(side.values()):,}" for side in sides.values())])
+    return "<h2>Bytes by category</h2>" + table(["category", *sides], rows)

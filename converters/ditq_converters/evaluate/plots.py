@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 
+from ditq_converters.pages.colours import colours_of
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import Normalize
 from matplotlib.image import AxesImage
 
-PALETTE = (
-    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#ee9944",
-    "#774411",
-)  # fmt: skip
+WIDTH = 5.2  # inches: a page of 400 pixels shows it at 70 per inch, so that 8 points are 8 pixels
+SMALLEST = 8  # points
+DOTS = 200  # per inch, of the file
+TITLE = 56  # characters in a line of a title
+ROWS = 60  # of a heat map
+FONTS: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": SMALLEST,
+    "xtick.labelsize": SMALLEST, "ytick.labelsize": SMALLEST, "figure.titlesize": 10,
+}  # fmt: skip
+in_our_fonts: Any = plt.rc_context(FONTS)
 
 
+@in_our_fonts
 def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
     """SQNR in dB over sampling steps, one line per model; step 1 is the noisiest."""
-    figure, axes = plt.subplots(figsize=(8, 4.2 + 0.1 * len(curves)), layout="constrained")
-    for (name, values), color in zip(curves.items(), PALETTE, strict=False):
-        mean = sum(values) / len(values)
-        axes.plot(
-            range(1, len(values) + 1), values, color=color, label=f"{name} (mean {mean:.1f} dB)"
-        )
-    axes.set(
-        xlabel="sampling step (1 = noisiest)",
-        ylabel="SQNR of the noise prediction, dB",
-        title=title,
-    )
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2 + 0.2 * len(curves)), layout="constrained")
+    colours = colours_of(curves)
+    for name, values in curves.items():
+        label = f"{name} (mean {sum(values) / len(values):.1f} dB)"
+        axes.plot(range(1, len(values) + 1), values, color=colours[name], label=label)
+    axes.set(xlabel="sampling step (1 = noisiest)", ylabel="SQNR of the prediction, dB")
+    axes.set_title(_wrapped(title))
     axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower left", ncols=1)
     _save(figure, path)
 
 
+@in_our_fonts
 def layer_heatmap(
     path: Path,
     names: Sequence[str],
@@ -43,7 +52,7 @@ def layer_heatmap(
     title: str,
     label: str = "relative error of the output, %",
 ) -> None:
-    """A share, by default the relative error, of every layer at every step.
+    """A share, by default the relative error, of every layer at every step; of more than ROWS layers the worst.
 
     Args:
         path: PNG to write.
@@ -52,16 +61,20 @@ def layer_heatmap(
         title: of the figure.
         label: of the colours.
     """
-    figure, axes = plt.subplots(figsize=(9, 0.2 * len(names) + 1.6), layout="constrained")
+    if len(names) > ROWS:
+        worst = errors.nanmean(1).argsort(descending=True)[:ROWS].sort().values
+        title = f"{title}; the {ROWS} worst of {len(names)}"
+        names, errors = [names[i] for i in worst], errors[worst]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.17 * len(names) + 1.8), layout="constrained")
     image = _per_step(axes, 100 * errors, "magma")
-    axes.set_yticks(
-        range(len(names)), [name.removeprefix("transformer_blocks.") for name in names], fontsize=7
-    )
-    axes.set(xlabel="sampling step (1 = noisiest)", title=title)
-    figure.colorbar(image, ax=axes, label=label)
+    axes.set_yticks(range(len(names)), [n.removeprefix("transformer_blocks.") for n in names])
+    axes.set(xlabel="sampling step (1 = noisiest)")
+    axes.set_title(_wrapped(title), loc="right")
+    figure.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)
     _save(figure, path)
 
 
+@in_our_fonts
 def activation_ranges(path: Path, panels: Mapping[str, torch.Tensor], title: str) -> None:
     """Largest |x| per channel and step, channels sorted by their overall range.
 
@@ -70,21 +83,29 @@ def activation_ranges(path: Path, panels: Mapping[str, torch.Tensor], title: str
         panels: name -> [T, K] absmax.
         title: of the figure.
     """
+    rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", squeeze=False
+        rows, 2, figsize=(WIDTH, 2.3 * rows + 0.9), layout="constrained", squeeze=False, sharex=True
     )
-    for axes, (name, absmax) in zip(grid[0], panels.items(), strict=True):
-        order = absmax.amax(0).argsort(descending=True)
-        image = _per_step(axes, absmax[:, order].T.log10(), "viridis")
-        spread = absmax.amax(0)
+    shown = {name: _widest_first(absmax) for name, absmax in panels.items()}
+    low = min(float(values.min()) for values in shown.values())
+    high = max(float(values.max()) for values in shown.values())
+    for axes, (name, values) in zip(grid.flat, shown.items(), strict=False):
+        image = _per_step(axes, values, "viridis", Normalize(low, high))
+        spread = panels[name].amax(0)
         ratio = float(spread.max() / spread.median())
-        axes.set(xlabel="sampling step (1 = noisiest)", ylabel="channel, widest first")
-        axes.set_title(f"{name}\nwidest / median channel: {ratio:.1f}", fontsize=10)
-        figure.colorbar(image, ax=axes, label="log10 of largest |x|")
-    figure.suptitle(title)
+        axes.set_title(f"{name}: widest / median {ratio:.1f}", fontsize=9)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel("sampling step (1 = noisiest)", fontsize=8)
+    figure.supylabel("channel, widest first", fontsize=9)
+    figure.colorbar(image, ax=grid, label="log10 of largest |x|", location="bottom", aspect=40)
+    figure.suptitle(_wrapped(title))
     _save(figure, path)
 
 
+@in_our_fonts
 def range_drift(path: Path, ranges: Mapping[str, torch.Tensor], title: str) -> None:
     """How the range of a whole input moves over the steps, one line per input.
 
@@ -93,40 +114,58 @@ def range_drift(path: Path, ranges: Mapping[str, torch.Tensor], title: str) -> N
         ranges: name -> [T] absmax over channels.
         title: of the figure.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for (name, values), color in zip(ranges.items(), PALETTE, strict=False):
-        axes.plot(range(1, len(values) + 1), values.tolist(), color=color, label=name)
-    axes.set(xlabel="sampling step (1 = noisiest)", ylabel="largest |x|", title=title, yscale="log")
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+    colours = colours_of(ranges)
+    for name, values in ranges.items():
+        axes.plot(range(1, len(values) + 1), values.tolist(), color=colours[name], label=name)
+    axes.set(xlabel="sampling step (1 = noisiest)", ylabel="largest |x|", yscale="log")
+    axes.set_title(_wrapped(title))
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
+@in_our_fonts
 def stacked_sizes(path: Path, sizes: Mapping[str, Mapping[str, int]], title: str) -> None:
-    """Bytes on disk by category, one bar per model."""
+    """Bytes by category, one bar per model."""
     named = (category for parts in sizes.values() for category, size in parts.items() if size)
-    categories = list(dict.fromkeys(named))
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(sizes) + 2.2), layout="constrained")
+    colours = colours_of(named)
+    height = 0.35 * len(sizes) + 1.4 + 0.17 * len(colours)
+    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
     left = dict.fromkeys(sizes, 0.0)
-    for category, color in zip(categories, PALETTE[: len(categories)], strict=True):
+    for category, colour in colours.items():
         widths = [parts.get(category, 0) / 2**20 for parts in sizes.values()]
-        axes.barh(list(sizes), widths, left=list(left.values()), color=color, label=category)
+        axes.barh(list(sizes), widths, left=list(left.values()), color=colour, label=category)
         left = {name: left[name] + width for name, width in zip(sizes, widths, strict=True)}
     axes.invert_yaxis()
-    axes.set(xlabel="MiB on disk", title=title)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    axes.set(xlabel="MiB")
+    axes.set_title(_wrapped(title))
+    figure.legend(loc="outside lower left", ncols=2)
     _save(figure, path)
 
 
-def _per_step(axes: plt.Axes, values: torch.Tensor, cmap: str) -> AxesImage:
+def _widest_first(absmax: torch.Tensor) -> torch.Tensor:
+    """[T, K] largest |x| -> [K, T] its decimal logarithm; channels that never move stand at the least that moves."""
+    order = absmax.amax(0).argsort(descending=True)
+    values = absmax[:, order].T
+    return values.clamp(min=float(values[values > 0].min())).log10()
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, TITLE)
+
+
+def _per_step(
+    axes: plt.Axes, values: torch.Tensor, cmap: str, norm: Normalize | None = None
+) -> AxesImage:
     """Draw [rows, steps] as an image whose columns are numbered from 1."""
     rows, steps = values.shape
     box = (0.5, steps + 0.5, rows - 0.5, -0.5)
     return axes.imshow(
-        values.numpy(), aspect="auto", cmap=cmap, interpolation="nearest", extent=box
+        values.numpy(), aspect="auto", cmap=cmap, norm=norm, interpolation="nearest", extent=box
     )
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DOTS)
     plt.close(figure)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ditq_converters.evaluate import plots
 from ditq_converters.evaluate.judges import rgb, to_uint8
 from ditq_converters.evaluate.layer_error import FORCED
-from ditq_converters.evaluate.page import write_page
+from ditq_converters.evaluate.page import write_report_page
 from ditq_converters.evaluate.records import Evaluation
+from ditq_converters.pages.template import neighbours
 from ditq_runtime.cli.images import grid
 from ditq_runtime.files import atomic_file, atomic_folder, write_json
 
-SHOWN, COLUMNS = 16, 8  # sample pairs in the picture
+SHOWN, COLUMNS = 16, 4  # sample pairs in the picture
 SIDE = 64  # smaller images are enlarged to it
 MAGNIFIED = 8  # of their difference
 
@@ -30,13 +31,18 @@ def write_report(out: Path, found: Evaluation) -> None:
         FileExistsError: `out` is in use.
     """
     with atomic_folder(out) as part:
-        write_json(part / "report.json", found.figures)
-        write_sqnr(part / "sqnr.csv", found)
-        write_layers(part / "layers.csv", found)
-        pictures = write_pictures(part, found)
-        if found.clip[0]:
-            write_clip(part / "clip.csv", found)
-        write_page(part, found.figures, pictures)
+        write_files(part, found, neighbours(out))
+
+
+def write_files(part: Path, found: Evaluation, links: Mapping[str, str]) -> None:
+    """Everything of one report, in a folder that exists."""
+    write_json(part / "report.json", found.figures)
+    write_sqnr(part / "sqnr.csv", found)
+    write_layers(part / "layers.csv", found)
+    pictures = write_pictures(part, found)
+    if found.clip[0]:
+        write_clip(part / "clip.csv", found)
+    write_report_page(part, found.figures, pictures, links)
 
 
 def write_sqnr(path: Path, found: Evaluation) -> None:
@@ -80,11 +86,11 @@ def write_pictures(out: Path, found: Evaluation) -> list[str]:
     """Every PNG of the report; returns their names, in the order to show them."""
     names = ["sqnr.png", "layers-cascade.png", "layers-forced-block.png"]
     curves = {name: curve.mean_of_ratios for name, curve in found.sqnr.items()}
-    plots.sqnr_curves(out / "sqnr.png", curves, "packed against float: mean of ratios, per step")
+    plots.sqnr_curves(out / "sqnr.png", curves, "packed against float: mean of ratios")
     for errors in found.layers:
         forced = errors.mode == FORCED
         name, what = (names[2], "block") if forced else (names[1], "linear")
-        title = f"error of every {what} at every step, {errors.mode}"
+        title = f"error of every {what}, {errors.mode}"
         plots.layer_heatmap(out / name, errors.names, errors.relative, title)
     if found.clip[0]:
         names.append("clip.png")
@@ -92,28 +98,31 @@ def write_pictures(out: Path, found: Evaluation) -> list[str]:
         plots.layer_heatmap(out / names[-1], *found.clip, title, "share of inputs cut off, %")
     if found.figures["bytes"]["packed"]:
         names.append("sizes.png")
-        sizes = {"packed": found.figures["bytes"]["packed"]}
-        plots.stacked_sizes(out / names[-1], sizes, "packed transformer, true bytes on disk")
+        sizes = found.figures["bytes"]
+        bars = {"float": sizes["float"], "packed": sizes["packed"]}
+        plots.stacked_sizes(
+            out / names[-1], bars, "the transformer: float in memory, packed on disk"
+        )
     if found.images is not None:
-        names.insert(0, "samples.png")
-        write_samples(out / names[0], found.images)
+        names = [*write_samples(out, found.images), *names]
     return names
 
 
-def write_samples(path: Path, images: dict[str, torch.Tensor]) -> None:
-    """Float, packed and their difference side by side, equal seeds at equal places."""
+def write_samples(out: Path, images: Mapping[str, torch.Tensor]) -> list[str]:
+    """A grid each of the float model, the packed one and their difference, equal seeds at equal places; their names."""
     reference, others = (images[key][:SHOWN] for key in ("float", "packed"))
     difference = (MAGNIFIED * (others - reference).abs() - 1).clamp(-1, 1)
-    panels = {"float": reference, "packed": others, f"difference x{MAGNIFIED}": difference}
-    sheets = []
+    panels = {"float": reference, "packed": others, "difference": difference}
     for name, batch in panels.items():
-        scale = max(1, SIDE // batch.shape[-1])
-        sheet = grid([Image.fromarray(pixels) for pixels in uint8_nhwc(batch)], COLUMNS, scale)
-        captioned = Image.new("RGB", (sheet.width, sheet.height + 18), "white")
-        captioned.paste(sheet, (0, 18))
-        ImageDraw.Draw(captioned).text((3, 3), name, fill="black")
-        sheets.append(captioned)
-    grid(sheets, columns=3 if scale > 1 else 1, gap=12).save(path)
+        write_grid(out / f"samples-{name}.png", batch)
+    return [f"samples-{name}.png" for name in panels]
+
+
+def write_grid(path: Path, images: torch.Tensor) -> None:
+    """Images [S, C, H, W] in [-1, 1] as one picture."""
+    scale = max(1, SIDE // images.shape[-1])
+    tiles = [Image.fromarray(pixels) for pixels in uint8_nhwc(images[:SHOWN])]
+    grid(tiles, COLUMNS, scale).save(path)
 
 
 def uint8_nhwc(images: torch.Tensor) -> np.ndarray:

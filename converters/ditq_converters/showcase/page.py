@@ -6,13 +6,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .3em .8em; border-bottom: 1px solid #ddd; }
-td { text-align: right; } td:first-child, th:first-child { text-align: left; } th { text-align: right; }
-img { max-width: 100%; margin: .5em 0; } .ok { color: #228833; } .missed { color: #cc3311; font-weight: bold; }
-.note { background: #f4f4f4; padding: .6em 1em; } h2 { margin-top: 2em; }
-"""
+from ditq_converters.pages.origin import origin
+from ditq_converters.pages.template import (
+    Heading,
+    details,
+    neighbours,
+    note,
+    picture,
+    side_by_side,
+    table,
+    write_page,
+)
+from ditq_converters.showcase.pictures import sample_name
+
 CAVEAT = (
     "The planted outlier channels are the exact inverse of smoothing, so smoothing undoes them by construction: "
     "this table shows that the method is implemented right, not that smoothing wins on a real DiT-XL/2."
@@ -21,69 +27,87 @@ FLOW = (
     "A small Flux, trained by rectified flow on the same digits. Its own pipeline calibrates it, with prompts, at the "
     "size and guidance that its folder names."
 )
+WHAT = (
+    "A Diffusion Transformer trained on handwritten digits, calibrated without data, converted to packed 8-bit and "
+    "4-bit checkpoints, reloaded from disk through diffusers, and sampled in integers."
+)
+OWN = "Each model on its own trajectory"
+SAME = "All on the float model's latents"
 
 
-def write_page(out: Path, report: dict[str, Any]) -> None:
+def write_report_page(out: Path, report: dict[str, Any]) -> None:
     """Write index.html beside the pictures it shows."""
+    digits, salient = report["digits"], report["salient"]
     parts = [
-        "<h1>ditq demo</h1>",
-        "<p>A Diffusion Transformer trained on handwritten digits, calibrated without data, converted to packed "
-        "8-bit and 4-bit checkpoints, reloaded from disk through diffusers, and sampled in integers.</p>",
+        f"<p>{WHAT}</p>",
         _checks(report["checks"]),
         "<h2>Same seeds, three models</h2>",
-        _image("samples-digits.png"),
-        _variants(report["digits"]),
+        _samples("digits", digits),
+        _variants(digits),
         "<h2>Signal to quantization noise, per sampling step</h2>",
-        _image("sqnr-free-digits.png"),
-        _image("sqnr-forced-digits.png"),
-        "<h2>Where the error is</h2>",
-        _image("layers-w8a8.png"),
-        _image("layers-w4a8.png"),
-        "<h2>Size</h2>",
-        _sizes(report["digits"]["bytes"]),
-        _image("sizes.png"),
-        "<h2>Activations: they drift over the steps, and channels differ</h2>",
-        *(
-            _image(f"{kind}-{name}.png")
-            for name in ("digits", "salient")
-            for kind in ("activations", "drift")
+        side_by_side(
+            [picture("sqnr-free-digits.png", OWN), picture("sqnr-forced-digits.png", SAME)]
         ),
+        "<h2>Where the error is</h2>",
+        side_by_side([picture(f"layers-{n.lower()}.png", _layers(n)) for n in ("W8A8", "W4A8")]),
+        "<h2>Size</h2>",
+        side_by_side([_sizes(digits["bytes"]), picture("sizes.png", "The transformer on disk")]),
+        "<h2>Activations: they drift over the steps, and channels differ</h2>",
+        side_by_side([_activations(kind, name) for name in STUDIES for kind in KINDS]),
         "<h2>A harder model: planted outlier channels (demo:digits-salient)</h2>",
-        f'<p class="note">{CAVEAT}</p>',
-        _variants(report["salient"]),
-        _image("samples-salient.png"),
-        _image("sqnr-free-salient.png"),
-        _image("sqnr-forced-salient.png"),
+        note(CAVEAT),
+        *_study("salient", salient),
         "<h2>A model that takes prompts: demo:digits-flow</h2>",
         f"<p>{FLOW}</p>",
-        _variants(report["flow"]),
-        _image("samples-flow.png"),
-        _image("sqnr-free-flow.png"),
-        _image("sqnr-forced-flow.png"),
+        *_study("flow", report["flow"]),
         "<h2>The same with planted outlier channels</h2>",
-        _variants(report["flow_salient"]),
-        _image("samples-flow_salient.png"),
-        _image("sqnr-free-flow_salient.png"),
-        _image("sqnr-forced-flow_salient.png"),
+        *_study("flow_salient", report["flow_salient"]),
         "<h2>What ran</h2>",
-        _execution(report["digits"]["variants"]["W4A8"]["execution"]),
-        f"<p>{escape(str(report['versions']))}; {report['seconds']:.0f} s in all; figures in report.json.</p>",
+        _execution(digits["variants"]["W4A8"]["execution"]),
     ]
-    html = (
-        f"<!doctype html><meta charset='utf-8'><title>ditq demo</title><style>{STYLE}</style>"
-        + "\n".join(parts)
+    facts = {
+        "calls": _settings(report["settings"]),
+        "made with": origin(report["versions"], report["seconds"]),
+    }
+    heading = Heading(
+        "ditq demo", "demo:digits, demo:digits-flow, and both with planted outliers", facts=facts
     )
-    (out / "index.html").write_text(html, encoding="utf-8")
+    write_page(out, heading, parts, ["report.json"], neighbours(out))
 
 
-def _image(name: str) -> str:
-    return f'<p><a href="{name}"><img src="{name}" alt="{name}"></a></p>'
+STUDIES = {"digits": "demo:digits", "salient": "demo:digits-salient"}
+KINDS = {"activations": "range of every channel", "drift": "range of each linear's input"}
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _study(name: str, study: dict[str, Any]) -> list[str]:
+    """Figures, samples and curves of a model."""
+    curves = {f"sqnr-free-{name}.png": OWN, f"sqnr-forced-{name}.png": SAME}
+    shown = [picture(file, caption) for file, caption in curves.items()]
+    return [_variants(study), _samples(name, study), side_by_side(shown)]
+
+
+def _activations(kind: str, name: str) -> str:
+    return picture(f"{kind}-{name}.png", f"{STUDIES[name]}: {KINDS[kind]} over the steps")
+
+
+def _layers(name: str) -> str:
+    return f"{name}: error of each linear on what its quantized predecessors give it"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return (
+        f"{settings['steps']} steps, guidance {settings['guidance']}; calibrated on "
+        f"{settings['calibration_samples']} images, scored on others"
+    )
+
+
+def _samples(name: str, study: dict[str, Any]) -> str:
+    """A grid per model, with its figure."""
+    shown = [picture(sample_name(name, "float"), "float")]
+    for model, variant in study["variants"].items():
+        caption = f"{model}: {variant['sqnr_free']['mean_db']:.1f} dB"
+        shown.append(picture(sample_name(name, model), caption))
+    return side_by_side(shown, "samples")
 
 
 def _checks(checks: list[dict[str, Any]]) -> str:
@@ -93,49 +117,24 @@ def _checks(checks: list[dict[str, Any]]) -> str:
         rows.append(
             [escape(check["what"]), f"{check['value']:.3g}", f"{check['at_least']:g}", mark]
         )
-    return _table(["what is expected", "measured", "at least", ""], rows)
+    return table(["what is expected", "measured", "at least", ""], rows)
 
 
 def _variants(study: dict[str, Any]) -> str:
-    base = study["float"]
-    rows = [
-        [
-            "float",
-            "",
-            "",
-            "",
-            f"{base['accuracy']:.3f}",
-            _number(base["digit_fd"]),
-            _mib(study["bytes"]["float"]),
-            "",
-        ]
-    ]
+    base, sizes = study["float"], study["bytes"]
+    judged = [f"{base['accuracy']:.3f}", _number(base["digit_fd"]), _mib(sizes["float"])]
+    rows = [["float", "", "", "", *judged, ""]]
     for name, v in study["variants"].items():
-        rows.append(
-            [
-                escape(name),
-                f"{v['sqnr_free']['mean_db']:.1f}",
-                f"{v['sqnr_forced']['mean_db']:.1f}",
-                f"{v['psnr_db']:.1f}",
-                f"{v['accuracy']:.3f}",
-                _number(v["digit_fd"]),
-                _mib(study["bytes"][name]),
-                f"{v['convert_seconds']:.1f}",
-            ]
-        )
-    samples = len(study["labels"])
+        decibels = (v["sqnr_free"]["mean_db"], v["sqnr_forced"]["mean_db"], v["psnr_db"])
+        judged = [f"{v['accuracy']:.3f}", _number(v["digit_fd"]), _mib(sizes[name])]
+        figures = [f"{value:.1f}" for value in decibels]
+        rows.append([escape(name), *figures, *judged, f"{v['convert_seconds']:.1f}"])
     header = [
-        "model",
-        "SQNR free, dB",
-        "SQNR forced, dB",
-        "PSNR, dB",
-        "accuracy",
-        "digit-FD",
-        "MiB",
-        "convert, s",
-    ]
-    note = f"<p>{samples} samples per model; digit-FD compares rows of one table, from 65 samples on.</p>"
-    return _table(header, rows) + note
+        "model", "SQNR free, dB", "SQNR forced, dB", "PSNR, dB", "accuracy", "digit-FD", "MiB", "convert, s",
+    ]  # fmt: skip
+    count = len(study["labels"])
+    told = f"<p>{count} samples per model; digit-FD compares rows of one table, from 65 samples on.</p>"
+    return table(header, rows) + told
 
 
 def _sizes(sizes: dict[str, dict[str, int]]) -> str:
@@ -144,7 +143,7 @@ def _sizes(sizes: dict[str, dict[str, int]]) -> str:
     ]
     rows = [[escape(c), *(f"{parts[c]:,}" for parts in sizes.values())] for c in categories]
     rows.append(["total bytes", *(f"{sum(parts.values()):,}" for parts in sizes.values())])
-    return _table(["category", *sizes], rows)
+    return table(["category", *sizes], rows)
 
 
 def _execution(execution: dict[str, Any]) -> str:
@@ -165,9 +164,8 @@ def _execution(execution: dict[str, Any]) -> str:
         f"<p>W4A8: {t['integer_linears']} of {t['linears']} linears in integers, {t['weight_only_linears']} "
         f"weight-only, {100 * t['integer_flops_share']:.1f} % of linear FLOPs in integers.</p>"
     )
-    return line + _table(
-        ["layer", "ops", "weights", "activations", "bytes", "backend", "note"], rows
-    )
+    header = ["layer", "ops", "weights", "activations", "bytes", "backend", "note"]
+    return line + details(f"all {len(rows)} layers", table(header, rows))
 
 
 def _number(value: float | None) -> str:

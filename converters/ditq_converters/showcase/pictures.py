@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 
 from ditq_converters.evaluate import plots
 from ditq_converters.showcase.records import Study
@@ -20,10 +18,8 @@ SITES = ("qkv", "o_proj", "fc1", "fc2")
 def write_pictures(out: Path, studies: dict[str, Study]) -> None:
     """Sample grids and plots for all studies."""
     digits, salient = studies["digits"], studies["salient"]
-    for name in ("digits", "flow", "flow_salient"):
-        side_by_side(out / f"samples-{name}.png", studies[name], list(studies[name].samples))
-    shown = ["float", *(name for name in salient.samples if " static " in name)]
-    side_by_side(out / "samples-salient.png", salient, shown)
+    for name, study in studies.items():
+        write_samples(out, study, name)
     for key, title in (
         ("sqnr_free", "each on its own trajectory"),
         ("sqnr_forced", "on the float model's latents"),
@@ -35,9 +31,7 @@ def write_pictures(out: Path, studies: dict[str, Study]) -> None:
                 out / f"{key.replace('_', '-')}-{name}.png", curves, f"{model}, {title}"
             )
     for name, (layers, errors) in digits.layers.items():
-        title = (
-            f"demo:digits {name}: error of linears (not V, not modulation) at every step, cascade"
-        )
+        title = f"{name}: error of linears (not V, not modulation), cascade"
         plots.layer_heatmap(out / f"layers-{name.lower()}.png", layers, errors, title)
     sizes = digits.figures["bytes"]
     plots.stacked_sizes(out / "sizes.png", sizes, "demo:digits, transformer on disk")
@@ -67,19 +61,13 @@ def absmax(study: Study, site: str) -> torch.Tensor:
     return torch.maximum(low.abs(), high.abs())
 
 
-def side_by_side(path: Path, study: Study, names: list[str]) -> None:
-    """One grid per model, same seeds at the same places, with captions."""
-    panels = [
-        (name, grid(to_pil(study.samples[name][:SHOWN]), columns=8, scale=2)) for name in names
-    ]
-    captioned = [_caption(image, name, study.figures) for name, image in panels]
-    grid(captioned, columns=3, gap=12).save(path)
+def write_samples(out: Path, study: Study, name: str) -> None:
+    """One grid per model, same seeds at the same places."""
+    for model, images in study.samples.items():
+        tiles = to_pil(images[:SHOWN])
+        grid(tiles, columns=8).save(out / sample_name(name, model))
 
 
-def _caption(image: Image.Image, name: str, figures: dict[str, Any]) -> Image.Image:
-    variant = figures["variants"].get(name)
-    text = name if variant is None else f"{name}: {variant['sqnr_free']['mean_db']:.1f} dB"
-    sheet = Image.new("L", (image.width, image.height + 18), 255)
-    sheet.paste(image, (0, 18))
-    ImageDraw.Draw(sheet).text((3, 3), text, fill=0)
-    return sheet
+def sample_name(study: str, model: str) -> str:
+    """The file of a model's grid."""
+    return f"samples-{study}-{model.lower().replace(' ', '-')}.png"

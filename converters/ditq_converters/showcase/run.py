@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
+from ditq_converters.pages.origin import versions
 from ditq_converters.progress import progress_bar
 from ditq_converters.showcase.asking import asked_for, digits
 from ditq_converters.showcase.records import Settings, Study
@@ -26,7 +26,6 @@ from ditq_runtime.files import write_json
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category
 from ditq_runtime.report.execution import execution_report
-from ditq_runtime.version import __version__
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
     Returns:
         The content of report.json.
     """
-    from ditq_converters.showcase.page import write_page
+    from ditq_converters.showcase.page import write_report_page
     from ditq_converters.showcase.pictures import write_pictures
 
     begin = time.perf_counter()
@@ -54,14 +53,14 @@ def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
     figures = {name: study.figures for name, study in studies.items()}
     report = {
         "settings": asdict(settings),
-        "versions": _versions(),
+        "versions": versions(),
         **figures,
         "checks": checks(figures),
         "seconds": time.perf_counter() - begin,
     }
     write_pictures(out, studies)
     write_json(out / "report.json", report)
-    write_page(out, report)
+    write_report_page(out, report)
     return report
 
 
@@ -82,7 +81,7 @@ def _study(
     figures: dict[str, Any] = {
         "model": name,
         "labels": list(baseline.labels),
-        "bytes": {"float": size_by_category(open_folder(float_folder))},
+        "bytes": {"float": {}},  # by the categories of the first packed model, below
         "float": score_samples(baseline.images, baseline.labels),
         "variants": {},
     }
@@ -94,6 +93,8 @@ def _study(
         images[variant.name] = finals
         if errors is not None:
             layers[variant.name] = errors
+    like = open_folder(folder / variants[0].folder).scheme
+    figures["bytes"]["float"] = size_by_category(open_folder(float_folder), like)
     return Study(figures, images, baseline.labels, stats, layers)
 
 
@@ -174,15 +175,3 @@ def _fresh(folder: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     return folder
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-
-    return {
-        "ditq": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU used",
-    }
