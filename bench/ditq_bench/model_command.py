@@ -105,11 +105,11 @@ def open_pipeline(model: str, dtype: Any, device: Any) -> Any:
         ValueError: a transformer alone: it cannot sample.
     """
     from ditq_converters.models.open import open_model
-    from ditq_runtime.cli.sample import load
+    from ditq_runtime.cli.opening import open_packed
     from ditq_runtime.format.folder import open_folder
 
     if Path(model).is_dir() and open_folder(model).scheme is not None:
-        pipe = load(model, dtype, device)
+        pipe = open_packed(model, str(dtype).removeprefix("torch."), device)
     else:
         pipe = open_model(model, dtype)
         if not hasattr(pipe, "transformer"):

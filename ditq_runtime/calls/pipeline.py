@@ -86,13 +86,12 @@ def with_transformers(pipe: Any, transformers: dict[str, nn.Module]) -> Any:
 
 
 @contextmanager
-def ready(pipe: Any, sampler: str = "", shown: bool = False) -> Iterator[None]:
+def ready(pipe: Any, sampler: str = "") -> Iterator[None]:
     """Prepare a pipeline for `draw`, and put everything back.
 
     Args:
         pipe: a pipeline.
         sampler: one of `ditq_runtime.calls.schedulers.SAMPLERS`; "" for its own scheduler.
-        shown: show its progress bars on a terminal.
     """
     with ExitStack() as stack:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -107,7 +106,7 @@ def ready(pipe: Any, sampler: str = "", shown: bool = False) -> Iterator[None]:
             set_sampler(pipe, sampler)
         bars = getattr(pipe, "_progress_bar_config", None)
         stack.callback(setattr, pipe, "_progress_bar_config", bars or {})
-        pipe.set_progress_bar_config(disable=None if shown else True)
+        pipe.set_progress_bar_config(disable=True)
         yield
 
 

@@ -5,7 +5,9 @@ Exit codes: 0 ok, 1 failed, 2 misuse, 130 interrupted.
 
 from __future__ import annotations
 
+import shlex
 import sys
+import time
 import traceback
 from importlib.metadata import entry_points
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from typer.core import TyperGroup
 from ditq_runtime.cli.checked import Checked
 from ditq_runtime.cli.output import complain
 from ditq_runtime.cli.sentences import misuse, sentence
+from ditq_runtime.cli.voice import Voice, voice
 from ditq_runtime.host.on_import import after_import
 
 GROUP = "ditq.commands"
@@ -23,13 +26,15 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # UsageError, of the click that typer runs on
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
-RESUMES = "interrupted; the same command goes on where it can"
+KEEPS = ("calibrate", "convert", "bench methods", "bench profiles", "bench jitter", "bench auto")
+TABLES = ("demo", "inspect", "convert", "plan", "eval", "bench", "tune", "doctor")
 ORDER = (
     "demo", "inspect", "calibrate", "plan", "convert", "sample", "eval", "bench", "tune", "doctor",
 )  # fmt: skip
 HELP = """Low-bit runtime for Diffusion Transformers: convert once, sample in integers.
 
-Start with `ditq demo`. Every command has --help with an example; --debug anywhere shows tracebacks.
+Start with `ditq demo`. Every command has --help with an example; --quiet, --verbose, --csv and --debug may stand
+anywhere in a line.
 """
 
 
@@ -60,17 +65,24 @@ def make_app(wanted: str = "") -> typer.Typer:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    after_import("diffusers", "ditq_runtime.cli.quiet:quiet_diffusers")
+    debug, begin = "--debug" in arguments, time.monotonic()
+    arguments = _hear(arguments)
+    if not voice.verbose:
+        after_import("diffusers", "ditq_runtime.cli.quiet:quiet_diffusers")
+    code = _run(arguments, debug)
+    if voice.verbose:
+        _tell_cost(time.monotonic() - begin)
+    return code
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         app = make_app(arguments[0] if arguments else "")
         result = app(arguments, prog_name="ditq", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        complain(RESUMES)
-        return INTERRUPTED
+        result = INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -79,9 +91,33 @@ def run(arguments: list[str]) -> int:
             return MISUSE
         complain(sentence(error))
         return FAILED
-    if result == INTERRUPTED:  # how typer reports Ctrl-C
-        complain(RESUMES)
+    if result == INTERRUPTED:  # also how typer reports Ctrl-C
+        kept = " ".join(arguments).startswith(KEEPS)
+        told = (
+            "what is finished is kept, go on with" if kept else "nothing is kept, start again with"
+        )
+        complain(f"interrupted; {told}: {voice.line}")
     return result if isinstance(result, int) else OK
+
+
+def _hear(arguments: list[str]) -> list[str]:
+    """Take the options that may stand anywhere out of a command line, and set the voice by them."""
+    line = shlex.join(["ditq", *arguments])
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    flags = ("--debug", "--quiet", "--verbose", *(("--csv",) if command in TABLES else ()))
+    said = {flag: flag in arguments for flag in flags}
+    vars(voice).update(
+        vars(Voice(said["--quiet"], said["--verbose"], said.get("--csv", False), line))
+    )
+    return [argument for argument in arguments if argument not in flags]
+
+
+def _tell_cost(seconds: float) -> None:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    complain(f"{seconds:.1f} s, at most {peak / 2**20:.0f} MiB of main memory")
 
 
 def main() -> None:
@@ -99,11 +135,20 @@ def _show_version(asked: bool) -> None:
 
 
 def _options(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Results and errors only.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Also what other libraries say, and what a command took."),
+    ] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Tables as CSV; sentences go to stderr.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
     ] = False,
 ) -> None:
-    """What stands before a command; see HELP."""
+    """What stands before a command; see HELP. All but the version are heard by `_hear`."""
 
 
 _options.__doc__ = HELP

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ditq_runtime.cli.voice import voice
+
+FIGURE = re.compile(r"[-+]?(\d[\d,]*)(\.\d+)?(e[-+]?\d+)?|-|", re.IGNORECASE)  # or none
 GAP = "  "
 
 
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
-    say(json.dumps(content, indent=2))
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; on a terminal that is too narrow for it, one line a value, row by row."""
+    """A table on stdout; on a terminal that is too narrow for it, one line a value, row by row; CSV with --csv."""
+    if voice.csv:
+        say(title)
+        csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *rows])
+        return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     say("\n".join([title, *table_lines(columns, rows, width)]))
 
@@ -29,7 +39,7 @@ def table_lines(
 
     Args:
         columns: headings.
-        rows: values; columns of numbers are right-aligned.
+        rows: values; columns of figures are right-aligned.
         width: characters of the terminal; None: as wide as it needs.
     """
     rows = [list(row) for row in rows]
@@ -40,7 +50,7 @@ def table_lines(
     total = sum(widths) + len(GAP) * (len(widths) - 1)
     if width is not None and total > width and len(columns) > 1:
         return _stacked(columns, texts)
-    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    right = [bool(rows) and _are_figures([row[i] for row in texts]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
         placed = (
@@ -63,9 +73,10 @@ def _stacked(columns: Sequence[str], texts: list[list[str]]) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Plain text on stdout."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Plain text on stdout; on stderr where stdout carries CSV."""
+    stream = sys.stderr if voice.csv else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def complain(text: str) -> None:
@@ -78,8 +89,9 @@ def mebibytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.2f} MiB"
 
 
-def _is_number(cell: Any) -> bool:
-    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+def _are_figures(cells: Sequence[str]) -> bool:
+    """A column of numbers, some of which may be missing."""
+    return all(FIGURE.fullmatch(cell) for cell in cells) and any(c.strip("-") for c in cells)
 
 
 def _text(cell: Any) -> str:

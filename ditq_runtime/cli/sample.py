@@ -12,9 +12,9 @@ import typer
 from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.cli.device import place
 from ditq_runtime.cli.last_inputs import LastInputs
+from ditq_runtime.cli.opening import DTYPES, OFFLOADS, open_packed
 from ditq_runtime.cli.output import print_json, say
-
-DTYPES = ("float32", "bfloat16", "float16")
+from ditq_runtime.cli.progress import told_steps
 
 
 def sample(
@@ -68,7 +68,16 @@ def sample(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16, of what is float; default: as stored."),
+    ] = "",
+    offload: Annotated[
+        str,
+        typer.Option(
+            help="none; model: one model of the pipeline at a time on the GPU; layer: one layer, slow."
+        ),
+    ] = "none",
     backend: Annotated[
         str, typer.Option(help="auto, reference, or insist on cpu or triton.")
     ] = "auto",
@@ -90,20 +99,22 @@ def sample(
 
     Example: ditq sample out --prompt "a red fox in the snow" --prompt "two boats" --out grid.png
     """
-    import torch
-
     from ditq_runtime.calls.parts import transformers_in
     from ditq_runtime.calls.pipeline import ready
     from ditq_runtime.cli.drawing import check_out, write_all
     from ditq_runtime.cli.wishes import Sizes, wished
+    from ditq_runtime.speed.prepare import prepare
 
     if inputs is not None and (class_labels or prompt or prompts):
         raise typer.BadParameter("--inputs says what to draw already; leave the other form out.")
     check_out(out)
     here = place(device)
-    used = _check(here, dtype, backend, cuda_graph)
+    used = _check(here, dtype, backend, offload, cuda_graph)
     begin = time.perf_counter()
-    pipe = _opened(path, getattr(torch, dtype), here, cuda_graph)
+    pipe = open_packed(path, dtype, here, offload)
+    if cuda_graph:
+        prepare(pipe, cuda_graph=True)
+    dtype = str(pipe.dtype).removeprefix("torch.")
     loaded = time.perf_counter() - begin
     sizes = Sizes(steps, cfg, height, width)
     given = wished(pipe, inputs, class_labels, prompt, prompts, sizes, seed, batch)
@@ -112,7 +123,8 @@ def sample(
         listening = [LastInputs(m) for m in transformers_in(pipe).values()]
         for last in listening:
             stack.enter_context(last)
-        stack.enter_context(ready(pipe, sampler, shown=True))
+        stack.enter_context(ready(pipe, sampler))
+        stack.enter_context(told_steps(pipe, sum(one.steps(pipe) or 0 for one in given)))
         work = {"model": path, "dtype": dtype, "sampler": sampler}
         images = write_all(out, pipe, given, columns, work)
     took = time.perf_counter() - begin
@@ -135,11 +147,15 @@ def sample(
         _tell(result, proofs)
 
 
-def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
+def _check(here: Any, dtype: str, backend: str, offload: str, cuda_graph: bool) -> str:
     """The backend of the GEMMs there; typer.BadParameter or ValueError for what cannot be."""
     from ditq_kernels.launch.backend import CHOICES
 
-    for option, value, choices in (("dtype", dtype, DTYPES), ("backend", backend, CHOICES)):
+    for option, value, choices in (
+        ("dtype", dtype or DTYPES[0], DTYPES),
+        ("backend", backend, CHOICES),
+        ("offload", offload, OFFLOADS),
+    ):
         if value not in choices:
             raise typer.BadParameter(
                 f"--{option} must be one of {', '.join(choices)}, got {value!r}."
@@ -147,17 +163,13 @@ def _check(here: Any, dtype: str, backend: str, cuda_graph: bool) -> str:
     used = check_backend(backend, here)
     if cuda_graph and here.type != "cuda":
         raise ValueError(f"--cuda-graph needs a CUDA GPU, and this runs on {here}; leave it out")
+    if offload != "none" and here.type != "cuda":
+        raise ValueError(
+            f"--offload {offload} frees a CUDA GPU, and this runs on {here}; leave it out"
+        )
+    if offload != "none" and cuda_graph:
+        raise ValueError("--cuda-graph keeps the model on the GPU; leave --offload out")
     return used
-
-
-def _opened(path: str, dtype: Any, here: Any, cuda_graph: bool) -> Any:
-    """The pipeline, captured if that was asked for."""
-    from ditq_runtime.speed.prepare import prepare
-
-    pipe = load(path, dtype, here)
-    if cuda_graph:
-        prepare(pipe, cuda_graph=True)
-    return pipe
 
 
 def _tell(result: dict[str, Any], proofs: list[Any]) -> None:
@@ -167,33 +179,6 @@ def _tell(result: dict[str, Any], proofs: list[Any]) -> None:
         "{out}: {images} images, {steps} steps, {seconds:.2f} s ({seconds_per_image:.3f} s per image) on {device} "
         "({backend}, {dtype}); loaded in {load_seconds:.2f} s".format(**result)
     )
-
-
-def load(path: str, dtype: Any, device: Any) -> Any:
-    """Open a packed pipeline the way any diffusers user does, after checking that it is one.
-
-    A transformer alone gets the pipeline that diffusers has for it, without encoders and VAE.
-    """
-    from diffusers import AutoModel, DiffusionPipeline
-
-    import ditq_runtime  # noqa: F401  registers the backend
-    from ditq_runtime.calls.pipeline import pipeline_of
-    from ditq_runtime.format.folder import open_folder
-    from ditq_runtime.host.hub_cache import local
-
-    if path.startswith("demo:"):
-        raise ValueError(
-            f"{path} is a built-in float model, not a packed folder; `ditq convert {path} OUT` makes one"
-        )
-    path = local(path)
-    folder = open_folder(path)
-    if folder.scheme is None:
-        raise ValueError(
-            f"{path}: a float model, not a packed one; `ditq convert {path} OUT` makes one"
-        )
-    alone = folder.path == Path(path)
-    kind = AutoModel if alone else DiffusionPipeline
-    return pipeline_of(kind.from_pretrained(path, dtype=dtype).to(device))
 
 
 def check_backend(backend: str, device: Any) -> str:

@@ -33,6 +33,11 @@ def places(tmp_path_factory):
     return root
 
 
+def test_there_are_a_hundred_and_fifty():
+    assert len(LINES) >= 150
+    assert len({line for _, line, _ in LINES}) == len(LINES)
+
+
 @pytest.mark.parametrize(
     ("code", "line", "named"), LINES, ids=[f"{i}: {line[1]}" for i, line in enumerate(LINES)]
 )

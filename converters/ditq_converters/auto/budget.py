@@ -41,6 +41,11 @@ def parse_budget(text: str, model: nn.Module) -> int | None:
         ) from error
 
 
+def check_budget(text: str) -> None:
+    """ValueError for a text that is no budget of any model."""
+    parse_budget(text, nn.Module())
+
+
 def float_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors, each once."""
     tensors = {id(p): p for p in (*model.parameters(), *model.buffers())}

@@ -129,6 +129,7 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
 
 def recipe_of(choices: dict[str, Any]) -> Recipe:
     """The recipe; a choice that is out of its range is misuse. Of auto the one that it starts from, in 4 bits."""
+    from ditq_converters.auto.budget import check_budget
     from ditq_converters.auto.search import BEST
     from ditq_converters.plan.recipe import Recipe
 
@@ -140,6 +141,7 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
     elif choices["budget"]:
         raise typer.BadParameter("--budget is for --method auto; leave it out, or take auto.")
     try:
+        check_budget(choices["budget"] or "smallest")
         return Recipe(**asked)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
