@@ -7,7 +7,7 @@ import torch
 import ditq_kernels as k
 from ditq_converters import Recipe, StatisticsError, calibrate, convert
 from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.gptq import BLOCK, DAMPING, aimed, compensated_codes, error_feedback
+from ditq_converters.convert.gptq import BLOCK, compensated_codes, error_feedback
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_runtime import QuantLinear
 from ditq_runtime.format.layer import LayerFormat
@@ -106,20 +106,6 @@ def test_centred_rows_leave_the_mean_to_the_bias():
     assert left(True) < left(False)
     again = error_feedback(rows - rows.mean(0))
     assert torch.equal(error_feedback(rows, centred=True).upper, again.upper)
-
-
-def test_the_aimed_weight_is_the_damped_least_squares_solution():
-    """Against a solver on the stacked problem [X'; sqrt(lambda) I] V^T = [X W^T; sqrt(lambda) W^T]."""
-    wanted, weight = correlated(120, 24), weight_of(5, 24)
-    seen = wanted + 0.2 * torch.randn(120, 24, generator=torch.Generator().manual_seed(3)).double()
-    damping = DAMPING * float((seen.T @ seen).diagonal().mean())
-    root = damping**0.5 * torch.eye(24, dtype=torch.float64)
-    solved = torch.linalg.lstsq(
-        torch.cat([seen, root]), torch.cat([wanted @ weight.T, root @ weight.T])
-    ).solution.T
-    # condition of the damped problem below 1e4, squared by the normal equations: 1e8 * 2^-53 is 1e-8
-    torch.testing.assert_close(aimed(weight, wanted, seen), solved, rtol=0, atol=1e-7)
-    torch.testing.assert_close(aimed(weight, wanted, wanted), weight, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer_format", FORMATS)

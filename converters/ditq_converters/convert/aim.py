@@ -1,14 +1,13 @@
 """Rounding aimed at the float model's outputs: every linear makes up for what was quantized before it.
 
 Linears are converted in the order in which they run. Each is given the inputs that the packed model will show to it,
-and rounded towards the outputs that the float model has at the same tokens (`gptq.aimed`), instead of towards its own
+and rounded towards the outputs that the float model has at the same tokens (`target.aimed`), instead of towards its own
 outputs on the float model's inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ import torch
 from ditq_converters.convert.bias_correction import SampledRows
 from ditq_converters.convert.emulated import Emulated, output_units, playable
 from ditq_converters.convert.fold import Block, LinearTensors
-from ditq_converters.convert.gptq import aimed, error_feedback
+from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.observed import Observed
 from ditq_converters.convert.prefix import Prefix
+from ditq_converters.convert.target import aimed, best_damping
 from ditq_converters.methods import BlockTransform, Transform
 from ditq_runtime.families import BlockTable
 from ditq_runtime.format.layer import LayerFormat
@@ -26,19 +26,41 @@ from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.site import Site
 
 
-@dataclass(frozen=True)
 class Goal:
-    """What a site's readers see and what they should have seen, as their folded weights do; [R, K] fp64.
+    """What a site's readers see and what they should have seen, as their folded weights do.
 
     Attributes:
-        wanted: inputs of the float model.
-        seen: inputs behind all that is quantized before.
-        codes: what the quantizer makes of them.
+        wanted: [R, K] fp64, inputs of the float model.
+        seen: [R, K] fp64, inputs behind all that is quantized before.
     """
 
-    wanted: torch.Tensor
-    seen: torch.Tensor
-    codes: torch.Tensor
+    def __init__(
+        self, wanted: torch.Tensor, seen: torch.Tensor, codes: torch.Tensor, half: torch.Tensor
+    ) -> None:
+        """Keep both.
+
+        Args:
+            wanted: see above.
+            seen: see above.
+            codes: [R, K] fp64, what the quantizer makes of `seen`.
+            half: [R] bool, see `prefix.Rows`.
+        """
+        self.wanted, self.seen = wanted, seen
+        self._codes, self._half = codes, half
+        self._feedback: dict[bool, Feedback] = {}
+
+    def feedback(self, centred: bool) -> Feedback:
+        """How errors of columns spread; one for all readers that a bias serves, or none does."""
+        if centred not in self._feedback:
+            self._feedback[centred] = error_feedback(self._codes, centred=centred)
+        return self._feedback[centred]
+
+    def target(self, weight: torch.Tensor, centred: bool) -> torch.Tensor:
+        """[N, K] fp64: what the codes of a folded weight should stand for."""
+        wanted, codes = self.wanted, self._codes
+        if centred:
+            wanted, codes = wanted - wanted.mean(0), codes - codes.mean(0)
+        return aimed(weight, wanted, codes, best_damping(weight, wanted, codes, self._half))
 
 
 class Aim:
@@ -85,14 +107,11 @@ class Aim:
         """
         goal = self._goal(name, activations, quantizer)
         centred = linear.bias is not None  # a bias takes back the mean error
-        wanted, codes = goal.wanted, goal.codes
-        if centred:
-            wanted, codes = wanted - wanted.mean(0), codes - codes.mean(0)
         group = torch.zeros(len(goal.seen), dtype=torch.int64)
         return Observed(
-            feedback=error_feedback(codes),
+            feedback=goal.feedback(centred),
             rows=(lambda: SampledRows(goal.wanted, group, goal.seen)) if centred else None,
-            target=aimed(linear.weight, wanted, codes),
+            target=goal.target(linear.weight, centred),
         )
 
     def finish(
@@ -116,8 +135,10 @@ class Aim:
             transform = self._transforms[name]
             if not self._goals:  # all that runs before the block is finished by now
                 self._prefix.enter(self._block)
-            wanted, seen = (transform.apply(rows, ()) for rows in self._prefix.rows(name))
-            self._goals[site] = Goal(wanted, seen, _coded(seen, activations, quantizer))
+            rows = self._prefix.rows(name)
+            wanted, seen = (transform.apply(part, ()) for part in (rows.wanted, rows.seen))
+            codes = _coded(seen, activations, quantizer)
+            self._goals[site] = Goal(wanted, seen, codes, rows.half)
         return self._goals[site]
 
 

@@ -75,29 +75,6 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     )
 
 
-def aimed(
-    weight: torch.Tensor, wanted: torch.Tensor, seen: torch.Tensor, damping: float = DAMPING
-) -> torch.Tensor:
-    """The weight that makes of the inputs it sees what the float layer makes of its own.
-
-    argmin over V of |X W^T - X' V^T|^2 + lambda |V - W|^2 = W + W (X - X')^T X' (X'^T X' + lambda I)^-1, with X the
-    float model's inputs and X' those that the quantized layers before this one leave. Least squares; the target that
-    layer-wise reconstruction takes when it keeps the float model's outputs (as BRECQ does, arXiv:2102.05426, Eq. 10).
-
-    Args:
-        weight: [N, K] fp64, W.
-        wanted: [R, K] fp64, X.
-        seen: [R, K] fp64, X', row by row the same tokens.
-        damping: lambda in units of the mean of the diagonal of X'^T X'.
-
-    Returns:
-        [N, K] fp64.
-    """
-    moved = (wanted - seen).T @ seen
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(seen.T @ seen, damping)))
-    return weight + weight @ moved @ inverse
-
-
 def compensated_codes(weight: torch.Tensor, feedback: Feedback, grid: Grid) -> torch.Tensor:
     """Round a weight column by column, each error passed on to the columns that follow (Alg. 1).
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from ditq_converters.calibrate.transformer_calls import TransformerCall, map_ten
 
 MOST_ROWS = 8192  # rows of a linear's input that are kept, evenly over calls and tokens
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of a linear, row by row the same tokens in both models.
+
+    Attributes:
+        wanted: [R, K] fp64, the float model's.
+        seen: [R, K] fp64, its copy's.
+        half: [R] bool, those of every second sample: two halves that share no sample where calls hold several.
+    """
+
+    wanted: torch.Tensor
+    seen: torch.Tensor
+    half: torch.Tensor
 
 
 class Reached(Exception):
@@ -60,17 +76,10 @@ class Prefix:
         model = self.seen if finished else self.wanted
         return [call.replay(model) for call in self._calls]
 
-    def rows(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a linear of the block reads in the float model and in the copy.
-
-        Args:
-            linear: name inside the block.
-
-        Returns:
-            wanted, seen: [R, K] fp64, row by row the same tokens.
-        """
-        wanted, seen = (self._read(finished, linear) for finished in (False, True))
-        return wanted, seen
+    def rows(self, linear: str) -> Rows:
+        """What a linear of the block reads in the float model and in the copy."""
+        (wanted, half), (seen, _) = (self._read(finished, linear) for finished in (False, True))
+        return Rows(wanted, seen, half)
 
     def finish(self, name: str, module: nn.Module) -> None:
         """Exchange a linear of the copy, by its full name."""
@@ -94,13 +103,15 @@ class Prefix:
         return kept[0]
 
     @torch.no_grad()
-    def _read(self, finished: bool, linear: str) -> torch.Tensor:
+    def _read(self, finished: bool, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
         model = self.seen if finished else self.wanted
-        block, read = model.get_submodule(self._block), list[torch.Tensor]()
+        block, read, half = model.get_submodule(self._block), list[torch.Tensor](), []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
+            number = torch.arange(len(read), len(read) + len(x)) % 2  # of call plus sample
             read.append(x.reshape(-1, x.shape[-1]))
+            half.append(number.bool().repeat_interleave(x[0].numel() // x.shape[-1]))
             raise Reached
 
         for arguments in self._arguments[finished]:
@@ -108,7 +119,8 @@ class Prefix:
             with _until_reached(block.get_submodule(linear), keep):
                 block(*args, **kwargs)
         share = max(1, MOST_ROWS // len(read))
-        return torch.cat([_evenly(rows, share) for rows in read]).double().cpu()
+        rows, half = (torch.cat([_evenly(part, share) for part in parts]) for parts in (read, half))
+        return rows.double().cpu(), half
 
 
 @contextmanager

@@ -106,15 +106,20 @@ def test_both_models_are_read_at_the_same_tokens(model, calls):
         call.replay(model)
     hook.remove()
     prefix.enter("transformer_blocks.1")
-    wanted, seen = prefix.rows("ff.net.2")
+    rows = prefix.rows("ff.net.2")
+    wanted, seen = rows.wanted, rows.seen
     assert torch.equal(wanted, torch.cat(read).double())
     assert torch.equal(seen, wanted)
+    tokens = len(wanted) // 4  # two calls of two samples; a call of one sample would be of one half
+    of_one = [bool((call + sample) % 2) for call in range(2) for sample in range(2)]
+    assert rows.half.tolist() == [one for one in of_one for _ in range(tokens)]
     linear = model.transformer_blocks[0].attn1.to_out[0]
     doubled = torch.nn.Linear(linear.in_features, linear.out_features)
     doubled.weight, doubled.bias = torch.nn.Parameter(2 * linear.weight), linear.bias
     prefix.finish("transformer_blocks.0.attn1.to_out.0", doubled)
     prefix.enter("transformer_blocks.1")
-    wanted, seen = prefix.rows("ff.net.2")
+    rows = prefix.rows("ff.net.2")
+    wanted, seen = rows.wanted, rows.seen
     assert torch.equal(wanted, torch.cat(read).double())
     assert not torch.equal(seen, wanted)
     assert model.transformer_blocks[0].attn1.to_out[0] is linear  # the model is not changed
@@ -125,8 +130,8 @@ def test_rows_are_bounded(model, calls, monkeypatch):
     monkeypatch.setattr(sys.modules[Prefix.__module__], "MOST_ROWS", 16)
     prefix = Prefix(model, calls)
     prefix.enter("transformer_blocks.0")
-    wanted, _ = prefix.rows("attn1.to_q")
-    assert len(wanted) == 16
+    rows = prefix.rows("attn1.to_q")
+    assert len(rows.wanted) == len(rows.seen) == len(rows.half) == 16
 
 
 def test_no_calls_are_refused(model):
