@@ -1,12 +1,16 @@
 """Bits for a budget: what a text means in bytes, and which linears take 8 bits."""
 
+from itertools import product
+
 import pytest
 import torch
 
 from ditq_converters import calibrate, convert
 from ditq_converters.auto.budget import float_bytes, linear_bytes, parse_budget
-from ditq_converters.auto.search import Ladder, Unit, auto_plan, climb, ends
+from ditq_converters.auto.ladder import Choice, Unit, best_choices
+from ditq_converters.auto.search import auto_plan, climb, ends
 from ditq_converters.plan.entries import LinearPlan
+from ditq_runtime.format.folder import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -51,50 +55,111 @@ def test_bytes_of_a_linear_by_hand():
     assert linear_bytes(four, bias=True) == 256 + 32 + 32 + 32
 
 
-def unit(name, gain, cost):
-    return Unit(name, (LinearPlan(f"{name}.x", (8, 64), name, "w8", "token"),), cost), gain
+def unit(name, *choices):
+    """A unit of one linear, in groups of 64, then as (gain, cost) say: in groups of 32 and in 8 bits."""
+    shape, forms = (8, 64), (("w4p", 64), ("w4p", 32), ("w8", None))
+    forms = (forms[0], *forms[-len(choices) :])
+    return Unit(
+        name,
+        tuple(
+            Choice((LinearPlan(f"{name}.x", shape, name, weights, "token", group),), cost, gain)
+            for (weights, group), (gain, cost) in zip(forms, ((0.0, 0), *choices), strict=True)
+        ),
+    )
 
 
-def test_bytes_go_where_they_gain_most(model):
-    """Per byte b > a > c; d makes it worse. 100 bytes take b and a; 60 take b alone, and c fills what is left."""
-    found = [unit("a", 0.2, 50), unit("b", 0.3, 40), unit("c", 0.01, 20), unit("d", -0.1, 1)]
-    low = tuple(LinearPlan(f"{n}.x", (8, 64), n, "w4p", "token", 32) for n in "abcd")
-    plan = ends(model, None, {}).low
-    plan = type(plan)(plan.architecture, (), low)
-    gains = {one.name: gain for one, gain in found}
-    ladder = Ladder(plan, plan, tuple(one for one, _ in found), gains, 1000)
-
-    def taken(most):
-        return [entry.name[0] for entry in ladder.plan(most).linears if entry.weights == "w8"]
-
-    assert taken(1100) == ["a", "b"]
-    assert taken(1060) == ["b", "c"]
-    assert taken(1010) == []
-    assert taken(900) == []
-    assert "8 take away 30.0% of the noise for 40 bytes" in ladder.plan(1100).linears[1].reason
+def test_bytes_go_where_they_gain_most():
+    """100 bytes: b and a; 60: b and c, which together gain more than a; d makes it worse at any price."""
+    units = (unit("a", (0.2, 50)), unit("b", (0.3, 40)), unit("c", (0.01, 20)), unit("d", (-1, 1)))
+    assert best_choices(units, 100) == [1, 1, 0, 0]
+    assert best_choices(units, 60) == [0, 1, 1, 0]
+    assert best_choices(units, 10) == [0, 0, 0, 0]
+    assert best_choices(units, 10**9) == [1, 1, 1, 0]
 
 
-def test_more_bytes_are_never_worse(model, stats, ladder):
-    """No budget is exceeded, and more of it is used; the units together make up for most of the noise of 4 bits."""
-    sizes = []
-    for share in (0, 0.5, 1):
-        most = ladder.nbytes + round(share * sum(one.cost for one in ladder.units))
-        packed = convert(model, ladder.plan(most if share else 0), stats, quiet=True)
-        tensors = {id(t): t for t in (*packed.parameters(), *packed.buffers())}.values()
-        sizes.append(sum(t.numel() * t.element_size() for t in tensors))
+def test_small_steps_where_large_ones_do_not_fit():
+    """Groups of 32 of both for 20 bytes, 8 bits of a for 50, of both for 100."""
+    units = (unit("a", (0.1, 10), (0.4, 50)), unit("b", (0.1, 10), (0.3, 50)))
+    assert best_choices(units, 9) == [0, 0]
+    assert best_choices(units, 20) == [1, 1]
+    assert best_choices(units, 50) == [2, 0]
+    assert best_choices(units, 60) == [2, 1]
+    assert best_choices(units, 100) == [2, 2]
+
+
+def test_more_room_never_gains_less():
+    """Against all choices tried, where no cost is rounded; the frontier of gains over bytes never falls."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(6, 2, generator=generator).tolist()
+    costs = torch.randint(1, 30, (6, 2), generator=generator).tolist()
+    units = tuple(
+        unit(f"u{i}", (gain[0] - 0.2, cost[0]), (gain[1], cost[0] + cost[1]))
+        for i, (gain, cost) in enumerate(zip(drawn, costs, strict=True))
+    )
+    frontier = []
+    for room in range(0, 190, 5):
+        chosen = best_choices(units, room)
+        taken = [u.choices[i] for u, i in zip(units, chosen, strict=True)]
+        assert sum(choice.cost for choice in taken) <= room
+        frontier.append(sum(choice.gain for choice in taken))
+        best = max(
+            sum(choice.gain for choice in tried)
+            for tried in product(*(u.choices for u in units))
+            if sum(choice.cost for choice in tried) <= room
+        )
+        assert frontier[-1] == pytest.approx(best, abs=1e-12)
+    assert frontier == sorted(frontier)
+
+
+def test_a_budget_that_nothing_fits_into_is_refused(ladder):
+    with pytest.raises(
+        ValueError, match=f"the smallest checkpoint of this model has {ladder.nbytes:,}"
+    ):
+        ladder.plan(ladder.nbytes - 1)
+
+
+def test_more_bytes_are_never_worse(model, stats, ladder, tmp_path):
+    """No budget is exceeded by the file, and more of it is used; the frontier of gains never falls."""
+    sizes, gains = [], []
+    room = sum(one.choices[-1].cost for one in ladder.units)
+    for share in (0, 0.1, 0.5, 1):
+        most = ladder.nbytes + round(share * room)
+        out = tmp_path / str(share)
+        convert(model, ladder.plan(most if share else 0), stats, out, quiet=True)
+        sizes.append(open_folder(out).nbytes)
         assert sizes[-1] <= most
+        chosen = best_choices(ladder.units, most - ladder.nbytes)
+        gains.append(sum(u.choices[i].gain for u, i in zip(ladder.units, chosen, strict=True)))
     assert sizes == sorted(set(sizes))
-    assert all(gain < 1 for gain in ladder.gains.values())
+    assert gains == sorted(gains)
+    assert ladder.nbytes - sizes[0] < 0.01 * sizes[0]
+    assert all(choice.gain < 1 for one in ladder.units for choice in one.choices)
     # 8 bits of everything take away nearly all: a code of 4 bits is 16 times as coarse
-    assert sum(ladder.gains.values()) > 0.5
+    assert gains[-1] > 0.5
 
 
-def test_every_unit_can_take_8_bits(model, ladder):
+def test_every_unit_can_be_stored_in_three_ways(model, ladder):
     names = [name for one in ladder.units for name in one.linears]
     assert len(names) == len(set(names))
     quantized = {entry.name for entry in ladder.low.linears if entry.weights == "w4p"}
     assert set(names) == quantized
-    assert all(one.cost > 0 for one in ladder.units)
+    for one in ladder.units:
+        forms = [
+            (choice.entries[0].weights, choice.entries[0].group_size) for choice in one.choices
+        ]
+        assert forms == [("w4p", 64), ("w4p", 32), ("w8", None)]
+        costs = [choice.cost for choice in one.choices]
+        assert costs == sorted(set(costs))
+
+
+def test_a_plan_says_what_was_chosen_and_what_is_next():
+    some = unit("a", (0.1, 10), (0.4, 50))
+    small, eight = (some.entries(i)[0].reason for i in (1, 2))
+    assert small == (
+        "auto: 4 bits in groups of 32, take away 10.0% of the noise for 10 bytes; "
+        "8 bits would take away 40.0% of the noise for 50 bytes"
+    )
+    assert eight == "auto: 8 bits, take away 40.0% of the noise for 50 bytes"
 
 
 def test_the_ends_need_no_search(model, stats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 
 from torch import nn
@@ -50,6 +51,21 @@ def float_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors, each once."""
     tensors = {id(p): p for p in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the safetensors file of a packed model, each tensor once, its header with them.
+
+    Some bytes too many: names of dtypes are counted as the longest, and padding as what it can be.
+    """
+    header, place, seen = {}, 0, set[int]()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            end = place + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [place, end]}
+            place = end
+    return place + len(json.dumps(header, separators=(",", ":"))) + 64
 
 
 def linear_bytes(entry: LinearPlan, bias: bool) -> int:

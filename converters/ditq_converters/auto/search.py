@@ -1,29 +1,30 @@
-"""Which linears take 8 bits where a budget does not let all: those that lower the error most per byte.
+"""What every choice for a linear gains at the model's output, and the plan that spends a budget best.
 
-The whole model is converted twice, in 4 and in 8 bits, with the same transforms; both are kept as linears that stand in
+The whole model is converted once for every rung of RUNGS, with the same transforms, and kept as linears that stand in
 for packed ones in the float model (`convert.emulated`). Then one unit after another, the linears of a site or a
-modulation, is taken from the 8-bit model into the 4-bit one, and the error of the model's output is measured on
+modulation, is taken from a better model into the smallest one, and the error of the model's output is measured on
 replayed calls: at the output, because errors of single layers do not tell what they do to it. Noise of different units
-adds up nearly, so the gains are ranked per byte and taken while they fit. What is converted in the end is rounded anew.
+adds up nearly, so gains are added, and the choices that gain most together are found exactly (`ladder`). What is
+converted in the end is rounded anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditq_converters.auto.budget import linear_bytes, parse_budget
+from ditq_converters.auto.budget import file_bytes, linear_bytes, parse_budget
+from ditq_converters.auto.ladder import Choice, Ladder, Unit
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.jobs import Job
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.story import convert_in_memory
-from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan
+from ditq_converters.plan.entries import MODULATION, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
@@ -42,62 +43,11 @@ BEST = {
 }
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Linears that take 8 bits together.
-
-    Attributes:
-        name: of their site, or of the modulation.
-        eight: their entries in the 8-bit plan.
-        cost: bytes that 8 bits cost more than 4.
-    """
-
-    name: str
-    eight: tuple[LinearPlan, ...]
-    cost: int
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Full names."""
-        return tuple(entry.name for entry in self.eight)
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The plans of one model from all in 4 bits to all in 8.
-
-    Attributes:
-        low: all in 4 bits.
-        high: all in 8 bits.
-        units: what can take 8 bits by itself.
-        gains: unit -> share of the noise of the 4-bit model that its 8 bits take away.
-        nbytes: of the 4-bit checkpoint's tensors.
-    """
-
-    low: Plan
-    high: Plan
-    units: tuple[Unit, ...] = ()
-    gains: dict[str, float] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def plan(self, most: int | None) -> Plan:
-        """The plan for so many bytes; 0: the smallest; None: the largest.
-
-        8 bits go to the units that gain most per byte, as long as they fit.
-        """
-        if not most:
-            return self.high if most is None else self.low
-        room, entries = most - self.nbytes, {entry.name: entry for entry in self.low.linears}
-        for unit in sorted(self.units, key=lambda unit: -self.gains[unit.name] / unit.cost):
-            gain = self.gains[unit.name]
-            takes = gain > 0 and unit.cost <= room
-            room -= unit.cost if takes else 0
-            bits = "8 bits" if takes else "4 bits"
-            why = f"auto: {bits}; 8 take away {gain:.1%} of the noise for {unit.cost:,} bytes"
-            for eight in unit.eight:
-                entry = eight if takes else entries[eight.name]
-                entries[entry.name] = replace(entry, reason=why)
-        return replace(self.low, linears=tuple(entries.values()))
+RUNGS: tuple[dict[str, Any], ...] = (  # what a unit can be stored as, the smallest first
+    {"weights": "w4p"},
+    {"weights": "w4p", "group_size": 32},
+    {"weights": "w8"},
+)
 
 
 def auto_plan(
@@ -114,16 +64,16 @@ def auto_plan(
     Args:
         pipe: a diffusers pipeline, or its transformer alone.
         stats: of this model, with sampled rows and calls to replay.
-        budget: see `budget.parse_budget`. A budget that even 4 bits exceed gives the smallest plan.
+        budget: see `budget.parse_budget`.
         quiet: show no progress bar.
         inputs: as in `convert`.
         **choices: fields of `Recipe` that differ from BEST; `weights` is decided here.
 
     Returns:
-        A plan whose entries say what 8 bits would have gained, or did.
+        A plan whose entries say what was chosen, what it gained and cost, and what better choices would.
 
     Raises:
-        ValueError: a budget that cannot be read, a model that cannot be run or converted.
+        ValueError: a budget that cannot be read, or that even 4 bits exceed; a model that cannot be run or converted.
         StatisticsError: the statistics lack what the search needs.
     """
     model = transformer_of(pipe)
@@ -135,11 +85,21 @@ def auto_plan(
     return ends(model, inputs, choices).plan(most)
 
 
+def rungs(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, Any]) -> list[Plan]:
+    """All linears in one form, form by form; those that come out alike once."""
+    made: list[Plan] = []
+    for rung in RUNGS:
+        plan = plan_of(model, Recipe.of(**{**BEST, **choices, **rung}), (), inputs)
+        if plan not in made:
+            made.append(plan)
+    return made
+
+
 def ends(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, Any]) -> Ladder:
     """The plans in 4 and in 8 bits."""
     low, high = (
-        plan_of(model, Recipe.of(**{**BEST, **choices, "weights": weights}), (), inputs)
-        for weights in ("w4p", "w8")
+        plan_of(model, Recipe.of(**{**BEST, **choices, **rung}), (), inputs)
+        for rung in (RUNGS[0], RUNGS[-1])
     )
     return Ladder(low, high)
 
@@ -153,37 +113,64 @@ def climb(
     inputs: dict[str, Any] | None = None,
     **choices: Any,
 ) -> Ladder:
-    """Measure what 8 bits gain, unit by unit; arguments and errors as `auto_plan`."""
+    """Measure what every choice gains, unit by unit; arguments and errors as `auto_plan`."""
     model = transformer_of(pipe)
-    ladder, family = ends(model, inputs, choices), family_for(model, inputs)
-    prefix, nbytes = _emulated(model, family, ladder.low, stats)
-    better, _ = _emulated(model, family, ladder.high, stats)
-    wanted, found = prefix.outputs(finished=False), units(model, ladder.low, ladder.high)
-    base = noise(wanted, prefix.outputs(finished=True))
-    gains: dict[str, float] = {}
-    with progress_bar("trying 8 bits", len(found), quiet=quiet) as advance:
-        for unit in found:
-            _exchange(prefix, better, unit.linears)
-            gains[unit.name] = 1 - noise(wanted, prefix.outputs(finished=True)) / base
-            _exchange(prefix, better, unit.linears)
-            advance()
-    return replace(ladder, units=tuple(found), gains=gains, nbytes=nbytes)
+    low, *better = rungs(model, inputs, choices)
+    family, found = family_for(model, inputs), units(model, low, better)
+    smallest, nbytes = _emulated(model, family, low, stats)
+    wanted = smallest.outputs(finished=False)
+    base = noise(wanted, smallest.outputs(finished=True))
+    gains: dict[tuple[str, int], float] = {}
+    with progress_bar("trying choices", len(better) * len(found), quiet=quiet) as advance:
+        for number, plan in enumerate(better, 1):
+            other, _ = _emulated(model, family, plan, stats)
+            for unit in found:
+                _exchange(smallest, other, unit.linears)
+                left = noise(wanted, smallest.outputs(finished=True)) / base
+                gains[unit.name, number] = 1 - left
+                _exchange(smallest, other, unit.linears)
+                advance()
+    measured = (
+        replace(
+            unit,
+            choices=tuple(
+                replace(choice, gain=gains.get((unit.name, number), 0.0))
+                for number, choice in enumerate(unit.choices)
+            ),
+        )
+        for unit in found
+    )
+    return Ladder(low, better[-1], tuple(measured), nbytes)
 
 
-def units(model: nn.Module, low: Plan, high: Plan) -> list[Unit]:
-    """What can take 8 bits: the readers of each site, and each modulation, where they have 4 now."""
-    eight = {entry.name: entry for entry in high.linears}
+def units(model: nn.Module, low: Plan, better: list[Plan]) -> list[Unit]:
+    """What can be stored in several ways: the readers of each site, and each modulation.
+
+    Args:
+        model: the float model.
+        low: all in the smallest form.
+        better: all in larger ones.
+    """
     members: dict[str, list[LinearPlan]] = {}
-    cost: dict[str, int] = {}
+    entries = [{entry.name: entry for entry in plan.linears} for plan in better]
     for entry in low.linears:
-        better = eight[entry.name]
-        if entry.site != OUTSIDE and entry.weights != better.weights:
-            unit = entry.name if entry.site == MODULATION else entry.site
-            bias = getattr(model.get_submodule(entry.name), "bias", None) is not None
-            members.setdefault(unit, []).append(better)
-            more = linear_bytes(better, bias) - linear_bytes(entry, bias)
-            cost[unit] = cost.get(unit, 0) + more
-    return [Unit(name, tuple(entries), cost[name]) for name, entries in members.items()]
+        if entry.weights != entries[-1][entry.name].weights:
+            name = entry.name if entry.site == MODULATION else entry.site
+            members.setdefault(name, []).append(entry)
+    found = []
+    for name, smallest in members.items():
+        forms = [tuple(smallest), *(tuple(of[e.name] for e in smallest) for of in entries)]
+        sizes = [_bytes(model, form) for form in forms]
+        choices = (Choice(form, size - sizes[0]) for form, size in zip(forms, sizes, strict=True))
+        found.append(Unit(name, tuple(choices)))
+    return found
+
+
+def _bytes(model: nn.Module, form: tuple[LinearPlan, ...]) -> int:
+    return sum(
+        linear_bytes(e, getattr(model.get_submodule(e.name), "bias", None) is not None)
+        for e in form
+    )
 
 
 def noise(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
@@ -208,11 +195,7 @@ def _emulated(
     prefix = Prefix(model, islice(kept, 0, None, max(1, len(kept) // CALLS)))
 
     packed = convert_in_memory(Job(model, model, family, plain, stats, True, prefix))
-    return prefix, sum(tensor.numel() * tensor.element_size() for tensor in _tensors(packed))
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    return iter({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    return prefix, file_bytes(packed)
 
 
 def _exchange(one: Prefix, other: Prefix, linears: tuple[str, ...]) -> None:
