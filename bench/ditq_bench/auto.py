@@ -1,61 +1,50 @@
-"""What `auto` reaches on the demo models at several budgets, beside the defaults and single methods at equal bytes.
+"""What `auto` reaches on the demo models at several budgets, beside the defaults and single methods.
 
     ditq bench auto --out runs/auto
 
-Every row is converted, written, loaded from its folder in fp32 and judged by forced SQNR, with guidance and without, at
-noise that neither calibration nor search saw (other seeds). Bytes are those of the files.
+Every row is converted, written, loaded from its folder in fp32 and judged by the calls of a float run that neither
+calibration nor search saw: of other seeds, and of other digits. It is calibrated on the even digits and judged on the
+odd ones. Bytes are those of the weight files.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
-from ditq_bench.methods import GUIDANCE, SAMPLES, SEED, STEPS, read_rows
+from ditq_bench.auto_cases import BUDGETS, FLOWS, cases_of
+from ditq_bench.methods import GUIDANCE, read_rows
 from ditq_bench.results import commit
 from ditq_converters import CalibrationStats, Recipe, calibrate, convert, open_model
 from ditq_converters.auto.budget import float_bytes, parse_budget
-from ditq_converters.auto.search import Ladder, climb
-from ditq_converters.evaluate.runs import Recorded
-from ditq_converters.evaluate.sqnr import forced_sqnr, sqnr_db
+from ditq_converters.auto.search import climb
+from ditq_converters.demo.classifier import score
+from ditq_converters.demo.drawing import call_arguments
+from ditq_converters.evaluate.runs import Recorded, Run, run
+from ditq_converters.evaluate.sqnr import compare_runs, sqnr_db
+from ditq_converters.plan.file import read_plan, write_plan
 from ditq_converters.plan.plan import Plan
-from ditq_converters.showcase.score import Baseline
+from ditq_runtime.calls.inputs import Input, gather
+from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.version import __version__
 
-MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
-BUDGETS = ("smallest", "15%", "16.6%", "18%", "largest")
-SINGLE: dict[str, dict[str, Any]] = {
-    "default w8": {},
-    "default w4p": {"weights": "w4p"},
-    "smoothquant w4p, gptq": {"weights": "w4p", "rounding": "gptq", "bias_correction": True},
-    "htg w4p, gptq": {
-        "method": "htg", "weights": "w4p", "rounding": "gptq", "bias_correction": True,
-        "attention": "none",
-    },
-    "ditas w4p": {"method": "ditas", "weights": "w4p"},
-    "ptq4dit w8": {"method": "ptq4dit", "attention": "none"},
-}  # fmt: skip
-SAMPLES_TO_CALIBRATE = 8
+CALIBRATED, JUDGED = (0, 2, 4, 6, 8), (1, 3, 5, 7, 9)  # digits
+EACH = 2  # samples of each digit
+STEPS = {False: 50, True: 20}  # of a DiT, of a flow
+JUDGE_SEED = 1000
 FIELDS = (
-    "model",
-    "case",
-    "seed",
-    "sqnr_guided_db",
-    "sqnr_forced_db",
-    "bytes",
-    "share",
-    "ditq",
-    "commit",
-)
+    "model", "case", "repeat", "sqnr_guided_db", "sqnr_forced_db", "sqnr_free_db", "accuracy", "bytes", "share",
+    "cpu_seconds", "ditq", "commit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,91 +52,120 @@ class Subject:
     """A model with one calibration, and the float run that judges."""
 
     model: str
-    seed: int
+    pipe: Any
+    repeat: int
     stats: CalibrationStats
-    baseline: Baseline
+    inputs: list[Input]
+    judge: Run
 
 
-def study(
-    out: Path, models: Iterable[str], seeds: int, budgets: Iterable[str]
-) -> Iterator[dict[str, Any]]:
-    """Measure every row that `out`/auto.csv does not hold yet, and add it."""
+def study(out: Path, models: Iterable[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """Measure every row that `out`/auto.csv does not hold yet, and add it; one calibration after another."""
     path = out / "auto.csv"
     rows = read_rows(path)
-    have = {(row["model"], row["case"], int(row["seed"])) for row in rows}
-    for model in models:
-        for seed in range(seeds):
-            asked = [f"auto {budget}" for budget in budgets] + list(SINGLE)
-            missing = [case for case in asked if (model, case, seed) not in have]
-            if not missing:
-                continue
-            subject = prepare(out, model, seed)
-            ladder: Ladder | None = None
-            for case in missing:
-                choice: Plan | Recipe
-                if case in SINGLE:
-                    choice = Recipe(**SINGLE[case])
-                else:
-                    ladder = ladder or climb(subject.baseline.pipe, subject.stats)
-                    most = parse_budget(case.partition(" ")[2], subject.baseline.pipe.transformer)
-                    choice = ladder.plan(most)
-                rows.append(measure(subject, case, choice))
-                _write(path, rows)
-                yield rows[-1]
+    have = {(row["model"], row["case"], int(row["repeat"])) for row in rows}
+    for repeat, model in ((repeat, model) for repeat in range(repeats) for model in models):
+        missing = [case for case in cases_of(model) if (model, case, repeat) not in have]
+        subject = prepare(out, model, repeat) if missing else None
+        for case in missing:
+            assert subject is not None
+            rows.append(measure(subject, case, choice_of(out, subject, case)))
+            _write(path, rows)
+            yield rows[-1]
 
 
-def prepare(out: Path, model: str, seed: int) -> Subject:
-    """Calibrate with one seed; sample the float model that judges with another, once for all seeds."""
-    pipe = open_model(model)
-    how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE}
-    folder = out / "stats" / f"{model.partition(':')[2]}-{seed}"
-    size = SAMPLES_TO_CALIBRATE
-    stats = calibrate(pipe, folder, samples=size, batch=size, seed=SEED + 10 + seed, **how)
-    return Subject(model, seed, stats, Baseline.of(model, pipe, SAMPLES, SAMPLES, SEED + 1, **how))
+def prepare(out: Path, model: str, repeat: int) -> Subject:
+    """Calibrate with seeds of the repeat; sample the float model that judges, alike for all repeats."""
+    pipe, steps = open_model(model), STEPS[model in FLOWS]
+
+    def entries(digits: Sequence[int], seed: int) -> list[dict[str, Any]]:
+        arguments = call_arguments(pipe, list(digits) * EACH, GUIDANCE)
+        return [{**arguments, "num_inference_steps": steps, "seed": seed}]
+
+    folder = out / "stats" / f"{model.partition(':')[2]}-{repeat}"
+    stats = calibrate(pipe, folder, entries(CALIBRATED, repeat), seed=repeat, quiet=True)
+    inputs = gather("bench auto", pipe, entries(JUDGED, JUDGE_SEED))
+    judge = run(pipe, inputs, few=len(JUDGED) * EACH, decode=True)
+    return Subject(model, pipe, repeat, stats, inputs, judge)
+
+
+def choice_of(out: Path, subject: Subject, case: str) -> Plan | Recipe:
+    """What a case converts with; plans of a search are kept, since it takes longer than a conversion."""
+    chosen = cases_of(subject.model)[case]
+    if isinstance(chosen, dict):
+        return Recipe(**chosen)
+    folder = out / "plans" / f"{subject.model.partition(':')[2]}-{subject.repeat}"
+    if not (folder / f"{chosen}.json").exists():
+        ladder = climb(subject.pipe, subject.stats, quiet=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for budget in BUDGETS:
+            most = parse_budget(budget, subject.pipe.transformer)
+            write_plan(ladder.plan(most), folder / f"{budget}.json")
+    return read_plan(folder / f"{chosen}.json")
 
 
 def measure(subject: Subject, case: str, choice: Plan | Recipe) -> dict[str, Any]:
     """One row of FIELDS."""
-    pipe = subject.baseline.pipe
+    pipe, begin = subject.pipe, time.process_time()
     with TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         convert(pipe, choice, subject.stats, out, quiet=True)
+        seconds = time.process_time() - begin
         nbytes = open_folder(out).nbytes
-        kind = getattr(diffusers, type(pipe.transformer).__name__)
+        kind: Any = type(pipe.transformer)
         packed = kind.from_pretrained(out / "transformer", torch_dtype=torch.float32)
-        forced = forced_sqnr(subject.baseline.run.calls, {"transformer": packed})
-        guided = guided_db(subject.baseline.run.calls, packed)
+        guided, forced = forced_db(subject.judge.calls, packed, subject.model in FLOWS)
+        free, accuracy = free_run(subject, packed) if subject.model in FLOWS else ("", "")
     return {
         "model": subject.model,
         "case": case,
-        "seed": subject.seed,
+        "repeat": subject.repeat,
         "sqnr_guided_db": f"{guided:.2f}",
-        "sqnr_forced_db": f"{forced.mean:.2f}",
+        "sqnr_forced_db": f"{forced:.2f}",
+        "sqnr_free_db": free,
+        "accuracy": accuracy,
         "bytes": nbytes,
         "share": f"{nbytes / float_bytes(pipe.transformer):.4f}",
+        "cpu_seconds": f"{seconds:.1f}",
         "ditq": __version__,
         "commit": commit(),
     }
 
 
 @torch.no_grad()
-def guided_db(calls: Sequence[Sequence[Recorded]], packed: nn.Module) -> float:
-    """Forced SQNR of what the scheduler is given, null + w (cond - null), mean over calls in dB (Meta, Eq. 3).
+def forced_db(
+    calls: Sequence[Sequence[Recorded]], packed: nn.Module, in_turn: bool
+) -> tuple[float, float]:
+    """Forced SQNR in dB, mean over calls: of the guided prediction, null + w (cond - null), and of all outputs.
 
     Args:
-        calls: of a DiT pipeline, each a batch of [conditional; null].
+        calls: of the float run.
         packed: the quantized transformer.
+        in_turn: the conditional call and the one without a prompt follow each other; otherwise one call has both.
     """
-
-    def guide(output: torch.Tensor) -> torch.Tensor:
-        cond, null = output.chunk(2)
-        return null + GUIDANCE * (cond - null)
-
     made = [one for recorded in calls for one in recorded]
-    curve = [
-        sqnr_db(guide(one.output), guide(one.call.replay(packed).float().cpu()))[0] for one in made
-    ]
-    return sum(curve) / len(curve)
+    pairs = [(one.output, one.call.replay(packed).float().cpu()) for one in made]
+    forced = [sqnr_db(*pair)[0] for pair in pairs]
+    if in_turn:  # [cond; null] as a DiT has it
+        pairs = [
+            (torch.cat([a, c]), torch.cat([b, d]))
+            for (a, b), (c, d) in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+    guided = [sqnr_db(_guide(a), _guide(b))[0] for a, b in pairs]
+    return sum(guided) / len(guided), sum(forced) / len(forced)
+
+
+def free_run(subject: Subject, packed: nn.Module) -> tuple[str, str]:
+    """SQNR in dB of the model on its own trajectory, and how many of its digits the classifier recognizes."""
+    own = run(with_transformers(subject.pipe, {"transformer": packed}), subject.inputs, decode=True)
+    assert own.images is not None
+    right = score(own.images, torch.tensor(JUDGED * EACH)).accuracy
+    return f"{compare_runs(subject.judge, own).mean:.2f}", f"{right:.3f}"
+
+
+def _guide(output: torch.Tensor) -> torch.Tensor:
+    cond, null = output.chunk(2)
+    return null + GUIDANCE * (cond - null)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

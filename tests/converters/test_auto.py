@@ -148,6 +148,8 @@ def test_every_unit_can_be_stored_in_three_ways(model, ladder):
             (choice.entries[0].weights, choice.entries[0].group_size) for choice in one.choices
         ]
         assert forms == [("w4p", 64), ("w4p", 32), ("w8", None)]
+        alphas = {choice.site.options.get("alpha", 0.5) for choice in one.choices if choice.site}
+        assert alphas in (set(), {0.5, 0.65})
         costs = [choice.cost for choice in one.choices]
         assert costs == sorted(set(costs))
 
@@ -167,6 +169,9 @@ def test_the_ends_need_no_search(model, stats):
     assert {entry.weights for entry in low.linears if entry.is_integer} == {"w4p"}
     assert {entry.weights for entry in high.linears if entry.is_integer} == {"w8"}
     assert {entry.activations for entry in low.linears if entry.is_integer} == {"token_asym"}
+    assert {site.options["alpha"] for site in high.sites} == {0.65}
+    asked = auto_plan(model, stats, "largest", quiet=True, alpha=0.3)
+    assert {site.options["alpha"] for site in asked.sites} == {0.3}
 
 
 def test_aimed_rounding_lowers_the_error_of_the_model(model, stats):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ditq_converters.plan.entries import LinearPlan
+from ditq_converters.plan.entries import LinearPlan, SitePlan
 from ditq_converters.plan.plan import Plan
 
 STEPS = 1 << 14  # a budget is spent in so many parts of what the largest choices cost
@@ -20,11 +20,13 @@ class Choice:
         entries: of the linears, in the plan.
         cost: bytes beyond the smallest choice.
         gain: share of the noise of the smallest model that it takes away.
+        site: how their input is transformed; None for a modulation.
     """
 
     entries: tuple[LinearPlan, ...]
     cost: int = 0
     gain: float = 0.0
+    site: SitePlan | None = None
 
     @property
     def name(self) -> str:
@@ -99,9 +101,12 @@ class Ladder:
             )
         chosen = best_choices(self.units, most - self.nbytes)
         entries = {entry.name: entry for entry in self.low.linears}
+        sites = {site.name: site for site in self.low.sites}
         for unit, index in zip(self.units, chosen, strict=True):
             entries |= {entry.name: entry for entry in unit.entries(index)}
-        return replace(self.low, linears=tuple(entries.values()))
+            site = unit.choices[index].site
+            sites |= {} if site is None else {site.name: site}
+        return replace(self.low, sites=tuple(sites.values()), linears=tuple(entries.values()))
 
 
 def best_choices(units: tuple[Unit, ...], room: int) -> list[int]:

@@ -46,8 +46,9 @@ BEST = {
 RUNGS: tuple[dict[str, Any], ...] = (  # what a unit can be stored as, the smallest first
     {"weights": "w4p"},
     {"weights": "w4p", "group_size": 32},
-    {"weights": "w8"},
+    {"weights": "w8", "alpha": 0.65},  # fine weights can take more of what is hard to round
 )
+DECIDED = ("weights", "group_size")  # by a rung, whatever was asked for
 
 
 def auto_plan(
@@ -89,7 +90,7 @@ def rungs(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, An
     """All linears in one form, form by form; those that come out alike once."""
     made: list[Plan] = []
     for rung in RUNGS:
-        plan = plan_of(model, Recipe.of(**{**BEST, **choices, **rung}), (), inputs)
+        plan = _rung(model, inputs, choices, rung)
         if plan not in made:
             made.append(plan)
     return made
@@ -97,11 +98,18 @@ def rungs(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, An
 
 def ends(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, Any]) -> Ladder:
     """The plans in 4 and in 8 bits."""
-    low, high = (
-        plan_of(model, Recipe.of(**{**BEST, **choices, **rung}), (), inputs)
-        for rung in (RUNGS[0], RUNGS[-1])
-    )
+    low, high = (_rung(model, inputs, choices, rung) for rung in (RUNGS[0], RUNGS[-1]))
     return Ladder(low, high)
+
+
+def _rung(
+    model: nn.Module,
+    inputs: dict[str, Any] | None,
+    choices: dict[str, Any],
+    rung: dict[str, Any],
+) -> Plan:
+    decided = {name: rung[name] for name in DECIDED if name in rung}
+    return plan_of(model, Recipe.of(**{**BEST, **rung, **choices, **decided}), (), inputs)
 
 
 @torch.no_grad()
@@ -153,6 +161,7 @@ def units(model: nn.Module, low: Plan, better: list[Plan]) -> list[Unit]:
     """
     members: dict[str, list[LinearPlan]] = {}
     entries = [{entry.name: entry for entry in plan.linears} for plan in better]
+    sites = [{site.name: site for site in plan.sites} for plan in (low, *better)]
     for entry in low.linears:
         if entry.weights != entries[-1][entry.name].weights:
             name = entry.name if entry.site == MODULATION else entry.site
@@ -161,7 +170,10 @@ def units(model: nn.Module, low: Plan, better: list[Plan]) -> list[Unit]:
     for name, smallest in members.items():
         forms = [tuple(smallest), *(tuple(of[e.name] for e in smallest) for of in entries)]
         sizes = [_bytes(model, form) for form in forms]
-        choices = (Choice(form, size - sizes[0]) for form, size in zip(forms, sizes, strict=True))
+        choices = (
+            Choice(form, size - sizes[0], site=of.get(name))
+            for form, size, of in zip(forms, sizes, sites, strict=True)
+        )
         found.append(Unit(name, tuple(choices)))
     return found
 

@@ -14,7 +14,8 @@ from ditq_converters.convert.bias_correction import corrected_bias
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
 from ditq_converters.convert.fold_producers import norm_tensors
 from ditq_converters.convert.groups import by_timestep, group_bounds
-from ditq_converters.convert.observed import Observed, observe, observe_modulation
+from ditq_converters.convert.modulation import observe_modulation
+from ditq_converters.convert.observed import Observed, observe
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, store_table
 from ditq_converters.convert.site_data import site_data
@@ -79,8 +80,8 @@ def convert_block(
             stored = norm_tensors(linear, weight.dtype)
         else:
             entry, known = part.linears[full], observed.get(full, Observed())
-            if name in table.modulations and stats is not None:
-                known = observe_modulation(entry, stats, choice.group_of_call)
+            if name in table.modulations:
+                known = observe_modulation(model, entry, stats, choice.group_of_call)
             quantizer = quantizer_tensors(known.act_range, left.get(name))
             if aim is not None and entry.rounding == "aimed" and entry.is_integer:
                 known = aim.observed(name, linear, entry.activations, quantizer)
@@ -112,7 +113,7 @@ def convert_final_modulation(
 ) -> PackedBlock:
     """The linear that modulates the last norm: nothing folds into it."""
     linear, entry = LinearTensors.of(get_linear(model, name)), part.linears[name]
-    known = Observed() if stats is None else observe_modulation(entry, stats, ())
+    known = observe_modulation(model, entry, stats, ())
     final, stored = convert_linear(linear, entry, {}, known)
     return PackedBlock(
         {f"{name}.{field}": tensor for field, tensor in stored.items()}, {name: final}

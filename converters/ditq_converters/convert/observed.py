@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.bias_correction import SampledRows
 from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.quantize import static_range
 from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
-from ditq_converters.plan.entries import LinearPlan, SitePlan
+from ditq_converters.plan.entries import SitePlan
 from ditq_converters.plan.plan import Part
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -64,29 +63,6 @@ def observe(
                 rows if corrects[reader.name] else None,
             )
     return found
-
-
-def observe_modulation(
-    entry: LinearPlan, stats: CalibrationStats, groups: Sequence[int]
-) -> Observed:
-    """What is known about the input of a modulation linear, which is exact: nothing before it is quantized.
-
-    Args:
-        entry: of the plan.
-        stats: of the model.
-        groups: [T] timestep group of every call; empty without groups.
-
-    Raises:
-        StatisticsError: no such inputs were kept.
-    """
-    if not entry.needs_rows:
-        return Observed()
-    x, calls = stats.modulation(entry.name)
-    group = torch.tensor([groups[call] if groups else 0 for call in calls])
-    rows = SampledRows(x.double(), group)
-    corrects = entry.bias_correction
-    feedback = None if entry.rounding == "nearest" else error_feedback(rows.x, centred=corrects)
-    return Observed(feedback=feedback, rows=(lambda: rows) if corrects else None)
 
 
 def act_range(entry: SitePlan, site: SiteData, choice: BlockTransform) -> Range:

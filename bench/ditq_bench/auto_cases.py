@@ -1,0 +1,35 @@
+"""What the study of auto converts: auto at several budgets, the defaults, and single methods with the same rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DITS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
+FLOWS = ("demo:digits-flow", "demo:digits-flow-salient", "demo:digits-flow-asymmetric")
+MODELS = (*DITS, *FLOWS)
+
+SINGLE = ("smoothquant", "osplus", "meta", "ditas", "ptq4dit", "htg")
+SAME = {"rounding": "gptq", "bias_correction": True, "kept_dtype": "bf16", "attention": "none"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "default w4p": {"weights": "w4p"},
+    "default w8": {},
+}
+ON_THE_FLY: dict[str, dict[str, Any]] = {
+    "on the fly w4p": {"method": "linear", "weights": "w4p"},
+    "on the fly w8": {"method": "linear"},
+}
+SINGLES: dict[str, dict[str, Any]] = {
+    f"{method} {weights}": {**SAME, "method": method, "weights": weights}
+    for weights in ("w4p", "w8")
+    for method in SINGLE
+}
+BUDGETS = ("smallest", "14%", "15%", "16.6%", "18%", "largest")
+ENDS = ("smallest", "largest")
+AUTO = "auto "  # before a budget, in the name of a case
+
+
+def cases_of(model: str) -> dict[str, dict[str, Any] | str]:
+    """Name -> choices of a conversion, or the budget that auto is given."""
+    budgets = BUDGETS if model in DITS else ENDS
+    found: dict[str, dict[str, Any] | str] = {AUTO + budget: budget for budget in budgets}
+    return found | (DEFAULTS | SINGLES if model in DITS else ON_THE_FLY)
