@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_bench.auto_cases import BUDGETS, FLOWS, cases_of
+from ditq_bench.auto_cases import BUDGETS, ENDS, FLOWS, cases_of
 from ditq_bench.methods import GUIDANCE, read_rows
 from ditq_bench.results import commit
 from ditq_converters import CalibrationStats, Recipe, calibrate, convert, open_model
 from ditq_converters.auto.budget import float_bytes, parse_budget
-from ditq_converters.auto.search import climb
+from ditq_converters.auto.search import auto_plan, climb
 from ditq_converters.demo.classifier import score
 from ditq_converters.demo.drawing import call_arguments
 from ditq_converters.evaluate.runs import Recorded, Run, run
@@ -59,13 +60,23 @@ class Subject:
     judge: Run
 
 
-def study(out: Path, models: Iterable[str], repeats: int) -> Iterator[dict[str, Any]]:
-    """Measure every row that `out`/auto.csv does not hold yet, and add it; one calibration after another."""
+def study(
+    out: Path, models: Iterable[str], repeats: int, patterns: Sequence[str] = ("*",)
+) -> Iterator[dict[str, Any]]:
+    """Measure every row that `out`/auto.csv does not hold yet, and add it; one calibration after another.
+
+    Args:
+        out: folder of the rows, the statistics and the plans.
+        models: of MODELS.
+        repeats: calibrations of each.
+        patterns: globs of cases.
+    """
     path = out / "auto.csv"
     rows = read_rows(path)
     have = {(row["model"], row["case"], int(row["repeat"])) for row in rows}
     for repeat, model in ((repeat, model) for repeat in range(repeats) for model in models):
-        missing = [case for case in cases_of(model) if (model, case, repeat) not in have]
+        asked = [case for case in cases_of(model) if any(fnmatch(case, p) for p in patterns)]
+        missing = [case for case in asked if (model, case, repeat) not in have]
         subject = prepare(out, model, repeat) if missing else None
         for case in missing:
             assert subject is not None
@@ -94,6 +105,8 @@ def choice_of(out: Path, subject: Subject, case: str) -> Plan | Recipe:
     chosen = cases_of(subject.model)[case]
     if isinstance(chosen, dict):
         return Recipe(**chosen)
+    if chosen in ENDS:
+        return auto_plan(subject.pipe, subject.stats, chosen, quiet=True)
     folder = out / "plans" / f"{subject.model.partition(':')[2]}-{subject.repeat}"
     if not (folder / f"{chosen}.json").exists():
         ladder = climb(subject.pipe, subject.stats, quiet=True)

@@ -23,7 +23,7 @@ SINGLES: dict[str, dict[str, Any]] = {
     for weights in ("w4p", "w8")
     for method in SINGLE
 }
-BUDGETS = ("smallest", "14%", "15%", "16.6%", "18%", "largest")
+BUDGETS = ("smallest", "15%", "16.6%", "18%", "largest")
 ENDS = ("smallest", "largest")
 AUTO = "auto "  # before a budget, in the name of a case
 

@@ -142,27 +142,36 @@ def jitter(
 
 @bench.command()
 def auto(
-    out: Annotated[Path, typer.Option(help="Folder for auto.csv and the statistics.")] = Path(
-        "runs/auto"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the rows, their means, the picture, plans and statistics."),
+    ] = Path("runs/auto"),
     models: Annotated[str, typer.Option(help="Demo models, comma-separated; default: all.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Calibrations per model.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Calibrations per model.")] = 3,
+    cases: Annotated[str, typer.Option(help="Globs of cases, comma-separated.")] = "*",
 ) -> None:
-    """What `--method auto` reaches at several budgets, beside single methods.
+    """SQNR over bytes: `--method auto` at several budgets, the defaults, and single methods with the same rounding.
 
     Takes tens of minutes on two cores; killed, the same command goes on where it was.
 
-    Example: ditq bench auto --models demo:digits --out runs/auto
+    Example: ditq bench auto --models demo:digits --cases 'auto *' --out runs/auto
     """
-    from ditq_bench.auto import BUDGETS, FIELDS, MODELS, study
+    from ditq_bench.auto import study
+    from ditq_bench.auto_cases import MODELS
+    from ditq_bench.frontier import FIELDS, draw, means, write_means
     from ditq_bench.methods import read_rows
     from ditq_runtime.cli.output import print_table, say
 
-    for row in study(out, _chosen("--models", models, MODELS), seeds, BUDGETS):
+    chosen = _chosen("--models", models, MODELS)
+    for row in study(out, chosen, repeats, cases.split(",")):
         say(f"{row['model']}, {row['case']}: {row['sqnr_guided_db']} dB")
     rows = read_rows(out / "auto.csv")
-    print_table("forced SQNR", FIELDS, [[row[name] for name in FIELDS] for row in rows])
-    say(f"{out / 'auto.csv'}: {len(rows)} rows")
+    write_means(out / "auto_mean.csv", rows)
+    drawn = [model for model in MODELS if any(row["model"] == model for row in rows)]
+    draw(out / "auto.png", means(rows), drawn)
+    table = [[row[name] for name in FIELDS] for row in means(rows)]
+    print_table("forced SQNR, means over calibrations", FIELDS, table)
+    say(f"{out / 'auto_mean.csv'}: {len(table)} means of {len(rows)} rows; {out / 'auto.png'}")
 
 
 def _chosen(option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
