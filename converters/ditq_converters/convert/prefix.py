@@ -105,7 +105,11 @@ class Prefix:
     @torch.no_grad()
     def _read(self, finished: bool, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
         model = self.seen if finished else self.wanted
-        block, read, half = model.get_submodule(self._block), list[torch.Tensor](), []
+        block, read, half = (
+            model.get_submodule(self._block),
+            list[torch.Tensor](),
+            list[torch.Tensor](),
+        )
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
@@ -119,8 +123,8 @@ class Prefix:
             with _until_reached(block.get_submodule(linear), keep):
                 block(*args, **kwargs)
         share = max(1, MOST_ROWS // len(read))
-        rows, half = (torch.cat([_evenly(part, share) for part in parts]) for parts in (read, half))
-        return rows.double().cpu(), half
+        rows, of = (torch.cat([_evenly(part, share) for part in parts]) for parts in (read, half))
+        return rows.double().cpu(), of
 
 
 @contextmanager
