@@ -32,6 +32,7 @@ from ditq_kernels.launch.backend import backend_of, choose_backend
 from ditq_kernels.ops.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels.ops.expand import w4_expand
 from ditq_kernels.ops.gemm_fused import gemm_gelu_quantize, gemm_residual
+from ditq_kernels.ops.heads import quantize_heads
 from ditq_kernels.ops.linear import (
     gemm_w4a8,
     gemm_w8a8,
@@ -75,6 +76,7 @@ __all__ = [
     "lora_down",
     "pack_int4",
     "quantize_asymmetric",
+    "quantize_heads",
     "quantize_per_token",
     "quantize_static",
     "quantize_symmetric",

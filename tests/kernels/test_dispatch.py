@@ -21,6 +21,10 @@ def arguments(op, num_tokens=5):
     return {
         "quantize_per_token": (x.bfloat16(), torch.rand(64), x[:1].clone(), None, True),
         "quantize_static": (x, torch.tensor([0.02]), zero_point, None, x[:1].clone(), None),
+        "quantize_heads": (
+            keys[:, :num_tokens].bfloat16(), torch.rand(64), 1e-6, x[:3, :32].clone(), x[:3, :32].clone(), True,
+            torch.rand(2, 7, 64), None,
+        ),
         "gemm_w8a8": (
             q, w.expand(), scale, w.scale, bias, zero_point, w.weight_sum(), torch.bfloat16,
         ),
@@ -39,7 +43,7 @@ ROW_OPS = [
     "quantize_per_token", "quantize_static", "gemm_w8a8", "gemm_w4a8", "lora_down", "linear_w8", "linear_w4",
 ]  # fmt: skip
 ATTENTION = ["attention_qk_int8_pv_int8", "attention_qk_int8_pv_bf16"]
-OPS = ROW_OPS + ATTENTION
+OPS = [*ROW_OPS, *ATTENTION, "quantize_heads"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -93,7 +97,11 @@ def test_public_ops_trace_without_graph_breaks(op):
     *rest, last = rest
     keywords = {"out_dtype": last} if isinstance(last, torch.dtype) else {}
     positional = rest if keywords else [*rest, last]
-    if op.startswith("quantize"):
+    if op == "quantize_heads":
+        weight, eps, cos, sin, interleaved, shift, scale = positional
+        positional = [weight, cos, sin]
+        keywords = {"eps": eps, "interleaved": interleaved, "shift": shift, "scale": scale}
+    elif op.startswith("quantize"):
         names = ("group_shift", "group_index", "asymmetric")[: 3 if op.endswith("token") else 2]
         keywords |= zip(names, positional[-len(names) :], strict=True)
         positional = positional[: -len(names)]

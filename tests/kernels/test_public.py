@@ -40,6 +40,7 @@ EXPORTED = [
     "lora_down",
     "pack_int4",
     "quantize_asymmetric",
+    "quantize_heads",
     "quantize_per_token",
     "quantize_static",
     "quantize_symmetric",
@@ -98,7 +99,14 @@ def test_backend_of_refuses_unknown_ops():
 
 def test_every_op_has_a_backend_and_every_triton_op_a_kernel():
     ops = {n for n in k.__all__ if n.startswith(("attention", "gemm", "linear", "lora"))}
-    ops |= {"quantize_per_token", "quantize_static", "adaln_quantize", "gelu_quantize", "w4_expand"}
+    ops |= {
+        "quantize_per_token",
+        "quantize_static",
+        "quantize_heads",
+        "adaln_quantize",
+        "gelu_quantize",
+        "w4_expand",
+    }
     assert ops == backend.TRITON_OPS | backend.TORCH_OPS
     assert ops > backend.CPU_OPS
     assert all(callable(backend.load_kernel(op).launch) for op in backend.TRITON_OPS)

@@ -53,6 +53,13 @@ def _quantize_static_heads(device: torch.device) -> Any:
     return launch_of("quantize_static")(x, torch.full((HEADS,), 0.03, device=device), None, None)
 
 
+def _quantize_heads(device: torch.device) -> Any:
+    x = torch.randn(1, TOKENS, HEADS, HEAD_DIM, device=device).bfloat16()
+    table = torch.randn(TOKENS, HEAD_DIM // 2, device=device)
+    weight = torch.randn(HEADS * HEAD_DIM, device=device)
+    return launch_of("quantize_heads")(x, weight, 1e-6, table, table, True, None, None)
+
+
 def _gelu_quantize(device: torch.device) -> Any:
     x = torch.randn(TOKENS, INPUTS, device=device).bfloat16()
     return launch_of("gelu_quantize")(x, None, *_quantizer(device))[0]
@@ -105,6 +112,7 @@ FUSED = {
 }
 WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
     "gelu_quantize": _gelu_quantize,
+    "quantize_heads": _quantize_heads,
     **{op: functools.partial(call, "w8") for op, call in FUSED.items()},
     **{
         f"{op}, {weights}": functools.partial(call, weights)

@@ -102,8 +102,11 @@ def _attention(codes: Any, floats: Any) -> dict[str, Callable[[], Any]]:
     query, key, values = (codes(2, HEADS, TOKENS // 2, HEAD_DIM) for _ in "qkv")
     steps, step = (floats(1), floats(1)), floats(1)
     half = values.bfloat16()
+    heads, weight = floats(2, TOKENS // 2, HEADS, HEAD_DIM).bfloat16(), floats(HEAD_DIM)
+    tables = [floats(TOKENS // 2, HEAD_DIM // 2) for _ in range(2)]
     options: dict[str, Any] = {"softmax_scale": 0.125, "out_dtype": torch.bfloat16}
     return {
+        "quantize_heads": lambda: k.quantize_heads(heads, weight, *tables),
         "attention_qk_int8_pv_int8": lambda: k.attention_qk_int8_pv_int8(
             query, key, values, *steps, step, **options
         ),

@@ -17,6 +17,7 @@ TRITON_OPS = frozenset(
     {
         "quantize_per_token",
         "quantize_static",
+        "quantize_heads",
         "adaln_quantize",
         "gelu_quantize",
         "gemm_w8a8",

@@ -7,7 +7,7 @@ import torch
 
 from ditq_kernels.codes import packing
 from ditq_kernels.ops.library import define
-from ditq_kernels.reference import attention, fused, linear
+from ditq_kernels.reference import attention, fused, heads, linear
 
 # what GEMMs with one weight scale an output, and with real groups, do after their sums
 STAGES = "Tensor? bias, Tensor? zero_point, Tensor? weight_sum"
@@ -78,6 +78,22 @@ adaln_quantize = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fused,
     _adaln_quantize,
+)
+
+
+def _quantize_heads(x, norm_weight, eps, cos, sin, interleaved, shift, scale):
+    batch, tokens, num_heads, head_dim = x.shape
+    return (
+        x.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8),
+        x.new_empty((batch if scale is None else 0, num_heads, tokens), dtype=torch.float32),
+    )
+
+
+quantize_heads = define(
+    "quantize_heads(Tensor x, Tensor? norm_weight, float eps, Tensor? cos, Tensor? sin, bool interleaved, "
+    "Tensor? shift, Tensor? scale) -> (Tensor, Tensor)",
+    heads,
+    _quantize_heads,
 )
 
 

@@ -15,6 +15,11 @@ HEADS = tuple(
 QKVS = (Problem(8192, zero_point=True), Problem(256, zero_point=True))
 ASYMMETRIC = (Problem(8192, zero_point=True), Problem(16, zero_point=True))
 DISTINCT = (80, 89, 90, 120)  # of kernels whose machine code for sm_86 is that for sm_89
+FLUX_ROWS = (Problem(4608, 3072),)
+HEADS_TYPES = {
+    "norm_weight_ptr": "*bf16:16", "cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "stride_ct": "i32:16",
+    "stride_xh": "i32:16",
+}  # fmt: skip
 MODULATIONS = (Problem(16), Problem(64))
 ROW_KERNELS = {
     "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
@@ -33,6 +38,12 @@ ROW_KERNELS = {
     ),
     "adaln_quantize_per_token+asymmetric": OfflineKernel(
         ROWS[:3], rows.same_rows_as("adaln_quantize"), rows.adaln_kernel, targets=DISTINCT
+    ),
+    "quantize_heads": OfflineKernel(
+        FLUX_ROWS, rows.attention_heads_config, rows.attention_heads_kernel, HEADS_TYPES
+    ),
+    "quantize_heads+wide_norm": OfflineKernel(
+        FLUX_ROWS, rows.attention_heads_config, rows.attention_heads_kernel, HEADS_TYPES, targets=DISTINCT
     ),
     "gelu_quantize_per_token": OfflineKernel(ROWS, rows.same_rows_as("quantize_per_token"), rows.row_kernel),
     "gelu_quantize_static": OfflineKernel(ROWS, rows.same_rows_as("quantize_static"), rows.row_kernel),

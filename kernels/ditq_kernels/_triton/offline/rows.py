@@ -8,12 +8,19 @@ from typing import Any
 
 from triton import language as tl
 
-from ditq_kernels._triton import adaln_quantize, quantize_per_token, quantize_static, w4_expand
+from ditq_kernels._triton import (
+    adaln_quantize,
+    quantize_heads,
+    quantize_per_token,
+    quantize_static,
+    w4_expand,
+)
 from ditq_kernels._triton.offline.problem import Problem, Specialized
 from ditq_kernels._triton.parts.rows import Before, row_parts
 from ditq_kernels.launch import tuning
 
 HEAD_DIM = 72  # of DiT-XL and PixArt
+FLUX_HEAD_DIM = 128  # and of Qwen, Wan
 # of a site whose transform its quantizer applies; a program has rows of one sample
 SHIFT = {
     "group_shift": "*fp32", "group_index": "*i64", "rows_per_sample": "i32:16",
@@ -41,6 +48,26 @@ def heads_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Speciali
     """A quantizer with a scale per head."""
     kernel, constants = row_kernel("quantize_static", problem, config)
     return kernel, constants | {"zero_point_ptr": None, "HEAD_DIM": HEAD_DIM}
+
+
+def attention_heads_kernel(op: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
+    """Norm and rotation of queries or keys before their quantizer, of all heads' channels together, as Flux has it."""
+    held, block_d, _ = quantize_heads.shape_of_program(
+        problem.in_features // FLUX_HEAD_DIM, FLUX_HEAD_DIM, wide="wide" in op
+    )
+    constants = {
+        "D": FLUX_HEAD_DIM, "BLOCK_D": block_d, "HEADS": held, "WIDE": "wide" in op, "INTERLEAVED": True,
+        "PAIRS": False, "in_scale_ptr": None, "shift_ptr": None, "stride_cd": 1,
+    }  # fmt: skip
+    return quantize_heads._quantize_heads_kernel, constants
+
+
+def attention_heads_config(op: str, _: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.RowConfig:
+    """Its only launch."""
+    held, _, num_warps = quantize_heads.shape_of_program(
+        in_features // FLUX_HEAD_DIM, FLUX_HEAD_DIM, wide="wide" in op
+    )
+    return tuning.RowConfig(held, num_warps)
 
 
 def w4_expand_kernel(_: str, problem: Problem, config: tuning.RowConfig) -> Specialized:
