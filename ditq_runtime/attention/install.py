@@ -19,8 +19,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from ditq_kernels.checks.attention import HEAD_DIMS
-from ditq_runtime.attention.joint import TEXT, QuantJointAttnProcessor
-from ditq_runtime.attention.processor import IMAGE, QuantAttnProcessor
+from ditq_runtime.attention.joint import TEXT_NORMS, QuantJointAttnProcessor
+from ditq_runtime.attention.processor import NORMS as HEAD_NORMS
+from ditq_runtime.attention.processor import QuantAttnProcessor
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.attention import CORE, AttentionFormat
@@ -86,7 +87,7 @@ def not_plain(attn: Any, plain: dict[str, Any], what: str) -> str:
 
 
 def _unsupported_norm(attn: nn.Module, head_dim: int) -> str:
-    for name in (*IMAGE[1], *TEXT[1]):
+    for name in (*HEAD_NORMS, *TEXT_NORMS):
         norm: Any = getattr(attn, name, None)
         if norm is None:
             continue

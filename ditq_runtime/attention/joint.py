@@ -1,6 +1,6 @@
 """The processor of attentions in which image and text tokens attend to each other: SD3's and Flux's.
 
-Norms and rotary embedding are diffusers' own and come before the codes. Flux puts its text first, SD3 last; a module
+RMS norms and rotary embedding happen in the quantizer, in fp32. Flux puts its text first, SD3 last; a module
 without text projections attends within one stream.
 """
 
@@ -9,13 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
-from ditq_runtime.attention.processor import IMAGE, LocalProcessor, key_mask_of, project
+from ditq_runtime.attention.processor import (
+    IMAGE,
+    NORMS,
+    LocalProcessor,
+    key_mask_of,
+    normed,
+    operand,
+    project,
+)
+from ditq_runtime.attention.quantized import Streams
 from ditq_runtime.format.attention import CORE
 
-TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+TEXT, TEXT_NORMS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
 
 
 class QuantJointAttnProcessor(LocalProcessor):
@@ -59,17 +67,23 @@ class QuantJointAttnProcessor(LocalProcessor):
                 f"{'lacks the projections' if attn.added_kv_proj_dim is None else 'was given no tokens'}"
             )
         text_first = isinstance(attn, FluxAttention)
-        streams = [project(attn, hidden_states, *IMAGE)]
+        streams = [(project(attn, hidden_states, IMAGE), NORMS)]
         if encoder_hidden_states is not None:
-            text = project(attn, encoder_hidden_states, *TEXT)
+            text = (project(attn, encoder_hidden_states, TEXT), TEXT_NORMS)
             streams.insert(0 if text_first else 1, text)
-        query, key, value = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
-        if image_rotary_emb is not None:
-            query, key = (
-                apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key)
+        heads: list[Streams] = []
+        start = 0
+        for (query, key, _), norms in streams:
+            rotation = _rows(image_rotary_emb, start, start + query.shape[1])
+            heads.append(
+                [normed(attn, n, x, **rotation) for n, x in zip(norms, (query, key), strict=True)]
             )
-        key_mask = _mask(attention_mask, len(key), key.shape[1], text_first)
-        context = getattr(attn, CORE)(query, key, value, key_mask).flatten(2)
+            start += query.shape[1]
+        value = torch.cat([made[2] for made, _ in streams], 1)
+        key_mask = _mask(attention_mask, len(value), value.shape[1], text_first)
+        context = getattr(attn, CORE)(
+            *map(operand, zip(*heads, strict=True)), value, key_mask
+        ).flatten(2)
         if encoder_hidden_states is None:
             # a single block of Flux projects it together with its MLP
             return context if attn.pre_only else attn.to_out[1](attn.to_out[0](context))
@@ -79,6 +93,17 @@ class QuantJointAttnProcessor(LocalProcessor):
         if attn.to_add_out is not None:
             text_out = attn.to_add_out(text_out)
         return attn.to_out[1](attn.to_out[0](image)), text_out
+
+
+def _rows(
+    tables: tuple[torch.Tensor, torch.Tensor] | None, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """The rotation of some tokens, as the quantizer takes it."""
+    if tables is None:
+        return {}
+    return {
+        name: table[start:stop].float() for name, table in zip(("cos", "sin"), tables, strict=True)
+    }
 
 
 def _mask(mask: torch.Tensor | None, batch: int, keys: int, takes_one: bool) -> torch.Tensor | None:

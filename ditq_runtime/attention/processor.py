@@ -9,12 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
+from torch import nn
 
+from ditq_runtime.attention.quantized import Streams
 from ditq_runtime.format.attention import CORE
 
 MASKED = -9984.0  # the bias of a masked key, -10000, in bf16: exp gives 0 for any logits below 4900
 Names = tuple[str, ...]
-IMAGE: tuple[Names, Names] = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")  # projections, norms
+IMAGE, NORMS = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
+RMS_NORMS = (RMSNorm, nn.RMSNorm)
 
 
 class LocalProcessor:
@@ -68,29 +72,50 @@ class QuantAttnProcessor(LocalProcessor):
             )
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         key_mask = key_mask_of(attention_mask, *source.shape[:2])
-        query, key, value = project(attn, hidden_states, *IMAGE, source)
-        context = getattr(attn, CORE)(query, key, value, key_mask).flatten(2)
+        core = getattr(attn, CORE)
+        query, key, value = project(attn, hidden_states, IMAGE, source)
+        heads = (operand([normed(attn, *of)]) for of in zip(NORMS, (query, key), strict=True))
+        context = core(*heads, value, key_mask).flatten(2)
         return attn.to_out[1](attn.to_out[0](context))
 
 
 def project(
-    attn: Any,
-    x: torch.Tensor,
-    projections: Names,
-    norms: Names,
-    source: torch.Tensor | None = None,
+    attn: Any, x: torch.Tensor, projections: Names, source: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Q of x [B, T, K], and K and V of a source [B, T', K'] or of x: [B, T, H, D] each, Q and K after their norms."""
+    """Q of x [B, T, K], and K and V of a source [B, T', K'] or of x: [B, T, H, D] each, before any norm."""
     inputs = (x, *[x if source is None else source] * 2)
-    made = [
+    return tuple(
         getattr(attn, name)(y).unflatten(-1, (attn.heads, -1))
         for name, y in zip(projections, inputs, strict=True)
-    ]
-    for i, name in enumerate(norms):
-        norm = getattr(attn, name, None)
-        if norm is not None:
-            made[i] = norm(made[i])
-    return tuple(made)
+    )
+
+
+def normed(
+    attn: Any, name: str, x: torch.Tensor, **rotation: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Queries or keys [B, T, H, D] of a stream for `QuantAttention`, the norm of this name and a rotation with them.
+
+    An RMS norm goes into the quantizer; any other, or one that something hooks, runs here.
+    """
+    norm = getattr(attn, name, None)
+    if norm is None:
+        return x, rotation
+    before = in_quantizer(norm)
+    return (norm(x), rotation) if before is None else (x, before | rotation)
+
+
+def operand(streams: Streams) -> torch.Tensor | Streams:
+    """What `QuantAttention` is called with: a tensor alone where it has nothing to do before its codes."""
+    return streams[0][0] if len(streams) == 1 and not streams[0][1] else streams
+
+
+def in_quantizer(norm: Any) -> dict[str, Any] | None:
+    """An RMS norm of heads as `ditq_kernels.quantize_heads` takes it; None if only the module itself will do."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook")
+    plain = type(norm) in RMS_NORMS and getattr(norm, "bias", None) is None
+    if hooked or not plain or norm.weight is None or norm.eps is None:
+        return None
+    return {"norm_weight": norm.weight.data, "eps": norm.eps}
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:

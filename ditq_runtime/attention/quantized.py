@@ -6,7 +6,8 @@ of diffusers does around it stands in `attention_processor.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from torch import nn
 import ditq_kernels as k
 from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.layers.pinned import Pinned
+
+Heads: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # codes [B, H, T, D] and their scale
+# [B, T, H, D] of each stream, and arguments of `quantize_heads`: norm, rotation
+Streams: TypeAlias = Sequence[tuple[torch.Tensor, dict[str, Any]]]
 
 
 class QuantAttention(Pinned):
@@ -49,8 +54,8 @@ class QuantAttention(Pinned):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
+        query: torch.Tensor | Streams,
+        key: torch.Tensor | Streams,
         value: torch.Tensor,
         key_mask: torch.Tensor | None = None,
         **out: Any,
@@ -58,27 +63,34 @@ class QuantAttention(Pinned):
         """Attend.
 
         Args:
-            query: [B, Tq, H, D] fp32 | fp16 | bf16, after norms and rotary embedding.
-            key: [B, Tk, H, D].
+            query: [B, Tq, H, D] fp32 | fp16 | bf16, after norms and rotary embedding; or those of one stream after
+                another, each with what `ditq_kernels.quantize_heads` does to it before it is quantized.
+            key: [B, Tk, H, D], the same.
             value: [B, Tk, H, D].
             key_mask: [B, Tk] bool, True where a key is attended.
             out: `QuantLinear.static_input` of the layer behind, for int8 codes.
 
         Returns:
-            [B, Tq, H, D] in the dtype of the query, or int8 codes.
+            [B, Tq, H, D] in the dtype of the values, or int8 codes.
         """
-        if self.format.scales == "token":
-            values = self.format.values
-            return attend_per_token(query, key, value, key_mask, values, self.softmax_scale, **out)
-        steps: list[torch.Tensor] = [self.q_scale.data, self.k_scale.data]
-        codes = [_static_codes(query, steps[0]), _static_codes(key, steps[1])]
+        heads = self._heads("q", query), self._heads("k", key)
         if self.format.values == "bf16":
-            codes.append(_bf16(value))
+            values: torch.Tensor | Heads = _bf16(value)
+        elif self.format.scales == "token":
+            values = _image_codes(value, key_mask)
         else:
-            steps.append(self.v_scale.data)
-            codes.append(_static_codes(value, steps[2]))
-        rest = out or {"out_dtype": query.dtype}
-        return _attend(codes, steps, key_mask, self.softmax_scale, **rest)
+            values = self._heads("v", value)
+        return _attend(*heads, values, key_mask, self.softmax_scale, value.dtype, **out)
+
+    def _heads(self, operand: str, x: torch.Tensor | Streams) -> Heads:
+        """Codes [B, H, T, D] of all streams of `q`, `k` or `v`, and their scale, which static formats hold."""
+        streams: Streams = [(x, {})] if isinstance(x, torch.Tensor) else x
+        scale = None if self.format.scales == "token" else getattr(self, f"{operand}_scale").data
+        made = [k.quantize_heads(part, scale=scale, **before) for part, before in streams]
+        codes, scales = zip(*made, strict=True)
+        if len(made) == 1:
+            return codes[0], scales[0] if scale is None else scale
+        return torch.cat(codes, 2), torch.cat(scales, 2) if scale is None else scale
 
     def of_codes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **out: Any
@@ -112,7 +124,6 @@ def attend_per_token(
     key_mask: torch.Tensor | None,
     values: str,
     softmax_scale: float,
-    **out: Any,
 ) -> torch.Tensor:
     """Attend with scales of what is there: one per token and head of Q and K, one per image and head of int8 V.
 
@@ -123,45 +134,37 @@ def attend_per_token(
         key_mask: the same.
         values: `int8` or `bf16`.
         softmax_scale: multiplies the logits.
-        out: the same.
 
     Returns:
         The same.
     """
-    (q, q_scale), (keys, k_scale) = _token_codes(query), _token_codes(key)
-    codes, steps = [q, keys], [q_scale, k_scale]
-    if values == "bf16":
-        codes.append(_bf16(value))
-    else:
-        v, v_scale = _image_codes(value, key_mask)
-        codes.append(v)
-        steps.append(v_scale)
-    return _attend(codes, steps, key_mask, softmax_scale, **(out or {"out_dtype": query.dtype}))
+    made = _bf16(value) if values == "bf16" else _image_codes(value, key_mask)
+    heads = k.quantize_heads(query), k.quantize_heads(key)
+    return _attend(*heads, made, key_mask, softmax_scale, query.dtype)
 
 
 def _attend(
-    codes: list[torch.Tensor],
-    steps: list[torch.Tensor],
+    query: Heads,
+    key: Heads,
+    value: torch.Tensor | Heads,
     key_mask: torch.Tensor | None,
     softmax_scale: float,
+    dtype: torch.dtype,
     **out: Any,
 ) -> torch.Tensor:
-    """[B, Tq, H, D] of Q, K, V [B, H, T, D]; V is int8 if it has a step, else bf16."""
-    product = k.attention_qk_int8_pv_int8 if len(steps) == 3 else k.attention_qk_int8_pv_bf16
-    made = product(*codes, *steps, softmax_scale=softmax_scale, key_mask=key_mask, **out)
+    """[B, Tq, H, D] of Q, K, V [B, H, T, D] with their scales; V alone is bf16."""
+    rest = out or {"out_dtype": dtype}
+    rest |= {"softmax_scale": softmax_scale, "key_mask": key_mask}
+    if isinstance(value, torch.Tensor):
+        made = k.attention_qk_int8_pv_bf16(query[0], key[0], value, query[1], key[1], **rest)
+    else:
+        codes, scale = value
+        made = k.attention_qk_int8_pv_int8(query[0], key[0], codes, query[1], key[1], scale, **rest)
     return made.transpose(1, 2)
 
 
 def _bf16(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.bfloat16).transpose(1, 2)
-
-
-def _token_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [B, H, T, D] of x [B, T, H, D], and their scale [B, H, T]."""
-    batch, tokens, heads, head_dim = x.shape
-    codes, scale = k.quantize_per_token(x.reshape(-1, head_dim))
-    by_head = scale.view(batch, tokens, heads).transpose(1, 2).contiguous()
-    return codes.view(x.shape).transpose(1, 2), by_head
 
 
 def _image_codes(
@@ -176,10 +179,3 @@ def _image_codes(
         absmax = absmax.masked_fill(~key_mask[..., None], 0)
     scale = k.symmetric_scale(absmax.amax(1))
     return k.quantize_symmetric(value, scale[:, None, :, None]).transpose(1, 2), scale
-
-
-def _static_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [B, H, T, D] of x [B, T, H, D] with one scale per head."""
-    heads, head_dim = x.shape[2:]
-    codes = k.quantize_static(x.reshape(-1, heads * head_dim), scale)
-    return codes.view(x.shape).transpose(1, 2)

@@ -8,6 +8,7 @@ import torch
 
 from ditq_runtime.format.rules import Rule, check_record
 
+HEADS = "quantize_heads"
 CORE = "core"  # name of the child of an attention that holds its scales
 VALUES = ("int8", "bf16")
 SCALES = ("token", "static")
@@ -38,11 +39,12 @@ class AttentionFormat:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """The `ditq::` ops one forward runs between the projections, in order."""
-        product = f"attention_qk_int8_pv_{self.values}"
-        if self.scales == "token":
-            return ("quantize_per_token", "quantize_per_token", product)
-        return (*["quantize_static"] * len(self.tensors(1)), product)
+        """The `ditq::` ops one forward runs between the projections, in order; a quantizer for each int8 operand.
+
+        Where Q and K come from two streams, each has its own.
+        """
+        operands = 3 if self.all_static else 2
+        return (*[HEADS] * operands, f"attention_qk_int8_pv_{self.values}")
 
     def tensors(self, heads: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors stored for an attention of H heads: name -> dtype, shape."""

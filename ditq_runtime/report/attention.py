@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,8 +134,7 @@ def _quantized(
     in_block: bool,
 ) -> AttentionRun:
     expected, names = [f"ditq.{op}" for op in promised.ops], [operation.name for operation in ran]
-    whole = names == expected * (len(ran) // len(expected))
-    if not ran or not (whole or (in_block and names == expected[-1:])):
+    if not ran or not (_whole(names, expected) or (in_block and names == expected[-1:])):
         raise FallbackError(
             f"{name}: expected {' + '.join(expected)}, but {' + '.join(names) or 'nothing'} ran"
         )
@@ -151,6 +151,16 @@ def _quantized(
         backend=k.backend_of(promised.ops[-1], next(attn.parameters()).device),
         integer=True,
     )
+
+
+def _whole(names: list[str], expected: list[str]) -> bool:
+    """Whether attentions ran one after another: every operand quantized, those of two streams apart; one product."""
+    runs = [(name, len(list(each))) for name, each in itertools.groupby(names)]
+    one = [(name, len(list(each))) for name, each in itertools.groupby(expected)]
+    in_order = [name for name, _ in runs] == [name for name, _ in one] * (len(runs) // len(one))
+    quantizers = [count for name, count in runs if name == expected[0]]
+    products = [count for name, count in runs if name == expected[-1]]
+    return in_order and min(quantizers) >= one[0][1] and max(products) == 1
 
 
 def _unlisted(name: str, attn: nn.Module, ran: list[Operation]) -> AttentionRun:

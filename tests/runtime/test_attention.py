@@ -385,10 +385,10 @@ def test_formats_that_no_op_runs_are_refused(field, value):
 
 def test_what_a_format_stores_and_runs():
     assert [f.ops for f in FORMATS] == [
-        ("quantize_per_token", "quantize_per_token", "attention_qk_int8_pv_int8"),
-        ("quantize_static", "quantize_static", "quantize_static", "attention_qk_int8_pv_int8"),
-        ("quantize_per_token", "quantize_per_token", "attention_qk_int8_pv_bf16"),
-        ("quantize_static", "quantize_static", "attention_qk_int8_pv_bf16"),
+        (*["quantize_heads"] * 2, "attention_qk_int8_pv_int8"),
+        (*["quantize_heads"] * 3, "attention_qk_int8_pv_int8"),
+        (*["quantize_heads"] * 2, "attention_qk_int8_pv_bf16"),
+        (*["quantize_heads"] * 2, "attention_qk_int8_pv_bf16"),
     ]
     scale = (torch.float32, (6,))
     assert [f.tensors(6) for f in FORMATS] == [

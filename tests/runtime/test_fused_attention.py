@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_bench.launches import launches_of
 from ditq_converters import Recipe, calibrate, convert
@@ -81,7 +82,7 @@ CASES = {  # recipe -> ops of q, k, v, out, the attention
     "three groups": (recipe("htg", num_groups=3), (*ONE_GEMM, "gemm_residual", INT8)),
     "scales of q, k, v per token": (
         recipe(attention_scales="token"),
-        (*APART, "gemm_residual", f"quantize_per_token + {INT8}"),
+        (*APART, "gemm_residual", f"quantize_heads + {INT8}"),
     ),
     "activations per token": (
         recipe(activations="token", attention_scales="static"),
@@ -89,13 +90,13 @@ CASES = {  # recipe -> ops of q, k, v, out, the attention
     ),
     "values in bf16": (
         recipe(attention="bf16"),
-        (*APART, "gemm_residual", "quantize_static + attention_qk_int8_pv_bf16"),
+        (*APART, "gemm_residual", "quantize_heads + attention_qk_int8_pv_bf16"),
     ),
     "a low-rank branch": (
         recipe("htg", lora_rank=4),
         (
             "adaln_quantize + lora_down + gemm_w8a8", *["lora_down + gemm_w8a8"] * 2,
-            "lora_down + gemm_residual", f"quantize_static + {INT8}",
+            "lora_down + gemm_residual", f"quantize_heads + {INT8}",
         ),
     ),
 }  # fmt: skip
@@ -136,7 +137,7 @@ def test_who_watches_the_attention_sees_it_called(make):
     expected = run(model)
     core = model.get_submodule(f"{FIRST}.{CORE}")
     handle = core.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    watched = (*APART, "quantize_static + gemm_residual", f"quantize_static + {INT8}")
+    watched = (*APART, "quantize_static + gemm_residual", f"quantize_heads + {INT8}")
     assert ops_of(model) == watched
     seen.clear()
     assert torch.equal(run(model), expected)
@@ -173,7 +174,7 @@ def test_an_attention_that_quantizes_by_itself_is_a_fallback(make, monkeypatch):
 
     monkeypatch.setattr(QuantAttention, "of_codes", of_codes)
     with pytest.raises(
-        ditq.FallbackError, match=r"blocks\.0: fused, expected .* but .*quantize_static"
+        ditq.FallbackError, match=r"blocks\.0: fused, expected .* but .*quantize_heads"
     ):
         ditq.execution_report(model)
 
@@ -182,19 +183,19 @@ def test_in_bf16_codes_differ_by_one_rounding(make, monkeypatch):
     """Stock rounds q, k and v to bf16, 2**-8 of a value: under 128 * 2**-8 = 0.5 steps inside the range, and so at most
     one code. The first block of both reads one stream."""
     model, seen = make(ALL_STATIC, torch_dtype=torch.bfloat16), {"fused": [], "stock": []}
-    of_codes, static_codes = QuantAttention.of_codes, attention._static_codes
+    of_codes, quantize = QuantAttention.of_codes, k.quantize_heads
 
     def fused(self, *codes, **out):
         seen["fused"] += codes
         return of_codes(self, *codes, **out)
 
-    def stock(x, scale):
-        codes = static_codes(x, scale)
+    def stock(x, **rest):
+        codes, scales = quantize(x, **rest)
         seen["stock"].append(codes)
-        return codes
+        return codes, scales
 
     monkeypatch.setattr(QuantAttention, "of_codes", fused)
-    monkeypatch.setattr(attention, "_static_codes", stock)
+    monkeypatch.setattr(attention.k, "quantize_heads", stock)
     for fuse in (True, False):
         ditq.configure(model, fuse=fuse)
         run(model, torch.bfloat16)

@@ -18,7 +18,7 @@ ROWS = {  # recipe -> op, scores, values, scales, bytes
         "attention_qk_int8_pv_int8", "int8", "int8", "static", 3 * HEADS * 4,
     ),
     "attention_token": (
-        "quantize_per_token + attention_qk_int8_pv_bf16", "int8", "bf16", "token", 0,
+        "quantize_heads + attention_qk_int8_pv_bf16", "int8", "bf16", "token", 0,
     ),
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_a_bypassed_op_is_a_fallback(model, monkeypatch, bypass, in_block, ran):
     configure(model, fuse=False)
     with pytest.raises(
         FallbackError,
-        match=rf"{ATTENTION}: expected ditq\.quantize_static \+ .*pv_int8, but .*{ran}",
+        match=rf"{ATTENTION}: expected ditq\.quantize_heads \+ .*pv_int8, but .*{ran}",
     ):
         execution_report(model)
 
@@ -144,7 +144,10 @@ def test_both_ops_side_by_side_are_a_fallback(model, monkeypatch):
 def test_another_format_than_the_scheme_says_is_a_fallback(packed_folder, load, model):
     other = load(packed_folder("attention_token")).transformer_blocks[0].attn1.core
     model.transformer_blocks[0].attn1.core = other
-    with pytest.raises(FallbackError, match=r"but ditq\.quantize_per_token"):
+    with pytest.raises(
+        FallbackError,
+        match=r"but .*attention_qk_int8_pv_bf16 ran",
+    ):
         execution_report(model)
 
 

@@ -280,8 +280,11 @@ def unclipped(model, names):
     def grow(core, args):
         for operand, x in zip("qkv", args, strict=False):
             scale = getattr(core, f"{operand}_scale", None)
-            if scale is not None:
-                scale.data = torch.maximum(scale.data, x.abs().amax((0, 1, 3)) / 127)
+            if scale is None:
+                continue
+            for part, before in [(x, {})] if isinstance(x, torch.Tensor) else x:
+                _, met = k.quantize_heads(part, **before)  # of each token: the largest over 127
+                scale.data = torch.maximum(scale.data, met.amax((0, 2)))
 
     model = copy.deepcopy(model)
     for name in names:

@@ -62,7 +62,8 @@ def attention_heads_kernel(op: str, problem: Problem, config: tuning.RowConfig) 
     return quantize_heads._quantize_heads_kernel, constants
 
 
-def attention_heads_config(op: str, _: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.RowConfig:
+def attention_heads_config(
+    op: str, tables: tuple[str, ...], num_tokens: int, in_features: int) -> tuning.RowConfig:
     """Its only launch."""
     held, _, num_warps = quantize_heads.shape_of_program(
         in_features // FLUX_HEAD_DIM, FLUX_HEAD_DIM, wide="wide" in op
