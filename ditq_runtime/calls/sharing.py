@@ -96,11 +96,14 @@ def same_work(file: Path, work: dict[str, Any], what: str) -> None:
         write_json(file, work)
 
 
+def world() -> int:
+    """How many processes torchrun or accelerate started; 1 where neither did."""
+    return max(int(os.environ.get("WORLD_SIZE", 1)), 1)
+
+
 def _own_first(total: int) -> list[int]:
-    rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return sorted(range(total), key=lambda index: (index % max(world, 1) != rank, index))
+    rank = int(os.environ.get("RANK", 0))
+    return sorted(range(total), key=lambda index: (index % world() != rank, index))
 
 
 def _make(

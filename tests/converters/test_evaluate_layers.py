@@ -6,7 +6,7 @@ import torch
 from ditq_bench.zoo import CLASSES, quiet
 from ditq_converters.calibrate.transformer_calls import TransformerCall
 from ditq_converters.evaluate import cascade_errors, forced_errors, run
-from ditq_converters.evaluate.clipping import ClipCounter
+from ditq_converters.evaluate.clipping import ClipCounter, shares
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
 from ditq_converters.evaluate.runs import Recorded
 from ditq_runtime import LayerFormat, QuantLinear
@@ -120,7 +120,7 @@ def test_clipped_inputs_are_counted():
         model(rows[1:], 5.0)
         model(rows[:1], timestep=5.0)  # both forwards together
         model(rows[1:], 1.0)
-    assert counter.shares().tolist() == [[2 / 8, 2 / 8, 0]]
+    assert shares(counter.counted, len(counter.names)).tolist() == [[2 / 8, 2 / 8, 0]]
     assert not model[0]._forward_pre_hooks
 
 
@@ -131,14 +131,14 @@ def test_a_clip_is_judged_after_smoothing():
     with ClipCounter({"transformer_2": model}) as counter:
         model(torch.tensor([[60.0, 700.0, 10.0, 100.0]]), 1.0)  # 60, 70, 100, 100
     assert counter.names == ["transformer_2.0"]
-    assert counter.shares().tolist() == [[2 / 4]]
+    assert shares(counter.counted, len(counter.names)).tolist() == [[2 / 4]]
 
 
 def test_without_static_ranges_there_is_nothing_to_clip(model, calls):
     with ClipCounter({"transformer": model}) as counter:
         calls[0][0].call.replay(model)
     assert counter.names == []
-    assert counter.shares().shape == (0, 1)
+    assert shares(counter.counted, len(counter.names)).shape == (0, 1)
 
 
 def test_layers_of_a_class_without_a_table_are_found_on_its_first_call():

@@ -87,6 +87,7 @@ def evaluate_command(
     """
     from ditq_converters.evaluate import EvaluationSettings
     from ditq_runtime.calls.schedulers import SAMPLERS
+    from ditq_runtime.calls.sharing import world
 
     if sampler and sampler not in SAMPLERS:
         raise typer.BadParameter(
@@ -94,6 +95,8 @@ def evaluate_command(
         )
     if inputs is not None and prompts is not None:
         raise typer.BadParameter("--inputs and --prompts say the same in two ways; give one.")
+    if len(packed) > 1 and world() > 1:
+        raise typer.BadParameter("processes share the inputs of one packed model; give one folder.")
     if npz is not None and len(packed) > 1:
         raise typer.BadParameter("--npz takes the samples of one packed model; give one folder.")
     settings = EvaluationSettings(
@@ -135,17 +138,17 @@ def _run(
     """Open the models, evaluate, and write the samples where asked to."""
     from ditq_converters.evaluate import evaluate
     from ditq_converters.evaluate.inputs import check_packed, judge_pipe, open_packed
+    from ditq_converters.evaluate.parts import check_out
     from ditq_converters.evaluate.scores import NO_IMAGES
     from ditq_converters.evaluate.several import evaluate_each, names_of
     from ditq_converters.models.open import open_model
-    from ditq_runtime.files import check_new
 
     def opened(path: str) -> Any:
         pipe = open_packed(path)
         o.place(pipe, device)
         return pipe
 
-    check_new(out)
+    check_out(out)
     folders = {name: check_packed(path) for name, path in names_of(packed).items()}
     if len(folders) > 1:
         float_pipe = open_model(reference)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class ClipCounter:
 
     Attributes:
         names: of the linears listened to; none where no activation range is static.
+        counted: per call, its timestep and fp64 [layers, 2]: inputs outside, and all.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
@@ -35,7 +36,7 @@ class ClipCounter:
             if isinstance(module, QuantLinear) and module.format.activations == "static"
         }
         self.names = list(self._layers)
-        self._run: list[tuple[float, torch.Tensor]] = []  # timestep, [layers, 2]: outside, all
+        self.counted: list[tuple[float, torch.Tensor]] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> ClipCounter:
@@ -52,18 +53,10 @@ class ClipCounter:
         for hook in self._hooks:
             hook.remove()
 
-    def shares(self) -> torch.Tensor:
-        """Share of inputs outside, fp64 [layers, T], noisiest timestep first."""
-        schedule = schedule_of([[timestep for timestep, _ in self._run]])
-        counts = torch.zeros(len(schedule.timesteps), len(self.names), 2, dtype=torch.float64)
-        for timestep, found in self._run:
-            counts[schedule.bin_of[timestep]] += found
-        return (counts[..., 0] / counts[..., 1]).T.contiguous()
-
     def _beginner(self, model: nn.Module, name: str | None) -> Any:
         def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             now = timestep_of(model, name, args, kwargs)
-            self._run.append((now, torch.zeros(len(self.names), 2, dtype=torch.float64)))
+            self.counted.append((now, torch.zeros(len(self.names), 2, dtype=torch.float64)))
 
         return begin
 
@@ -75,6 +68,15 @@ class ClipCounter:
             code = (x * (1 / site.act_scale)).round() + site.act_zero
             outside = (code < LOWEST) | (code > HIGHEST)
             counts = torch.tensor([float(outside.sum()), outside.numel()], dtype=torch.float64)
-            self._run[-1][1][row] += counts
+            self.counted[-1][1][row] += counts
 
         return observe
+
+
+def shares(counted: Sequence[tuple[float, torch.Tensor]], layers: int) -> torch.Tensor:
+    """Share of inputs outside, fp64 [layers, T], noisiest timestep first, of what a `ClipCounter` counted."""
+    schedule = schedule_of([[timestep for timestep, _ in counted]])
+    counts = torch.zeros(len(schedule.timesteps), layers, 2, dtype=torch.float64)
+    for timestep, found in counted:
+        counts[schedule.bin_of[timestep]] += found
+    return (counts[..., 0] / counts[..., 1]).T.contiguous()

@@ -11,19 +11,30 @@ from typing import Any
 import torch
 
 from ditq_converters.calibrate.schedule import schedule_of
-from ditq_converters.evaluate.clipping import ClipCounter
+from ditq_converters.evaluate.clipping import shares
 from ditq_converters.evaluate.inputs import Models, judge_pipe, transformers_of, warn_of_source
-from ditq_converters.evaluate.layer_error import cascade_errors, forced_errors
+from ditq_converters.evaluate.layer_error import CASCADE, FORCED, gathered
+from ditq_converters.evaluate.parts import (
+    CLIP,
+    FREE,
+    IMAGES,
+    LATENTS,
+    REPLAYED,
+    SIDES,
+    Part,
+    Task,
+    check_out,
+    parts_of,
+    write_once,
+)
 from ditq_converters.evaluate.records import Evaluation, EvaluationSettings
-from ditq_converters.evaluate.runs import Run, run
+from ditq_converters.evaluate.runs import Run
 from ditq_converters.evaluate.scores import Judges, judge
-from ditq_converters.evaluate.sqnr import compare_runs, forced_sqnr
+from ditq_converters.evaluate.sqnr import curve
 from ditq_converters.pages.origin import versions
 from ditq_converters.progress import progress_bar
 from ditq_runtime.calls.inputs import Given, Input, gather
-from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.calls.schedulers import SAMPLERS
-from ditq_runtime.files import check_new
 from ditq_runtime.format.folder import transformer_folders
 from ditq_runtime.host.sizes import add_up, size_by_category, size_in_memory
 from ditq_runtime.surroundings import steady
@@ -41,13 +52,15 @@ def evaluate(
     quiet: bool = False,
     inputs: Given | None = None,
     prompts: Sequence[str] | str | Path | None = None,
-    drawn: list[Run] | None = None,
+    drawn: dict[int, Run] | None = None,
     **call: Any,
 ) -> Evaluation:
     """Measure a packed model against its float model: SQNR, layers, images, distances, bytes.
 
     Both draw the same inputs from equal noise, through the scheduler and the VAE of `float_pipe` (of `packed_pipe`
-    where the other is a transformer alone).
+    where the other is a transformer alone). With an `out`, what an input showed stays in the hidden folder
+    `.OUT.inputs` until the report is there: a killed run goes on after the last finished input, and processes that
+    torchrun or accelerate started share the inputs; the figures are those of one process.
 
     Args:
         packed_pipe: a packed pipeline, or its transformer alone.
@@ -72,21 +85,25 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     begin = time.perf_counter()
-    if out is not None:
-        check_new(Path(out))
+    target = None if out is None else Path(out)
+    if target is not None:
+        check_out(target)
     packed, models = transformers_of(packed_pipe, float_pipe)
     pipe = judge_pipe(packed_pipe, float_pipe)
     given = _given(pipe, settings, inputs, prompts, call)
     judges = Judges.load(settings.features, settings.lpips, settings.fid, pipe)
-    found = _measure(packed, models, pipe, given, settings, judges, quiet, drawn)
+    with progress_bar("drawing and comparing", len(given), quiet=quiet) as tick:
+        task = Task(packed, models, pipe, given, settings, tick, drawn)
+        parts = parts_of(task, target)
+    found = _gather_up(task, parts, judges)
     first, twin = (next(iter(side.values())) for side in (packed, models))
     found.figures["notes"] = warn_of_source(first, twin) + found.figures["notes"]
     found.figures["bytes"] = _sizes(models, packed_folder)
     found.figures["seconds"] = time.perf_counter() - begin
-    if out is not None:
+    if target is not None:
         from ditq_converters.evaluate.report import write_report  # matplotlib loads on first use
 
-        write_report(Path(out), found)
+        write_once(target, lambda: write_report(target, found))
     return found
 
 
@@ -116,63 +133,63 @@ def _given(
     )  # fmt: skip
 
 
-def _measure(
-    packed: Models,
-    models: Models,
-    pipe: Any,
-    given: list[Input],
-    settings: EvaluationSettings,
-    judges: Judges,
-    quiet: bool,
-    drawn: list[Run] | None,
-) -> Evaluation:
-    how, few = (given, settings.sampler or ""), settings.few_samples
-    drawn = [] if drawn is None else drawn
-    with progress_bar("drawing", (1 if drawn else 2) * len(given), quiet=quiet) as tick:
-        if not drawn:
-            drawn += [run(with_transformers(pipe, models), *how, few=few, decode=True, tick=tick)]
-        ours = drawn[0]
-        with ClipCounter(packed) as counter:
-            theirs = run(with_transformers(pipe, packed), *how, decode=True, tick=tick)
-    forwards = sum(len(calls) for calls in ours.calls)
-    with progress_bar("comparing forwards", 3 * forwards, quiet=quiet) as tick:
-        sqnr = {"free": compare_runs(ours, theirs), "forced": forced_sqnr(ours.calls, packed, tick)}
-        layers = (
-            cascade_errors(models, packed, ours.calls, tick),
-            forced_errors(models, packed, ours.calls, tick),
-        )
-    clip = counter.names, counter.shares()
-    latents, images = _sides(ours, theirs, "latents"), _sides(ours, theirs, "images")
-    labels = tuple(label for one in given for label in one.arguments.get("class_labels", ()))
-    first = next(iter(packed.values()))
+def _gather_up(task: Task, parts: list[Part], judges: Judges) -> Evaluation:
+    """The figures of all parts."""
+    compared = [part for part in parts if REPLAYED in part.series]
+    sqnr = {
+        name: curve([part.series[name] for part in parts if name in part.series])
+        for name in (FREE, REPLAYED)
+    }
+    layers = tuple(
+        gathered(mode, compared[0].names[mode], [part.series[mode] for part in compared])
+        for mode in (CASCADE, FORCED)
+    )
+    names = parts[0].names[CLIP]
+    counted = [(t, found[0]) for part in parts for t, found in part.series[CLIP]]
+    clip = names, shares(counted, len(names))
+    latents, images, unlike = _sets(parts)
+    labels = tuple(label for one in task.given for label in one.arguments.get("class_labels", ()))
+    first = next(iter(task.packed.values()))
+    steps = max(len(part.series[FREE]) for part in parts)
     figures = {
-        "settings": {**asdict(settings), "inputs": len(given), "steps": _steps(ours)},
+        "settings": {**asdict(task.settings), "inputs": len(parts), "steps": steps},
         "versions": versions(),
         "architecture": type(first).__name__,
         "recipe": getattr(first.config.quantization_config, "recipe", {}),
         "labels": list(labels),
-        "sqnr": {name: curve.to_dict() for name, curve in sqnr.items()},
+        "sqnr": {name: found.to_dict() for name, found in sqnr.items()},
         "layers": {errors.mode: _means(errors.names, errors.relative) for errors in layers},
         "clip_fraction": _means(*clip),
-        **judge(pipe, latents, images, labels, judges),
+        **judge(task.pipe, latents, images, labels, judges),
     }
-    if ours.unlike:
-        left_out = f"{ours.unlike} inputs of other sizes are left out of the scores of images"
-        figures["notes"].append(left_out)
-    timesteps = schedule_of(
-        [[one.call.timestep for one in calls] for calls in ours.calls]
-    ).timesteps
-    return Evaluation(figures, list(timesteps), sqnr, layers, clip, latents or {}, images)
+    if unlike:
+        figures["notes"].append(
+            f"{unlike} inputs of other sizes are left out of the scores of images"
+        )
+    timesteps = schedule_of([[t for t, _ in part.series[REPLAYED]] for part in compared]).timesteps
+    cascade, forced = layers
+    return Evaluation(
+        figures, list(timesteps), sqnr, (cascade, forced), clip, latents or {}, images
+    )
 
 
-def _sides(ours: Run, theirs: Run, field: str) -> dict[str, torch.Tensor] | None:
-    """What both have, under "float" and "packed"; None if one has not."""
-    found = {"float": getattr(ours, field), "packed": getattr(theirs, field)}
-    return None if any(value is None for value in found.values()) else found
+def _sets(
+    parts: list[Part],
+) -> tuple[dict[str, torch.Tensor] | None, dict[str, torch.Tensor] | None, int]:
+    """Latents and images of all inputs that have the first one's size, and how many have not."""
 
+    def size(part: Part) -> Any:
+        found = part.drawn.get(f"{LATENTS}.{SIDES[0]}")
+        return None if found is None else found.shape[1:]
 
-def _steps(ours: Run) -> int:
-    return max(len(steps) for steps in ours.steps)
+    alike = [part for part in parts if size(part) == size(parts[0])]
+    sets = [
+        {side: torch.cat([part.drawn[f"{what}.{side}"] for part in alike]) for side in SIDES}
+        if all(f"{what}.{side}" in part.drawn for part in alike for side in SIDES)
+        else None
+        for what in (LATENTS, IMAGES)
+    ]
+    return sets[0], sets[1], len(parts) - len(alike)
 
 
 def _means(names: list[str], values: torch.Tensor) -> dict[str, float]:

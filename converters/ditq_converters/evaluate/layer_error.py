@@ -26,6 +26,7 @@ STREAMS = ("hidden_states", "encoder_hidden_states")
 TRANSFORMER = "transformer"
 Models = Mapping[str, nn.Module]
 Calls = Sequence[Sequence[Recorded]]
+Series = list[tuple[float, tuple[torch.Tensor, ...]]]  # timestep, what was found there
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def cascade_errors(
         calls: of the float pipeline's run, input by input.
         after_call: told when a call is done.
     """
-    names = {c: comparable_layers(model, _inputs(c, model, calls)) for c, model in models.items()}
-    return _measure(CASCADE, models, quantized, names, calls, after_call)
+    return _errors(CASCADE, models, quantized, calls, after_call)
 
 
 def forced_errors(
@@ -100,54 +100,82 @@ def forced_errors(
 
     An output is the whole residual stream, which a block only adds to: its error is small beside that of a linear.
     """
-    names = {c: family_or_row(m, _inputs(c, m, calls)).block_names(m) for c, m in models.items()}
-    return _measure(FORCED, models, quantized, names, calls, after_call)
+    return _errors(FORCED, models, quantized, calls, after_call)
 
 
-def _inputs(component: str, model: nn.Module, calls: Calls) -> dict[str, Any] | None:
-    """What a transformer was called with first; None if it was not."""
-    found = (one.call for run in calls for one in run if one.call.component == component)
-    first = next(found, None)
-    return None if first is None else first.by_name(model)
-
-
-@torch.no_grad()
-def _measure(
+def _errors(
     mode: str,
     models: Models,
     quantized: Models,
-    names: dict[str, list[str]],
     calls: Calls,
     after_call: Callable[[], None] | None,
 ) -> LayerErrors:
-    schedule = schedule_of([[one.call.timestep for one in run] for run in calls])
-    rows = {
-        (c, name): i for i, (c, name) in enumerate((c, n) for c, ns in names.items() for n in ns)
-    }
-    shape = len(rows), len(schedule.timesteps)
-    sums = torch.zeros(*shape, 4, dtype=torch.float64)  # |Y|^2, |Yq - Y|^2, |Yq|^2, Y.Yq
+    found = [layer_series(mode, models, quantized, run, after_call) for run in calls]
+    return gathered(mode, found[0][0], [series for _, series in found])
+
+
+def gathered(mode: str, names: list[str], runs: Sequence[Series]) -> LayerErrors:
+    """The errors of all inputs, in their order."""
+    schedule = schedule_of([[timestep for timestep, _ in run] for run in runs])
+    shape = len(names), len(schedule.timesteps)
+    sums = torch.zeros(*shape, 4, dtype=torch.float64)
     largest = torch.zeros(shape, dtype=torch.float64)
-    for one in (one for run in calls for one in run):
-        component, step = one.call.component, schedule.bin_of[one.call.timestep]
+    for timestep, (dots, most) in (one for run in runs for one in run):
+        step = schedule.bin_of[timestep]
+        sums[:, step] += dots
+        largest[:, step] = torch.maximum(largest[:, step], most)
+    signal, noise_power, power, dot = sums.unbind(-1)
+    relative, cosine = (noise_power / signal).sqrt(), dot / (signal * power).sqrt()
+    return LayerErrors(mode, names, relative, largest, cosine)
+
+
+@torch.no_grad()
+def layer_series(
+    mode: str,
+    models: Models,
+    quantized: Models,
+    calls: Sequence[Recorded],
+    after_call: Callable[[], None] | None = None,
+) -> tuple[list[str], Series]:
+    """The layers, and per call of one input the timestep, [layers, 4] and [layers]; zeros for a layer that did not run.
+
+    The four are |Y|^2, |Yq - Y|^2, |Yq|^2 and Y.Yq, fp64; then the largest |Yq - Y|.
+    """
+    names = {c: _layers(mode, model, _inputs(c, model, calls)) for c, model in models.items()}
+    every = [(c, name) for c, inside in names.items() for name in inside]
+    rows = {key: row for row, key in enumerate(every)}
+    series: Series = []
+    for one in calls:
+        component = one.call.component
         with _recorded(models[component], names[component]) as (inputs, truth):
             one.call.replay(models[component])
         given = inputs if mode == FORCED else {}
         with _recorded(quantized[component], names[component], given) as (_, outputs):
             one.call.replay(quantized[component])
+        sums = torch.zeros(len(rows), 4, dtype=torch.float64)
+        largest = torch.zeros(len(rows), dtype=torch.float64)
         for name in (name for name in names[component] if name in truth):
             row, y, yq = rows[component, name], truth.pop(name).double(), outputs.pop(name).double()
             noise = yq - y
             dots = (y.square(), noise.square(), yq.square(), y * yq)
-            sums[row, step] += torch.stack([product.sum() for product in dots]).cpu()
-            largest[row, step] = max(float(largest[row, step]), float(noise.abs().max()))
+            sums[row] = torch.stack([product.sum() for product in dots]).cpu()
+            largest[row] = float(noise.abs().max())
+        series.append((one.call.timestep, (sums, largest)))
         if after_call is not None:
             after_call()
-    signal, noise_power, power, dot = sums.unbind(-1)
-    relative, cosine = (noise_power / signal).sqrt(), dot / (signal * power).sqrt()
-    shown = [
-        name if component == TRANSFORMER else f"{component}.{name}" for component, name in rows
-    ]
-    return LayerErrors(mode, shown, relative, largest, cosine)
+    return [name if c == TRANSFORMER else f"{c}.{name}" for c, name in every], series
+
+
+def _layers(mode: str, model: nn.Module, inputs: dict[str, Any] | None) -> list[str]:
+    if mode == CASCADE:
+        return comparable_layers(model, inputs)
+    return family_or_row(model, inputs).block_names(model)
+
+
+def _inputs(component: str, model: nn.Module, calls: Sequence[Recorded]) -> dict[str, Any] | None:
+    """What a transformer was called with first; None if it was not."""
+    first = next((one.call for one in calls if one.call.component == component), None)
+    return None if first is None else first.by_name(model)
 
 
 Given = dict[str, dict[str | int, torch.Tensor]]  # module -> place of an argument -> tensor

@@ -52,7 +52,7 @@ def evaluate_each(
     """
     if out is not None:
         check_new(Path(out))
-    drawn: list[Run] = []
+    drawn: dict[int, Run] = {}
     found = {
         name: evaluate(
             open_one(path), float_pipe, settings, packed_folder=path, drawn=drawn, **given

@@ -11,8 +11,10 @@ from torch import nn
 
 from ditq_converters.calibrate.schedule import schedule_of
 from ditq_converters.evaluate.runs import Recorded, Run
+from ditq_runtime.calls.pipeline import SchedulerStep
 
-Powers = tuple[torch.Tensor, torch.Tensor]  # [S] fp64 each: of the signal, of the noise
+Powers = tuple[torch.Tensor, ...]  # [S] fp64 each: of the signal, of the noise
+Steps = list[tuple[float, Powers]]  # timestep, powers
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,10 @@ def compare_runs(ours: Run, theirs: Run) -> SqnrCurve:
 
     Where inputs have different schedules, neighbours in noise are taken together (`schedule_of`).
     """
-    return _curve(
-        [
-            [
-                (f.timestep, _powers(f.prediction, q.prediction))
-                for f, q in zip(float_steps, steps, strict=True)
-            ]
-            for float_steps, steps in zip(ours.steps, theirs.steps, strict=True)
-        ]
-    )
+    pairs = zip(ours.steps, theirs.steps, strict=True)
+    return curve([free_powers(float_steps, steps) for float_steps, steps in pairs])
 
 
-@torch.no_grad()
 def forced_sqnr(
     calls: Sequence[Sequence[Recorded]],
     quantized: Mapping[str, nn.Module],
@@ -106,19 +100,34 @@ def forced_sqnr(
         quantized: component -> packed transformer.
         after_call: told when a call is done.
     """
-    runs = []
-    for recorded in calls:
-        made = []
-        for one in recorded:
-            output = one.call.replay(quantized[one.call.component]).float().cpu()
-            made.append((one.call.timestep, _powers(one.output, output)))
-            if after_call is not None:
-                after_call()
-        runs.append(made)
-    return _curve(runs)
+    return curve([forced_powers(recorded, quantized, after_call) for recorded in calls])
 
 
-def _curve(runs: list[list[tuple[float, Powers]]]) -> SqnrCurve:
+def free_powers(ours: Sequence[SchedulerStep], theirs: Sequence[SchedulerStep]) -> Steps:
+    """(timestep, powers) of every step of one input."""
+    return [
+        (f.timestep, _powers(f.prediction, q.prediction)) for f, q in zip(ours, theirs, strict=True)
+    ]
+
+
+@torch.no_grad()
+def forced_powers(
+    recorded: Sequence[Recorded],
+    quantized: Mapping[str, nn.Module],
+    after_call: Callable[[], None] | None = None,
+) -> Steps:
+    """(timestep, powers) of every call of one input; see `forced_sqnr`."""
+    made = []
+    for one in recorded:
+        output = one.call.replay(quantized[one.call.component]).float().cpu()
+        made.append((one.call.timestep, _powers(one.output, output)))
+        if after_call is not None:
+            after_call()
+    return made
+
+
+def curve(runs: Sequence[Steps]) -> SqnrCurve:
+    """The curve of all inputs, in their order."""
     schedule = schedule_of([[timestep for timestep, _ in run] for run in runs])
     bins: list[list[Powers]] = [[] for _ in schedule.timesteps]
     for run in runs:
