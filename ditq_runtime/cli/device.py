@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 KINDS = ("cpu", "cuda")
@@ -10,6 +11,8 @@ KINDS = ("cpu", "cuda")
 def place(device: str) -> Any:
     """The `torch.device` of an option; "": CUDA where there is a usable GPU, else the CPU.
 
+    Processes that torchrun or accelerate started (LOCAL_RANK) get a GPU each, as far as there are any.
+
     Raises:
         ValueError: no device, or a GPU that is not there.
     """
@@ -17,6 +20,9 @@ def place(device: str) -> Any:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not device:
+        rank = os.environ.get("LOCAL_RANK")
+        if count and rank is not None:
+            return torch.device("cuda", int(rank) % count)
         return torch.device("cuda" if count else "cpu")
     kind, _, index = device.partition(":")
     if kind not in KINDS or (index and not index.isdecimal()) or (kind == "cpu" and index):

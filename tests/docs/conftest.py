@@ -118,6 +118,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "stabilityai/stable-diffusion-3.5-medium": _pipeline("SD3"),
     "black-forest-labs/FLUX.1-dev": _pipeline("Flux"),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _pipeline("Wan"),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _pipeline("Wan22"),
     "my-model": _pipeline("Flux"),
     "MODEL": _pipeline("Flux"),
     "my-lora": _lora,
