@@ -127,6 +127,8 @@ def attend_per_token(
 ) -> torch.Tensor:
     """Attend with scales of what is there: one per token and head of Q and K, one per image and head of int8 V.
 
+    Keys lose their mean first, which softmax does not see and scales do (SageAttention, arXiv:2410.02367).
+
     Args:
         query: as in `QuantAttention.forward`, like all but the next two.
         key: the same.
@@ -139,7 +141,7 @@ def attend_per_token(
         The same.
     """
     made = _bf16(value) if values == "bf16" else _image_codes(value, key_mask)
-    heads = k.quantize_heads(query), k.quantize_heads(key)
+    heads = k.quantize_heads(query), k.quantize_heads(key, shift=_mean(key, key_mask))
     return _attend(*heads, made, key_mask, softmax_scale, query.dtype)
 
 
@@ -161,6 +163,14 @@ def _attend(
         codes, scale = value
         made = k.attention_qk_int8_pv_int8(query[0], key[0], codes, query[1], key[1], scale, **rest)
     return made.transpose(1, 2)
+
+
+def _mean(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Fp32 [B, H, D] of keys [B, T, H, D], of those that are attended: no image depends on its padding."""
+    if key_mask is None:
+        return key.mean(1, dtype=torch.float32)
+    share = key_mask / key_mask.sum(1, keepdim=True).clamp_min(1)
+    return (key.float() * share[..., None, None]).sum(1)
 
 
 def _bf16(value: torch.Tensor) -> torch.Tensor:
