@@ -6,7 +6,7 @@ weight is read (names, shapes, dtypes, truncation); then there, on the loaded mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ def check_version(version: Any) -> None:
             f"quantization_config: format_version {shown(version)} is not one of {VERSIONS}, which this ditq reads; "
             "convert the model again, or install the ditq that wrote it"
         )
+
+
+def check_stored(quantization: Mapping[str, Any]) -> None:
+    """CheckpointError for a `quantization_config` without a version or a scheme."""
+    for key in ("format_version", "scheme"):
+        if key not in quantization:
+            raise CheckpointError(
+                f"quantization_config: {key} is missing; the config.json is damaged"
+            )
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ditq_runtime.errors import CheckpointError
-from ditq_runtime.format.checkpoint import check_version, read_headers
-from ditq_runtime.format.digests import read_digests
+from ditq_runtime.format.checkpoint import check_stored, check_version, read_headers
+from ditq_runtime.format.digests import CONFIG, check_config, read_digests
 from ditq_runtime.format.rules import Rule, check_value, shown
 from ditq_runtime.format.safetensors_header import TensorInfo
 from ditq_runtime.format.scheme import Scheme
@@ -63,7 +63,18 @@ class TransformerFolder:
     @property
     def digests(self) -> dict[str, str]:
         """Tensor name -> its digest; none where the folder holds none."""
-        return read_digests((self.quantization or {}).get("digests"))
+        found = read_digests((self.quantization or {}).get("digests"))
+        return {name: value for name, value in found.items() if name != CONFIG}
+
+    def check_config(self) -> None:
+        """Look at everything in config.json that the runtime reads, then compare it with its digest.
+
+        Raises:
+            CheckpointError: a value that cannot be, or another digest.
+        """
+        check_stored(self.quantization or {})
+        assert self.scheme is not None
+        check_config(self.path / CONFIG, self.config)
 
     @property
     def nbytes(self) -> int:
@@ -86,10 +97,9 @@ def open_folder(path: str | Path) -> TransformerFolder:
             f"{path}: no config.json there; expected a diffusers pipeline or transformer folder"
         )
     parsed = read_json(config)
-    if parsed.get("quantization_config") is not None:
-        _check_object(parsed["quantization_config"], f"{config}: quantization_config")
+    is_packed(config, parsed)
     files = sorted(folder.glob(WEIGHTS))
-    _check_shards(folder, files)
+    check_shards(folder, files)
     if not files:
         raise CheckpointError(f"{folder}: no {WEIGHTS} there; the checkpoint is incomplete")
     return TransformerFolder(folder, parsed, files, read_headers(files))
@@ -120,6 +130,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", parsed)
 
 
+def is_packed(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a parsed config.json is that of a packed model; CheckpointError where nobody could tell."""
+    found = config.get("quantization_config")
+    if found is not None:
+        _check_object(found, f"{path}: quantization_config")
+    return found is not None and found.get("quant_method") == "ditq"
+
+
 def _check_object(value: Any, what: str) -> None:
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -127,13 +145,15 @@ def _check_object(value: Any, what: str) -> None:
         )
 
 
-def _check_shards(folder: Path, files: list[Path]) -> None:
+def check_shards(folder: Path, files: list[Path]) -> None:
     """Every shard that an index names must be there."""
     for index in folder.glob("*.safetensors.index.json"):
-        check_value(f"{index}: weight_map", read_json(index).get("weight_map"), WEIGHT_MAP)
-        named = set(read_json(index)["weight_map"].values())
+        found = read_json(index)
+        check_value(f"{index}: weight_map", found.get("weight_map"), WEIGHT_MAP)
+        check_value(f"{index}: metadata", found.get("metadata"), Rule(dict))
+        named = set(found["weight_map"].values())
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise CheckpointError(
-                f"{folder / missing[0]}: missing, though {index.name} names it; copy it again"
+                f"{folder / shown(missing[0])}: missing, though {index.name} names it; copy it again"
             )

@@ -12,10 +12,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ditq_runtime.errors import CheckpointError
+from ditq_runtime.format.rules import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,6 +33,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+KEYS = {"dtype", "shape", "data_offsets"}  # of an entry
+MOST, MOST_DIMENSIONS = 1 << 63, 64  # no count comes near; torch has no tensor of more
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -57,22 +61,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{path}: truncated, {size} bytes cannot hold its header; copy it again"
             )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _info(entry, path) for name, entry in header.items()}
-            end = _end_of_data(entry["data_offsets"] for entry in header.values())
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise CheckpointError(
-                f"{path}: its header is damaged ({error}); copy it again"
-            ) from error
+        text = file.read(length)
+    try:
+        header = _parse(text)
+        entries = {name: _info(shown(name), entry, path) for name, entry in header.items()}
+        end = _end_of_data(entry["data_offsets"] for entry in header.values())
+    except _Damaged as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); copy it again") from error
     if size != 8 + length + end:
         raise CheckpointError(
             f"{path}: {size} bytes on disk, {8 + length + end} expected by its header; copy it again"
@@ -80,26 +75,52 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return entries
 
 
-def _info(entry: dict, path: Path) -> TensorInfo:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(_counts(entry["shape"]))
-    begin, end = _counts(entry["data_offsets"])
+class _Damaged(Exception):
+    """What is wrong with a header."""
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """The entries of the tensors in a header."""
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
+        raise _Damaged(str(error)) from error
+    if not isinstance(header, dict):
+        raise _Damaged(f"it is no object but {shown(header)}")
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise _Damaged(f"__metadata__ must be an object of texts, got {shown(notes)}")
+    return header
+
+
+def _info(name: str, entry: Any, path: Path) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != KEYS:
+        raise _Damaged(f"{name} must have {sorted(KEYS)}, got {shown(entry)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise _Damaged(f"{name} has the unknown dtype {shown(entry['dtype'])}")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(_counts(name, entry["shape"]))
+    offsets = _counts(name, entry["data_offsets"])
+    if len(offsets) != 2:
+        raise _Damaged(f"{name} must begin and end somewhere, got {shown(offsets)}")
+    begin, end = offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
-        raise ValueError(f"{end - begin} bytes for a tensor of {expected}")
+        raise _Damaged(f"{name} has {end - begin} bytes, and its shape needs {shown(expected)}")
     return TensorInfo(dtype, shape, expected, path)
 
 
-def _counts(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
-        raise ValueError(f"expected a list of counts, got {values!r}")
-    return values
+def _counts(name: str, values: Any) -> list[int]:
+    known = isinstance(values, list) and len(values) <= MOST_DIMENSIONS
+    if not known or not all(type(n) is int and 0 <= n < MOST for n in values):
+        raise _Damaged(f"{name} must have lists of counts, got {shown(values)}")
+    return list(values)
 
 
 def _end_of_data(offsets: Iterable[list[int]]) -> int:
-    """Where the last tensor ends; ValueError if tensors overlap or leave holes."""
+    """Where the last tensor ends; tensors may neither overlap nor leave holes."""
     end = 0
     for begin, next_end in sorted(offsets):
         if begin != end:
-            raise ValueError(f"a tensor begins at {begin}, the one before it ends at {end}")
+            raise _Damaged(f"a tensor begins at {begin}, the one before it ends at {end}")
         end = next_end
     return end

@@ -64,8 +64,12 @@ def check_tensors(
             )
 
 
-def check_values(model: nn.Module) -> None:
-    """Refuse loaded tensors that cannot be what a converter wrote; names the tensor.
+def check_values(model: nn.Module, codes: bool = True) -> None:
+    """Refuse tensors that cannot be what a converter wrote; names the tensor.
+
+    Args:
+        model: a packed transformer with its weights.
+        codes: look at the integer weights too; not where digests say that they are what was saved, as saving looks.
 
     Raises:
         CheckpointError: a non-finite float, a scale that is not positive, a code out of range, a weight sum that
@@ -78,7 +82,9 @@ def check_values(model: nn.Module) -> None:
             )
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            _check_layer(name, module)
+            _check_positive(name, module, ("weight_scale",))
+            if codes:
+                _check_codes(name, module)
         elif isinstance(module, Site):
             _check_site(name, module)
         elif isinstance(module, QuantAttention):
@@ -98,8 +104,7 @@ def _check_site(name: str, site: Site) -> None:
         raise CheckpointError(f"{name}.act_zero: {int(site.act_zero)} is outside [-128, 127]")
 
 
-def _check_layer(name: str, layer: QuantLinear) -> None:
-    _check_positive(name, layer, ("weight_scale",))
+def _check_codes(name: str, layer: QuantLinear) -> None:
     codes, sums = _int8_weight(name, layer), getattr(layer, "weight_sum", None)
     if codes is None or sums is None:
         return

@@ -117,11 +117,7 @@ class DitqConfig(QuantizationConfigMixin):
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> DitqConfig | tuple[DitqConfig, dict[str, Any]]:
         """Read `config.json`; a missing scheme or version is refused by name."""
-        for key in ("format_version", "scheme"):
-            if key not in config_dict:
-                raise CheckpointError(
-                    f"quantization_config: {key} is missing; the config.json is damaged"
-                )
+        checkpoint.check_stored(config_dict)
         if config_dict["scheme"] is None:  # only a choice has none, and that is not stored
             raise CheckpointError(
                 "quantization_config: scheme: expected an object, got null; the config.json is damaged"

@@ -1,4 +1,4 @@
-"""What importing `ditq_runtime` adds to diffusers: the quantizer, the attention backends, a guard at wrapping.
+"""What importing `ditq_runtime` adds to diffusers: the quantizer, the attention backends, two guards.
 
 It runs while something of ours or a user's imports diffusers, so it may not import what imports diffusers in turn.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from diffusers.quantizers import auto
 
 from ditq_runtime.attention.dispatcher import register_attention_backends
+from ditq_runtime.host.door import watch_configs
 from ditq_runtime.host.guards import watch_wrapping
 
 
@@ -45,3 +46,4 @@ def enter_diffusers() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("ditq", Later(plugin, "DitqConfig"))
     register_attention_backends()
     watch_wrapping()
+    watch_configs()

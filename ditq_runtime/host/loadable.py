@@ -9,7 +9,6 @@ from accelerate import init_empty_weights
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
-from ditq_runtime.format.digests import read_digests
 from ditq_runtime.format.folder import TransformerFolder
 from ditq_runtime.host import check, skeleton
 from ditq_runtime.host.translate import translate
@@ -25,9 +24,9 @@ def check_loadable(folder: TransformerFolder) -> None:
     import diffusers
 
     scheme, headers = folder.scheme, folder.headers
-    read_digests((folder.quantization or {}).get("digests"))
     if scheme is None:
         raise ValueError(f"{folder.path}: is a float model")
+    folder.check_config()
     name = str(folder.config.get("_class_name"))
     family_of(name)  # refuses what is no transformer
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}

@@ -19,7 +19,7 @@ from ditq_runtime.errors import CheckpointError
 from ditq_runtime.families import family_of
 from ditq_runtime.families.fusible import examine, fusible_blocks
 from ditq_runtime.format import checkpoint
-from ditq_runtime.format.digests import check_digest, wanted
+from ditq_runtime.format.digests import wanted
 from ditq_runtime.format.version1 import Renaming, Version1
 from ditq_runtime.host import check, skeleton
 from ditq_runtime.host.config import DitqConfig
@@ -35,6 +35,7 @@ from ditq_runtime.host.on_the_fly import (
 )
 from ditq_runtime.host.saving import save_with_digests
 from ditq_runtime.host.translate import translate
+from ditq_runtime.host.verify import Comparison
 from ditq_runtime.lora.branch import ADAPTERS
 from ditq_runtime.lora.file import without_peft
 
@@ -58,7 +59,8 @@ class DitqQuantizer(DiffusersQuantizer):
             self.pre_quantized = False  # from_single_file does not say so
         self.loaded_keys: list[str] = []
         self.absent: list[str] = []
-        self.digests = quantization_config.digests if wanted() else {}
+        digests = quantization_config.digests if wanted() else {}
+        self.comparison = Comparison(digests) if digests else None
         self.renaming: Renaming | None = None
         if not self.pre_quantized and quantization_config.choice is None:
             raise ValueError(
@@ -94,9 +96,8 @@ class DitqQuantizer(DiffusersQuantizer):
             raise ValueError(
                 "from_single_file: a packed checkpoint is a folder; load it with from_pretrained"
             )
-        if self.pre_quantized and self.digests:
-            for name, tensor in state_dict.items():
-                check_digest(name, tensor, self.digests, self.headers)
+        if self.pre_quantized and self.comparison is not None:
+            self.comparison.add(state_dict, self.headers)
         if self.renaming is not None:
             return self.renaming.tensors(state_dict)
         if self.pre_quantized or self.quantization_config.is_open:
@@ -148,13 +149,16 @@ class DitqQuantizer(DiffusersQuantizer):
         return [key for key in missing_keys if not self._is_absent(key) and key not in made]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        comparison, self.comparison = self.comparison, None
+        if comparison is not None:
+            comparison.wait()
         places = getattr(model, "hf_device_map", None)
         offloaded = places is not None and "disk" in map(str, places.values())
         if places is None or (len(set(map(str, places.values()))) == 1 and not offloaded):
             left = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
             if left:
                 raise CheckpointError(f"{left[0]}: was not loaded; the checkpoint is incomplete")
-            check.check_values(model)
+            check.check_values(model, codes=comparison is None)
             if not self.pre_quantized:
                 self._share_embedder(model)
         for block in fusible_blocks(model).values():

@@ -6,6 +6,7 @@ Hu et al., arXiv:2106.09685: y = W x + (alpha / r) B A x.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from ditq_runtime.format.folder import read_json
+from ditq_runtime.format.rules import shown
+from ditq_runtime.format.safetensors_header import read_header
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PREFIXES = ("base_model.model.", "transformer.")
@@ -135,16 +140,38 @@ def _adapter(layer: str, found: dict[str, torch.Tensor], config: dict[str, Any])
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"load_lora: {layer} holds a value that is not finite")
     rank = down.shape[0]
-    alpha = float(found["alpha"]) if "alpha" in found else _alpha(layer, rank, config)
+    if not rank:
+        raise ValueError(f"load_lora: {layer} has rank 0")
+    alpha = _number(layer, found["alpha"]) if "alpha" in found else _alpha(layer, rank, config)
     return Adapter(down, up, bias, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _number(layer: str, value: Any) -> float:
+    """A finite alpha, of a tensor with one element or of metadata."""
+    single = value.numel() == 1 if isinstance(value, torch.Tensor) else type(value) in (int, float)
+    number = float(value) if single else math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"load_lora: alpha of {layer} must be one finite number, got {shown(value)}"
+        )
+    return number
 
 
 def _alpha(layer: str, rank: int, config: dict[str, Any]) -> float:
     """As PEFT finds it: a pattern that matches the end of the layer's name, else the common value, else r."""
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(value)
-    return float(config.get("lora_alpha") or rank)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"load_lora: alpha_pattern must be an object, got {shown(patterns)}")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", layer)
+        except re.error as error:
+            raise ValueError(
+                f"load_lora: alpha_pattern: {shown(pattern)} is no pattern: {error}"
+            ) from error
+        if found:
+            return _number(layer, value)
+    return _number(layer, config.get("lora_alpha") or rank)
 
 
 def _read(source: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
@@ -159,13 +186,30 @@ def _read(source: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any
             f"load_lora: {path} is not a safetensors file; give one, a folder that holds one, or a state dict "
             "(a hub id must be downloaded first, a pickle is not read)"
         )
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        stored = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    names = read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in names}
+            text = (file.metadata() or {}).get(METADATA, "{}")
+    except SafetensorError as error:  # of its metadata
+        raise ValueError(
+            f"load_lora: {path}: its header is damaged ({error}); copy it again"
+        ) from error
+    stored = _object(text, f"{path}: {METADATA}")
     beside = path.parent / "adapter_config.json"
     if beside.exists():
-        stored |= json.loads(beside.read_text(encoding="utf-8"))
+        stored |= read_json(beside)
     return state, stored
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_lora: {where} is no JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"load_lora: {where} is no object, got {shown(found)}")
+    return found
 
 
 def without_peft(state: Mapping[str, Any]) -> dict[str, Any]:

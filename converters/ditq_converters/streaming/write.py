@@ -33,6 +33,7 @@ from ditq_runtime.calls.saved import CALL
 from ditq_runtime.families import family_of
 from ditq_runtime.files import atomic_folder
 from ditq_runtime.format.digests import digest
+from ditq_runtime.host.saving import note_digests
 
 WORK = 12  # bytes that a conversion of one block holds at most, over the bytes of its fp32 weights
 
@@ -121,10 +122,9 @@ def _write_transformer(
     folder.mkdir(exist_ok=True)
     tensors, _ = packed.hf_quantizer.get_state_dict_and_metadata(packed.state_dict(), True)
     write_shards(folder, tensors, read_and_note, max_shard_size)
-    config = packed.config.quantization_config
-    config.digests = digests
+    note_digests(packed, digests)
     packed.save_config(folder)
-    config.digests = {}
+    packed.config.quantization_config.digests = {}
 
 
 def write_shards(

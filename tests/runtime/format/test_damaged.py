@@ -9,6 +9,7 @@ import pytest
 from diffusers import DiTTransformer2DModel
 
 import ditq_runtime as ditq
+from ditq_runtime.format.digests import CONFIG, SWITCH, config_digest
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.loadable import check_loadable
 
@@ -30,9 +31,18 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
+def sign(config):
+    """Give a config that was changed its digest again, as one does who means it."""
+    digests = config.get("quantization_config")
+    digests = digests.get("digests") if isinstance(digests, dict) else None
+    if isinstance(digests, dict) and CONFIG in digests:
+        digests[CONFIG] = config_digest(config)
+
+
 def edit(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
+    sign(config)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -94,16 +104,56 @@ def test_each_is_one_sentence(copy, change, sentence):
 
 
 @pytest.mark.parametrize("value", ["", "ditq", [], 3, True])
-def test_a_quantization_that_is_no_object_is_refused(copy, value):
+@pytest.mark.parametrize("opened", [open_folder, DiTTransformer2DModel.from_pretrained])
+def test_a_quantization_that_is_no_object_is_refused(copy, value, opened):
     edit(copy, lambda c: c.update(quantization_config=value))
     with pytest.raises(ditq.CheckpointError, match="quantization_config must be a JSON object"):
-        open_folder(copy)
+        opened(copy)
 
 
 def test_json_of_any_depth_is_refused(copy):
     (copy / "config.json").write_text("[" * 100_000)
     with pytest.raises(ditq.CheckpointError, match=r"config\.json: not valid JSON"):
         open_folder(copy)
+    with pytest.raises(ditq.CheckpointError, match=r"config\.json: nested without end"):
+        DiTTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(norm_eps=1e-4),  # would load, and compute something else
+        lambda c: c.update(num_layers=50),  # would be built first; of 10**9, until memory ends
+        lambda c: c["quantization_config"]["scheme"].update(timestep="class_labels"),
+    ],
+)  # fmt: skip
+def test_a_config_that_could_be_meant_differs_from_its_digest(copy, change, monkeypatch):
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ditq.CheckpointError, match=r"config\.json: is damaged, or was changed by"):
+        DiTTransformer2DModel.from_pretrained(copy)
+    if config["num_layers"] > 10:
+        return
+    monkeypatch.setenv(SWITCH, "0")
+    DiTTransformer2DModel.from_pretrained(copy)
+
+
+def test_notes_of_other_programs_in_a_config_change_nothing(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"_name_or_path": "elsewhere", "_diffusers_version": "9.9"}
+    (copy / "config.json").write_text(json.dumps(config, indent=7))
+    check_loadable(open_folder(copy))
+    DiTTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("metadata", [None, 3, []])
+def test_an_index_without_metadata_is_refused(copy, metadata):
+    index = {"weight_map": {"a": FILE}, "metadata": metadata}
+    (copy / f"{FILE}.index.json").write_text(json.dumps(index))
+    for opened in (open_folder, DiTTransformer2DModel.from_pretrained):
+        with pytest.raises(ditq.CheckpointError, match="metadata must be of type dict"):
+            opened(copy)
 
 
 @pytest.mark.parametrize("shards", [{"a": 3}, {"a": None}, {"a": {"b": "c"}}, [], "x"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
-from ditq_runtime.format.digests import SWITCH
+from ditq_runtime.format.digests import SWITCH, digest
 from ditq_runtime.host.verify import verify
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -34,11 +34,13 @@ def folder(tmp_path_factory):
 
 
 def stored_digests(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"].get("digests")
+    """Of the tensors; that of config.json has tests of its own."""
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"].get("digests")
+    return {name: value for name, value in stored.items() if name != "config.json"}
 
 
-def by_hand(path):
-    """From the header and the bytes of a file, by zlib."""
+def by_hand(path, digest):
+    """Name -> digest, from the header and the bytes of a file."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -46,14 +48,76 @@ def by_hand(path):
     made = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        head = f"{entry['dtype']} {entry['shape']}".encode()
-        made[name] = format(zlib.crc32(head + data[begin:end]), "08x")
+        made[name] = digest(f"{entry['dtype']} {entry['shape']}".encode(), data[begin:end])
     return made
 
 
-def test_they_are_the_crc_of_dtype_shape_and_bytes(folder):
-    assert stored_digests(folder) == by_hand(folder / FILE)
-    assert verify(folder) == len(by_hand(folder / FILE)) > 30
+def crc(head, data):
+    return format(zlib.crc32(head + data), "08x")
+
+
+def sums(head, data):
+    """In Python's whole numbers."""
+    text, block = head, 64 * 256 * 8
+    whole = len(data) - len(data) % block
+    for begin in range(0, whole, block):
+        words = struct.unpack("<16384Q", data[begin : begin + block])
+        columns = [sum((2 * r + 1) * words[256 * r + c] for r in range(64)) for c in range(256)]
+        text += struct.pack("<256Q", *(column % 2**64 for column in columns))
+    return "sum:" + format(zlib.crc32(text + data[whole:]), "08x")
+
+
+def test_they_are_sums_of_blocks_then_a_crc(folder):
+    made = by_hand(folder / FILE, sums)
+    assert stored_digests(folder) == made
+    assert verify(folder) == len(made) > 30
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_071, 131_072, 131_073, 400_000])
+def test_a_digest_of_any_size(size):
+    generator = torch.Generator().manual_seed(size)
+    tensor = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    assert digest(tensor) == sums(f"U8 [{size}]".encode(), tensor.numpy().tobytes())
+
+
+def test_it_sees_any_bit_and_rows_that_changed_places():
+    tensor = torch.randint(0, 256, (300_000,), dtype=torch.uint8)
+    expected, rng = digest(tensor), random.Random(0)
+    for _ in range(200):
+        other = tensor.clone()
+        other[rng.randrange(len(tensor))] ^= 1 << rng.randrange(8)
+        assert digest(other) != expected
+    for size in (8, 512, 2048, 4096, 65536):
+        other = tensor.clone()
+        other[:size], other[2 * size : 3 * size] = tensor[2 * size : 3 * size], tensor[:size]
+        assert digest(other) != expected, size
+
+
+def test_digests_of_earlier_files_are_compared_too(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    config["quantization_config"]["digests"] = by_hand(folder / FILE, crc)
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert verify(tmp_path / "old") > 30
+    DiTTransformer2DModel.from_pretrained(tmp_path / "old")
+    name = damage(tmp_path / "old" / FILE, 123_456)
+    with pytest.raises(ditq.CheckpointError, match=name):
+        verify(tmp_path / "old")
+    with pytest.raises(ditq.CheckpointError, match=name):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "old")
+
+
+def damage(path, offset):
+    """Flip a bit of the data of a file; the name of the tensor that it is in."""
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    offset %= len(raw) - 8 - length
+    raw[8 + length + offset] ^= 8
+    path.write_bytes(raw)
+    held = {n: e["data_offsets"] for n, e in header.items()}
+    return next(name for name, (begin, end) in held.items() if begin <= offset < end)
 
 
 def test_whatever_saves_a_model_keeps_them_true(folder, tmp_path):
