@@ -1,21 +1,16 @@
 """Kill stress: SIGKILL `calibrate` and `convert` at random moments, run them again, compare every byte.
 
-    python -m ditq_bench.stress --kills 100 --out runs/stress
-    python -m ditq_bench.stress --forwards 1000                      threads on one model instead: see threads.py
-
 Half of the kills go to each job, on demo:digits with few steps; of these every other to the time when it writes. A run
 that was killed and repeated must leave the files of one that was not: the same names, the same bytes, and nothing else.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -23,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ditq_converters.calibrate.journal import LOG
-from ditq_runtime.cli.output import print_table, say
 from ditq_runtime.files import write_json
 
 MODEL = "demo:digits"
@@ -212,36 +206,3 @@ def _empty(out: Path) -> None:
                 f"{out}: holds {path.name}, which no stress run made; use a new folder"
             )
     shutil.rmtree(out, ignore_errors=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns 0 if every run came out identical."""
-    parser = argparse.ArgumentParser(description="SIGKILL calibrate and convert, and compare.")
-    parser.add_argument("--kills", type=int, default=100, help="half of them for each job")
-    parser.add_argument("--out", type=Path, default=Path("runs/stress"))
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument(
-        "--forwards", type=int, default=0, help="instead: of threads on one model, each combination"
-    )
-    options = parser.parse_args(arguments)
-    if options.forwards:
-        from ditq_bench import threads
-
-        return threads.main(["--forwards", str(options.forwards)])
-    try:
-        outcomes = stress(options.kills, options.out, options.seed)
-    except (ValueError, RuntimeError) as error:
-        parser.exit(1, f"{error}\n")
-    rows: list[tuple[Any, ...]] = [
-        (o.job, o.seconds, o.kills, o.alive, o.partial, o.identical, len(o.leftovers))
-        for o in outcomes
-    ]
-    columns = ("job", "seconds", "kills", "alive", "partial output", "identical", "leftover files")
-    print_table("killed at random moments, then run again", columns, rows)
-    ok = all(o.identical == o.kills for o in outcomes)
-    say("every run ended with the same bytes" if ok else f"{options.out}: see the runs that differ")
-    return 0 if ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,14 @@
 """Thread stress: several threads on one packed model must get the bits that one thread gets.
 
-    python -m ditq_bench.threads --forwards 1000
-
-Three kinds: `shared`, threads that call the model at timesteps of their own; `prepared`, half of them in pipelines that
+Kinds: `shared`, threads that call the model at timesteps of their own; `several`,
+each thread on a copy of its own; `prepared`, half of them in pipelines that
 `ditq.prepare` hoists the modulation of; `reported`, one more thread asks for execution reports all the while.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import itertools
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,11 +20,10 @@ import torch
 from diffusers import DDIMScheduler
 
 import ditq_runtime as ditq
-from ditq_runtime.cli.output import print_table, say
 from ditq_runtime.families import family_of
 
 THREADS, STEPS = 6, 4
-KINDS = ("shared", "prepared", "reported")
+KINDS = ("shared", "several", "prepared", "reported")
 FORMATS = [
     *itertools.product(("w8", "w4p", "w4g"), ("token", "static"), ("htg",)),
     ("w8", "token", "smoothquant"),
@@ -110,7 +106,8 @@ def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
         scheduler.set_timesteps(STEPS + i)
         if kind == "prepared" and i % 2:
             prepared.append(ditq.prepare(SimpleNamespace(transformer=model, scheduler=scheduler)))
-        works.append(_sampling(model, scheduler))
+        own = copy.deepcopy(model) if kind == "several" else model
+        works.append(_sampling(own, scheduler))
 
     def undo() -> None:
         for handle in prepared:
@@ -147,26 +144,3 @@ def models(folder: Path) -> Iterator[tuple[str, Any]]:
     for weights, activations, method in FORMATS:
         recipe = Recipe(method, weights, activations)
         yield f"{method} {weights} {activations}", convert(pipe, recipe, stats, quiet=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns 0 if no forward was wrong."""
-    parser = argparse.ArgumentParser(description="Several threads on one packed model.")
-    parser.add_argument("--forwards", type=int, default=1000, help="for each combination")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = [
-            stress_model(name, model, kind, options.forwards)
-            for name, model in models(Path(folder))
-            for kind in KINDS
-        ]
-    rows: list[tuple[Any, ...]] = [(o.name, o.kind, o.forwards, o.wrong) for o in outcomes]
-    print_table(f"{THREADS} threads on one model", ("model", "kind", "forwards", "wrong"), rows)
-    wrong = sum(outcome.wrong for outcome in outcomes)
-    say(f"{wrong} forwards differ" if wrong else "every forward has the bits of one thread")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Ops and layers of random formats and sizes in random surroundings: the bits must be those of a quiet process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ditq_bench.stress.outcome import Tally
+from ditq_runtime.attention.quantized import QuantAttention
+from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.format.stored_weight import quantize_weight, stored_tensors
+from ditq_runtime.layers.linear import QuantLinear
+from ditq_runtime.layers.site import Site
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def _set(setter: Callable[[Any], object], value: object, back: object) -> Iterator[None]:
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(back)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
+    "default dtype": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
+    "default device": lambda: torch.device("meta"),
+    "matmul precision": lambda: _set(torch.set_float32_matmul_precision, "medium", "highest"),
+    "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "threads": lambda: _set(torch.set_num_threads, 2, torch.get_num_threads()),
+    "random state": lambda: _set(torch.manual_seed, 77, 0),
+}
+
+
+def attack(cases: int, seed: int) -> list[Tally]:
+    """Run random layers, each alone and in one to three surroundings."""
+    tally = Tally("surroundings", seed)
+    for number in range(cases):
+        rng = random.Random(f"surroundings {seed} {number}")
+        what, run = rng.choice((_linear, _linear, _attention))(rng)
+        names = rng.sample(list(SURROUNDINGS), rng.choice((1, 1, 2, 3)))
+        expected = run()
+        try:
+            with ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(SURROUNDINGS[name]())
+                found = run()
+        except Exception as error:
+            tally.add(number, f"{what} in {names}", error)
+        else:
+            same = found.dtype == expected.dtype and torch.equal(found, expected)
+            tally.add(number, f"{what} in {names}", None, same)
+    return [tally]
+
+
+def _linear(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
+    """A linear of any format behind its site."""
+    weights = rng.choice(("w8", "w4p", "w4g", "fp32"))
+    activations = (
+        "none" if weights == "fp32" else rng.choice(("token", "token_asym", "static", "none"))
+    )
+    group = 32 if weights in ("w4p", "w4g") else None
+    rank = rng.choice((0, 4)) if activations != "none" else 0
+    form = LayerFormat(weights, activations, group, rng.random() < 0.7, 1, rank)
+    k = 32 * rng.randrange(1, 7) if group else rng.randrange(1, 200)
+    n, t, dtype = rng.randrange(1, 100), rng.randrange(1, 70), rng.choice(DTYPES)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    layer = QuantLinear(k, n, form, dtype, device="cpu")
+    x = torch.randn(t, k, generator=generator).to(dtype)
+    _fill(layer, torch.randn(n, k, generator=generator), generator)
+    if activations != "none":
+        site = Site(k, SiteFormat(("a.b",), activations, smooth=rng.random() < 0.5), "cpu")
+        for name, parameter in site.named_parameters():
+            parameter.data.fill_(0 if name == "act_zero" else 0.03)
+        layer.read(site)
+    return f"{form} [{n}, {k}] of {t} {dtype}", lambda: layer(x).detach()
+
+
+def _fill(layer: QuantLinear, weight: torch.Tensor, generator: torch.Generator) -> None:
+    form = layer.format
+    if form.weights == "fp32":
+        layer.weight.data = weight
+    else:
+        quantized = quantize_weight(weight, form)
+        for name, tensor in stored_tensors(quantized, form).items():
+            getattr(layer, name).data = tensor
+    for name, (dtype, shape) in form.tensors(layer.in_features, layer.out_features).items():
+        if name in ("bias", "lora_down", "lora_up", "weight_sum"):
+            values = torch.randn(shape, generator=generator)
+            getattr(layer, name).data = (values * 3).to(dtype)
+
+
+def _attention(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
+    """An attention between its projections."""
+    form = AttentionFormat(rng.choice(("int8", "bf16")), rng.choice(("token", "static")))
+    heads, d, dtype = rng.randrange(1, 4), 16 * rng.randrange(1, 5), rng.choice(DTYPES)
+    batch, rows, keys = rng.randrange(1, 3), rng.randrange(1, 50), rng.randrange(1, 50)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    core = QuantAttention(heads, form, d**-0.5, "cpu")
+    for parameter in core.parameters():
+        parameter.data.fill_(0.03)
+    q, k, v = (
+        torch.randn(batch, n, heads, d, generator=generator).to(dtype) for n in (rows, keys, keys)
+    )
+    return f"{form} {heads}x{d} {rows}x{keys} {dtype}", lambda: core(q, k, v).detach()
