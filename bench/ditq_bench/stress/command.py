@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ditq_bench.results import commit, device_name
 from ditq_bench.stress import kills, loading, reader, surroundings, threads, writers
@@ -93,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or (options.cases is not None and options.cases < 1):
         parser.error(f"unknown kind {unknown[0]!r}" if unknown else "--cases must be at least 1")
     torch.set_num_threads(1)
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     rows = [
         row
         for name in options.kinds or KINDS

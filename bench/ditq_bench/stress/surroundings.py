@@ -105,7 +105,7 @@ def _fill(layer: QuantLinear, weight: torch.Tensor, generator: torch.Generator) 
 def _attention(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
     """An attention between its projections."""
     form = AttentionFormat(rng.choice(("int8", "bf16")), rng.choice(("token", "static")))
-    heads, d, dtype = rng.randrange(1, 4), 16 * rng.randrange(1, 5), rng.choice(DTYPES)
+    heads, d, dtype = rng.randrange(1, 4), rng.choice((32, 64, 72)), rng.choice(DTYPES)
     batch, rows, keys = rng.randrange(1, 3), rng.randrange(1, 50), rng.randrange(1, 50)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     core = QuantAttention(heads, form, d**-0.5, "cpu")
