@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from ditq_bench import threads
+from ditq_bench.stress import threads
 from ditq_runtime.layers import carrier, timestep_groups
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version1"
@@ -34,6 +34,7 @@ def model():
     ("name", "kind"),
     [
         *((name, "shared") for name in NAMES),
+        ("dit_htg", "several"),
         *((name, "prepared") for name in ("dit_htg", "pixart")),
         *((name, "reported") for name in ("dit_htg", "sd3")),
     ],
