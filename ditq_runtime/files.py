@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ValueError: no folder can appear there (`check_new`), or another process is writing it.
     """
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(path), _part_folder(path) as part:
         yield part
         for file in part.rglob("*"):
@@ -80,19 +80,57 @@ def _part_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def one_writer(path: Path) -> Iterator[None]:
-    """Be the only process that writes `path`; what killed ones left of it is removed.
+def one_writer(path: Path | None, again: bool = False) -> Iterator[None]:
+    """Be the only one that writes `path`, from the begin of the work on; what killed processes left of it is removed.
 
-    The lock is the file `.NAME.lock` beside it, held by the operating system: a crash releases it.
+    The lock is the file `.NAME.lock` beside it, held by the operating system: a crash releases it, and the next writer
+    takes the file over.
+
+    Args:
+        path: None: nothing is written.
+        again: in here this thread may enter once more, to write at the end what it worked on.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process or thread holds it.
     """
-    if fcntl is None:  # no such locks on this system
-        remove_leftovers(path.parent, glob.escape(path.name))
+    mine = (path and path.absolute(), threading.get_ident())
+    if path is None:
         yield
         return
-    lock = path.parent / f".{path.name}.lock"
+    if mine in _HELD:
+        if not again:
+            _HELD.discard(mine)
+        try:
+            yield
+        finally:
+            _HELD.add(mine)
+        return
+    with _parents(path):
+        handle = _locked(path)
+        if again:
+            _HELD.add(mine)
+        try:
+            remove_leftovers(path.parent, glob.escape(path.name))
+            yield
+        finally:
+            _HELD.discard(mine)
+            if handle is not None:
+                _lock_of(path).unlink(missing_ok=True)
+                os.close(handle)
+
+
+_HELD: set[tuple[Path | None, int]] = set()  # paths, and the threads that may enter again
+
+
+def _lock_of(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
+def _locked(path: Path) -> int | None:
+    """The lock of a path, open and ours; None on systems without such locks."""
+    if fcntl is None:
+        return None
+    lock = _lock_of(path)
     while True:
         handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
         try:
@@ -103,14 +141,21 @@ def one_writer(path: Path) -> Iterator[None]:
                 f"{path}: another process is writing it; wait for that one, or choose another output folder"
             ) from None
         if _is_at(handle, lock):  # else its last holder removed the file while we opened it
-            break
+            return handle
         os.close(handle)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The folders above a path; those that were made go again where nothing came into them."""
+    new = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        remove_leftovers(path.parent, glob.escape(path.name))
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _is_at(handle: int, path: Path) -> bool:

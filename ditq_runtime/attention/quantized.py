@@ -14,6 +14,7 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.format.attention import AttentionFormat
+from ditq_runtime.layers import check_nan
 from ditq_runtime.layers.pinned import Pinned
 
 Heads: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # codes [B, H, T, D] and their scale
@@ -86,6 +87,9 @@ class QuantAttention(Pinned):
         """Codes [B, H, T, D] of all streams of `q`, `k` or `v`, and their scale, which static formats hold."""
         streams: Streams = [(x, {})] if isinstance(x, torch.Tensor) else x
         scale = None if self.format.scales == "token" else getattr(self, f"{operand}_scale").data
+        if check_nan.ON and scale is not None:
+            for part, _ in streams:
+                check_nan.refuse_nan(part, f"{operand} of an attention")
         made = [k.quantize_heads(part, scale=scale, **before) for part, before in streams]
         codes, scales = zip(*made, strict=True)
         if len(made) == 1:

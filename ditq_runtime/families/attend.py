@@ -24,6 +24,7 @@ from ditq_runtime.families.fused import (
 )
 from ditq_runtime.families.fusible import is_hooked
 from ditq_runtime.format.attention import CORE
+from ditq_runtime.layers import check_nan
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Codes
 
@@ -33,7 +34,7 @@ QKV = ("to_q", "to_k", "to_v")
 def has_one_gemm(attn: nn.Module) -> bool:
     """Whether Q, K and V of one input come from one GEMM: static scales, layers of one format, no low-rank branch."""
     core = _own_core(attn)
-    if core is None or not core.format.all_static:
+    if core is None or not core.format.all_static or check_nan.ON:
         return False
     first, *others = (packed_linear(attn, name).format for name in QKV)
     return not first.lora_rank and all(other == first for other in others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from ditq_runtime.families import Family, family_of
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.format.folder import TransformerFolder
+from ditq_runtime.format.layer import GROUPED
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.site import SITES
 
@@ -111,3 +113,27 @@ def _of_layer(scheme: Scheme, layer: str, field: str, dimensions: int) -> str:
     if field in ("weight_scale", "weight_sum") and dimensions == 2:  # one a group
         return "group scales and offsets"
     return CATEGORY_OF_FIELD.get(field, "other float")
+
+
+def float_weights(folder: TransformerFolder) -> tuple[float, list[str]]:
+    """The share of the weights of a packed folder that is stored in floats, and their names, the largest first.
+
+    Weights are what multiplies: tensors of two dimensions or more; scales, shifts and tables of timesteps are none.
+    """
+    scheme = folder.scheme
+    assert scheme is not None
+    counts: dict[str, int] = {}
+    integers = 0
+    for name, info in folder.headers.items():
+        layer, _, field = name.rpartition(".")
+        form = scheme.format_of(layer) if layer in scheme.layers else None
+        count = math.prod(info.shape)
+        if form is not None and field != "weight":
+            continue
+        if form is not None and form.weights != "fp32":
+            integers += count * (2 if form.weights in GROUPED else 1)
+        elif len(info.shape) > 1 and info.dtype.is_floating_point and f".{SITES}." not in name:
+            counts[layer if field == "weight" else name] = count
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    floats = sum(counts.values())
+    return floats / max(floats + integers, 1), names

@@ -13,6 +13,7 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.format.site import SiteFormat
+from ditq_runtime.layers import check_nan
 from ditq_runtime.layers.pinned import Pinned
 from ditq_runtime.layers.timestep_groups import group_index, of_groups
 
@@ -72,7 +73,7 @@ class Site(Pinned):
     @property
     def leaves_codes(self) -> bool:
         """A GEMM or attention before it can leave its codes: static, nothing to subtract."""
-        return self.is_static and self.shift is None
+        return self.is_static and self.shift is None and not check_nan.ON
 
     def forward(self, rows: torch.Tensor) -> Codes:
         """Quantize.
@@ -84,6 +85,7 @@ class Site(Pinned):
             Their codes.
         """
         if self.is_static:
+            self._look(rows)
             scale = self.act_scale.data
             options = self._subtraction(len(rows))
             q = k.quantize_static(rows, scale, self.act_zero, self.smooth_inv, **options)
@@ -101,6 +103,7 @@ class Site(Pinned):
     def of_gelu(self, rows: torch.Tensor) -> Codes:
         """The codes of GELU (tanh form) of rows [T, K]."""
         if self.is_static:
+            self._look(rows)
             static = {"scale": self.act_scale.data, "zero_point": self.act_zero}
             options = static | self._subtraction(len(rows))
             q, scale = k.gelu_quantize(rows, self.smooth_inv, **options)
@@ -116,6 +119,7 @@ class Site(Pinned):
         else:
             options = self._subtraction(len(shift))
         if self.is_static:
+            self._look(rows, multiplier, shift)
             options |= {"scale": self.act_scale.data, "zero_point": self.act_zero}
         elif self.format.activations == "token_asym":
             options["asymmetric"] = True
@@ -134,6 +138,11 @@ class Site(Pinned):
     def codes_left(self, q: torch.Tensor) -> Codes:
         """What such an op left."""
         return Codes(q, self.act_scale.data, self.act_zero)
+
+    def _look(self, *values: torch.Tensor) -> None:
+        if check_nan.ON:
+            for part in values:
+                check_nan.refuse_nan(part, f"the site of {', '.join(self.format.readers)}")
 
     def _token(self, num_rows: int) -> dict[str, Any]:
         options = self._subtraction(num_rows)

@@ -138,6 +138,10 @@ def test_convert_without_statistics_where_none_are_needed(ditq, tmp_path):
     result = ditq("convert", "demo:digits", tmp_path / "out", "--method", "linear")
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    told = [line for line in result.output.splitlines() if "of its weights stay float" in line]
+    assert told
+    assert "pos_embed" in told[0] or "label" in told[0] or "emb" in told[0]
+    assert "ditq/plan.json says why" in told[0]
 
 
 @pytest.mark.parametrize(("choice", "least"), [("--symmetric", 1), ("--asymmetric", 0)])

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def _half_written(atomic, target, stop, meanwhile=lambda: None):
 def test_a_block_that_does_not_end_leaves_nothing(tmp_path, atomic, stop):
     with pytest.raises(type(stop)):
         _half_written(atomic, tmp_path / "deep" / "x", stop)
-    assert not [*(tmp_path / "deep").iterdir()]
+    assert not [path for path in tmp_path.rglob("*") if path.name != "deep"]
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):
@@ -193,6 +194,36 @@ def test_one_target_has_one_writer_at_a_time(tmp_path):
             (other / "b").write_text("x")
     assert (target / "a").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_who_works_on_a_target_for_long_enters_once_more(tmp_path):
+    target, seen = tmp_path / "new" / "out", []
+
+    def another():
+        with pytest.raises(ValueError, match="another process is writing it"), one_writer(target):
+            pass
+        seen.append("refused")
+
+    with one_writer(target, again=True):
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join()
+        with one_writer(target, again=True), atomic_folder(target) as part:
+            (part / "a").write_text("whole")
+            with pytest.raises(ValueError, match="is writing it"), atomic_folder(target):
+                pass
+    assert seen == ["refused"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    with one_writer(tmp_path / "other" / "out"):
+        pass  # nothing came into the folder that was made for it
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    (tmp_path / ".out.lock").write_text("")
+    with atomic_folder(tmp_path / "out") as part:
+        (part / "a").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path):

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from ditq_runtime import CheckpointError
+from ditq_runtime import CheckpointError, QuantLinear
 from ditq_runtime.format.folder import open_folder
-from ditq_runtime.host.sizes import CATEGORIES, size_by_category
+from ditq_runtime.host.sizes import CATEGORIES, float_weights, size_by_category
 
 D, BLOCKS = 64, 2
 LINEARS = 4 * D * D + 2 * 4 * D * D  # weights of q, k, v, o, fc1, fc2 of a block
@@ -84,6 +84,28 @@ def test_sizes_of_a_sharded_and_of_a_float_folder_add_up(packed_folder, load, pi
         assert sum(size_by_category(folder).values()) == folder.nbytes
     assert len(open_folder(tmp_path / "shards").files) > 3
     assert open_folder(tmp_path / "float").scheme is None
+
+
+@pytest.mark.parametrize("name", ["w8_static", "w4p_token", "kept"])
+def test_the_weights_that_stay_float_are_counted(packed_folder, load, pipes, name):
+    folder = open_folder(packed_folder(name))
+    share, names = float_weights(folder)
+    model = load(packed_folder(name))
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    integers = sum(
+        m.in_features * m.out_features for m in packed.values() if m.format.weights != "fp32"
+    )
+    floats = {
+        key.removesuffix(".weight"): tensor.numel()
+        for key, tensor in model.state_dict().items()
+        if tensor.dim() > 1 and tensor.is_floating_point() and ".ditq_sites." not in key
+        and key.rpartition(".")[0] not in {n for n, m in packed.items() if m.format.weights != "fp32"}
+        and key in folder.headers
+    }  # fmt: skip
+    assert set(names) == set(floats)
+    assert [floats[n] for n in names] == sorted(floats.values(), reverse=True)
+    assert share == sum(floats.values()) / (sum(floats.values()) + integers)
+    assert ("transformer_blocks.0.attn1.to_q" in names) == (name == "kept")
 
 
 def test_a_pipeline_folder_is_opened_at_its_transformer(packed_folder):

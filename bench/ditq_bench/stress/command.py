@@ -96,11 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    rows = [
-        row
-        for name in options.kinds or KINDS
-        for row in _run(name, options.cases or KINDS[name][2 if options.short else 1], options.seed)
-    ]
+    rows = []
+    for name in options.kinds or KINDS:
+        _, many, few = KINDS[name]
+        rows += _run(name, options.cases or (few if options.short else many), options.seed)
     columns = FIELDS[3:]
     print_table("stress", columns, [[row[key] for key in columns] for row in rows])
     if options.csv is not None:

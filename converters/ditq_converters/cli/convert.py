@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.plan.plan import Plan
+    from ditq_runtime.format.folder import TransformerFolder
     from ditq_runtime.format.scheme import Scheme
+
+NAMED = 3  # names of weights that a line holds
 
 
 @c.with_choices
@@ -55,7 +58,7 @@ def convert(
     Example: ditq convert demo:digits out --method auto --budget 45%
     """
     from ditq_converters.plan.make import refuse_profile
-    from ditq_runtime.files import check_new
+    from ditq_runtime.files import check_new, one_writer
 
     c.refuse_choices(context, plan)
     recipe = c.recipe_of(choices)
@@ -74,7 +77,8 @@ def convert(
 
     search = partial(c.searched, choices) if c.is_auto(choices) else None
     alike = plan is not None  # a plan of a file is for all transformers that it fits
-    _convert(model, out, planned, alike, search, stats, device, max_shard_size, calibration)
+    with one_writer(out, again=True):  # also while it calibrates
+        _convert(model, out, planned, alike, search, stats, device, max_shard_size, calibration)
     _print(out, time.perf_counter() - begin, json)
 
 
@@ -120,7 +124,7 @@ def _convert(
 
 def _print(out: Path, seconds: float, json: bool) -> None:
     from ditq_runtime.format.folder import transformer_folders
-    from ditq_runtime.host.sizes import add_up, size_by_category
+    from ditq_runtime.host.sizes import add_up, float_weights, size_by_category
 
     folders = transformer_folders(out)
     packed = {name: folder for name, folder in folders.items() if folder.scheme is not None}
@@ -128,12 +132,28 @@ def _print(out: Path, seconds: float, json: bool) -> None:
     total = sum(folder.nbytes for folder in packed.values())
     if json:
         made = {"out": str(out), "seconds": seconds, "bytes": total, "bytes_by_category": sizes}
-        print_json({**made, "transformers": list(packed)})
+        shares = {name: float_weights(folder)[0] for name, folder in packed.items()}
+        print_json({**made, "transformers": list(packed), "float_weights_share": shares})
         return
     rows = [(name, mebibytes(size)) for name, size in sizes.items() if size]
     title = f"{' and '.join(packed)} on disk"
     print_table(title, ("category", "size"), [*rows, ("total", mebibytes(total))])
+    for name, folder in folders.items():
+        say(f"{name}: {_float_part(folder)}")
     say(f"{out}: written in {seconds:.1f} s; {_next_step(out, next(iter(packed.values())).scheme)}")
+
+
+def _float_part(folder: TransformerFolder) -> str:
+    """What of a transformer stays float."""
+    from ditq_runtime.host.sizes import float_weights
+
+    if folder.scheme is None:
+        return "stays float, all of it"
+    share, names = float_weights(folder)
+    if not names:
+        return "no weight stays float"
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
+    return f"{100 * share:.1f} % of its weights stay float ({shown}); ditq/plan.json says why"
 
 
 def _next_step(out: Path, scheme: Scheme | None) -> str:

@@ -25,7 +25,7 @@ from ditq_converters.streaming.finished import FinishedBlocks
 from ditq_converters.streaming.model import streamed_of, tensors_of
 from ditq_converters.streaming.write import Piece, check_room, write_streamed
 from ditq_runtime.calls.pipeline import with_transformers
-from ditq_runtime.files import check_new
+from ditq_runtime.files import check_new, one_writer
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.surroundings import steady
 
@@ -71,8 +71,24 @@ def convert(
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
-    if out is not None:
-        check_new(Path(out))
+    target = None if out is None else Path(out)
+    if target is not None:
+        check_new(target)
+    with one_writer(target, again=True):
+        return _convert(pipe, plan, stats, target, max_shard_size, quiet, memory_budget, inputs)
+
+
+def _convert(
+    pipe: Any,
+    plan: Any,
+    stats: CalibrationStats | None,
+    out: Path | None,
+    max_shard_size: str,
+    quiet: bool,
+    memory_budget: int | None,
+    inputs: dict[str, Any] | None,
+) -> Any:
+    """`convert`, where nobody else writes `out`."""
     pipe = opened(pipe, memory_budget)
     float_transformer(pipe, "convert")
     jobs = jobs_of(pipe, plan, stats, inputs, quiet)
@@ -86,12 +102,12 @@ def convert(
     jobs = [replace(job, before=prefix_of(job.plan, job.model, job.stats)) for job in jobs]
     if on_disk:
         assert out is not None
-        packed = convert_on_disk(jobs, Path(out), max_shard_size)
+        packed = convert_on_disk(jobs, out, max_shard_size)
     else:
         packed = {job.component: convert_in_memory(job) for job in jobs}
         if out is not None:
             plans = {job.component: to_json(job.plan) for job in jobs}
-            write_pipeline(assembled(pipe, packed), Path(out), max_shard_size, plans)
+            write_pipeline(assembled(pipe, packed), out, max_shard_size, plans)
     return packed if len(packed) > 1 else next(iter(packed.values()))
 
 
