@@ -24,7 +24,7 @@ import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_bench.gemm import candidates
 from ditq_bench.measure import measure
-from ditq_bench.results import backend_of, commit, origin_of
+from ditq_bench.results import ORIGIN, backend_of, commit, origin_of
 from ditq_bench.shapes import SHAPES
 from ditq_bench.timing import Timing, time_in_turn
 from ditq_bench.xl_model import DIT_XL_2
@@ -42,7 +42,7 @@ SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
 TILE_ROWS = 64  # of normal weights that are packed; a layer repeats them
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 FIELDS = (
-    "device", "torch", "triton", "commit", "what", "candidate", "backend", "clock", "p20_ms", "median_ms", "p80_ms",
+    *ORIGIN, "what", "candidate", "backend", "clock", "p20_ms", "median_ms", "p80_ms",
     "rounds", "speedup_over_fp32", "speedup_over_bf16", "weight_bytes",
 )  # fmt: skip
 Row = dict[str, Any]
@@ -151,7 +151,7 @@ def _row(
     times = (f"{1e3 * seconds:.2f}" for seconds in (t.p20, t.median, t.p80))
     ratios = (f"{ratio:.3f}" for ratio in speedups)
     values = (
-        *origin_of(CPU)[:3],
+        *origin_of(CPU)[:-1],
         COMMIT,
         what,
         name,

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from ditq_bench.methods import ABLATIONS, Subject, prepare, read_rows
+from ditq_bench.results import commit
 from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import forced_sqnr
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
 from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.files import atomic_file
+from ditq_runtime.version import __version__
 
 CASES = (
     "ptq4dit: CSB, middle call",
@@ -35,7 +37,17 @@ MODELS = ("demo:digits-salient", "demo:digits-asymmetric")
 AMOUNT = 0.05  # standard deviation of the logarithm of the factor
 SEEDS = 4
 CALLS = slice(2, None, 5)  # of 50: every fifth
-FIELDS = ("model", "case", "as_it_is_db", "mean_db", "deviation_db", "seeds", "amount")
+FIELDS = (
+    "model",
+    "case",
+    "as_it_is_db",
+    "mean_db",
+    "deviation_db",
+    "seeds",
+    "amount",
+    "ditq",
+    "commit",
+)
 
 
 @contextmanager
@@ -87,7 +99,15 @@ def study(out: Path, models: Sequence[str] = MODELS) -> Iterator[dict[str, Any]]
                     found.append(forced(replace(recipe, method=name), subject))
             figures = (forced(recipe, subject), statistics.mean(found), statistics.stdev(found))
             shown = (f"{figure:.2f}" for figure in figures)
-            rows.append(dict(zip(FIELDS, (model, case, *shown, SEEDS, AMOUNT), strict=True)))
+            rows.append(
+                dict(
+                    zip(
+                        FIELDS,
+                        (model, case, *shown, SEEDS, AMOUNT, __version__, commit()),
+                        strict=True,
+                    )
+                )
+            )
             _write(out / "jitter.csv", rows)
             yield rows[-1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,9 @@ def kernels(
         ),
     ] = "int_mm,int_mm+dequant",
     attention: Annotated[bool, typer.Option(help="Also time attention.")] = True,
-    out: Annotated[Path, typer.Option(help="Folder for kernels.csv and the plots.")] = Path(
-        "runs/bench"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for kernels.csv, plots and kernels.html.")
+    ] = Path("runs/bench"),
     device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds per shape.")] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -39,10 +39,10 @@ def kernels(
     from ditq_bench.ceilings import measure_ceilings
     from ditq_bench.gemm import BASELINES, bench_gemm
     from ditq_bench.measure import Row
+    from ditq_bench.page import facts_of, write_kernels_page
     from ditq_bench.plots import plot_roofline, plot_speedup
     from ditq_bench.results import (
         Shape,
-        commit,
         device_name,
         doubts,
         origin_of,
@@ -51,7 +51,7 @@ def kernels(
     )
     from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
     from ditq_runtime.cli.device import place as device_of
-    from ditq_runtime.cli.output import print_json, print_table, say
+    from ditq_runtime.cli.output import print_json, say
 
     names = _chosen("--shapes", shapes, SHAPES)
     others = tuple(_chosen("--against", against, BASELINES)) if against else ()
@@ -72,8 +72,21 @@ def kernels(
             write_csv(out / "kernels.csv", rows, place)  # a killed run leaves what it has
     plot_speedup(out / "speedup.png", rows, device_name(place))
     plot_roofline(out / "roofline.png", rows, ceilings, device_name(place))
+    origin, found = origin_of(place), doubts(rows)
+    columns = ("shape", "candidate", "us", "spread, %", "TOPS", "roof, %", "x bf16")
+    table = [
+        (
+            s.name, r.candidate, 1e6 * r.timing.median, round(100 * r.timing.spread), r.tops,
+            round(100 * (r.roof or 0)), r.speedup_bf16,
+        )
+        for s, r in rows
+    ]  # fmt: skip
+    measured_at = ", ".join(f"{kind} {rate / 1e12:.2f}" for kind, rate in ceilings.rates.items())
+    roof = f"copy {ceilings.bandwidth / 1e9:.1f} GB/s; TOPS: {measured_at}"
+    write_kernels_page(
+        out, columns, table, found, {**facts_of(origin), "backend": backend, "ceilings": roof}
+    )
     if json:
-        origin = origin_of(place)
         print_json(
             {
                 "device": device_name(place),
@@ -83,24 +96,27 @@ def kernels(
             }
         )
         return
-    columns = ("shape", "candidate", "us", "spread, %", "TOPS", "roof, %", "x bf16")
-    table = [
-        (
-            s.name, r.candidate, 1e6 * r.timing.median, round(100 * r.timing.spread), r.tops,
-            round(100 * (r.roof or 0)), r.speedup_bf16,
-        )
-        for s, r in rows
-    ]  # fmt: skip
-    print_table(
-        f"{device_name(place)}, ditq {commit()}, backend {backend}; us: median, spread: (p80 - p20) / median",
-        columns,
-        table,
+    say(
+        f"{origin[0]}, ditq {origin[1]} ({origin[-1]}), backend {backend}; us: median, spread: (p80 - p20) / median"
     )
-    measured_at = ", ".join(f"{kind} {rate / 1e12:.2f}" for kind, rate in ceilings.rates.items())
-    for sentence in doubts(rows):
+    _print(columns, table)
+    for sentence in found:
         say(sentence)
-    say(f"ceilings of this run: copy {ceilings.bandwidth / 1e9:.1f} GB/s; TOPS: {measured_at}")
-    say(f"{out / 'kernels.csv'}: {len(rows)} rows; speedup.png and roofline.png beside it")
+    say(f"ceilings of this run: {roof}")
+    say(f"{out / 'kernels.csv'}: {len(rows)} rows; {out / 'kernels.html'}: open it in a browser")
+
+
+def _print(columns: tuple[str, ...], table: list[tuple[Any, ...]]) -> None:
+    """A table for every shape, so that they fit a terminal; one for all as CSV."""
+    from ditq_runtime.cli.output import print_table
+    from ditq_runtime.cli.voice import voice
+
+    if voice.csv:
+        print_table("kernels", columns, table)
+        return
+    for shape in dict.fromkeys(row[0] for row in table):
+        rows = [row[1:] for row in table if row[0] == shape]
+        print_table(f"\n{shape}", columns[1:], rows, ("TOPS", "roof, %"))
 
 
 def _chosen(option: str, text: str, known) -> list[str]:

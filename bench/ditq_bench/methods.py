@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ditq_bench.results import commit
 from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
@@ -23,6 +24,7 @@ from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
+from ditq_runtime.version import __version__
 
 MODELS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
 FLOWS = ("demo:digits-flow", "demo:digits-flow-salient", "demo:digits-flow-asymmetric")
@@ -34,6 +36,7 @@ METHOD_NAMES = ("linear", "smoothquant", "osplus", "meta", "ditas", "ptq4dit", "
 FIELDS = (
     "model", "table", "case", "weights", "activations", "sqnr_free_db", "sqnr_forced_db", "psnr_db", "accuracy",
     "bytes", "convert_seconds", "samples", "steps", "calibration_samples",
+    "ditq", "commit",
 )  # fmt: skip
 STEPS, SAMPLES, CALIBRATION_SAMPLES, GUIDANCE, SEED = 50, 10, 32, 1.5, 0
 
@@ -178,6 +181,8 @@ def measure(case: Case, subject: Subject) -> dict[str, Any]:
         "samples": SAMPLES,
         "steps": baseline.inputs[0].steps(baseline.pipe),
         "calibration_samples": CALIBRATION_SAMPLES,
+        "ditq": __version__,
+        "commit": commit(),
     }
 
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 FIELDS = (
-    "device", "torch", "triton", "commit", "model", "images", "steps", "what", "mode",
+    "device", "ditq", "torch", "triton", "commit", "model", "images", "steps", "what", "mode",
     "warm_up_s", "p20_ms", "median_ms", "p80_ms", "rounds", "peak_bytes", "skipped",
 )  # fmt: skip
+COLUMNS = ("what", "mode", "warm-up, s", "median, ms", "spread, %", "rounds", "skipped")
 
 
 def model(
@@ -34,7 +35,9 @@ def model(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 60.0,
-    out: Annotated[Path, typer.Option(help="Folder for model.csv.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for model.csv and model.html.")] = Path(
+        "runs/bench"
+    ),
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time one denoising step and a whole sampling run; warm-up apart, with the peak of memory.
@@ -55,7 +58,8 @@ def model(
         peak_memory,
         recorded_step,
     )
-    from ditq_bench.results import origin_of
+    from ditq_bench.page import facts_of, write_model_page
+    from ditq_bench.results import doubt, origin_of
     from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
     from ditq_runtime.files import atomic_file
@@ -89,13 +93,19 @@ def model(
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
+    title = f"{model}: {images} images, {steps} steps, {kind}"
+    timed = [(f"{row.what}, {row.mode}", row.timing) for row in measured if row.timing is not None]
+    found = [sentence for name, timing in timed for sentence in doubt(name, timing)]
+    table = [_shown(row) for row in measured]
+    peak = f"{memory['peak_bytes'] / 2**20:.0f} MiB"
+    write_model_page(out, title, COLUMNS, table, found, {**facts_of(origin), "peak memory": peak})
     if json:
         print_json(rows)
         return
-    columns = ("what", "mode", "warm_up_s", "median_ms", "p20_ms", "p80_ms", "skipped")
-    title = f"{model} on {origin[0]}: {images} images, {steps} steps, {kind}"
-    print_table(title, columns, [[row[name] for name in columns] for row in rows])
-    say(f"peak memory {memory['peak_bytes'] / 2**20:.0f} MiB; {out / 'model.csv'}")
+    print_table(f"{title}; {origin[0]}, ditq {origin[1]} ({origin[-1]})", COLUMNS, table)
+    for sentence in found:
+        say(sentence)
+    say(f"peak memory {peak}; {out / 'model.csv'}; {out / 'model.html'}: open it in a browser")
 
 
 def open_pipeline(model: str, dtype: Any, device: Any) -> Any:
@@ -117,6 +127,14 @@ def open_pipeline(model: str, dtype: Any, device: Any) -> Any:
         pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _shown(row: Any) -> tuple[Any, ...]:
+    """What people read of a row."""
+    t = row.timing
+    if t is None:
+        return (row.what, row.mode, row.warm_up, "", "", "", row.skipped)
+    return (row.what, row.mode, row.warm_up, 1e3 * t.median, round(100 * t.spread), t.rounds, "")
 
 
 def _fields(

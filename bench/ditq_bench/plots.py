@@ -9,39 +9,45 @@ import numpy as np
 from ditq_bench.ceilings import Ceilings
 from ditq_bench.measure import Row
 from ditq_bench.results import Shape
+from ditq_converters.pages.colours import colours_of
+from ditq_converters.pages.figures import DOTS, WIDTH, in_our_fonts, wrapped
 from ditq_runtime.files import atomic_file
 
 MARKS = "os^vDP*Xp"
 
 
+@in_our_fonts
 def plot_speedup(path: Path, rows: list[tuple[Shape, Row]], device: str) -> None:
     """Bars: median of torch bf16 over the candidate's, per shape; a quantizer alone is no rival and has none."""
     from matplotlib.figure import Figure
 
     rows = [(shape, row) for shape, row in rows if row.computes]
     shapes = list(dict.fromkeys(shape.name for shape, _ in rows))
-    colors = _colors(rows)
-    figure = Figure(figsize=(5 + 1.6 * len(shapes), 5), layout="constrained")
+    colours = colours_of(row.candidate for _, row in rows)
+    height = 0.16 * len(rows) + 0.15 * len(shapes) + 0.17 * len(colours) + 1.2
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
-    for at, name in enumerate(shapes):
+    at, middles, known = 0.0, [], set()
+    for name in shapes:
         bars = [row for shape, row in rows if shape.name == name]
-        for index, row in enumerate(bars):
-            left = at + 0.8 * ((index + 0.5) / len(bars) - 0.5)
-            label = (
-                row.candidate if row.candidate not in axes.get_legend_handles_labels()[1] else ""
-            )
-            axes.bar(
-                left, row.speedup_bf16, 0.8 / len(bars), color=colors[row.candidate], label=label
-            )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
-    axes.set_yscale("log")
-    axes.set_ylabel("speed over torch bf16, same run")
-    axes.set_title(device, fontsize=10)
-    figure.legend(fontsize=7, loc="outside right upper")
+        middles.append(at + (len(bars) - 1) / 2)
+        for row in bars:
+            label = "" if row.candidate in known else row.candidate
+            known.add(row.candidate)
+            axes.barh(at, row.speedup_bf16, 0.9, color=colours[row.candidate], label=label)
+            at += 1
+        at += 1
+    axes.margins(y=0.01)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(middles, shapes)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed over torch bf16, same run")
+    axes.set_title(wrapped(device))
+    figure.legend(loc="outside lower left", ncols=2)
     _save(figure, path)
 
 
+@in_our_fonts
 def plot_roofline(
     path: Path, rows: list[tuple[Shape, Row]], ceilings: Ceilings, device: str
 ) -> None:
@@ -49,8 +55,8 @@ def plot_roofline(
     from matplotlib.figure import Figure
 
     rows = [(shape, row) for shape, row in rows if row.computes]
-    colors = _colors(rows)
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    colors = colours_of(row.candidate for _, row in rows)
+    figure = Figure(figsize=(WIDTH, 3.8 + 0.1 * len(colors)), layout="constrained")
     axes = figure.add_subplot()
     intensities = [shape.operations / row.num_bytes for shape, row in rows]
     x = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
@@ -71,18 +77,11 @@ def plot_roofline(
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that must move")
     axes.set_ylabel("1e12 operations per second")
-    axes.set_title(f"{device}: measured ceilings (lines) and medians", fontsize=10)
-    figure.legend(fontsize=7, loc="outside right upper")
+    axes.set_title(wrapped(f"{device}: measured ceilings (lines) and medians"))
+    figure.legend(loc="outside lower left", ncols=2)
     _save(figure, path)
-
-
-def _colors(rows: list[tuple[Shape, Row]]) -> dict[str, tuple]:
-    from matplotlib import colormaps
-
-    names = list(dict.fromkeys(row.candidate for _, row in rows))
-    return {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
 
 
 def _save(figure, path: Path) -> None:
     with atomic_file(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+        figure.savefig(part, dpi=DOTS, format="png")

@@ -13,14 +13,18 @@ import torch
 import ditq_kernels as k
 from ditq_bench.measure import Row
 from ditq_bench.shapes import AttentionShape, GemmShape
+from ditq_bench.timing import Timing
 from ditq_kernels.launch import cpu_features
 from ditq_runtime.files import atomic_file
+from ditq_runtime.version import __version__
 
 Shape = GemmShape | AttentionShape
 SPREAD = 0.2  # of the median: what rounds may differ by
 
+FEW = 3  # doubts that are told one by one
+ORIGIN = ("device", "ditq", "torch", "triton", "commit")
 FIELDS = (
-    "device", "torch", "triton", "commit", "shape", "operations", "candidate", "backend",
+    *ORIGIN, "shape", "operations", "candidate", "backend",
     "timed_by", "p20_us", "median_us", "p80_us", "rounds", "tops", "bytes", "roof",
     "speedup_over_fp32", "speedup_over_bf16", "relative_error",
 )  # fmt: skip
@@ -64,8 +68,8 @@ def row_fields(
 
 
 def origin_of(device: torch.device) -> tuple[str, ...]:
-    """Device, torch, triton and commit, as every row says them."""
-    return (device_name(device), torch.__version__, _triton(), commit())
+    """ORIGIN, as every row says it; the device with its threads."""
+    return (device_name(device), __version__, torch.__version__, _triton(), commit())
 
 
 def write_csv(path: Path, rows: list[tuple[Shape, Row]], device: torch.device) -> None:
@@ -100,15 +104,24 @@ def doubts(rows: Sequence[tuple[Shape, Row]]) -> list[str]:
     found = []
     for shape, row in rows:
         name = f"{shape.name}, {row.candidate}"
-        if row.timing.spread > SPREAD:
-            found.append(
-                f"{name}: rounds differ by {100 * row.timing.spread:.0f} % of the median; run it again"
-            )
-        if row.roof is not None and row.roof > 1 + SPREAD:
+        found += doubt(name, row.timing)
+        if row.roof is not None and row.roof > 1:
             found.append(
                 f"{name}: {100 * row.roof:.0f} % of the roof; the machine was busy when the roof was measured"
             )
-    return found
+    return found if len(found) <= FEW else [*found[:FEW], _rest(rows, len(found) - FEW)]
+
+
+def _rest(rows: Sequence[tuple[Shape, Row]], more: int) -> str:
+    worst = max(row.timing.spread for _, row in rows)
+    return f"{more} more rows like these, the worst rounds differ by {100 * worst:.0f} %: the machine is busy"
+
+
+def doubt(name: str, timing: Timing) -> list[str]:
+    """A sentence where the rounds of one measurement disagree."""
+    if timing.spread <= SPREAD:
+        return []
+    return [f"{name}: rounds differ by {100 * timing.spread:.0f} % of the median; run it again"]
 
 
 def _triton() -> str:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 
 CALLS = 10  # in a graph; the events around a replay then weigh little
+ROUND = 1e-3  # seconds that a round lasts at least: the clock, and what else wakes up, then weigh little
+MOST = 1000  # calls in a round
+LONG = 0.5  # seconds of a warm-up after which nobody asks how many calls make a round
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def time_in_turn(
     clock: Callable[[], float] = time.perf_counter,
     graphs: bool = False,
 ) -> dict[str, Timing]:
-    """Time every candidate once per round, after one warm-up call each.
+    """Time every candidate once per round, after one warm-up call each; a short one is called until ROUND is over.
 
     Args:
         candidates: name -> a function that runs one call.
@@ -61,9 +64,12 @@ def time_in_turn(
     Returns:
         name -> its timing.
     """
-    for candidate in candidates.values():
+    calls = {}
+    for name, candidate in candidates.items():
+        begin = time.perf_counter()
         candidate()
-    calls = {name: _call(candidate, device, graphs) for name, candidate in candidates.items()}
+        short = time.perf_counter() - begin < LONG
+        calls[name] = _call(candidate, device, graphs, clock if short else None)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for done in range(rounds):
@@ -83,9 +89,20 @@ class _Call:
     how: str
 
 
-def _call(candidate: Callable[[], object], device: torch.device, graphs: bool) -> _Call:
-    if device.type != "cuda":
+def _call(
+    candidate: Callable[[], object],
+    device: torch.device,
+    graphs: bool,
+    clock: Callable[[], float] | None,
+) -> _Call:
+    """`clock`: to find out how many calls make a round; None for a candidate that is long enough."""
+    if device.type != "cuda" and clock is None:
         return _Call(candidate, 1, "clock")
+    if device.type != "cuda":
+        assert clock is not None
+        took = _time_once(candidate, device, clock)
+        count = min(MOST, max(1, round(ROUND / took))) if took > 0 else MOST
+        return _Call(_repeated(candidate, count), count, "clock")
     if not graphs:
         return _Call(candidate, 1, "events")
     graph = torch.cuda.CUDAGraph()
@@ -98,6 +115,14 @@ def _call(candidate: Callable[[], object], device: torch.device, graphs: bool) -
         return _Call(candidate, 1, "events")
     graph.replay()
     return _Call(graph.replay, CALLS, "graph")
+
+
+def _repeated(candidate: Callable[[], object], count: int) -> Callable[[], object]:
+    def run() -> None:
+        for _ in range(count):
+            candidate()
+
+    return candidate if count == 1 else run
 
 
 def _time_once(

@@ -22,18 +22,27 @@ def print_json(content: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; on a terminal that is too narrow for it, one line a value, row by row; CSV with --csv."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], droppable: Sequence[str] = ()
+) -> None:
+    """A table on stdout; CSV with --csv.
+
+    On a terminal that is too narrow for it columns are dropped, the first of `droppable` first; where that is not
+    enough, one line a value, row by row.
+    """
     if voice.csv:
         say(title)
         csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *rows])
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    say("\n".join([title, *table_lines(columns, rows, width)]))
+    say("\n".join([title, *table_lines(columns, rows, width, droppable)]))
 
 
 def table_lines(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    width: int | None,
+    droppable: Sequence[str] = (),
 ) -> list[str]:
     """The lines of a table; no word and no number is ever broken.
 
@@ -41,16 +50,21 @@ def table_lines(
         columns: headings.
         rows: values; columns of figures are right-aligned.
         width: characters of the terminal; None: as wide as it needs.
+        droppable: columns that may be left out for the width, the first one first.
     """
     rows = [list(row) for row in rows]
-    texts = [[_text(cell) for cell in row] for row in rows]
+    texts = [[shown(cell) for cell in row] for row in rows]
     widths = [
         max(map(len, (heading, *column))) for heading, *column in zip(columns, *texts, strict=True)
     ]
     total = sum(widths) + len(GAP) * (len(widths) - 1)
     if width is not None and total > width and len(columns) > 1:
-        return _stacked(columns, texts)
-    right = [bool(rows) and _are_figures([row[i] for row in texts]) for i in range(len(columns))]
+        if not droppable:
+            return _stacked(columns, texts)
+        kept = [i for i, name in enumerate(columns) if name != droppable[0]]
+        fewer = [[row[i] for i in kept] for row in rows]
+        return table_lines([columns[i] for i in kept], fewer, width, droppable[1:])
+    right = [bool(rows) and are_figures([row[i] for row in texts]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
         placed = (
@@ -89,13 +103,14 @@ def mebibytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.2f} MiB"
 
 
-def _are_figures(cells: Sequence[str]) -> bool:
+def are_figures(cells: Sequence[str]) -> bool:
     """A column of numbers, some of which may be missing."""
     return all(FIGURE.fullmatch(cell) for cell in cells) and any(c.strip("-") for c in cells)
 
 
-def _text(cell: Any) -> str:
+def shown(cell: Any) -> str:
+    """A cell as people read it: floats with three digits, thousands with commas, text on one line."""
     if isinstance(cell, float):
-        return f"{cell:.3g}"
+        return f"{cell:,.0f}" if 1000 <= abs(cell) < 1e9 else f"{cell:.3g}"
     text = f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
     return " ".join(text.split())

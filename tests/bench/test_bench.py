@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from typer.testing import CliRunner
 
 import ditq_kernels as k
 from ditq_bench import SHAPES, GemmShape, ceilings
+from ditq_bench.browser import faults, find_browser
 from ditq_bench.cli import bench
 from ditq_bench.gemm import BASELINE, bench_gemm
 from ditq_bench.measure import Row
-from ditq_bench.results import FIELDS, backend_of, doubts
-from ditq_bench.timing import Timing, time_in_turn
+from ditq_bench.results import FIELDS, backend_of, commit, doubts
+from ditq_bench.timing import ROUND, Timing, time_in_turn
+from ditq_runtime.version import __version__
 
 SMALL = GemmShape("small", 8, 128, 32)
 CPU = torch.device("cpu")
@@ -28,13 +31,27 @@ def test_operations_of_a_known_shape():
 
 def test_candidates_run_in_turn_after_a_warm_up():
     order = []
-    timings = time_in_turn(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=4
-    )
-    assert order == ["a", "b"] * 5
+
+    def runs(name):
+        return lambda: (time.sleep(2 * ROUND), order.append(name))
+
+    timings = time_in_turn({"a": runs("a"), "b": runs("b")}, CPU, rounds=4)
+    assert order == ["a", "a", "b", "b", *["a", "b"] * 4]  # called, and timed to see how long it is
     assert timings["a"].rounds == 4
     assert timings["a"].how == "clock"
-    assert timings["a"].p20 <= timings["a"].median <= timings["a"].p80
+    assert 2 * ROUND <= timings["a"].p20 <= timings["a"].median <= timings["a"].p80
+
+
+def test_a_short_candidate_fills_a_round():
+    calls, ticks = [], iter(range(10**6))
+
+    def clock():
+        return next(ticks) * 30e-6  # a call, or a round, seems to take 30 us
+
+    timing = time_in_turn({"a": lambda: calls.append(1)}, CPU, rounds=5, clock=clock)["a"]
+    count = round(ROUND / 30e-6)
+    assert len(calls) == 2 + 5 * count
+    assert timing.median == pytest.approx(30e-6 / count)
 
 
 @pytest.mark.gpu
@@ -86,6 +103,13 @@ def test_the_command_writes_rows_with_their_origin(app, tmp_path, monkeypatch):
     assert list(rows[0]) == list(FIELDS)
     assert {row["candidate"] for row in rows} == {row["candidate"] for row in report["rows"]}
     assert all(row["device"] and row["torch"] == torch.__version__ for row in rows)
+    assert {(row["ditq"], row["commit"]) for row in rows} == {(__version__, commit())}
+    assert all(f"{torch.get_num_threads()} threads" in row["device"] for row in rows)
+    page = (tmp_path / "kernels.html").read_text()
+    assert 'src="speedup.png"' in page
+    assert all(row["candidate"] in page for row in rows)
+    browser = find_browser()
+    assert browser is None or faults(tmp_path / "kernels.html", browser) == []
     gemm = k.backend_of("gemm_w8a8", "cpu")
     assert {row["backend"] for row in rows} == {"torch", "reference", gemm}  # quantizers: reference
 
@@ -126,5 +150,9 @@ def test_rows_to_doubt_are_named():
 
     assert doubts([(SMALL, row(0.95, 1.1, 0.9))]) == []
     assert "rounds differ by 50 %" in doubts([(SMALL, row(0.9, 1.4, 0.9))])[0]
+    assert "104 % of the roof" in doubts([(SMALL, row(1.0, 1.0, 1.04))])[0]
+    many = doubts([(SMALL, row(0.9, 1.4, 0.9))] * 9)
+    assert len(many) == 4
+    assert many[-1].startswith("6 more rows like these, the worst rounds differ by 50 %")
     assert "130 % of the roof" in doubts([(SMALL, row(1.0, 1.0, 1.3))])[0]
     assert doubts([(SMALL, row(1.0, 1.0, None))]) == []

@@ -25,6 +25,9 @@ def test_a_demo_model_on_a_cpu(tmp_path):
     assert run["median_ms"] > step["p20_ms"]  # a run is two steps and a decoder
     assert run["peak_bytes"] > 100 << 20
     assert "DiTTransformer2DModel" in rows["run", "hoisted"]["skipped"]  # a float model
+    page = (tmp_path / "model.html").read_text()
+    assert "demo:digits: 1 images, 2 steps" in page
+    assert "spread, %" in page
     assert (tmp_path / "model.csv").read_text().splitlines()[0] == ",".join(FIELDS)
 
 

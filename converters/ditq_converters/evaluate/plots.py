@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 
 from ditq_converters.pages.colours import colours_of
+from ditq_converters.pages.figures import DOTS, WIDTH, in_our_fonts, wrapped
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import Normalize
 from matplotlib.image import AxesImage
 
-WIDTH = 5.2  # inches: a page of 400 pixels shows it at 70 per inch, so that 8 points are 8 pixels
-SMALLEST = 8  # points
-DOTS = 200  # per inch, of the file
-TITLE = 56  # characters in a line of a title
 ROWS = 60  # of a heat map
-FONTS: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": SMALLEST,
-    "xtick.labelsize": SMALLEST, "ytick.labelsize": SMALLEST, "figure.titlesize": 10,
-}  # fmt: skip
-in_our_fonts: Any = plt.rc_context(FONTS)
 
 
 @in_our_fonts
@@ -38,7 +28,7 @@ def sqnr_curves(path: Path, curves: Mapping[str, Sequence[float]], title: str) -
         label = f"{name} (mean {sum(values) / len(values):.1f} dB)"
         axes.plot(range(1, len(values) + 1), values, color=colours[name], label=label)
     axes.set(xlabel="sampling step (1 = noisiest)", ylabel="SQNR of the prediction, dB")
-    axes.set_title(_wrapped(title))
+    axes.set_title(wrapped(title))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower left", ncols=1)
     _save(figure, path)
@@ -69,7 +59,7 @@ def layer_heatmap(
     image = _per_step(axes, 100 * errors, "magma")
     axes.set_yticks(range(len(names)), [n.removeprefix("transformer_blocks.") for n in names])
     axes.set(xlabel="sampling step (1 = noisiest)")
-    axes.set_title(_wrapped(title), loc="right")
+    axes.set_title(wrapped(title), loc="right")
     figure.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)
     _save(figure, path)
 
@@ -101,7 +91,7 @@ def activation_ranges(path: Path, panels: Mapping[str, torch.Tensor], title: str
         axes.set_xlabel("sampling step (1 = noisiest)", fontsize=8)
     figure.supylabel("channel, widest first", fontsize=9)
     figure.colorbar(image, ax=grid, label="log10 of largest |x|", location="bottom", aspect=40)
-    figure.suptitle(_wrapped(title))
+    figure.suptitle(wrapped(title))
     _save(figure, path)
 
 
@@ -119,7 +109,7 @@ def range_drift(path: Path, ranges: Mapping[str, torch.Tensor], title: str) -> N
     for name, values in ranges.items():
         axes.plot(range(1, len(values) + 1), values.tolist(), color=colours[name], label=name)
     axes.set(xlabel="sampling step (1 = noisiest)", ylabel="largest |x|", yscale="log")
-    axes.set_title(_wrapped(title))
+    axes.set_title(wrapped(title))
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=4)
     _save(figure, path)
@@ -139,7 +129,7 @@ def stacked_sizes(path: Path, sizes: Mapping[str, Mapping[str, int]], title: str
         left = {name: left[name] + width for name, width in zip(sizes, widths, strict=True)}
     axes.invert_yaxis()
     axes.set(xlabel="MiB")
-    axes.set_title(_wrapped(title))
+    axes.set_title(wrapped(title))
     figure.legend(loc="outside lower left", ncols=2)
     _save(figure, path)
 
@@ -149,10 +139,6 @@ def _widest_first(absmax: torch.Tensor) -> torch.Tensor:
     order = absmax.amax(0).argsort(descending=True)
     values = absmax[:, order].T
     return values.clamp(min=float(values[values > 0].min())).log10()
-
-
-def _wrapped(title: str) -> str:
-    return textwrap.fill(title, TITLE)
 
 
 def _per_step(

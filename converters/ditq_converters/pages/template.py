@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from ditq_runtime.cli.output import are_figures
 from ditq_runtime.cli.voice import voice
 
+TAG = re.compile(r"<[^>]*>")
 MARK = '<meta name="generator" content="ditq">'
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; padding: 1rem; color: #222;
@@ -19,7 +22,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margi
 dt, figcaption { color: #555; } code { font-size: .9em; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1em 0; overflow-wrap: normal; }
 td, th { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom; }
-td:first-child, th:first-child { text-align: left; padding-left: 0; }
+td.text, th.text { text-align: left; } td:first-child, th:first-child { padding-left: 0; }
 figure { margin: 1em 0; max-width: 40em; } figcaption { font-size: .95em; }
 img { max-width: 100%; height: auto; display: block; }
 .side { display: grid; gap: 0 2em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30em), 1fr)); }
@@ -57,8 +60,9 @@ def write_page(
     parts: Sequence[str],
     files: Sequence[str],
     links: Mapping[str, str],
+    name: str = "index.html",
 ) -> None:
-    """Write index.html.
+    """Write the page.
 
     Args:
         folder: the report's; pictures that the parts show lie in it.
@@ -66,6 +70,7 @@ def write_page(
         parts: HTML, in order; empty ones are left out.
         files: names in the folder that hold the figures.
         links: text -> address of other pages, relative to the folder.
+        name: of the file; a folder that holds several reports has several.
     """
     body = "\n".join(part for part in (_head(heading), *parts, _files(files), _nav(links)) if part)
     html = (
@@ -74,16 +79,17 @@ def write_page(
         f"<title>{escape(heading.title)}: {escape(heading.model)}</title>\n<style>{STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
-    (folder / "index.html").write_text(html, encoding="utf-8")
+    (folder / name).write_text(html, encoding="utf-8")
 
 
-def neighbours(folder: Path) -> dict[str, str]:
-    """Text -> address of the other reports of ditq beside a report's folder."""
-    found = {}
-    for page in sorted(folder.resolve().parent.glob("*/index.html")):
-        name = page.parent.name
-        if name != folder.name and MARK in page.read_text(encoding="utf-8", errors="ignore")[:400]:
-            found[name] = f"../{name}/index.html"
+def neighbours(folder: Path, name: str = "index.html") -> dict[str, str]:
+    """Text -> address of the other reports of ditq in a report's folder and beside it."""
+    home, found = folder.resolve(), {}
+    for page in sorted([*home.glob("*.html"), *home.parent.glob("*/*.html")]):
+        if page == home / name or MARK not in page.read_text("utf-8", errors="ignore")[:400]:
+            continue
+        text = page.parent.name if page.name == "index.html" else f"{page.parent.name}, {page.stem}"
+        found[text] = page.name if page.parent == home else f"../{page.parent.name}/{page.name}"
     return found
 
 
@@ -102,9 +108,18 @@ def side_by_side(figures: Sequence[str], kind: str = "side") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells; one that is too wide scrolls by itself."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    """A table of HTML cells, figures on the right and text on the left; one that is too wide scrolls by itself."""
+    columns = [[TAG.sub("", row[i]) for row in rows] for i in range(len(header))]
+    kinds = ["" if are_figures(column) else ' class="text"' for column in columns]
+    head = "".join(
+        f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, header, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
