@@ -12,11 +12,12 @@ from torch import nn
 
 from ditq_converters.models.open import PIPELINE_FILE, TRANSFORMER_FILE, open_model
 from ditq_converters.sites import family_for
+from ditq_converters.sites.find import remember
 from ditq_converters.sites.first_call import first_call
 from ditq_converters.sites.inputs import NoInputs
 from ditq_converters.streaming.opening import open_in_pieces
 from ditq_runtime.calls.inputs import gather
-from ditq_runtime.calls.parts import transformer_of
+from ditq_runtime.calls.parts import transformer_of, transformers_in
 from ditq_runtime.calls.pipeline import draw, pipeline_of, ready
 
 
@@ -30,7 +31,9 @@ def open_for_call(model: str) -> Any:
 
 
 def find_by_call(pipe: Any, inputs: Path) -> None:
-    """Find the sites of a transformer on its first call, where its configuration is not enough; they are kept for it.
+    """Find the sites of a transformer on its first call, where its configuration is not enough.
+
+    They are kept for it, and for another transformer of the same configuration.
 
     Args:
         pipe: a pipeline, or its transformer alone.
@@ -45,7 +48,10 @@ def find_by_call(pipe: Any, inputs: Path) -> None:
         family_for(model)
     except NoInputs:
         found = _arguments(model, inputs)
-        family_for(model, _first(pipe, inputs) if found is None else found)
+        family = family_for(model, _first(pipe, inputs) if found is None else found)
+        for other in transformers_in(pipe).values():
+            if type(other) is type(model) and other.config == model.config:
+                remember(other, family)
 
 
 def _arguments(model: nn.Module, path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Calibration statistics: what is read from them, one site at a time.
 
-    stats/manifest.json    models, settings, inputs: what they belong to
+    stats/manifest.json    models with the sites that were found on them, settings, inputs: what they belong to
     stats/inputs/          one folder per input (`shards`)
     stats/merged/          what is read (`merge`): per transformer one file per timestep, the noisiest first
     stats/calibrate.log    progress, with times; nobody reads it but people

@@ -104,8 +104,9 @@ def _convert(
 
     opened = None if stats is None else CalibrationStats.open(stats)
     pipe = open_model(model, memory_budget=calibration["memory_budget"])
-    if opened is None and calibration["inputs"] is not None:
-        find_by_call(pipe, calibration["inputs"])
+    calls = calibration["inputs"] or calibration["prompts"]
+    if opened is None and calls is not None:
+        find_by_call(pipe, calls)
     models = transformers_in(pipe)
     for name, transformer in models.items():
         know_sites(transformer, opened and opened.of(name))
