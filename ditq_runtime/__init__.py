@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from ditq_runtime.lora.adapter import load_lora
     from ditq_runtime.lora.switch import set_lora, unload_lora
     from ditq_runtime.report.execution import ExecutionReport, LayerRun, execution_report
+    from ditq_runtime.speed.backend.report import CompiledGraph, compile_report
     from ditq_runtime.speed.prepare import Prepared, prepare
     from ditq_runtime.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "CompiledGraph",
     "DitqConfig",
     "DitqQuantizer",
     "ExecutionReport",
@@ -43,6 +45,7 @@ __all__ = [
     "QuantLinear",
     "Scheme",
     "__version__",
+    "compile_report",
     "configure",
     "execution_report",
     "load_lora",
@@ -56,6 +59,7 @@ __all__ = [
 _HOME = {
     "FORMAT_VERSION": "format.checkpoint",
     "CheckpointError": "errors",
+    "CompiledGraph": "speed.backend.report",
     "DitqConfig": "host.config",
     "DitqQuantizer": "host.plugin",
     "ExecutionReport": "report.execution",
@@ -66,6 +70,7 @@ _HOME = {
     "QuantLinear": "layers.linear",
     "Scheme": "format.scheme",
     "__version__": "version",
+    "compile_report": "speed.backend.report",
     "configure": "host.configure",
     "execution_report": "report.execution",
     "load_lora": "lora.adapter",

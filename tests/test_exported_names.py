@@ -15,6 +15,7 @@ EXPORTED = {
     ditq_runtime: [
         "FORMAT_VERSION",
         "CheckpointError",
+        "CompiledGraph",
         "DitqConfig",
         "DitqQuantizer",
         "ExecutionReport",
@@ -25,6 +26,7 @@ EXPORTED = {
         "QuantLinear",
         "Scheme",
         "__version__",
+        "compile_report",
         "configure",
         "execution_report",
         "load_lora",

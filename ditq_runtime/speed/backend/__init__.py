@@ -1,0 +1,1 @@
+"""`torch.compile(model, backend="ditq")`: passes over the graph, then Inductor. Open `compile.py` first."""
