@@ -188,8 +188,10 @@ def _image_codes(
 
     Padding has no say in the scale: masked values may clip, their probability is 0.
     """
-    absmax = value.abs().amax(3)  # [B, T, H]
-    if key_mask is not None:
-        absmax = absmax.masked_fill(~key_mask[..., None], 0)
-    scale = k.symmetric_scale(absmax.amax(1))
-    return k.quantize_symmetric(value, scale[:, None, :, None]).transpose(1, 2), scale
+    if key_mask is None:
+        absmax = torch.linalg.vector_norm(value, torch.inf, (1, 3))  # [B, H]
+    else:
+        of_tokens = torch.linalg.vector_norm(value, torch.inf, 3)
+        absmax = of_tokens.masked_fill(~key_mask[..., None], 0).amax(1)
+    scale = k.symmetric_scale(absmax)
+    return k.quantize_heads(value, scale=scale)[0], scale

@@ -43,7 +43,7 @@ class AttentionFormat:
 
         Where Q and K come from two streams, each has its own.
         """
-        operands = 3 if self.all_static else 2
+        operands = 3 if self.values == "int8" else 2
         return (*[HEADS] * operands, f"attention_qk_int8_pv_{self.values}")
 
     def tensors(self, heads: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

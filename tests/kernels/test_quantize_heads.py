@@ -116,6 +116,17 @@ def test_kernel_against_fp64(stage, static, tokens, heads, head_dim, device, gen
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("run", [k.quantize_heads, None])
+@pytest.mark.usefixtures("poisoned")
+def test_a_scale_for_each_head_of_each_image(run, device, generator):
+    x, *_ = problem(generator)
+    scale = torch.rand(2, 3, generator=generator) * 0.02 + 0.01
+    whole = launch(device, x, {}, scale) if run is None else run(x, scale=scale)
+    for image in range(2):
+        alone = k.quantize_heads(x[image : image + 1], scale=scale[image])
+        assert torch.equal(whole[0][image], alone[0][0])
+
+
 def launch(device, x, named, scale=None):
     order = ("norm_weight", "cos", "sin", "shift")
     weight, cos, sin, shift = (None if named.get(n) is None else named[n].to(device) for n in order)
@@ -220,7 +231,7 @@ def refusals(generator):
     yield {"cos": cos.double(), "sin": sin.double()}, "cos must be float32"
     yield {"cos": cos, "sin": sin.T.contiguous().T}, "one shape and layout"
     yield {"shift": cos}, r"shift must be \[B, H, D\] = \[2, 3, 64\]"
-    yield {"scale": torch.ones(2)}, "scale must be"
+    yield {"scale": torch.ones(2)}, r"scale must be float32 \[3\] or \[2, 3\]"
 
 
 @pytest.mark.parametrize("case", range(11))

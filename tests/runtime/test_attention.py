@@ -385,7 +385,7 @@ def test_formats_that_no_op_runs_are_refused(field, value):
 
 def test_what_a_format_stores_and_runs():
     assert [f.ops for f in FORMATS] == [
-        (*["quantize_heads"] * 2, "attention_qk_int8_pv_int8"),
+        (*["quantize_heads"] * 3, "attention_qk_int8_pv_int8"),
         (*["quantize_heads"] * 3, "attention_qk_int8_pv_int8"),
         (*["quantize_heads"] * 2, "attention_qk_int8_pv_bf16"),
         (*["quantize_heads"] * 2, "attention_qk_int8_pv_bf16"),

@@ -37,9 +37,9 @@ def normed(x, inv_rms, weight_ptr, h, d, H, D, WIDE: tl.constexpr):
 @triton.jit
 def _quantize_heads_kernel(
     x_ptr, norm_weight_ptr, cos_ptr, sin_ptr,  # [B, T, H, D] float, [D] or [H * D] float, [T, C] fp32 twice
-    shift_ptr, in_scale_ptr,  # [B, H, D] fp32, [H] fp32, each or None
+    shift_ptr, in_scale_ptr,  # [B, H, D] fp32, [H] or [B, H] fp32, each or None
     q_ptr, scale_ptr,  # [B, H, T, D] int8, [B, H, T] fp32 or None
-    eps, T, H, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_cd,
+    eps, T, H, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_cd, stride_sb,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     WIDE: tl.constexpr,  # the norm is over all heads, which the program holds
     INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,  # tables have a column for each pair
@@ -83,7 +83,7 @@ def _quantize_heads_kernel(
         codes = rounded_steps(y, inv_scale, -INT8_MAX, INT8_MAX)
         tl.store(scale_ptr + rows, scale, mask=h < H)
     else:
-        step = tl.load(in_scale_ptr + h, mask=h < H, other=1.0)
+        step = tl.load(in_scale_ptr + b * stride_sb + h, mask=h < H, other=1.0)
         inv_step = tl.div_rn(tl.full((HEADS,), 1.0, tl.float32), step)[:, None]
         codes = asymmetric_codes(y, inv_step, tl.full((), 0, tl.int32))
     tl.store(q_ptr + rows[:, None] * D + d[None, :], codes.to(tl.int8), mask=inside)
@@ -126,6 +126,7 @@ def launch(
             _quantize_heads_kernel, (batch * tokens, triton.cdiv(heads, held)),
             x, norm_weight, cos, sin, shift, scale, q, scales if scale is None else None,
             eps, tokens, heads, x.stride(0), x.stride(1), x.stride(2), *table,
+            scale.stride(0) if scale is not None and scale.dim() == 2 else 0,
             D=head_dim, BLOCK_D=block_d, HEADS=held, WIDE=wide, INTERLEAVED=interleaved,
             PAIRS=cos is not None and cos.shape[-1] != head_dim,
             num_warps=num_warps, enable_fp_fusion=False,

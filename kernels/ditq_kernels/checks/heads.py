@@ -9,7 +9,7 @@ MAX_HEADS_TIMES_D = 16384  # of a norm over all heads of a token, which one prog
 
 
 def check_heads(x: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """Projections [B, T, H, D] whose heads are contiguous, and a scale for each head if any."""
+    """Projections [B, T, H, D] whose heads are contiguous, and a scale for each head, or of each image, if any."""
     if x.dim() != 4 or x.dtype not in checks.FLOATS:
         raise ValueError(
             f"{OP}: x must be [B, T, H, D] {checks.names_of(checks.FLOATS)}, got {checks.describe(x)}; "
@@ -19,8 +19,19 @@ def check_heads(x: torch.Tensor, scale: torch.Tensor | None) -> None:
         raise ValueError(
             f"{OP}: heads of x must be contiguous, got strides {tuple(x.stride())}; call .contiguous()"
         )
-    if scale is not None:
-        checks.check_vector(OP, "scale", scale, torch.float32, (x.shape[2],), like=x)
+    if scale is None:
+        return
+    per_head, per_image = (x.shape[2],), (x.shape[0], x.shape[2])
+    if scale.dtype != torch.float32 or tuple(scale.shape) not in (per_head, per_image):
+        raise ValueError(
+            f"{OP}: scale must be float32 {list(per_head)} or {list(per_image)}, got {checks.describe(scale)}; "
+            "pass one for each head, or for each head of each image"
+        )
+    if not scale.is_contiguous():
+        raise ValueError(
+            f"{OP}: scale must be contiguous, got strides {scale.stride()}; call .contiguous()"
+        )
+    checks.check_device(OP, "scale", scale, like=x)
 
 
 def check_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:

@@ -42,10 +42,11 @@ def quantize_heads(
         interleaved: pairs are channels 2 i and 2 i + 1 (Flux, Qwen, Wan, LTX); else i and i + D / 2 (Cosmos,
             OmniGen, CogView4).
         shift: [B, H, D] fp32, contiguous, subtracted last.
-        scale: [H] fp32, positive: a calibrated scale for each head.
+        scale: [H] or [B, H] fp32, positive: a given scale for each head, or for each head of each image.
 
     Returns:
-        codes: [B, H, T, D] int8, contiguous. scales: [B, H, T] fp32; [0, H, T] where a scale is given.
+        codes: [B, H, T, D] int8, contiguous, in [-127, 127], with a given scale in [-128, 127]. scales: [B, H, T]
+        fp32; [0, H, T] where a scale is given.
 
     Raises:
         ValueError: a wrong shape, dtype, device or layout.

@@ -27,7 +27,7 @@ def quantize_heads(
     if scale is None:
         scales = numerics.symmetric_scale(y.abs().amax(3))
         return numerics.quantize_symmetric(y, scales[..., None]).contiguous(), scales
-    step = scale[:, None, None]
+    step = scale[..., None, None]
     codes = numerics.quantize_asymmetric(y, step, step.new_zeros((), dtype=torch.int32))
     return codes.contiguous(), step.new_empty((0, *codes.shape[1:3]))
 
