@@ -31,6 +31,9 @@ RECIPES = {
     "corrected": Recipe(
         "htg", "w4p", "static", num_groups=2, lora_rank=4, rounding="gptq", bias_correction=True
     ),
+    "learned": Recipe(
+        "osplus", "w4p", "token_asym", rounding="reconstruct", iterations=3, bias_correction=True
+    ),
     "ditas": Recipe(method="ditas", lora_rank=4, keep=("*.to_k", "*.1.norm1.linear")),
 }
 
@@ -197,6 +200,7 @@ def test_finished_blocks_are_not_converted_again(source, tmp_path, monkeypatch):
     assert not out.exists()
     assert sorted(path.name for path in (folder_of(out) / "transformer").iterdir()) == [
         "conversion.json",
+        "convert.log",
         "transformer_blocks.0.safetensors",
     ]
     convert(pipe, LINEAR, out=out, quiet=True)

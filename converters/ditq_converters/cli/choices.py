@@ -61,8 +61,10 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "rounding": _option(
         str,
         "nearest",
-        "nearest, gptq (later columns make up for earlier ones), or aimed (also for layers before).",
+        "nearest, gptq (later columns make up for earlier ones), aimed (also for layers before), or reconstruct (and "
+        "learned block by block).",
     ),
+    "iterations": _option(int, 400, "reconstruct: iterations per block.", min=1),
     "bias_correction": _option(
         bool,
         False,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ditq_converters.convert.bias_correction import SampledRows
-from ditq_converters.convert.emulated import Emulated, output_units, playable
+from ditq_converters.convert.emulated import Emulated, Rounded, output_units, playable
 from ditq_converters.convert.fold import Block, LinearTensors
 from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.observed import Observed
@@ -21,7 +21,6 @@ from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.target import aimed, best_damping
 from ditq_converters.methods import BlockTransform, Transform
 from ditq_runtime.families import BlockTable
-from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.site import Site
 
@@ -64,7 +63,14 @@ class Goal:
 
 
 class Aim:
-    """One block on its way through `convert_block`."""
+    """One block on its way through `convert_block`.
+
+    Attributes:
+        prefix: the two models, run up to the block once a linear is observed.
+        block: its name.
+        targets: name inside the block -> [N, K] fp32, what its codes should stand for, once it is observed.
+        site: name inside the block -> the site that it reads.
+    """
 
     def __init__(
         self,
@@ -85,12 +91,13 @@ class Aim:
                 f"convert: {block}: rounding aimed needs one bias for all timesteps, and its method has "
                 f"{choice.num_groups} timestep groups; take rounding gptq, or another method"
             )
-        self._prefix, self._block = prefix, block
+        self.prefix, self.block = prefix, block
+        self.targets: dict[str, torch.Tensor] = {}
         folded = {n: t for n, t in choice.sites.items() if n not in in_quantizer}
         self._units = output_units(linears, table, folded)
-        self._site = {name: site.name for site in table.sites for name in site.consumers}
+        self.site = {name: site.name for site in table.sites for name in site.consumers}
         self._transforms = {
-            name: choice.sites.get(site, Transform()) for name, site in self._site.items()
+            name: choice.sites.get(site, Transform()) for name, site in self.site.items()
         }
         self._goals: dict[str, Goal] = {}
 
@@ -108,34 +115,36 @@ class Aim:
         goal = self._goal(name, activations, quantizer)
         centred = linear.bias is not None  # a bias takes back the mean error
         group = torch.zeros(len(goal.seen), dtype=torch.int64)
+        target = goal.target(linear.weight, centred)
+        self.targets[name] = target.float()
         return Observed(
             feedback=goal.feedback(centred),
             rows=(lambda: SampledRows(goal.wanted, group, goal.seen)) if centred else None,
-            target=goal.target(linear.weight, centred),
+            target=target,
         )
 
-    def finish(
-        self,
-        name: str,
-        layer_format: LayerFormat,
-        stored: dict[str, torch.Tensor],
-        quantizer: dict[str, torch.Tensor],
-    ) -> None:
+    def finish(self, name: str, rounded: Rounded) -> None:
         """Let the linears that follow see what this one became."""
-        linear: Any = self._prefix.seen.get_submodule(f"{self._block}.{name}")
-        layer = playable(linear.in_features, linear.out_features, layer_format, stored, quantizer)
+        linear: Any = self.prefix.wanted.get_submodule(f"{self.block}.{name}")
+        layer = playable(
+            linear.in_features,
+            linear.out_features,
+            rounded.layer_format,
+            rounded.stored,
+            rounded.quantizer,
+        )
         transform = self._transforms.get(name, Transform())
-        self._prefix.finish(
-            f"{self._block}.{name}", Emulated(layer, transform, self._units.get(name))
+        self.prefix.finish(
+            f"{self.block}.{name}", Emulated(layer, transform, self._units.get(name))
         )
 
     def _goal(self, name: str, activations: str, quantizer: dict[str, torch.Tensor]) -> Goal:
-        site = self._site[name]
+        site = self.site[name]
         if site not in self._goals:
             transform = self._transforms[name]
             if not self._goals:  # all that runs before the block is finished by now
-                self._prefix.enter(self._block)
-            rows = self._prefix.rows(name)
+                self.prefix.enter(self.block)
+            rows = self.prefix.rows(name)
             wanted, seen = (transform.apply(part, ()) for part in (rows.wanted, rows.seen))
             codes = _coded(seen, activations, quantizer)
             self._goals[site] = Goal(wanted, seen, codes, rows.half)

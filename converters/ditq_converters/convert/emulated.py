@@ -109,12 +109,33 @@ def playable(
     return layer
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A linear after rounding.
+
+    Attributes:
+        layer_format: of the packed linear.
+        stored: its tensors.
+        quantizer: those of the site that it reads; empty where it reads none.
+    """
+
+    layer_format: LayerFormat
+    stored: dict[str, torch.Tensor]
+    quantizer: dict[str, torch.Tensor]
+
+
 class Emulated(nn.Module):
     """A packed linear in the place of the float one.
 
     Attributes:
-        layer: the packed linear, with its quantizer.
+        layer: the packed linear.
+        site: its quantizer; None: it has none.
     """
+
+    u: torch.Tensor | None
+    z: torch.Tensor | None
+    scale: torch.Tensor | None
+    added: torch.Tensor | None
 
     def __init__(self, layer: QuantLinear, transform: Transform, units: Units | None) -> None:
         """Remember what to undo.
@@ -125,18 +146,34 @@ class Emulated(nn.Module):
             units: of its output; None: the float model's.
         """
         super().__init__()
-        self.layer, self.units = layer, units
+        self.layer, self.site = layer, layer.site  # a submodule here, so that it moves along
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._u = None if transform.smooth is None else (1 / transform.smooth).float()
-        self._z = None if transform.shift is None else transform.shift[0].float()
+        smooth, shift = transform.smooth, transform.shift
+        self.register_buffer("u", None if smooth is None else (1 / smooth).float())
+        self.register_buffer("z", None if shift is None else shift[0].float())
+        self.register_buffer("scale", None if units is None else units.scale.float())
+        self.register_buffer("added", None if units is None else units.added.float())
+
+    def transformed(self, x: torch.Tensor) -> torch.Tensor:
+        """Its input as the packed linear reads it: fp32, the shape of x."""
+        rows = x.float() if self.z is None else x.float() - self.z
+        return rows if self.u is None else rows * self.u
+
+    def in_float_units(self, y: torch.Tensor) -> torch.Tensor:
+        """The packed linear's output as the float model's."""
+        if self.scale is None or self.added is None:
+            return y
+        return y / self.scale - self.added
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] to [..., N], in the dtype of x."""
-        rows = x.float() if self._z is None else x.float() - self._z
-        y: torch.Tensor = self.layer(rows if self._u is None else rows * self._u)
-        if self.units is not None:
-            y = y / self.units.scale.float() - self.units.added.float()
-        return y.to(x.dtype)
+        """[..., K] to [..., N], in the dtype of x; a gradient passes as if nothing were rounded."""
+        with torch.no_grad():
+            y = self.in_float_units(self.layer(self.transformed(x))).to(x.dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad and self.site is not None):
+            return y
+        straight = nn.functional.linear(self.transformed(x), self.layer.dequantized_weight())
+        straight = self.in_float_units(straight).to(x.dtype)
+        return y + (straight - straight.detach())
 
 
 def ungrouped(layer_format: LayerFormat) -> LayerFormat:

@@ -11,7 +11,13 @@ from torch import nn
 
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.convert.block import PackedBlock, convert_block, convert_final_modulation
+from ditq_converters.convert.block import (
+    PackedBlock,
+    convert_block,
+    convert_final_modulation,
+    play_block,
+)
+from ditq_converters.convert.log import Log
 from ditq_converters.convert.pack import make_scheme
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.methods import METHODS
@@ -58,14 +64,23 @@ class Job:
     component: str = "transformer"
 
     @torch.no_grad()
-    def convert_part(self, name: str) -> PackedBlock:
+    def convert_part(self, name: str, log: Log | None = None) -> PackedBlock:
         """A block, or the final modulation."""
         part = self.plan.part(name)
         used = self.stats if self.plan.needs_statistics else None
         if name == self.family.final_modulation:
             return convert_final_modulation(self.model, name, part, used)
+        tell = None if log is None else log.learning(name)
         with weights_of(self.model, name):
-            return convert_block(self.model, self.family, name, part, used, self.before)
+            return convert_block(self.model, self.family, name, part, used, self.before, tell)
+
+    def take_up(self, name: str, packed: PackedBlock) -> None:
+        """Let the parts that follow see one that an earlier run converted."""
+        if self.before is None or name == self.family.final_modulation:
+            return
+        part = self.plan.part(name)
+        with weights_of(self.model, name):
+            play_block(self.model, self.family, name, part, self.stats, self.before, packed)
 
     def scheme(self, formats: dict[str, LayerFormat], shapes: Shapes) -> Scheme:
         """Of the packed model: full layer name -> format, stored tensor -> shape."""
@@ -124,20 +139,13 @@ def checked_plan(
     return plan, family
 
 
-def prefix_of(plan: Plan, model: nn.Module, stats: CalibrationStats | None) -> Prefix | None:
-    """What rounding that is aimed runs; None where nothing is.
-
-    Raises:
-        ValueError: the model is on disk, so it cannot be run beside itself.
-    """
-    if stats is None or not any(linear.rounding == "aimed" for linear in plan.linears):
+def prefix_of(job: Job) -> Prefix | None:
+    """What rounding runs that reads what the packed model will show; None where none does."""
+    if job.stats is None or not any(linear.runs_model for linear in job.plan.linears):
         return None
-    if streamed_of(model) is not None:
-        raise ValueError(
-            "convert: rounding aimed runs the model, and this one is read block by block; take rounding gptq, or "
-            "convert without --memory-budget"
-        )
-    return Prefix(model, stats.replay())
+    streamed = streamed_of(job.model)
+    budget = None if streamed is None else streamed.memory_budget
+    return Prefix(job.model, job.stats.replay(), job.family.block_names(job.model), budget)
 
 
 def provenance(plan: Plan, stats: CalibrationStats | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
+from ditq_converters.convert.block import PackedBlock
 from ditq_converters.convert.jobs import Job, jobs_of, prefix_of
+from ditq_converters.convert.log import LOG, Log
 from ditq_converters.convert.pack import pack_model, packed_skeleton
 from ditq_converters.memory import give_back
 from ditq_converters.models.gate import float_transformer
@@ -21,7 +23,7 @@ from ditq_converters.plan.file import to_json
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.progress import progress_bar
-from ditq_converters.streaming.finished import FinishedBlocks
+from ditq_converters.streaming.finished import FinishedBlocks, forget
 from ditq_converters.streaming.model import streamed_of, tensors_of
 from ditq_converters.streaming.write import Piece, check_room, write_streamed
 from ditq_runtime.calls.pipeline import with_transformers
@@ -99,15 +101,16 @@ def _convert(
         check_finite(job.model)
         if job.stats is not None:
             job.stats.check_model(job.model)
-    jobs = [replace(job, before=prefix_of(job.plan, job.model, job.stats)) for job in jobs]
+    jobs = [replace(job, before=prefix_of(job)) for job in jobs]
     if on_disk:
         assert out is not None
         packed = convert_on_disk(jobs, out, max_shard_size)
     else:
-        packed = {job.component: convert_in_memory(job) for job in jobs}
+        packed = {job.component: convert_in_memory(job, out) for job in jobs}
         if out is not None:
             plans = {job.component: to_json(job.plan) for job in jobs}
             write_pipeline(assembled(pipe, packed), out, max_shard_size, plans)
+            forget(out)
     return packed if len(packed) > 1 else next(iter(packed.values()))
 
 
@@ -122,17 +125,14 @@ def opened(pipe: Any, memory_budget: int | None) -> Any:
     return pipe
 
 
-def convert_in_memory(job: Job) -> nn.Module:
-    """Convert all parts and assemble the packed transformer."""
+def convert_in_memory(job: Job, out: Path | None = None) -> nn.Module:
+    """Convert all parts and assemble the packed transformer; parts of long work stay beside `out` until it is there."""
+    done = finished_blocks(job, out) if out is not None and learns(job.plan) else None
     tensors: dict[str, torch.Tensor] = {}
     formats: dict[str, LayerFormat] = {}
-    parts = job.family.part_names(job.model)
-    with progress_bar("converting", len(parts), quiet=job.quiet) as advance:
-        for name in parts:
-            packed_part = job.convert_part(name)
-            tensors |= packed_part.tensors
-            formats |= packed_part.formats
-            advance()
+    for packed_part in convert_parts(job, done):
+        tensors |= packed_part.tensors
+        formats |= packed_part.formats
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     scheme = job.scheme(formats, shapes)
     return pack_model(job.model, scheme, tensors, job.provenance, job.plan.kept_dtype)
@@ -147,20 +147,45 @@ def convert_on_disk(jobs: list[Job], out: Path, max_shard_size: str) -> dict[str
 
 def convert_in_pieces(job: Job, out: Path) -> Piece:
     """The converted blocks of one transformer, on disk."""
-    parts, made = job.family.part_names(job.model), job.provenance
-    done = FinishedBlocks.open(out, job.component, {**made, "model_hash": model_hash(job.model)})
-    earlier = done.names()
+    done = finished_blocks(job, out)
+    for packed_part in convert_parts(job, done):
+        del packed_part
+        give_back()
+    scheme = job.scheme(done.formats(job.family.part_names(job.model)), done.shapes())
+    packed = packed_skeleton(job.model, scheme, job.provenance, job.plan.kept_dtype)
+    return Piece(job.model, packed, to_json(job.plan), done)
+
+
+def finished_blocks(job: Job, out: Path) -> FinishedBlocks:
+    """The parts that an earlier run of this very conversion left."""
+    made = {**job.provenance, "model_hash": model_hash(job.model)}
+    return FinishedBlocks.open(out, job.component, made)
+
+
+def convert_parts(job: Job, done: FinishedBlocks | None) -> Iterator[PackedBlock]:
+    """All parts in their order; those of an earlier run are read, the others converted and kept."""
+    parts = job.family.part_names(job.model)
+    earlier = done.names() if done is not None else set()
+    log = None if done is None else Log(done.folder / LOG, len(parts), len(earlier))
     with progress_bar("converting", len(parts), len(earlier), job.quiet) as advance:
         for name in parts:
-            if name not in earlier:
-                packed_part = job.convert_part(name)
-                done.save(name, packed_part.tensors, packed_part.formats)
-                del packed_part
-                give_back()
-                advance()
-    scheme = job.scheme(done.formats(parts), done.shapes())
-    packed = packed_skeleton(job.model, scheme, made, job.plan.kept_dtype)
-    return Piece(job.model, packed, to_json(job.plan), done)
+            if done is not None and name in earlier:
+                packed = PackedBlock(done.load(name), done.formats([name]))
+                job.take_up(name, packed)
+                yield packed
+                continue
+            packed = job.convert_part(name, log)
+            if done is not None:
+                done.save(name, packed.tensors, packed.formats)
+            if log is not None:
+                log.finished(name)
+            advance()
+            yield packed
+
+
+def learns(plan: Plan) -> bool:
+    """Whether a conversion is long work, of which a kill must not cost more than a block."""
+    return any(linear.rounding == "reconstruct" for linear in plan.linears)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -167,9 +167,9 @@ def _check_linear(entry: LinearPlan, linear: nn.Linear, site: str) -> None:
         raise ValueError(
             f"plan: {entry.name}: reads no site, so it has weights alone; leave activations out"
         )
-    if entry.rounding == "aimed" and not entry.is_integer:
+    if entry.runs_model and not entry.is_integer:
         raise ValueError(
-            f"plan: {entry.name}: rounding aimed is for linears that read a site; take gptq"
+            f"plan: {entry.name}: rounding {entry.rounding} is for linears that read a site; take gptq"
         )
     if entry.needs_rows and not entry.is_integer and site != MODULATION:
         raise ValueError(

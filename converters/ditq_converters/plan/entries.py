@@ -24,7 +24,9 @@ CALLS = ("all", "noisiest")
 QUANTIZED = ("w8", "w4p", "w4g")
 WEIGHTS = (*QUANTIZED, "fp32", "as it is")
 ACTIVATIONS = ("token", "token_asym", "static", "none")
-ROUNDINGS = ("nearest", "gptq", "aimed")
+ITERATIONS = 400  # of learning a block, each on one call
+BEHIND = ("aimed", "reconstruct")  # roundings behind all that is quantized before
+ROUNDINGS = ("nearest", "gptq", *BEHIND)
 MODULATION, OUTSIDE = "modulation", "outside"  # what stands for a site where a linear has none
 
 
@@ -97,9 +99,10 @@ class LinearPlan:
         group_size: input channels per group of `w4p` or `w4g`.
         symmetric: `w4g` without zero points.
         rank: of the low-rank branch beside the integer product; 0: none.
-        rounding: `nearest`, `gptq`, or `aimed`: gptq towards the float model's outputs behind all that is quantized
-            before.
+        rounding: `nearest`, `gptq`, `aimed`: gptq towards the float model's outputs behind all that is quantized
+            before, or `reconstruct`: learned with its block, from there on.
         bias_correction: take its mean output error on sampled rows back through its bias.
+        iterations: of learning, where it is reconstructed; a block takes the most that one of its linears has.
         reason: why, in words.
     """
 
@@ -113,6 +116,7 @@ class LinearPlan:
     rank: int = 0
     rounding: str = "nearest"
     bias_correction: bool = False
+    iterations: int = ITERATIONS
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -133,6 +137,10 @@ class LinearPlan:
             raise ValueError(
                 f"plan: {self.name}: rank must be a count, 0 for none, got {self.rank!r}"
             )
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise ValueError(
+                f"plan: {self.name}: iterations must be at least 1, got {self.iterations!r}"
+            )
         needs = {
             "activations": self.activations != "none",
             "rank": self.rank > 0,
@@ -151,6 +159,11 @@ class LinearPlan:
     def is_integer(self) -> bool:
         """Both operands of its product are integers."""
         return self.activations != "none"
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether its rounding reads what the packed model will show to it."""
+        return self.rounding in BEHIND
 
     @property
     def needs_rows(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import ditq_kernels as k
-from ditq_converters.plan.entries import MODULATION, OUTSIDE, LinearPlan
+from ditq_converters.plan.entries import BEHIND, MODULATION, OUTSIDE, LinearPlan
 from ditq_converters.plan.recipe import Recipe
 from ditq_runtime.families import BlockTable, Family
 from ditq_runtime.format.layer import GROUPED
@@ -24,7 +24,7 @@ def plan_reader(name: str, linear: nn.Linear, site: str, recipe: Recipe) -> Line
     return LinearPlan(
         name, shape, site, weights, recipe.activations, group,
         recipe.symmetric_weights and weights == "w4g", recipe.rank, recipe.rounding,
-        recipe.bias_correction, why or f"integer weights and {recipe.activations} activations",
+        recipe.bias_correction, recipe.iterations, why or f"integer weights and {recipe.activations} activations",
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def plan_modulation(
 
 def _rounding(recipe: Recipe) -> dict[str, Any]:
     """Of a modulation linear, whose inputs are exact: aimed is no more than gptq."""
-    rounding = "gptq" if recipe.rounding == "aimed" else recipe.rounding
+    rounding = "gptq" if recipe.rounding in BEHIND else recipe.rounding
     return {"rounding": rounding, "bias_correction": recipe.bias_correction}
 
 

@@ -11,7 +11,7 @@ from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
 from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.plan.entries import ACTIVATIONS as ALL_ACTIVATIONS
-from ditq_converters.plan.entries import QUANTIZED, ROUNDINGS
+from ditq_converters.plan.entries import ITERATIONS, QUANTIZED, ROUNDINGS
 from ditq_converters.plan.plan import KEPT_DTYPES
 from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
 
@@ -40,8 +40,10 @@ class Recipe:
         range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
         rounding: of weights: `nearest`; `gptq`, which passes the error of a column on to later ones by the sampled
-            rows (arXiv:2210.17323), those of modulation linears included; or `aimed`, gptq towards the float model's
-            outputs behind all that is quantized before, on replayed calls.
+            rows (arXiv:2210.17323), those of modulation linears included; `aimed`, gptq towards the float model's
+            outputs behind all that is quantized before, on replayed calls; or `reconstruct`, learned block by block
+            from there on (arXiv:2102.05426, as PTQ4DiT does).
+        iterations: of learning each block, where rounding is `reconstruct`; PTQ4DiT takes 20000.
         bias_correction: take the mean output error of every site's linear on the sampled rows back through its bias
             (arXiv:1906.04721), per timestep group where the bias is a table; a linear without a bias gets none.
         profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
@@ -78,6 +80,7 @@ class Recipe:
     attention: str | None = None
     attention_scales: str | None = None
     bias_correction: bool = False
+    iterations: int = ITERATIONS
     kept_dtype: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -105,6 +108,8 @@ class Recipe:
             raise ValueError(
                 f"recipe: symmetric is a choice of w4g weights, got weights {self.weights!r}"
             )
+        if self.iterations < 1:
+            raise ValueError(f"recipe: iterations must be at least 1, got {self.iterations}")
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("range_method", self.range_method, RANGE_METHODS)
         if self.range_method != "minmax" and self.activations != "static":

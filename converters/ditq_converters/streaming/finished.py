@@ -1,6 +1,7 @@
 """Converted blocks of an unfinished conversion, kept beside its output, so that a killed one goes on.
 
 .OUT.blocks/TRANSFORMER/conversion.json     what is being made: of other settings, the folder is emptied
+.OUT.blocks/TRANSFORMER/convert.log         times and ETA
 .OUT.blocks/TRANSFORMER/BLOCK.safetensors   stored tensors of one block, and its formats as metadata; by atomic rename
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ditq_runtime.files import atomic_file, write_json
 from ditq_runtime.format.layer import LayerFormat
@@ -55,6 +56,10 @@ class FinishedBlocks:
         listed = json.dumps({name: asdict(layer_format) for name, layer_format in formats.items()})
         with atomic_file(self.folder / f"{block}.safetensors") as part:
             save_file(tensors, part, metadata={"formats": listed})
+
+    def load(self, block: str) -> dict[str, torch.Tensor]:
+        """Full tensor name -> tensor of a block."""
+        return load_file(self.folder / f"{block}.safetensors")
 
     def formats(self, blocks: list[str]) -> dict[str, LayerFormat]:
         """Full layer name -> format of all blocks, in order."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -31,21 +32,31 @@ class Streamed:
         device: where a module's tensors go while it runs.
         memory_budget: bytes that work with the model may take; None: no limit.
         model_hash: of the weights, once it is known.
+        staying: names of modules that have their weights for longer than a run.
     """
 
     source: FloatSource
     device: torch.device
     memory_budget: int | None = None
     model_hash: str | None = None
+    staying: set[str] = field(default_factory=set)
 
     def load(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         """Give a module its tensors."""
-        self._assign(module, self.source.read(_names(module, prefix, recurse)), prefix)
+        self._assign(module, self.source.read(self._names(module, prefix, recurse)), prefix)
 
     def drop(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         """Take them away again."""
-        names = _names(module, prefix, recurse)
+        names = self._names(module, prefix, recurse)
         self._assign(module, {name: self.source.empty(name) for name in names}, prefix)
+
+    def stays(self, name: str) -> bool:
+        """Whether a module has its weights now, whoever runs it."""
+        return any(f"{name}.".startswith(f"{one}.") for one in self.staying)
+
+    def _names(self, module: nn.Module, prefix: str, recurse: bool) -> list[str]:
+        """Of a module's tensors, those that are on disk: a linear that was exchanged has its own."""
+        return [n for n in _names(module, prefix, recurse) if n in self.source.headers]
 
     def _assign(self, module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
         local = {
@@ -119,10 +130,40 @@ def weights_of(model: nn.Module, block: str) -> Iterator[nn.Module]:
         yield module
         return
     streamed.load(module, block)
+    streamed.staying.add(block)
     try:
         yield module
     finally:
+        streamed.staying.discard(block)
         streamed.drop(module, block)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy whose modules can be exchanged; it has the very tensors of the model, or reads them from the same disk."""
+    streamed = streamed_of(model)
+    if streamed is None:
+        tensors = [*model.parameters(), *model.buffers()]
+        return deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copy = open_streamed(streamed.source, streamed.memory_budget)
+    move(copy, streamed.device)
+    return copy
+
+
+def lend_weights(model: nn.Module, copy: nn.Module, block: str) -> None:
+    """Give a block of a copy the weights that the model's has now; `drop_weights` takes them back."""
+    streamed = streamed_of(copy)
+    if streamed is not None:
+        tensors = model.get_submodule(block).state_dict()
+        copy.get_submodule(block).load_state_dict(tensors, strict=False, assign=True)
+        streamed.staying.add(block)
+
+
+def drop_weights(copy: nn.Module, block: str) -> None:
+    """Take a block's float weights."""
+    streamed = streamed_of(copy)
+    if streamed is not None:
+        streamed.staying.discard(block)
+        streamed.drop(copy.get_submodule(block), block)
 
 
 def passing_bytes(model: nn.Module) -> int:
@@ -145,10 +186,12 @@ def largest_block(model: nn.Module, family: Family) -> int:
 
 def _read_when_run(streamed: Streamed, module: nn.Module, name: str) -> None:
     def load(*_: Any) -> None:
-        streamed.load(module, name, recurse=False)
+        if not streamed.stays(name):
+            streamed.load(module, name, recurse=False)
 
     def drop(*_: Any) -> None:
-        streamed.drop(module, name, recurse=False)
+        if not streamed.stays(name):
+            streamed.drop(module, name, recurse=False)
 
     module.register_forward_pre_hook(load)
     module.register_forward_hook(drop, always_call=True)

@@ -34,6 +34,7 @@ def test_defaults():
         "attention": "none",
         "attention_scales": None,
         "bias_correction": False,
+        "iterations": 400,
         "kept_dtype": "fp32",
         "options": {},
     }
