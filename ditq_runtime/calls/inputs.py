@@ -130,6 +130,7 @@ def gather(
             seeds = tuple(map(int, own)) if isinstance(own, list) else (int(own),)
         number += count
         _check_known(f"{caller}: input {index}", pipe, takes, arguments)
+        check_encoded(f"{caller}: input {index}", pipe, arguments)
         made.append(Input(_filled(pipe, takes, arguments), seeds))
     if not made:
         raise ValueError(f"{caller}: inputs must hold at least one call, got none")
@@ -229,6 +230,19 @@ def _check_known(
             raise ValueError(
                 f"{where}: {type(pipe).__name__} takes no argument {name!r}; its arguments are {', '.join(takes)}"
             )
+
+
+def check_encoded(where: str, pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for text where nothing is there to encode it."""
+    encoders = [
+        c for n, c in getattr(pipe, "components", {}).items() if n.startswith("text_encoder")
+    ]
+    texts = arguments.get("prompt") is not None
+    if texts and encoders and all(encoder is None for encoder in encoders):
+        raise ValueError(
+            f"{where}: {type(pipe).__name__} has no text encoder here, as a transformer alone or within a memory "
+            "budget; give embeddings (prompt_embeds, ...) in place of text"
+        )
 
 
 def _check_positive(caller: str, **counts: int | None) -> None:

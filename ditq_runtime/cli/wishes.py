@@ -14,6 +14,7 @@ from ditq_runtime.calls.inputs import (
     CLASS_STEPS,
     Input,
     alike,
+    check_encoded,
     gather,
 )
 from ditq_runtime.calls.prompts import read_prompts
@@ -50,10 +51,6 @@ def wished(
     """The calls of a file of inputs or of embeddings, or of a short form; errors as `gather` and `wishes`."""
     embeddings = prompts is not None and prompts.suffix == ".safetensors"
     if inputs is None and not embeddings:
-        if getattr(pipe, "text_encoder", None) is None and "tokenizer" in pipe.components:
-            raise ValueError(
-                f"{type(pipe).__name__} has no text encoder here; give embeddings with --inputs FILE.safetensors"
-            )
         return wishes(pipe, class_labels, prompt, prompts, sizes, seed, batch)
     asked = {"height": sizes.height, "width": sizes.width}
     return gather(
@@ -110,6 +107,7 @@ def wishes(
         raise ValueError(
             f"{name} draws from text; give --prompt TEXT, or --prompts FILE, or --inputs FILE"
         )
+    check_encoded("sample", pipe, {"prompt": texts})
     return _calls("prompt", texts, saved | _text_options(pipe, takes, sizes, saved), seed, batch)
 
 

@@ -11,6 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditq_bench.zoo import PIPELINES
+from ditq_converters import CalibrationStats, convert, make_plan, open_model, read_plan
+from ditq_converters.streaming.model import streamed_of
+from ditq_converters.streaming.opening import open_in_pieces
 from ditq_runtime.calls import sharing
 from ditq_runtime.format.folder import transformer_folders
 
@@ -71,6 +74,14 @@ def test_every_transformer_is_converted_and_shown(folder_of, ditq, capsys, name)
     assert [key for key in shown if key.startswith("transformer")] == list(TASKS[name][1:])
     sizes = [shown["bytes"], *(shown[other]["bytes"] for other in TASKS[name][1:])]
     assert sizes == [folder.nbytes for folder in packed.values()]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_a_plan_says_which_transformers_it_is_for(folder_of, ditq, tmp_path, capsys, command):
+    out = ("--out", tmp_path / "plan.json") if command == "plan" else ()
+    capsys.readouterr()
+    assert ditq(command, folder_of("Wan22") / "float", *out) == 0
+    assert "transformer_2: the same layers, the plan is for it too" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -148,4 +159,32 @@ def test_a_transformer_alone_draws_latents_from_embeddings(folder_of, ditq, tmp_
     assert ditq(*command, "--out", tmp_path / "x.png") == 1
     assert "makes latents, not images; name a .safetensors" in capsys.readouterr().err
     assert ditq("sample", alone, "--prompt", "a fox", "--out", tmp_path / "y.safetensors") == 1
-    assert "give embeddings with --inputs" in capsys.readouterr().err
+    assert "give embeddings (prompt_embeds, ...) in place of text" in capsys.readouterr().err
+
+
+def test_two_transformers_are_converted_from_disk_to_the_same_bytes(folder_of, tmp_path):
+    """Also where diffusers calls them optional, and would load them in spite of the streamed ones."""
+    folder = folder_of("Wan22")
+    pieces = open_in_pieces(folder / "float", 2**40)
+    assert all(streamed_of(model) for model in (pieces.transformer, pieces.transformer_2))
+    stats = CalibrationStats.open(folder / "stats")
+    convert(pieces, read_plan(folder / "plan.json"), stats, tmp_path / "out", quiet=True)
+    for name in ("transformer", "transformer_2", "ditq"):
+        files = sorted((folder / "out" / name).iterdir())
+        assert [path.name for path in files] == sorted(
+            p.name for p in (tmp_path / "out" / name).iterdir()
+        )
+        assert all(p.read_bytes() == (tmp_path / "out" / name / p.name).read_bytes() for p in files)
+
+
+def test_a_transformer_that_no_plan_fits_stays_float_and_a_line_says_so(
+    folder_of, tmp_path, capsys
+):
+    pipe = open_model(str(folder_of("Wan22") / "float"))
+    plan = make_plan(pipe, method="linear")
+    convert(pipe, {"transformer": plan}, out=tmp_path / "out")
+    assert "transformer_2: stays float" in capsys.readouterr().err
+    folders = transformer_folders(tmp_path / "out")
+    assert [folder.scheme is None for folder in folders.values()] == [False, True]
+    with pytest.raises(ValueError, match="no plan was given for it, but for transformer_2"):
+        convert(pipe, {"transformer_2": plan}, quiet=True)

@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,7 +14,7 @@ from ditq_converters.sites import family_for
 from ditq_converters.sites.find import remember
 from ditq_converters.sites.first_call import first_call
 from ditq_converters.sites.inputs import NoInputs
-from ditq_converters.streaming.opening import open_in_pieces
+from ditq_converters.streaming.opening import open_in_pieces, with_parts
 from ditq_runtime.calls.inputs import gather
 from ditq_runtime.calls.parts import transformer_of, transformers_in
 from ditq_runtime.calls.pipeline import draw, pipeline_of, ready
@@ -26,7 +25,7 @@ def open_for_call(model: str) -> Any:
     path = Path(model)
     if (path / PIPELINE_FILE).exists():
         inner = open_in_pieces(path / "transformer", 0)
-        return diffusers.DiffusionPipeline.from_pretrained(path, transformer=inner)
+        return with_parts(path, {"transformer": inner})
     return open_in_pieces(path, 0) if (path / TRANSFORMER_FILE).exists() else open_model(model)
 
 

@@ -212,3 +212,13 @@ def plan_for(model: nn.Module, recipe: Recipe, path: Path | None, rules: list[st
         plan.set_rule(rule)
     check_plan(plan, model, family_or_row(model))
     return plan
+
+
+def tell_others(model: str) -> None:
+    """What a plan that was shown means for the further transformers of MODEL."""
+    from ditq_converters.models.open import alike_beside
+    from ditq_runtime.cli.output import say
+
+    for name, same in alike_beside(model).items():
+        fits = "the plan is for it too" if same else "the plan is not for it; it needs its own"
+        say(f"{name}: {'the same' if same else 'other'} layers, {fits}")

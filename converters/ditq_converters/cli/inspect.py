@@ -49,6 +49,8 @@ def inspect(
     recipe = c.recipe_of(choices)
     model = c.transformer_for(path, inputs, None)
     _show_float(inspect_float(model, c.plan_for(model, recipe, plan, set)), json)
+    if not json:
+        c.tell_others(path)
 
 
 def inspect_float(model: nn.Module, plan: Plan) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def plan(
         typer.echo(to_json(made), nl=False)
         return
     show_plan(made)
+    c.tell_others(model)
     needs = {
         "ranges": made.needs_statistics,
         "sampled rows": made.needs_rows,

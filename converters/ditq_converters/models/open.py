@@ -92,6 +92,18 @@ def open_skeleton(model: str) -> nn.Module:
     return skeleton
 
 
+def alike_beside(model: str) -> dict[str, bool]:
+    """The further transformers of a pipeline folder, and whether their layers are those of `transformer`."""
+    path = Path(model)
+    if not (path / PIPELINE_FILE).exists():
+        return {}
+    inside = sorted(path.glob(f"transformer*/{TRANSFORMER_FILE}"))
+    read = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in inside}
+    shapes = {n: {k: v for k, v in c.items() if k != "_name_or_path"} for n, c in read.items()}
+    first = shapes.pop("transformer", None)
+    return {name: config == first for name, config in shapes.items()}
+
+
 def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None) -> Any:
     if (path / PIPELINE_FILE).exists():
         _refuse_packed(path / "transformer" / TRANSFORMER_FILE)

@@ -53,7 +53,18 @@ def open_in_pieces(folder: Path, budget: int, dtype: torch.dtype = torch.float32
             stored_files(folder / name)
     parts: dict[str, Any] = {n: None for n in names if n not in models and _has_weights(folder / n)}
     parts |= {name: open_streamed(source, budget) for name, source in models.items()}
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
+    return with_parts(folder, parts)
+
+
+def with_parts(folder: Path, parts: dict[str, Any]) -> Any:
+    """The pipeline of a folder around components that are there already.
+
+    By its own class: `DiffusionPipeline.from_pretrained` forgets a component that its class calls optional, as Wan's
+    does its transformers, and loads the folder's.
+    """
+    index = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
+    kind = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
+    return kind.from_pretrained(folder, **parts)
 
 
 def components(folder: Path) -> list[str]:
