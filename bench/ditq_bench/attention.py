@@ -57,11 +57,10 @@ def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate
     half = v.bfloat16()
 
     def codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        code, scale = k.quantize_per_token(x.reshape(-1, x.shape[-1]))
-        return code.view(x.shape), scale.view(x.shape[:3])
+        return k.quantize_heads(x.transpose(1, 2))
 
     def value_codes() -> torch.Tensor:
-        return k.quantize_static(v.reshape(-1, v.shape[-1]), v_scale).view(v.shape)
+        return k.quantize_heads(v.transpose(1, 2), scale=v_scale.expand(v.shape[1]).contiguous())[0]
 
     rest = {"softmax_scale": softmax_scale, "out_dtype": dtype}
 
