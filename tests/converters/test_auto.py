@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ditq_converters import calibrate, convert
-from ditq_converters.auto.budget import float_bytes, linear_bytes, parse_budget
+from ditq_converters.auto.budget import float_bytes, parse_budget
 from ditq_converters.auto.ladder import Choice, Unit, best_choices
 from ditq_converters.auto.search import auto_plan, climb, ends
 from ditq_converters.plan.entries import LinearPlan
+from ditq_converters.plan.sizes import linear_bytes
 from ditq_runtime.format.folder import open_folder
 
 

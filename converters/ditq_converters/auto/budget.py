@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from math import prod
 
 from torch import nn
 
 from ditq_converters.memory import parse_bytes
-from ditq_converters.plan.entries import LinearPlan
 
 SMALLEST, LARGEST = "smallest", "largest"
 
@@ -66,12 +64,3 @@ def file_bytes(model: nn.Module) -> int:
             header[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [place, end]}
             place = end
     return place + len(json.dumps(header, separators=(",", ":"))) + 64
-
-
-def linear_bytes(entry: LinearPlan, bias: bool) -> int:
-    """Bytes that a planned linear stores, without what its site does."""
-    layer_format = entry.layer_format(bias)
-    assert layer_format is not None
-    outputs, inputs = entry.shape
-    stored = layer_format.tensors(inputs, outputs).values()
-    return sum(dtype.itemsize * prod(shape) for dtype, shape in stored)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.auto.budget import file_bytes, linear_bytes, parse_budget
+from ditq_converters.auto.budget import file_bytes, parse_budget
 from ditq_converters.auto.ladder import Choice, Ladder, Unit
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
@@ -28,6 +28,7 @@ from ditq_converters.plan.entries import MODULATION, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
+from ditq_converters.plan.sizes import linear_bytes
 from ditq_converters.progress import progress_bar
 from ditq_converters.sites.find import family_for
 from ditq_runtime.calls.parts import transformer_of

@@ -41,7 +41,9 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         "token",
         "token (a scale per token), token_asym (a zero point too) or static (calibrated range).",
     ),
-    "group_size": _option(int, 64, "Input channels per group of w4p or w4g."),
+    "group_size": _option(
+        int | None, None, "Input channels per group of w4p or w4g; default: 64, of meta 128."
+    ),
     "modulation": _option(
         str | None, None, "Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights."
     ),

@@ -38,6 +38,8 @@ def plan(
     from ditq_converters.models.open import open_model
     from ditq_converters.plan.check import check_statistics
     from ditq_converters.plan.file import to_json, write_plan
+    from ditq_converters.plan.sizes import larger_than_eight_bits
+    from ditq_converters.progress import note
 
     recipe = c.recipe_of(choices)
     known = None if stats is None else CalibrationStats.open(stats)
@@ -48,7 +50,11 @@ def plan(
         for rule in set:
             made.set_rule(rule)
     else:
-        made = c.plan_for(c.transformer_for(model, inputs, known), recipe, None, set)
+        opened = c.transformer_for(model, inputs, known)
+        made = c.plan_for(opened, recipe, None, set)
+        larger = larger_than_eight_bits(made, opened)
+        if larger:
+            note(larger)
     if known is not None:
         check_statistics(made, known)
     write_plan(made, out)

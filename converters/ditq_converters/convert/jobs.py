@@ -28,6 +28,7 @@ from ditq_converters.plan.compact import compact, headline
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
+from ditq_converters.plan.sizes import larger_than_eight_bits
 from ditq_converters.progress import note
 from ditq_converters.sites import family_or_row
 from ditq_converters.streaming.model import streamed_of, weights_of
@@ -133,6 +134,9 @@ def checked_plan(
     plan = given if isinstance(given, Plan) else plan_of(model, given, inputs=inputs)
     family = family_or_row(model, inputs)
     check_plan(plan, model, family)
+    larger = larger_than_eight_bits(plan, model)
+    if larger:
+        note(larger, quiet)
     left = [a for a in plan.attention if a.format is None and a.reason != BY_CHOICE]
     if left and not isinstance(given, Plan):
         note(f"{left[0].name}: its attention stays float: {left[0].reason}", quiet)

@@ -165,6 +165,7 @@ class Method:
         lora_rank: rank of the low-rank branch it comes with.
         on_the_fly: it also transforms inputs behind an activation function, and raw streams, which no producer can
             take a factor of.
+        group_size: input channels per group of its 4-bit weights, unless a choice says otherwise.
         symmetric: its `w4g` weights have no zero points, unless a choice says otherwise.
         attention: what attention products become by default: `none`, `int8` or `bf16`.
         static_call: the one call whose range static activations take (Meta: 0); None: all calls.
@@ -180,6 +181,7 @@ class Method:
     lora_rank: int = 0
     on_the_fly: bool = True
     static_call: int | None = None
+    group_size: int = 64
     symmetric: bool = False
     attention: str = "none"
     over_time: bool = False

@@ -20,7 +20,7 @@ def plan_reader(name: str, linear: nn.Linear, site: str, recipe: Recipe) -> Line
     shape = _shape(linear)
     if recipe.keeps(name):
         return LinearPlan(name, shape, site, "fp32", reason=KEPT)
-    weights, group, why = _weights(linear, recipe.weights, recipe.group_size)
+    weights, group, why = _weights(linear, recipe.weights, recipe.group)
     return LinearPlan(
         name, shape, site, weights, recipe.activations, group,
         recipe.symmetric_weights and weights == "w4g", recipe.rank, recipe.rounding,
@@ -40,7 +40,7 @@ def plan_modulation(
         return LinearPlan(name, shape, MODULATION, "w8", reason=why, **_rounding(recipe))
     direct = table.use_direct_multiplier is not None
     what = "weight-only; " + ("emits the AdaLN multiplier" if direct else "one row per sample")
-    weights, group, why = _weights(linear, recipe.modulation_weights, recipe.group_size)
+    weights, group, why = _weights(linear, recipe.modulation_weights, recipe.group)
     symmetric = recipe.symmetric_weights and weights == "w4g"
     return LinearPlan(
         name, shape, MODULATION, weights, "none", group, symmetric,

@@ -30,7 +30,8 @@ class Recipe:
             reference for accuracy).
         activations: `token` (a scale per token, computed when it runs), `token_asym` (a scale and a zero point per
             token) or `static` (calibrated range).
-        group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs.
+        group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs; None: as
+            the method has it (64; Meta: 128).
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
         keep: glob patterns of module names that stay float.
         attention: `none` (float), `int8` (Q K^T and P V in int8) or `bf16` (Q K^T in int8, P V in bf16); None: as the
@@ -61,7 +62,7 @@ class Recipe:
     method: str = "smoothquant"
     weights: str = "w8"
     activations: str = "token"
-    group_size: int = 64
+    group_size: int | None = None
     modulation: str | None = None
     keep: tuple[str, ...] = ()
     lora_rank: int | None = None
@@ -97,9 +98,9 @@ class Recipe:
         _one_of("attention_scales", self.attention_scales or self.attention_default, SCALES)
         _one_of("modulation", self.modulation or self.weights, QUANTIZED)
         _one_of("kept_dtype", self.kept_dtype, KEPT_DTYPES)
-        if self.group_size < 32 or self.group_size % 32:
+        if self.group < 32 or self.group % 32:
             raise ValueError(
-                f"recipe: group_size must be a positive multiple of 32, got {self.group_size}"
+                f"recipe: group_size must be a positive multiple of 32, got {self.group}"
             )
         _one_of("profile", self.profile, PROFILE_NAMES)
         if self.profile != "int":
@@ -130,6 +131,11 @@ class Recipe:
         options = {name: value for name, value in choices.items() if name not in own}
         given = {name: value for name, value in choices.items() if name in own}
         return cls(**{**given, "options": {**given.get("options", {}), **options}})
+
+    @property
+    def group(self) -> int:
+        """Input channels per group."""
+        return METHODS[self.method].group_size if self.group_size is None else self.group_size
 
     @property
     def rank(self) -> int:
@@ -178,6 +184,7 @@ class Recipe:
             **asdict(self),
             "keep": list(self.keep),
             "modulation": self.modulation_weights,
+            "group_size": self.group,
             "lora_rank": self.rank,
             "symmetric": self.symmetric_weights,
             "attention": "none" if attention is None else attention.values,

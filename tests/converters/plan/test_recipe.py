@@ -10,6 +10,13 @@ from ditq_converters import Recipe
 from ditq_runtime.format.attention import AttentionFormat
 
 
+def test_groups_are_those_of_the_method_unless_told():
+    """Alg. 1 of Meta's paper has groups of 128."""
+    assert Recipe("meta", "w4g").group == 128
+    assert Recipe("meta", "w4g", group_size=64).to_dict()["group_size"] == 64
+    assert Recipe("ditas", "w4p").group == 64
+
+
 def test_defaults():
     assert Recipe().to_dict() == {
         "method": "smoothquant",
