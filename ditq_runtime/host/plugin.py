@@ -36,6 +36,7 @@ from ditq_runtime.host.on_the_fly import (
 from ditq_runtime.host.saving import save_with_digests
 from ditq_runtime.host.translate import translate
 from ditq_runtime.host.verify import Comparison
+from ditq_runtime.layers.arranged import arrange_weights
 from ditq_runtime.lora.branch import ADAPTERS
 from ditq_runtime.lora.file import without_peft
 
@@ -161,6 +162,7 @@ class DitqQuantizer(DiffusersQuantizer):
             check.check_values(model, codes=comparison is None)
             if not self.pre_quantized:
                 self._share_embedder(model)
+        arrange_weights(model)
         for block in fusible_blocks(model).values():
             examine(block)
         return model

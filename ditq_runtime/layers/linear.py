@@ -13,12 +13,13 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.format.layer import LayerFormat
+from ditq_runtime.layers.arranged import Arranged
 from ditq_runtime.layers.pinned import Pinned
 from ditq_runtime.layers.site import Codes, Site
 from ditq_runtime.layers.timestep_groups import group_index, of_groups
 
 
-class QuantLinear(Pinned, nn.Linear):
+class QuantLinear(Arranged, Pinned, nn.Linear):
     """A linear [N, K] in one of the formats of `LayerFormat`.
 
     Attributes:

@@ -2,11 +2,10 @@
 
     python tests/kernels/replayed.py 90
 
-Prints JSON: kinds of plans, what differs, and what becomes of plans of prepared weights.
+Prints JSON: kinds of plans, what differs, and what addresses have to do with it.
 """
 
 import collections
-import gc
 import json
 import sys
 
@@ -16,10 +15,11 @@ from ditq_kernels._triton.offline import stub
 
 stub.install(int(sys.argv[1]))
 
-from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
 import ditq_kernels as k  # noqa: E402
 from ditq_bench.host.cases import calls  # noqa: E402
+from ditq_kernels._triton.parts import written  # noqa: E402
 from ditq_kernels.launch import plans  # noqa: E402
 
 taken = []  # memory of all calls, kept, so that none of it is at one place twice
@@ -34,24 +34,30 @@ def keeping(take):
 
 
 torch.empty, torch.empty_strided = keeping(torch.empty), keeping(torch.empty_strided)
+written.TAKE["cpu"] = keeping(written.TAKE["cpu"])
+LOWEST_ADDRESS = 2**32  # no size or stride of the cases reaches it
 launches = []
-run = CudaLauncher.__call__
+utils = driver.active.utils
+run = utils.launch
 
 
-def noted(self, *arguments):
-    """Grid, stream, function and metadata, hooks, then those of the kernel."""
-    launches.append((id(self), arguments[:4], leaves(arguments[9:])))
-    return run(self, *arguments)
+def noted(*arguments):
+    """Grid, stream and function, then what the kernel gets."""
+    launches.append((arguments[7], arguments[:5], leaves(arguments[-1])))
+    return run(*arguments)
 
 
-CudaLauncher.__call__ = noted
+utils.launch = noted
 
 
 def leaves(value):
     """Of nested tuples; a tensor is where it is."""
     if isinstance(value, (tuple, list)):
         return [leaf for one in value for leaf in leaves(one)]
-    return [("at", value.data_ptr())] if isinstance(value, torch.Tensor) else [str(value)]
+    if isinstance(value, torch.Tensor):
+        return [("at", value.data_ptr())]
+    # a plan hands over addresses, Triton asks tensors for them
+    return [("at", value)] if type(value) is int and value >= LOWEST_ADDRESS else [str(value)]
 
 
 def launched(call):
@@ -93,7 +99,7 @@ def difference(call):
     pair = (own[1][0], result)
     layouts = [[(t.shape, t.stride(), t.dtype) for t in tensors(one)] for one in pair]
     wrong += [] if layouts[0] == layouts[1] else [str(layouts)]
-    return type(next(iter(plans._plans.values()))).__name__, wrong
+    return type(next(iter(plans._plans.values()))[0].plan).__name__, wrong
 
 
 def tensors(result):
@@ -104,33 +110,19 @@ def tensors(result):
     ]
 
 
-def prepared_weights():
-    """How many layers have a plan: after two, after a change in place, after one is gone; and without versions."""
+def other_addresses():
+    """How many plans, and whether each call takes one: the same shapes at multiples of 16 and elsewhere."""
     plans.clear()
-    q, scale = torch.ones(4, 64, dtype=torch.int8), torch.ones(4)
-    layers = [k.quantize_weight_w4p(torch.randn(16, 64), 64) for _ in range(2)]
-
-    def multiply(w):
-        k.gemm_w4a8(q, w.packed, scale, w.group_scale, w.group_offset, w.scale)
-        return len(next(iter(plans._plans.values())).plans)
-
-    counts = [multiply(w) for w in layers]
-    key = set(next(iter(plans._plans.values())).plans)
-    layers[0].packed.add_(1)
-    counts.append(multiply(layers[0]))
-    changed = set(next(iter(plans._plans.values())).plans) != key
-    layers.pop()
-    gc.collect()
-    counts.append(multiply(layers[0]))
-    plans.clear()
-    with torch.inference_mode():
-        w = k.quantize_weight_w4p(torch.randn(16, 64), 64)
-        k.gemm_w4a8(q, w.packed, scale, w.group_scale, w.group_offset, w.scale)
-    return {
-        "counts": counts,
-        "changed": changed,
-        "inference": type(next(iter(plans._plans.values()))).__name__,
-    }
+    memory = torch.ones(4 * 64 + 16, dtype=torch.int8)
+    weight, steps = torch.ones(16, 64, dtype=torch.int8), (torch.ones(4), torch.ones(16))
+    taken = []
+    for at in (0, 8, 0, 4, 16):
+        q = memory[at : at + 4 * 64].view(4, 64)
+        found = [one for alike in plans._plans.values() for one in alike]
+        full = (q, weight, *steps, *(None,) * 3, torch.float32, *(None,) * 3)
+        k.gemm_w8a8(*full[:4])
+        taken.append(any(one.run(full, (q, weight, *steps)) is not None for one in found))
+    return {"plans": sum(map(len, plans._plans.values())), "taken": taken}
 
 
 def one_place():
@@ -140,7 +132,7 @@ def one_place():
     codes = [torch.ones(1, 1, 16, 64, dtype=torch.int8) for _ in "qkv"]
     for _ in range(2):
         k.attention_qk_int8_pv_int8(*codes, steps, steps, steps, softmax_scale=1.0)
-    return type(next(iter(plans._plans.values()))).__name__
+    return type(next(iter(plans._plans.values()))[0].plan).__name__
 
 
 with torch.no_grad():
@@ -148,7 +140,7 @@ with torch.no_grad():
     report = {
         "kinds": collections.Counter(kind for kind, _ in found.values()),
         "wrong": {name: wrong for name, (_, wrong) in found.items() if wrong},
-        "prepared": prepared_weights(),
+        "addresses": other_addresses(),
         "one_place": one_place(),
     }
 sys.stdout.write(json.dumps(report))

@@ -10,6 +10,8 @@ import torch
 import ditq_kernels as k
 from ditq_kernels._triton import gemm_w4a8 as kernel
 from ditq_kernels._triton.parts import prepared_w4
+from ditq_kernels.codes import packing
+from ditq_kernels.codes.arranged import arrange
 from ditq_kernels.launch.tuning import TileConfig
 from ditq_kernels.reference import linear as reference
 
@@ -112,7 +114,7 @@ def test_kernel_of_every_tile(tile, device, generator):
     ],
 )
 def test_a_unit_never_straddles_groups(in_features, group_size, unit):
-    assert prepared_w4.kernel_unit(in_features, group_size) == unit
+    assert packing.kernel_unit(in_features, group_size) == unit
     halves = range(0, in_features, unit // 2)
     assert all(h // group_size == (h + unit // 2 - 1) // group_size for h in halves)
 
@@ -128,10 +130,7 @@ def test_four_bytes_at_once_never_carry():
     for high in (False, True):
         word = ((codes << 4 if high else codes) * bytes_to_word).sum(axis=-1)
         nibbles = ((word >> 4) if high else word) & 0x0F0F0F0F
-        group = scale | (offset + 128) << 8
-        biased = sum((group >> 8 & 255) << shift for shift in (0, 8, 16, 24))[
-            ..., None
-        ]  # prmt 0x1111
+        biased = sum((offset + 128) << shift for shift in (0, 8, 16, 24))[..., None]  # prmt 0
         expanded = ((nibbles * scale[..., None] + biased) ^ 0x80808080) & 0xFFFFFFFF
         got = (expanded[..., None] >> np.arange(0, 32, 8) & 255).astype(np.uint8).view(np.int8)
         assert legal.sum() > 5000
@@ -148,9 +147,10 @@ def test_prepared_weights_are_reused_and_follow_changes(generator):
         part[0, 0] ^= 1
         after = prepared_w4.prepared_w4(*parts)
         assert after is not before
-        assert not (
-            torch.equal(after.split, before.split) and torch.equal(after.groups, before.groups)
+        same = (
+            torch.equal(getattr(after, n), getattr(before, n)) for n in ("split", "scale", "offset")
         )
+        assert not all(same)
     other_scale = w.group_scale.clone()  # so is another tensor in its place
     assert prepared_w4.prepared_w4(w.packed, other_scale, w.group_offset) is not after
 
@@ -162,7 +162,7 @@ def test_a_new_tensor_at_an_old_address_is_noticed(generator):
     first = prepared_w4.prepared_w4(w.packed, torch.from_numpy(memory), w.group_offset)
     memory[:] = 1
     second = prepared_w4.prepared_w4(w.packed, torch.from_numpy(memory), w.group_offset)
-    assert not torch.equal(first.groups, second.groups)
+    assert not torch.equal(first.scale, second.scale)
 
 
 def test_a_changed_weight_changes_the_result(device, generator):
@@ -184,6 +184,25 @@ def test_prepared_weights_die_with_their_tensor(generator):
     assert prepared() is None
 
 
+def test_another_stream_waits_on_the_device_for_the_one_that_prepared(generator, monkeypatch):
+    waits = []
+
+    class Stream:
+        def wait_stream(self, other):
+            waits.append((self, other))
+
+    first, second = Stream(), Stream()
+    w = weights(8, 128, 64, generator)
+    parts = (w.packed, w.group_scale, w.group_offset)
+    for stream, capturing in ((first, False), (first, False), (second, True), (second, False)):
+        monkeypatch.setattr(
+            "ditq_kernels.launch.prepared._stream_of", lambda device, now=stream: now
+        )
+        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda now=capturing: now)
+        prepared_w4.prepared_w4(*parts)
+    assert waits == [(second, first)]
+
+
 def test_inference_tensors_are_prepared_at_every_call(generator):
     with torch.inference_mode():
         w = weights(8, 128, 64, generator)
@@ -192,6 +211,18 @@ def test_inference_tensors_are_prepared_at_every_call(generator):
         w.packed.zero_()  # no version counter would tell
         assert int(prepared_w4.prepared_w4(*parts).split.sum()) == 0
         assert int(first.split.sum()) != 0
+
+
+def test_weights_in_kernel_order_are_read_as_they_are(device, generator):
+    for in_features, group_size in ((128, 64), (1152, 96), (192, 64), (256, 128)):
+        arguments, expanded = problem(5, 24, in_features, group_size, generator)
+        packed, groups = arguments[1], arguments[3:5]
+        arguments[1], *arguments[3:5] = arrange("w4p", packed, *groups)
+        prepared = prepared_w4.prepared_w4(arguments[1], *arguments[3:5])
+        assert prepared.split is arguments[1]
+        assert prepared.scale is arguments[3]
+        y = kernel.launch(*to(device, arguments), torch.float32)
+        assert torch.equal(y.cpu(), on_expanded(arguments, expanded, torch.float32))
 
 
 DIT_XL = [

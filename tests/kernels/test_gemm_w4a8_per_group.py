@@ -10,6 +10,7 @@ import torch
 import ditq_kernels as k
 from ditq_kernels._triton import gemm_w4a8_per_group as kernel
 from ditq_kernels._triton.parts import prepared_w4g
+from ditq_kernels.codes import packing
 from ditq_kernels.launch.tuning import TileConfig
 from ditq_kernels.reference import linear as reference
 
@@ -221,7 +222,7 @@ def test_four_bytes_at_once_never_borrow():
     [(128, 128), (64, 64), (32, 64), (96, 192), (256, 256), (48, 64), (70, 128)],
 )
 def test_half_a_span_lies_in_one_group(group_size, span):
-    assert prepared_w4g.kernel_span(group_size) == span
+    assert packing.kernel_span(group_size) == span
     assert span % 64 == 0
     assert group_size <= span if group_size % 32 else group_size % (span // 2) == 0
 

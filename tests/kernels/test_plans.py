@@ -162,9 +162,12 @@ def test_a_plan_is_never_taken_where_somebody_looks_on(way):
     arguments = tuple(gemm().values())
     k.gemm_w8a8(*arguments)
     assert len(plans._plans) == 1
+    full = (*arguments, None, None, None, torch.float32, None, None, None)
     with looked_on()[way]():
         assert not plans.direct(arguments)
+        assert dispatch.gemm_w8a8.by_plan(full) is None
     assert plans.direct(arguments)
+    assert dispatch.gemm_w8a8.by_plan(full) is not None
 
 
 def test_the_profiler_names_the_op():
@@ -235,6 +238,37 @@ def test_plans_start_over_at_their_limit(monkeypatch):
         assert len(plans._plans) <= 3
 
 
+def test_layers_of_one_input_have_plans_of_their_own(monkeypatch):
+    monkeypatch.setattr(plans, "ALIKE", 3)
+    q, step = torch.ones(4, 64, dtype=torch.int8), torch.ones(4)
+    for outputs in (8, 16, 24, 32, 8):
+        for _ in range(2):
+            y = k.gemm_w8a8(q, torch.ones(outputs, 64, dtype=torch.int8), step, torch.ones(outputs))
+            assert torch.equal(y, torch.full((4, outputs), 64.0))
+        (alike,) = plans._plans.values()
+        assert len(alike) <= 3
+
+
+def test_one_tensor_in_two_places_is_no_signature_of_two():
+    arguments = gemm() | {
+        "weight": torch.ones(4, 64, dtype=torch.int8),
+        "weight_scale": torch.ones(4),
+    }
+    two = k.gemm_w8a8(**arguments)
+    one = k.gemm_w8a8(**arguments | {"scale": arguments["weight_scale"]})
+    assert torch.equal(one, two)
+    assert torch.equal(k.gemm_w8a8(**arguments), two)
+
+
+def test_a_gradient_takes_no_plan_where_the_same_tensor_took_one():
+    x = torch.randn(4, 64, requires_grad=True)
+    with torch.no_grad():
+        for _ in range(2):
+            k.quantize_per_token(x)
+        assert dispatch.quantize_per_token.by_plan((x, None, None, None, False)) is not None
+    assert dispatch.quantize_per_token.by_plan((x, None, None, None, False)) is None
+
+
 def test_a_poisoned_plan_is_a_fault():
     arguments = gemm()
     k.gemm_w8a8(**arguments)
@@ -243,7 +277,8 @@ def test_a_poisoned_plan_is_a_fault():
         plan_fault("gemm_w8a8", full[:8]) == ""
     )  # as the dispatcher passes it: defaults are left out
     (key,) = plans._plans
-    plans._plans[key] = plans.FunctionPlan(dispatch.linear_w8)
+    poison = plans.FunctionPlan(dispatch.linear_w8)
+    plans._plans[key] = [one._replace(plan=poison) for one in plans._plans[key]]
     assert "the plan kept for gemm_w8a8 is FunctionPlan(op=Op(name='linear_w8'" in plan_fault(
         "gemm_w8a8", full
     )

@@ -14,15 +14,11 @@ def report(python_without_interpreter):
 
 def test_every_op_is_launched_by_its_plan_as_by_triton_itself(report):
     assert report["wrong"] == {}
-    assert set(report["kinds"]) == {"LaunchPlan", "LayerPlans"}  # none fell back to a function
+    assert set(report["kinds"]) == {"LaunchPlan"}  # none fell back to a function
 
 
-def test_plans_of_prepared_weights_live_and_change_with_them(report):
-    assert report["prepared"] == {
-        "counts": [1, 2, 2, 1],
-        "changed": True,
-        "inference": "FunctionPlan",
-    }
+def test_addresses_of_another_kind_have_a_plan_of_their_own(report):
+    assert report["addresses"] == {"plans": 2, "taken": [False, False, True, True, True]}
 
 
 def test_two_arguments_in_one_place_are_not_told_apart(report):

@@ -281,7 +281,8 @@ def test_a_poisoned_plan_fails_the_report(model):
     kept = [key for key in plans._plans if key[0] == "gemm_w8a8"]
     assert kept
     for key in kept:
-        plans._plans[key] = plans.FunctionPlan(dispatch.quantize_per_token)
+        poison = plans.FunctionPlan(dispatch.quantize_per_token)
+        plans._plans[key] = [one._replace(plan=poison) for one in plans._plans[key]]
     try:
         with pytest.raises(
             FallbackError, match=r"^\S+: the plan kept for gemm_w8a8 is FunctionPlan"

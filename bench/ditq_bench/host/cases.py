@@ -29,8 +29,8 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     weight = floats(OUTPUTS, INPUTS)
     layers = {
         "w8": k.quantize_weight_w8(weight),
-        "w4p": k.quantize_weight_w4p(weight, GROUP_SIZE),
-        "w4g": k.quantize_weight_w4g(weight, GROUP_SIZE),
+        "w4p": k.quantize_weight_w4p(weight, GROUP_SIZE).arranged(),
+        "w4g": k.quantize_weight_w4g(weight, GROUP_SIZE).arranged(),
     }
     found = _rows(x, floats, zero) | _fused(q, layers, floats, zero)
     return found | _gemms(q, layers, floats) | _attention(codes, floats)
@@ -54,11 +54,9 @@ def _rows(x: torch.Tensor, floats: Any, zero: torch.Tensor) -> dict[str, Callabl
 
 def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Callable[[], Any]]:
     step, bias, down = floats(TOKENS), floats(OUTPUTS), floats(16, INPUTS).bfloat16()
-    # layers of their own: weights are prepared with or without the sums that zero points need
-    w8, w4, w4g = (
-        type(one)(*(part.clone() for part in vars(one).values())) for one in layers.values()
-    )
+    w8, w4, w4g = layers.values()
     groups = (w4.group_scale, w4.group_offset, w4.scale)
+    file = k.quantize_weight_w4p(w4.dequantize(), GROUP_SIZE)  # as modulation layers hold theirs
     half: dict[str, Any] = {"out_dtype": torch.bfloat16}
     row = floats(2, INPUTS)
     return {
@@ -69,7 +67,9 @@ def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Ca
         ),
         "lora_down": lambda: k.lora_down(q, down, step),
         "linear_w8": lambda: k.linear_w8(row, w8.qweight, w8.scale, bias),
-        "linear_w4": lambda: k.linear_w4(row, w4.packed, *groups, bias),
+        "linear_w4": lambda: k.linear_w4(
+            row, file.packed, file.group_scale, file.group_offset, file.scale, bias
+        ),
     }
 
 

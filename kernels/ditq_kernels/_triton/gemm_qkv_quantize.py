@@ -146,7 +146,7 @@ def _gemm_qkv_w8a8_kernel(
 
 @triton.jit
 def _gemm_qkv_w4a8_kernel(
-    q_ptr, splits, groups, epilogue, heads,  # three of [N, K / 2] bytes, three of [J, N] int32
+    q_ptr, splits, group_scales, group_offsets, epilogue, heads,  # three of [N, K / 2] bytes, [J, N] uint8, int8
     T, N, K, stride_qt, stride_sn,
     EVEN_K: tl.constexpr,  # K is a multiple of UNIT
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
@@ -154,8 +154,8 @@ def _gemm_qkv_w4a8_kernel(
 ):  # fmt: skip
     tile_t, tile_n, third = third_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     total = sums_w4a8(
-        q_ptr, of_third(third, splits), of_third(third, groups), tile_t, tile_n,
-        T, N, K, stride_qt, stride_sn, EVEN_K, 1, GROUP_SIZE, UNIT, INLINE_ASM, BLOCK_T, BLOCK_N,
+        q_ptr, of_third(third, splits), of_third(third, group_scales), of_third(third, group_offsets),
+        tile_t, tile_n, T, N, K, stride_qt, stride_sn, EVEN_K, 1, GROUP_SIZE, UNIT, INLINE_ASM, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     write_heads(total, third, tile_t, tile_n, T, N, epilogue, heads, T_AXIS=1)
 
@@ -251,7 +251,7 @@ def _progressive(
     made = [prepared_w4(*one) for one in zip(weights, group_scales, group_offsets, strict=True)]
     unit, group_size = made[0].unit, in_features // group_scales[0].shape[1]
     constants = {"EVEN_K": in_features % unit == 0, "UNIT": unit, "GROUP_SIZE": group_size}
-    parts = (tuple(one.split for one in made), tuple(one.groups for one in made))
+    parts = tuple(tuple(getattr(one, n) for one in made) for n in ("split", "scale", "offset"))
     return _gemm_qkv_w4a8_kernel, parts, constants | {"INLINE_ASM": not INTERPRETED}
 
 

@@ -27,30 +27,39 @@ from ditq_kernels.launch import tuning
 
 
 @triton.jit
-def offset_of_four(groups, INLINE_ASM: tl.constexpr):
-    """group_offset + 128 in each byte of a word."""
-    if INLINE_ASM:  # one byte permutation instead of a shift and a product
-        offsets = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, 0x1111;", "=r,r", [groups], dtype=tl.int32, is_pure=True, pack=1
+def load_group(scale_at, offset_at):
+    """Of a group: group_scale, and group_offset + 128, both int32 [BLOCK_N, 1]."""
+    scale = tl.load(scale_at).to(tl.int32)
+    offset = tl.load(offset_at).to(tl.int32) + 128
+    return scale[:, None], offset[:, None]
+
+
+@triton.jit
+def in_four_bytes(value, INLINE_ASM: tl.constexpr):
+    """The lowest byte of a word in each of its bytes."""
+    if INLINE_ASM:  # one byte permutation instead of a product
+        four = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        offsets = (groups >> 8) * 0x01010101
-    return offsets
+        four = value * 0x01010101
+    return four
 
 
 @triton.jit
 def expand_nibbles(
-    packed, low_group, high_group, BLOCK_N: tl.constexpr, HALF: tl.constexpr, INLINE_ASM: tl.constexpr
-):
-    """Both int8 halves of packed bytes. group words: group_scale | (group_offset + 128) << 8.
+    packed, low_scale, low_offset, high_scale, high_offset,
+    BLOCK_N: tl.constexpr, HALF: tl.constexpr, INLINE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Both int8 halves of packed bytes, and their groups as `load_group` gives them.
 
     INLINE_ASM works on four bytes per register. The plain twin is for the interpreter, which has no
     assembly; compiled, it would cost ten times the instructions.
     """
-    low_scale = tl.broadcast_to(low_group & 255, (BLOCK_N, HALF))
-    high_scale = tl.broadcast_to(high_group & 255, (BLOCK_N, HALF))
-    low_offset = tl.broadcast_to(offset_of_four(low_group, INLINE_ASM), (BLOCK_N, HALF))
-    high_offset = tl.broadcast_to(offset_of_four(high_group, INLINE_ASM), (BLOCK_N, HALF))
+    low_scale = tl.broadcast_to(low_scale, (BLOCK_N, HALF))
+    high_scale = tl.broadcast_to(high_scale, (BLOCK_N, HALF))
+    low_offset = tl.broadcast_to(in_four_bytes(low_offset, INLINE_ASM), (BLOCK_N, HALF))
+    high_offset = tl.broadcast_to(in_four_bytes(high_offset, INLINE_ASM), (BLOCK_N, HALF))
     if INLINE_ASM:
         low = tl.inline_asm_elementwise(
             """{ .reg .b32 u;
@@ -80,7 +89,7 @@ def expand_nibbles(
 
 @triton.jit
 def sums_w4a8(
-    q_ptr, split_ptr, groups_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+    q_ptr, split_ptr, group_scale_ptr, group_offset_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
     EVEN_K: tl.constexpr, SPLITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -96,7 +105,7 @@ def sums_w4a8(
     columns = tl.minimum(t, T - 1).to(tl.int64) * stride_qt
     split_at = split_ptr + rows[:, None] + k[None, :]
     q_at = q_ptr + columns[None, :] + k[:, None]
-    groups_at = groups_ptr + real_n
+    scale_at, offset_at = group_scale_ptr + real_n, group_offset_ptr + real_n
     # groups of a unit or of half a unit: each unit has those that follow the last one's
     WALKS: tl.constexpr = EVEN_K and UNIT % GROUP_SIZE == 0
     last_group = K // GROUP_SIZE - 1  # padding of the last unit multiplies zero activations
@@ -107,7 +116,9 @@ def sums_w4a8(
         split_at += first // 2
         q_at += first
         if WALKS:
-            groups_at += (first // GROUP_SIZE).to(tl.int64) * N
+            first_row = (first // GROUP_SIZE).to(tl.int64) * N
+            scale_at += first_row
+            offset_at += first_row
     for start in range(first, end, UNIT):
         packed = tl.load(split_at)  # padded to whole units: no mask
         if EVEN_K:
@@ -117,19 +128,22 @@ def sums_w4a8(
             q_low = tl.load(q_at, mask=(start + k < K)[:, None], other=0)
             q_high = tl.load(q_at + HALF, mask=(start + HALF + k < K)[:, None], other=0)
         if WALKS:
-            low_group = tl.load(groups_at)[:, None]
-            high_group = low_group
+            low_scale, low_offset = load_group(scale_at, offset_at)
+            high_scale, high_offset = low_scale, low_offset
             if GROUP_SIZE == HALF:
-                high_group = tl.load(groups_at + N)[:, None]
-            groups_at += UNIT // GROUP_SIZE * N
+                high_scale, high_offset = load_group(scale_at + N, offset_at + N)
+            scale_at += UNIT // GROUP_SIZE * N
+            offset_at += UNIT // GROUP_SIZE * N
         else:
             low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
-            low_group = tl.load(groups_at + low_row)[:, None]
-            high_group = low_group
+            low_scale, low_offset = load_group(scale_at + low_row, offset_at + low_row)
+            high_scale, high_offset = low_scale, low_offset
             if GROUP_SIZE % UNIT != 0:
                 high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
-                high_group = tl.load(groups_at + high_row)[:, None]
-        low, high = expand_nibbles(packed, low_group, high_group, BLOCK_N, HALF, INLINE_ASM)
+                high_scale, high_offset = load_group(scale_at + high_row, offset_at + high_row)
+        low, high = expand_nibbles(
+            packed, low_scale, low_offset, high_scale, high_offset, BLOCK_N, HALF, INLINE_ASM
+        )
         total = tl.dot(low, q_low, total, out_dtype=tl.int32)
         total = tl.dot(high, q_high, total, out_dtype=tl.int32)
         split_at += HALF
@@ -139,7 +153,8 @@ def sums_w4a8(
 
 @triton.jit
 def _gemm_w4a8_kernel(
-    q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
+    q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [T, N]
+    group_scale_ptr, group_offset_ptr,  # [J, N] uint8 and int8
     epilogue,  # an Epilogue, or None: sums are stored as they are
     T, N, K, stride_qt, stride_sn, stride_ot,
     EVEN_K: tl.constexpr,  # K is a multiple of UNIT
@@ -149,7 +164,7 @@ def _gemm_w4a8_kernel(
 ):  # fmt: skip
     tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     total = sums_w4a8(
-        q_ptr, split_ptr, groups_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
+        q_ptr, split_ptr, group_scale_ptr, group_offset_ptr, tile_t, tile_n, T, N, K, stride_qt, stride_sn,
         EVEN_K, SPLITS, GROUP_SIZE, UNIT, INLINE_ASM, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     if SPLITS > 1:
@@ -205,7 +220,7 @@ def run(
         def launch_grid(grid: tuple[int, int], to: torch.Tensor, stages: Any, splits: int) -> None:
             run_kernel(
                 _gemm_w4a8_kernel, grid,
-                q, weights.split, weights.groups, to, stages,
+                q, weights.split, to, weights.scale, weights.offset, stages,
                 num_tokens, out_features, in_features,
                 q.stride(0), weights.split.stride(0), to.stride(0),
                 EVEN_K=in_features % weights.unit == 0, SPLITS=splits,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ditq_kernels._triton.gemm_w4a8 import in_four_bytes
 from ditq_kernels._triton.parts.common import (
     GROUP_T,
     INTERPRETED,
@@ -64,6 +65,12 @@ def unpack_steps(packed, zero, HIGH: tl.constexpr, INLINE_ASM: tl.constexpr):
         codes = codes >> 4 if HIGH else codes & 15
         steps = (codes - (zero & 255)).to(tl.int8)
     return steps
+
+
+@triton.jit
+def load_zero(zero_at, INLINE_ASM: tl.constexpr):
+    """Zero points of a group, int32 [BLOCK_N, 1], in each of the four bytes."""
+    return in_four_bytes(tl.load(zero_at).to(tl.int32), INLINE_ASM)[:, None]
 
 
 @triton.jit
@@ -120,7 +127,7 @@ def sums_w4a8_per_group(
     y = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for start in range(0, K, SPAN):
         group = real_n + start // GROUP_SIZE * N
-        zero = tl.load(weight_zero_ptr + group)[:, None]
+        zero = load_zero(weight_zero_ptr + group, INLINE_ASM)
         weight_scale = tl.load(weight_scale_ptr + group)[:, None]
         total = empty_sum(zero_point_at, weight_sum_ptr, group, BY_BITS, BLOCK_N, BLOCK_T)
         for at in range(0, HALF, BLOCK_K):
@@ -133,7 +140,7 @@ def sums_w4a8_per_group(
                 )
         y += scaled_sum(total, weight_scale, BY_BITS)
         if PAIRED:
-            zero = tl.load(weight_zero_ptr + group + N)[:, None]
+            zero = load_zero(weight_zero_ptr + group + N, INLINE_ASM)
             weight_scale = tl.load(weight_scale_ptr + group + N)[:, None]
             total = empty_sum(zero_point_at, weight_sum_ptr, group + N, BY_BITS, BLOCK_N, BLOCK_T)
             for at in range(0, HALF, BLOCK_K):
@@ -151,7 +158,7 @@ def sums_w4a8_per_group(
 @triton.jit
 def _gemm_w4a8_per_group_kernel(
     q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, padded K / 2] bytes, [T, N] float or int8
-    weight_scale_ptr, weight_zero_ptr, weight_sum_ptr,  # [J', N] fp32, int32, int32 or None
+    weight_scale_ptr, weight_zero_ptr, weight_sum_ptr,  # [J', N] fp32, uint8, int32 or None
     zero_point_ptr,  # [T] or [1] int32, or None
     epilogue,  # an Epilogue whose scales are those of the activations
     T, N, K, stride_qt, stride_sn, stride_ot,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ditq_kernels._triton.gemm_w4a8 import expand_nibbles
+from ditq_kernels._triton.gemm_w4a8 import expand_nibbles, load_group
 from ditq_kernels._triton.parts.common import (
     GROUP_T,
     INTERPRETED,
@@ -22,7 +22,8 @@ from ditq_kernels.launch import tuning
 
 @triton.jit
 def _gemm_w4a8_unswapped_kernel(
-    q_ptr, split_ptr, groups_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [J, N] int32, [T, N]
+    q_ptr, split_ptr, out_ptr,  # [T, K] int8, [N, K / 2] bytes, [T, N]
+    group_scale_ptr, group_offset_ptr,  # [J, N] uint8 and int8
     epilogue,  # an Epilogue
     T, N, K, stride_qt, stride_sn, stride_ot,
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
@@ -41,10 +42,12 @@ def _gemm_w4a8_unswapped_kernel(
     for start in range(0, K, UNIT):  # UNIT divides K
         low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
         high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
-        low_group = tl.load(groups_ptr + low_row + n)[:, None]
-        high_group = tl.load(groups_ptr + high_row + n)[:, None]
+        low_scale, low_offset = load_group(group_scale_ptr + low_row + n, group_offset_ptr + low_row + n)
+        high_scale, high_offset = load_group(group_scale_ptr + high_row + n, group_offset_ptr + high_row + n)
         packed = tl.load(split_at)
-        low, high = expand_nibbles(packed, low_group, high_group, BLOCK_N, HALF, INLINE_ASM)
+        low, high = expand_nibbles(
+            packed, low_scale, low_offset, high_scale, high_offset, BLOCK_N, HALF, INLINE_ASM
+        )
         total = tl.dot(tl.load(q_at), tl.trans(low), total, out_dtype=tl.int32)
         total = tl.dot(tl.load(q_at + HALF), tl.trans(high), total, out_dtype=tl.int32)
         split_at += HALF
@@ -81,7 +84,7 @@ def launch(
             )
         run_kernel(
             _gemm_w4a8_unswapped_kernel, (tiles,),
-            q, weights.split, weights.groups, out, epilogue,
+            q, weights.split, out, weights.scale, weights.offset, epilogue,
             num_tokens, out_features, in_features,
             q.stride(0), weights.split.stride(0), out.stride(0),
             GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,

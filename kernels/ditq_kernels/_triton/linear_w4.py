@@ -3,6 +3,7 @@
 import torch
 
 from ditq_kernels._triton import weight_only
+from ditq_kernels.codes.arranged import in_file_order
 from ditq_kernels.launch import tuning
 
 
@@ -17,6 +18,7 @@ def launch(
     config: tuning.TileConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `ops.linear_w4`."""
+    packed, group_scale, group_offset = in_file_order("w4p", packed, group_scale, group_offset)
     return weight_only.launch(
         "linear_w4", x, packed, group_scale, group_offset, weight_scale, bias, out_dtype, config
     )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ditq_kernels._triton.parts.common import on_device_of, run_kernel
+from ditq_kernels.codes.arranged import in_file_order
 from ditq_kernels.launch import tuning
 
 BYTES = 256  # of a row in one program
@@ -38,6 +39,7 @@ def launch(
     config: tuning.RowConfig | None = None,
 ) -> torch.Tensor:
     """Run the kernel; arguments as in `expand.w4_expand`."""
+    packed, group_scale, group_offset = in_file_order("w4p", packed, group_scale, group_offset)
     num_rows, in_features = packed.shape[0], 2 * packed.shape[1]
     out = torch.empty((num_rows, in_features), dtype=torch.int8, device=packed.device)
     if out.numel() == 0:

@@ -5,7 +5,7 @@ Each check raises ValueError with one sentence: op, what was expected, what came
 
 import torch
 
-from ditq_kernels.codes.packing import GROUP_MULTIPLE
+from ditq_kernels.codes.packing import GROUP_MULTIPLE, is_arranged
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -151,7 +151,8 @@ def check_group_sums(
     op: str, weight_sum: torch.Tensor, weight_scale: torch.Tensor, like: torch.Tensor
 ) -> None:
     """One int32 sum for each weight scale."""
-    check_matrix(op, "weight_sum", weight_sum, (torch.int32,), "[N, J]")
+    in_kernel_order = is_arranged(weight_scale)
+    check_group_part(op, "weight_sum", weight_sum, torch.int32, in_kernel_order)
     if weight_sum.shape != weight_scale.shape:
         raise ValueError(
             f"{op}: weight_sum must be [N, J] = {list(weight_scale.shape)} like weight_scale, got "
@@ -166,10 +167,11 @@ def _check_group_parts(
     parts: tuple[tuple[str, torch.Tensor, torch.dtype], ...],
     like: torch.Tensor,
 ) -> None:
-    """Packed codes and two tensors [N, J] that belong to them, all on one device."""
+    """Packed codes and two tensors [N, J] that belong to them, in one order (`codes.arranged`), on one device."""
     check_matrix(op, "packed", packed, (torch.uint8,), "[N, K / 2]")
+    in_kernel_order = parts[0][1].dim() == 2 and is_arranged(parts[0][1])
     for name, tensor, dtype in parts:
-        check_matrix(op, name, tensor, (dtype,), "[N, J]")
+        check_group_part(op, name, tensor, dtype, in_kernel_order)
         expected = (packed.shape[0], parts[0][1].shape[1])
         if tensor.shape != expected:
             names = " and ".join(part[0] for part in parts)
@@ -179,6 +181,19 @@ def _check_group_parts(
             )
         check_device(op, name, tensor, like)
     check_device(op, "packed", packed, like)
+
+
+def check_group_part(
+    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, in_kernel_order: bool
+) -> None:
+    """A tensor [N, J] with contiguous rows, or with contiguous columns where weights are in kernel order."""
+    turned = in_kernel_order and tensor.dim() == 2
+    check_matrix(op, name, tensor.t() if turned else tensor, (dtype,), "[N, J]")
+    if turned and tensor.stride(1) != tensor.shape[0]:
+        raise ValueError(
+            f"{op}: columns of {name} must follow each other like those of weights in kernel order, got strides "
+            f"{tuple(tensor.stride())}; pass all parts of one quantized weight"
+        )
 
 
 def check_zero_point(

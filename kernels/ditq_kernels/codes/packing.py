@@ -13,6 +13,10 @@ import torch
 from ditq_kernels.codes.numerics import INT4_LEVELS
 
 GROUP_MULTIPLE = 32  # one int8 tensor-core instruction consumes 32 inputs: groups never split it
+WIDE_UNIT, NARROW_UNIT = (
+    128,
+    64,
+)  # inputs of progressive int4 whose codes share bytes in kernel order
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -67,7 +71,7 @@ def expand_w4p(
     """Int8 weights behind progressive int4 codes: `code * group_scale + group_offset`.
 
     Args:
-        packed: [N, K / 2] uint8, two codes a byte.
+        packed: [N, K / 2] uint8, two codes a byte, in either order (see `arranged`).
         group_scale: [N, J] uint8 in 1..17. J groups of K / J neighbouring inputs.
         group_offset: [N, J] int8.
 
@@ -77,25 +81,24 @@ def expand_w4p(
     Raises:
         ValueError: packed is no byte matrix, or J does not divide K.
     """
-    codes = unpack_int4(packed)
-    num_rows, in_features = codes.shape
-    num_groups = group_scale.shape[1]
+    in_features, num_groups = 2 * packed.shape[-1], group_scale.shape[1]
     if num_groups == 0 or in_features % num_groups:
         raise ValueError(
             f"expand_w4p: the number of groups must divide K, got K={in_features}, "
             f"J={num_groups}; pass the group_scale made with these codes"
         )
+    codes = _codes(packed, group_scale, kernel_unit(in_features, in_features // num_groups))
     # bytes wrap around at 256: where the sum fits into int8, it is exact
-    values = codes.view(num_rows, num_groups, -1).mul_(group_scale[:, :, None])
+    values = codes.view(len(codes), num_groups, -1).mul_(group_scale[:, :, None])
     values.add_(group_offset.view(torch.uint8)[:, :, None])
-    return values.view(torch.int8).view(num_rows, in_features)
+    return values.view(torch.int8).view(codes.shape)
 
 
 def expand_w4g(packed: torch.Tensor, weight_zero: torch.Tensor) -> torch.Tensor:
     """Integer weights behind int4 codes with a zero point per group: `code - weight_zero`.
 
     Args:
-        packed: [N, K / 2] uint8, two codes a byte.
+        packed: [N, K / 2] uint8, two codes a byte, in either order (see `arranged`).
         weight_zero: [N, J] uint8 in 0..15. J groups of K / J neighbouring inputs.
 
     Returns:
@@ -104,19 +107,41 @@ def expand_w4g(packed: torch.Tensor, weight_zero: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: packed is no byte matrix, or J does not divide K.
     """
-    codes = unpack_int4(packed)
-    num_groups = weight_zero.shape[1]
-    if num_groups == 0 or codes.shape[1] % num_groups:
+    in_features, num_groups = 2 * packed.shape[-1], weight_zero.shape[1]
+    if num_groups == 0 or in_features % num_groups:
         raise ValueError(
-            f"expand_w4g: the number of groups must divide K, got K={codes.shape[1]}, "
+            f"expand_w4g: the number of groups must divide K, got K={in_features}, "
             f"J={num_groups}; pass the weight_zero made with these codes"
         )
+    codes = _codes(packed, weight_zero, kernel_span(in_features // num_groups))
     grouped = codes.to(torch.int8).unflatten(1, (num_groups, -1))
     return (grouped - weight_zero.to(torch.int8)[:, :, None]).flatten(1)
 
 
+def is_arranged(per_group: torch.Tensor) -> bool:
+    """Whether int4 weights are in kernel order, by what belongs to their groups [N, J], or by rows of that."""
+    return per_group.shape[1] > 1 and per_group.stride(1) != 1
+
+
+def kernel_unit(in_features: int, group_size: int) -> int:
+    """Inputs per unit of progressive int4: 128, or 64 where 128 would straddle groups or pad."""
+    wide = in_features % WIDE_UNIT == 0 and group_size % (WIDE_UNIT // 2) == 0
+    return WIDE_UNIT if wide else NARROW_UNIT
+
+
+def kernel_span(group_size: int) -> int:
+    """Inputs per unit of int4 with real groups: a group, one nibble each half; or two groups, one nibble each.
+
+    Half a span is a multiple of 32, so a group of an odd number of 32 inputs goes with its neighbour.
+    A group that is no multiple of 32 (all of an odd K) is padded.
+    """
+    if group_size % GROUP_MULTIPLE:
+        return group_size + -group_size % (2 * GROUP_MULTIPLE)
+    return group_size if group_size % (2 * GROUP_MULTIPLE) == 0 else 2 * group_size
+
+
 def split_for_kernel(packed: torch.Tensor, unit: int) -> torch.Tensor:
-    """Reorder packed codes for tensor cores, once at load; never stored in a file.
+    """Reorder packed codes for tensor cores; never stored in a file.
 
     Within each unit of inputs, byte j holds input j low and input j + unit / 2 high, so that both
     nibbles of a tile are ordinary matrices whose inputs are contiguous:
@@ -149,5 +174,13 @@ def unsplit_from_kernel(split: torch.Tensor, unit: int, in_features: int) -> tor
         [N, K / 2] uint8.
     """
     halves = split.view(split.shape[0], -1, unit // 2)
-    codes = torch.cat((halves & 15, halves >> 4), dim=2).flatten(1)
-    return pack_int4(codes[:, :in_features])
+    codes = torch.cat((halves & 15, halves >> 4), dim=2).flatten(1)[:, :in_features]
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _codes(packed: torch.Tensor, per_group: torch.Tensor, unit: int) -> torch.Tensor:
+    """uint8 [N, K], contiguous and new, of bytes in either order."""
+    if not is_arranged(per_group):
+        return unpack_int4(packed)
+    halves = packed.view(packed.shape[0], -1, 1, unit // 2)
+    return torch.cat((halves & 15, halves >> 4), dim=2).flatten(1)

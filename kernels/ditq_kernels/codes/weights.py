@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ditq_kernels.codes import numerics, packing
+from ditq_kernels.codes.arranged import arrange, can_arrange
 from ditq_kernels.codes.packing import GROUP_MULTIPLE
 
 MAX_GROUP_SCALE = 17  # 15 * 17 = 255 covers [-127, 127]
@@ -79,6 +80,14 @@ class W4P:
     def expand(self) -> torch.Tensor:
         """The int8 weights behind the codes, [N, K] in [-127, 127]."""
         return packing.expand_w4p(self.packed, self.group_scale, self.group_offset)
+
+    def arranged(self) -> "W4P":
+        """The same weights in the order that GPU kernels read, where they can be (see `codes.arranged`)."""
+        parts = (self.packed, self.group_scale, self.group_offset)
+        if packing.is_arranged(self.group_scale) or not can_arrange("w4p", *parts[:2]):
+            return self
+        packed, scale, offset = arrange("w4p", *parts)
+        return W4P(packed, scale, offset, self.scale)
 
     def dequantize(self) -> torch.Tensor:
         """The real weights, [N, K] fp32."""

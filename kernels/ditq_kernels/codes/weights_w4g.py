@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ditq_kernels.codes import numerics, packing
+from ditq_kernels.codes.arranged import arrange, can_arrange
 from ditq_kernels.codes.packing import GROUP_MULTIPLE
 from ditq_kernels.codes.weights import finite_matrix
 
@@ -37,6 +38,13 @@ class W4G:
         """The integer weights, [N, K] int8 in [-15, 15]."""
         return packing.expand_w4g(self.packed, self.weight_zero)
 
+    def arranged(self) -> "W4G":
+        """The same weights in the order that GPU kernels read, where they can be (see `codes.arranged`)."""
+        parts = (self.packed, self.scale, self.weight_zero)
+        if packing.is_arranged(self.scale) or not can_arrange("w4g", *parts[:2]):
+            return self
+        return W4G(*arrange("w4g", *parts))
+
     def dequantize(self) -> torch.Tensor:
         """The real weights, [N, K] fp32."""
         return dequantize_w4g(self.packed, self.scale, self.weight_zero)
@@ -44,7 +52,8 @@ class W4G:
     def weight_sum(self) -> torch.Tensor:
         """Sum of the integer weights of each row and group, [N, J] int32: the zero-point correction of a GEMM."""
         grouped = self.expand().unflatten(1, (self.scale.shape[1], -1))
-        return grouped.sum(dim=2, dtype=torch.int32)
+        sums = grouped.sum(dim=2, dtype=torch.int32)
+        return sums.t().contiguous().t() if packing.is_arranged(self.scale) else sums
 
 
 def dequantize_w4g(

@@ -90,6 +90,8 @@ def choose_backend(name: str, device: torch.device | str) -> None:
     Raises:
         ValueError: an unknown name, or one that the device cannot run. Nothing is changed then.
     """
+    from ditq_kernels.launch import plans  # not above: it asks this file
+
     kind = torch.device(device).type
     if name not in CHOICES:
         raise ValueError(f"choose_backend: name must be one of {', '.join(CHOICES)}, got {name!r}")
@@ -100,6 +102,7 @@ def choose_backend(name: str, device: torch.device | str) -> None:
         _reference_on.add(kind)
     else:
         _reference_on.discard(kind)
+    plans.clear()  # which would launch what was chosen before
 
 
 def why_not(name: str, device: torch.device | str) -> str:

@@ -1,27 +1,25 @@
 """Eager calls without torch's dispatcher: a plan for each signature, checked once.
 
-A signature is what checks and launches look at: shape, strides, dtype, device and alignment of every tensor, and every
-other argument as it is. The first call of a signature goes through all checks and makes a plan; the next ones look it
-up. A plan is never taken where somebody looks on (`surroundings.plain`) or asks for a gradient: the dispatcher runs
-then. `fault_of` holds a kept plan to what would be made now, for reports.
+A signature is what checks and launches look at, see `signature`. The first call of one goes through all checks and
+makes a plan; the next ones find it. A plan is never taken where somebody looks on (`surroundings.plain`) or asks for a
+gradient: the dispatcher runs then. `fault_of` holds a kept plan to what would be made now, for reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ditq_kernels.launch import backend
+from ditq_kernels.launch.signature import Arguments, Signature, flat, key_of, signature_of
 from ditq_kernels.launch.surroundings import plain
 
 LIMIT = 4096  # signatures kept; sizes that never repeat start over
-ALIGNMENT = 15  # kernels are compiled for pointers that are multiples of 16, and others
-PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-
-Arguments = tuple[Any, ...]
+ALIKE = 32  # of one key
 
 
 class Op(Protocol):
@@ -38,14 +36,8 @@ class Op(Protocol):
 class Plan(Protocol):
     """What runs calls of one signature."""
 
-    def __call__(self, arguments: Arguments) -> Any:
-        """Run one."""
-
-    def of(self, arguments: Arguments) -> Plan | None:
-        """The plan for these tensors, where it depends on more than their signature."""
-
-    def beside(self, before: Plan) -> Plan:
-        """What is kept for a signature that had a plan, for other tensors."""
+    def runner(self) -> Callable[[Arguments, tuple[torch.Tensor, ...]], Any]:
+        """A function of a call's arguments and its tensors in order; its result is None where it does not serve."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +50,59 @@ class FunctionPlan:
         """Run it."""
         return self.op.implementation(arguments[0].device)(*arguments)
 
-    def of(self, arguments: Arguments) -> FunctionPlan:
-        """Itself."""
-        return self
-
-    def beside(self, before: Plan) -> Plan:
-        """Takes the place of what was kept for the signature."""
-        return self
+    def runner(self) -> Callable[[Arguments, tuple[torch.Tensor, ...]], Any]:
+        """As it is."""
+        return lambda arguments, tensors: self(arguments)
 
 
-_plans: dict[tuple[Any, ...] | None, Plan] = {}
+class Kept(NamedTuple):
+    """A plan and whom it serves, taken apart for calls.
+
+    Attributes:
+        same: compares tensors with those of its signature.
+        tensors: takes them out of the arguments.
+        others: takes out the rest.
+        values: what that must be.
+        run: of the plan.
+        trains: a tensor asks for a gradient, where gradients are made.
+        signature: all of it.
+        plan: what made it.
+    """
+
+    same: Callable[..., bool]
+    tensors: Callable[[Arguments], tuple[torch.Tensor, ...]]
+    others: Callable[[Arguments], Arguments]
+    values: Arguments
+    run: Callable[[Arguments, tuple[torch.Tensor, ...]], Any]
+    trains: bool
+    signature: Signature
+    plan: Plan
 
 
-def kept(name: str, arguments: Arguments) -> Plan | None:
-    """The plan of a call that needs no checks; None for the first of a signature, and wherever somebody looks on."""
-    if not direct(arguments):
+_plans: dict[tuple[Any, ...], list[Kept]] = {}
+
+
+def kept(name: str, arguments: Arguments, given: Arguments) -> Any:
+    """The result of a call by its plan; None for the first of a signature, and wherever somebody looks on.
+
+    Args:
+        name: of the op.
+        arguments: of its implementation.
+        given: the same, flat.
+    """
+    if not plain():
         return None
-    found = _plans.get(signature(name, arguments))
-    return None if found is None else found.of(arguments)
+    for same, tensors_of, others_of, values, run, trains, _, _ in _plans.get(
+        key_of(name, given), ()
+    ):
+        tensors = tensors_of(given)
+        if not same(*tensors) or others_of(given) != values:
+            continue
+        if not trains or not torch.is_grad_enabled():
+            made = run(arguments, tensors)
+            if made is not None:
+                return made
+    return None
 
 
 def direct(arguments: Arguments) -> bool:
@@ -83,56 +110,36 @@ def direct(arguments: Arguments) -> bool:
     if not plain() or arguments[0].is_meta:
         return False
     return not torch.is_grad_enabled() or not any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in arguments
+        isinstance(a, torch.Tensor) and a.requires_grad for a in flat(arguments)
     )
 
 
 def run(op: Op, arguments: Arguments) -> Any:
     """Run a call that was checked, and keep its plan."""
-    key = signature(op.name, arguments)
-    if key is None:
+    given = flat(arguments)
+    signature = signature_of(given)
+    if signature is None:
         return FunctionPlan(op)(arguments)
     result, plan = _made(op, arguments)
-    if len(_plans) >= LIMIT:
+    if sum(map(len, _plans.values())) >= LIMIT:
         _plans.clear()
-    before = _plans.get(key)
-    _plans[key] = plan if before is None else plan.beside(before)
+    _keep(key_of(op.name, given), given, signature, plan)
     return result
 
 
 def fault_of(op: Op, arguments: Arguments) -> str:
     """What is wrong with the plan that is kept for these arguments; empty if nothing is, or there is none."""
-    found = _plans.get(signature(op.name, arguments))
-    found = None if found is None else found.of(arguments)
-    if found is None:
+    given = flat(arguments)
+    alike = _plans.get(key_of(op.name, given), ())
+    found = [one.plan for one in alike if one.signature.fits(given)]
+    if not found:
         return ""
-    expected: Plan | None = FunctionPlan(op)
+    expected: Plan = FunctionPlan(op)
     if backend.backend_of(op.name, arguments[0].device) == "triton":
-        _, made = _made(op, arguments)
-        expected = made.of(arguments)
-    if found == expected:
+        _, expected = _made(op, arguments)
+    if expected in found:
         return ""
-    return f"the plan kept for {op.name} is {found}, which is not what the op runs"
-
-
-def signature(name: str, arguments: Arguments) -> tuple[Any, ...] | None:
-    """The key of a call; None if a tensor is of a class of its own."""
-    try:
-        return name, *[
-            (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & ALIGNMENT)
-            if type(a) in PLAIN_TENSORS
-            else None if a is None else _other(a)
-            for a in arguments
-        ]  # fmt: skip
-    except _ClassOfItsOwnError:
-        return None
-
-
-def flat(arguments: Arguments) -> Arguments:
-    """Arguments with the members of lists in their places."""
-    if list not in map(type, arguments):
-        return arguments
-    return tuple([one for a in arguments for one in (a if type(a) is list else (a,))])
+    return f"the plan kept for {op.name} is {found[0]}, which is not what the op runs"
 
 
 def clear() -> None:
@@ -140,16 +147,24 @@ def clear() -> None:
     _plans.clear()
 
 
-class _ClassOfItsOwnError(Exception):
-    """A tensor that may do anything when it is called."""
+def _keep(key: tuple[Any, ...], given: Arguments, signature: Signature, plan: Plan) -> None:
+    """In front of those for other layers and addresses."""
+    places, values, same = signature
+    others = [i for i in range(len(values)) if i not in places]
+    made = Kept(
+        same, _getter(places), _getter(others), tuple(values[i] for i in others), plan.runner(),
+        any(given[i].requires_grad for i in places), signature, plan,
+    )  # fmt: skip
+    rest = [one for one in _plans.get(key, ()) if one.plan != plan or not one.signature.fits(given)]
+    _plans[key] = [made, *rest[: ALIKE - 1]]
 
 
-def _other(value: Any) -> Any:
-    if isinstance(value, list):
-        return signature("", tuple(value))
-    if isinstance(value, torch.Tensor):
-        raise _ClassOfItsOwnError
-    return value
+def _getter(places: Any) -> Callable[[Arguments], Arguments]:
+    """The arguments in some places, always a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    (only,) = places or (None,)
+    return (lambda arguments: ()) if only is None else lambda arguments: (arguments[only],)
 
 
 def _made(op: Op, arguments: Arguments) -> tuple[Any, Plan]:
@@ -158,6 +173,6 @@ def _made(op: Op, arguments: Arguments) -> tuple[Any, Plan]:
     if backend.backend_of(op.name, device) != "triton":
         plan = FunctionPlan(op)
         return plan(arguments), plan
-    from ditq_kernels._triton.parts import repeat  # Triton only where it runs
+    from ditq_kernels._triton.parts import replay  # Triton only where it runs
 
-    return repeat.made(op, arguments)
+    return replay.made(op, arguments)

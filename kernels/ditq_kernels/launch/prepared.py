@@ -1,10 +1,11 @@
-"""Weights in the order a kernel reads, made at the first use of a layer and kept.
+"""Weights in the order a kernel reads, made at the first use of weights that are in another, and kept beside them.
 
-The cache holds weak references: an entry dies with the first of its tensors. It is valid while all are
-the same objects at the same addresses with the same torch version counters, so an in-place update or
-an offload to the CPU and back makes a new copy. Two limits: writes through `.data` bypass the version
-counter, as they bypass autograd; tensors created under `torch.inference_mode` have no counter and are
-prepared at every call.
+Layers hold theirs in that order already (`codes.arranged`): this is for weights in the file's order. The cache holds
+weak references: an entry dies with the first of its tensors. It is valid while all are the same objects at the same
+addresses with the same torch version counters, so an in-place update or an offload to the CPU and back makes a new
+copy. Two limits: writes through `.data` bypass the version counter, as they bypass autograd; tensors created under
+`torch.inference_mode` have no counter and are prepared at every call. Nothing waits for a GPU: another stream than the
+one that made a copy waits for that stream.
 """
 
 import weakref
@@ -15,8 +16,6 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ditq_kernels.launch import recording
-
 
 @dataclass(frozen=True)
 class _Entry:
@@ -24,6 +23,7 @@ class _Entry:
     parts: tuple[weakref.ref, ...]
     stamps: tuple[tuple[int, int], ...]
     prepared: Any
+    stream: Any  # that made it; None on a CPU
 
 
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -35,16 +35,6 @@ def prepared(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., An
     Raises:
         RuntimeError: they are not prepared yet and a CUDA graph is being captured.
     """
-    run = recording.active()
-    if run is None:
-        return _found(op, parts, prepare)
-    with run.paused():
-        found = _found(op, parts, prepare)
-    run.prepared.append((parts, found))
-    return found
-
-
-def _found(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., Any]) -> Any:
     key = parts[0]
     entry = _cache.get(key)
     stamps = None if any(part.is_inference() for part in parts) else _stamps(parts)
@@ -54,6 +44,7 @@ def _found(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., Any]
         and entry.stamps == stamps
         and _same_objects(entry.parts, parts)
     ):
+        _wait_for(entry.stream, key.device)
         return entry.prepared
     if key.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -62,10 +53,22 @@ def _found(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., Any]
         )
     made = prepare(*parts)
     if stamps is not None:
-        if key.is_cuda:
-            torch.cuda.current_stream(key.device).synchronize()  # other streams may read it next
-        _cache[key] = _Entry(prepare, tuple(weakref.ref(part) for part in parts), stamps, made)
+        references = tuple(weakref.ref(part) for part in parts)
+        _cache[key] = _Entry(prepare, references, stamps, made, _stream_of(key.device))
     return made
+
+
+def _stream_of(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _wait_for(maker: Any, device: torch.device) -> None:
+    """Let the current stream wait for another's work; a capture began after all streams were waited for."""
+    if maker is None or torch.cuda.is_current_stream_capturing():
+        return
+    now = _stream_of(device)
+    if now != maker:
+        now.wait_stream(maker)
 
 
 def _stamps(parts: tuple[torch.Tensor, ...]) -> tuple[tuple[int, int], ...]:

@@ -1,8 +1,6 @@
-"""What one run of an op's launch does: memory it takes, kernels it starts, prepared weights it looks up."""
+"""What one run of an op's launch does: memory it takes, kernels it starts."""
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ class Recording(TorchDispatchMode):
     Attributes:
         memory: tensors that were taken, unwritten.
         launches: compiled kernel, grid and arguments, in order.
-        prepared: (tensors, what was prepared of them).
         other: an operator of torch that is neither memory nor a view: such a run cannot be repeated; "" if none ran.
     """
 
@@ -28,18 +25,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.memory: list[torch.Tensor] = []
         self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
-        self.prepared: list[tuple[tuple[torch.Tensor, ...], Any]] = []
         self.other = ""
-        self._noting = True
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Work that later runs find done."""
-        self._noting = False
-        try:
-            yield
-        finally:
-            self._noting = True
 
     def __enter__(self) -> "Recording":
         """Begin."""
@@ -55,8 +41,6 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note one operator of torch."""
         result = func(*args, **(kwargs or {}))
-        if not self._noting:
-            return result
         if func._schema.name in ALLOCATES:
             self.memory.append(result)
         elif not func.is_view:

@@ -86,8 +86,8 @@ def attention_qk_int8_pv_int8(
         q, k, v, q_scale, k_scale, v_scale, v_zero_point, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv, strict,
     )  # fmt: skip
-    if (plan := dispatch.attention_qk_int8_pv_int8.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.attention_qk_int8_pv_int8.by_plan(arguments)) is not None:
+        return made
     op = "attention_qk_int8_pv_int8"
     checks_attention.check_attention(op, q, k, v, torch.int8)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)
@@ -150,8 +150,8 @@ def attention_qk_int8_pv_bf16(
         q, k, v, q_scale, k_scale, softmax_scale, key_mask, out_dtype,
         out_scale, out_zero_point, out_smooth_inv, strict,
     )  # fmt: skip
-    if (plan := dispatch.attention_qk_int8_pv_bf16.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.attention_qk_int8_pv_bf16.by_plan(arguments)) is not None:
+        return made
     op = "attention_qk_int8_pv_bf16"
     checks_attention.check_attention(op, q, k, v, torch.bfloat16)
     _check_logits(op, q, k, q_scale, k_scale, softmax_scale, key_mask)

@@ -25,7 +25,7 @@ def w4_expand(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (packed, group_scale, group_offset)
-    if (plan := dispatch.w4_expand.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.w4_expand.by_plan(arguments)) is not None:
+        return made
     checks.check_groups("w4_expand", *arguments, like=packed)
     return dispatch.w4_expand(*arguments)

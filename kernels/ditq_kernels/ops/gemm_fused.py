@@ -59,8 +59,8 @@ def gemm_residual(
     parts = parts_of(weight)
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
     arguments = (q, *parts, residual, gate, *stages)
-    if (plan := dispatch.gemm_residual.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.gemm_residual.by_plan(arguments)) is not None:
+        return made
     op = "gemm_residual"
     check_layer(op, q, weight, stages)
     shape = (q.shape[0], parts[0].shape[0])
@@ -127,8 +127,8 @@ def gemm_gelu_quantize(
     parts = parts_of(weight)
     stages = (scale, weight.scale, bias, zero_point, weight_sum, bias_index, lora_x, lora_up)
     arguments = (q, *parts, out_scale, out_zero_point, out_smooth_inv, *stages)
-    if (plan := dispatch.gemm_gelu_quantize.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.gemm_gelu_quantize.by_plan(arguments)) is not None:
+        return made
     op = "gemm_gelu_quantize"
     check_layer(op, q, weight, stages)
     checks.check_vector(op, "out_scale", out_scale, torch.float32, (1,), like=q)

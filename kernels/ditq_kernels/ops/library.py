@@ -35,9 +35,14 @@ class Op:
     definition: ModuleType
     function: str
 
-    def plan(self, arguments: plans.Arguments) -> Any:
-        """What runs these arguments without checks; None where they must be checked first."""
-        return plans.kept(self.name, arguments)
+    def by_plan(self, arguments: plans.Arguments, given: plans.Arguments | None = None) -> Any:
+        """The result of a call that needs no checks; None where it must be checked first.
+
+        Args:
+            arguments: of the implementation.
+            given: the same as `signature.flat` makes them, where there are lists.
+        """
+        return plans.kept(self.name, arguments, arguments if given is None else given)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, and keep a plan for the next call of this signature."""

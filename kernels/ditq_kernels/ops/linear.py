@@ -56,8 +56,8 @@ def gemm_w8a8(
         q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, bias_index, lora_x,
         lora_up,
     )  # fmt: skip
-    if (plan := dispatch.gemm_w8a8.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.gemm_w8a8.by_plan(arguments)) is not None:
+        return made
     op = "gemm_w8a8"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
@@ -116,8 +116,8 @@ def gemm_w4a8(
         q, packed, scale, group_scale, group_offset, weight_scale, bias, zero_point, weight_sum,
         out_dtype, bias_index, lora_x, lora_up,
     )  # fmt: skip
-    if (plan := dispatch.gemm_w4a8.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.gemm_w4a8.by_plan(arguments)) is not None:
+        return made
     op = "gemm_w4a8"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=q)
@@ -155,8 +155,8 @@ def lora_down(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (q, down, scale, zero_point)
-    if (plan := dispatch.lora_down.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.lora_down.by_plan(arguments)) is not None:
+        return made
     op = "lora_down"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_matrix(op, "down", down, (torch.bfloat16,), "[R, K]")
@@ -197,8 +197,8 @@ def linear_w8(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (x, weight, weight_scale, bias, out_dtype)
-    if (plan := dispatch.linear_w8.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.linear_w8.by_plan(arguments)) is not None:
+        return made
     op = "linear_w8"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_matrix(op, "weight", weight, (torch.int8,), "[N, K]")
@@ -239,8 +239,8 @@ def linear_w4(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (x, packed, group_scale, group_offset, weight_scale, bias, out_dtype)
-    if (plan := dispatch.linear_w4.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.linear_w4.by_plan(arguments)) is not None:
+        return made
     op = "linear_w4"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_groups(op, packed, group_scale, group_offset, like=x)

@@ -57,8 +57,8 @@ def gemm_w4a8_per_group(
         q, packed, scale, weight_scale, weight_zero, bias, zero_point, weight_sum, out_dtype,
         bias_index, lora_x, lora_up,
     )  # fmt: skip
-    if (plan := dispatch.gemm_w4a8_per_group.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.gemm_w4a8_per_group.by_plan(arguments)) is not None:
+        return made
     op = "gemm_w4a8_per_group"
     checks.check_matrix(op, "q", q, (torch.int8,), "[T, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=q)
@@ -100,8 +100,8 @@ def linear_w4_per_group(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (x, packed, weight_scale, weight_zero, bias, out_dtype)
-    if (plan := dispatch.linear_w4_per_group.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.linear_w4_per_group.by_plan(arguments)) is not None:
+        return made
     op = "linear_w4_per_group"
     checks.check_matrix(op, "x", x, checks.FLOATS, "[B, K]")
     checks.check_real_groups(op, packed, weight_scale, weight_zero, like=x)

@@ -52,13 +52,21 @@ def gemm_qkv_quantize(
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
     parts = [parts_of(weight) for weight in weights]
-    codes, *groups = ([part[i] for part in parts if part[i] is not None] for i in range(3))
+    codes, group_scales, group_offsets = (
+        [] if three[0] is None else list(three) for three in zip(*parts, strict=True)
+    )
+    steps, scales = list(head_scales), [w.scale for w in weights]
+    offsets, sums = list(biases or ()), list(weight_sums or ())
     arguments = (
-        q, codes, *groups, list(head_scales), v_zero_point, batch, heads,
-        scale, [w.scale for w in weights], list(biases or ()), zero_point, list(weight_sums or ()), bias_index,
+        q, codes, group_scales, group_offsets, steps, v_zero_point, batch, heads,
+        scale, scales, offsets, zero_point, sums, bias_index,
     )  # fmt: skip
-    if (plan := dispatch.gemm_qkv_quantize.plan(arguments)) is not None:
-        return plan(arguments)
+    given = (
+        q, *codes, None, *group_scales, None, *group_offsets, None, *steps, None, v_zero_point, batch, heads,
+        scale, *scales, None, *offsets, None, zero_point, *sums, None, bias_index,
+    )  # fmt: skip
+    if (made := dispatch.gemm_qkv_quantize.by_plan(arguments, given)) is not None:
+        return made
     op = "gemm_qkv_quantize"
     _check_count(op, "weights", weights)
     _check_count(op, "head_scales", head_scales)
@@ -71,8 +79,8 @@ def gemm_qkv_quantize(
         check_layer(op, q, weight, stages)
         _check_alike(op, parts[0], parts[i])
     _check_heads(op, q, len(parts[0][0]), batch, heads)
-    for scales in head_scales:
-        checks.check_vector(op, "head_scales", scales, torch.float32, (1, heads), like=q)
+    for step in head_scales:
+        checks.check_vector(op, "head_scales", step, torch.float32, (1, heads), like=q)
     if v_zero_point is not None:
         checks.check_vector(op, "v_zero_point", v_zero_point, torch.int32, (1, heads), like=q)
     return dispatch.gemm_qkv_quantize(*arguments)

@@ -68,9 +68,8 @@ def quantize_per_token(
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
     arguments = (x, smooth_inv, group_shift, group_index, asymmetric)
-    if (plan := dispatch.quantize_per_token.plan(arguments)) is not None:
-        codes, scale, zero_point = plan(arguments)
-        return (codes, scale, zero_point) if asymmetric else (codes, scale)
+    if (made := dispatch.quantize_per_token.by_plan(arguments)) is not None:
+        return made if asymmetric else made[:2]
     op = "quantize_per_token"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric=asymmetric)
     checks_rows.check_shift(op, x, group_shift, group_index)
@@ -107,8 +106,8 @@ def quantize_static(
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
     arguments = (x, scale, zero_point, smooth_inv, group_shift, group_index)
-    if (plan := dispatch.quantize_static.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.quantize_static.by_plan(arguments)) is not None:
+        return made
     op = "quantize_static"
     checks_rows.check_rows(op, x, smooth_inv)
     checks_rows.check_shift(op, x, group_shift, group_index)

@@ -45,8 +45,8 @@ def gelu_quantize(
         ValueError: a wrong shape, dtype, device or layout, or K too large for an int32 sum.
     """
     arguments = (x, smooth_inv, scale, zero_point, group_shift, group_index, asymmetric)
-    if (plan := dispatch.gelu_quantize.plan(arguments)) is not None:
-        return _given_or_made(plan(arguments), scale, asymmetric)
+    if (made := dispatch.gelu_quantize.by_plan(arguments)) is not None:
+        return _given_or_made(made, scale, asymmetric)
     op = "gelu_quantize"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric)
     checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)
@@ -100,8 +100,8 @@ def adaln_quantize(
         x, multiplier, shift, eps, smooth_inv, group_shift, group_index, scale, zero_point, values_dtype,
         asymmetric,
     )  # fmt: skip
-    if (plan := dispatch.adaln_quantize.plan(arguments)) is not None:
-        return _with_values(plan(arguments), scale, values_dtype, asymmetric)
+    if (made := dispatch.adaln_quantize.by_plan(arguments)) is not None:
+        return _with_values(made, scale, values_dtype, asymmetric)
     op = "adaln_quantize"
     checks_rows.check_rows(op, x, smooth_inv, asymmetric)
     checks_rows.check_given_scale(op, x, scale, zero_point, asymmetric)

@@ -15,8 +15,8 @@ from ditq_kernels._triton import (
 )
 from ditq_kernels._triton.offline import epilogue as offline_epilogue
 from ditq_kernels._triton.offline.problem import Problem, Specialized
-from ditq_kernels._triton.parts import prepared_w4, prepared_w4g
 from ditq_kernels._triton.parts.common import GROUP_T
+from ditq_kernels.codes import packing
 from ditq_kernels.launch import tuning
 
 
@@ -35,7 +35,7 @@ def w8a8_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Special
 
 def w4a8_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Specialized:
     """Progressive int4 weights."""
-    unit = prepared_w4.kernel_unit(problem.in_features, problem.group_size)
+    unit = packing.kernel_unit(problem.in_features, problem.group_size)
     constants = {
         "UNIT": unit, "EVEN_K": problem.in_features % unit == 0, "SPLITS": 1,
         "GROUP_SIZE": problem.group_size, "INLINE_ASM": True,
@@ -54,7 +54,8 @@ def qkv_w8a8_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Spe
 def qkv_w4a8_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Specialized:
     """Three progressive int4 weights."""
     _, constants = w4a8_kernel("gemm_w4a8", problem, config)
-    weights = {"splits": offline_epilogue.three("*u8"), "groups": offline_epilogue.three("*i32")}
+    three = offline_epilogue.three
+    weights = {"splits": three("*u8"), "group_scales": three("*u8"), "group_offsets": three("*i8")}
     stages = offline_epilogue.qkv_stages(op.partition("+")[0], problem)
     return gemm_qkv_quantize._gemm_qkv_w4a8_kernel, constants | weights | stages
 
@@ -65,7 +66,7 @@ def qkv_w4a8_per_group_kernel(op: str, problem: Problem, config: tuning.TileConf
     _, constants = w4a8_per_group_kernel(gemm, problem, config)
     three = offline_epilogue.three
     weights: dict[str, Any]
-    weights = {"splits": three("*u8"), "weight_scales": three("*fp32"), "weight_zeros": three("*i32")}
+    weights = {"splits": three("*u8"), "weight_scales": three("*fp32"), "weight_zeros": three("*u8")}
     weights["weight_sums"] = three("*i32") if problem.zero_point else None
     stages = offline_epilogue.qkv_stages(gemm, problem)
     return gemm_qkv_quantize._gemm_qkv_w4a8_per_group_kernel, constants | weights | stages
@@ -82,7 +83,7 @@ def lora_down_kernel(_: str, problem: Problem, config: tuning.TileConfig) -> Spe
 
 def w4a8_per_group_kernel(op: str, problem: Problem, config: tuning.TileConfig) -> Specialized:
     """Symmetric tokens, one calibrated scale and zero point, or asymmetric tokens, as the op's name says."""
-    span = prepared_w4g.kernel_span(problem.group_size)
+    span = packing.kernel_span(problem.group_size)
     constants: dict[str, Any] = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
     constants |= {"PER_TOKEN_ZERO": op.endswith("+asymmetric"), "INLINE_ASM": True}
     constants |= {"EVEN_K": problem.in_features % span == 0}

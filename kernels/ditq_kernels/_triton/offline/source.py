@@ -7,11 +7,11 @@ from triton.compiler import ASTSource
 from ditq_kernels._triton.offline import epilogue as offline_epilogue
 
 POINTERS = {
-    "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8", "groups_ptr": "*i32",
+    "x_ptr": "*bf16", "q_ptr": "*i8", "weight_ptr": "*i8", "split_ptr": "*u8",
     "out_ptr": "*bf16", "scale_ptr": "*fp32", "smooth_inv_ptr": "*fp32", "zero_point_ptr": "*i32",
     "multiplier_ptr": "*fp32", "shift_ptr": "*fp32", "in_scale_ptr": "*fp32", "in_zero_point_ptr": "*i32",
     "eps": "fp32", "group_scale_ptr": "*u8", "group_offset_ptr": "*i8", "down_ptr": "*bf16",
-    "weight_scale_ptr": "*fp32", "weight_zero_ptr": "*i32", "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
+    "weight_scale_ptr": "*fp32", "weight_zero_ptr": "*u8", "weight_sum_ptr": "*i32", "bias_ptr": "*fp32",
     "k_ptr": "*i8", "v_ptr": "*bf16", "vt_ptr": "*i8", "v_sum_ptr": "*i32", "key_mask_ptr": "*u8",
     "out_scale_ptr": "*fp32", "out_zero_point_ptr": "*i32", "out_smooth_inv_ptr": "*fp32",
     "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "softmax_step": "fp32",

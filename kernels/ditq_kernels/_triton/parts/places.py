@@ -1,4 +1,4 @@
-"""Where arguments of recorded launches come from: the call, memory it took, prepared weights, constants."""
+"""Where arguments of recorded launches come from: the call, memory it took, constants."""
 
 from typing import Any
 
@@ -15,10 +15,9 @@ class CannotRepeatError(Exception):
 
 
 class Pool:
-    """All values that launches of a run took, in order: arguments, memory, weights, fixed ones.
+    """All values that launches of a run took, in order: arguments, memory, fixed ones.
 
     Attributes:
-        prepared: what was prepared from tensors of the call, and the names of its tensors.
         fixed: sizes, strides, constants, added as they are asked for.
     """
 
@@ -31,8 +30,6 @@ class Pool:
         if recording.other or not recording.launches:
             raise CannotRepeatError
         self._given, self._memory = given, recording.memory
-        self.prepared = [(one, _names_of_tensors(one)) for _, one in recording.prepared]
-        self._weights = tuple(getattr(one, name) for one, names in self.prepared for name in names)
         self.fixed: list[Any] = []
 
     def place(self, value: Any) -> Any:
@@ -48,15 +45,13 @@ class Pool:
         if not _is_fixed(value):
             raise CannotRepeatError
         self.fixed.append(value)
-        return len(self._given) + len(self._memory) + len(self._weights) + len(self.fixed) - 1
+        return len(self._given) + len(self._memory) + len(self.fixed) - 1
 
     def _place_of_tensor(self, value: torch.Tensor) -> int:
         """Kernels see pointers only: a tensor is where its first element is."""
-        pools = (self._given, self._memory, self._weights)
-        everything = [one for pool in pools for one in pool]
         found = [
             i
-            for i, one in enumerate(everything)
+            for i, one in enumerate((*self._given, *self._memory))
             if isinstance(one, torch.Tensor) and one.data_ptr() == value.data_ptr()
         ]
         if len(found) != 1 or value.numel() == 0:  # two arguments in one place may be two the next time
@@ -80,6 +75,3 @@ class Pool:
 def _is_fixed(value: Any) -> bool:
     return all(map(_is_fixed, value)) if isinstance(value, tuple) else isinstance(value, FIXED)
 
-
-def _names_of_tensors(made: Any) -> tuple[str, ...]:
-    return tuple(name for name, value in vars(made).items() if isinstance(value, torch.Tensor))
