@@ -149,7 +149,7 @@ def clear() -> None:
 
 def _keep(key: tuple[Any, ...], given: Arguments, signature: Signature, plan: Plan) -> None:
     """In front of those for other layers and addresses."""
-    places, values, same = signature
+    places, values, same, _ = signature
     others = [i for i in range(len(values)) if i not in places]
     made = Kept(
         same, _getter(places), _getter(others), tuple(values[i] for i in others), plan.runner(),

@@ -23,17 +23,19 @@ class Signature(NamedTuple):
     Attributes:
         places: of its tensors.
         values: its arguments with None in the places of tensors.
-        same: compares other tensors to those.
+        same: compares other tensors to those, as long as the thread's dispatch keys are the same, too.
+        layouts: of its tensors, to compare anywhere.
     """
 
     places: tuple[int, ...]
     values: Arguments
     same: Callable[..., bool]
+    layouts: tuple[Any, ...]
 
     def fits(self, arguments: Arguments) -> bool:
-        """Whether other arguments, of the same classes, have it."""
-        tensors = [arguments[i] for i in self.places]
-        return self.values == values_of(arguments, self.places) and self.same(*tensors)
+        """Whether other arguments, of the same classes, have it, whoever looks on."""
+        values = values_of(arguments, self.places)
+        return self.values == values and self.layouts == _layouts_of(arguments, self.places)
 
 
 def key_of(name: str, arguments: Arguments) -> tuple[Any, ...]:
@@ -51,7 +53,8 @@ def signature_of(arguments: Arguments) -> Signature | None:
     strides: Any = [list(one.stride()) for one in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     # one tensor in two places fits no signature: it need not be one the next time
-    return Signature(places, values_of(arguments, places), guards.check)
+    values, layouts = values_of(arguments, places), _layouts_of(arguments, places)
+    return Signature(places, values, guards.check, layouts)
 
 
 def values_of(arguments: Arguments, places: tuple[int, ...]) -> Arguments:
@@ -60,6 +63,11 @@ def values_of(arguments: Arguments, places: tuple[int, ...]) -> Arguments:
     for i in places:
         values[i] = None
     return tuple(values)
+
+
+def _layouts_of(arguments: Arguments, places: tuple[int, ...]) -> tuple[Any, ...]:
+    tensors = [arguments[i] for i in places]
+    return tuple((one.shape, one.stride(), one.dtype, one.device) for one in tensors)
 
 
 def flat(arguments: Arguments) -> Arguments:
