@@ -86,7 +86,7 @@ class QuantAttention(Pinned):
     def _heads(self, operand: str, x: torch.Tensor | Streams) -> Heads:
         """Codes [B, H, T, D] of all streams of `q`, `k` or `v`, and their scale, which static formats hold."""
         streams: Streams = [(x, {})] if isinstance(x, torch.Tensor) else x
-        scale = None if self.format.scales == "token" else getattr(self, f"{operand}_scale").data
+        scale = None if self.format.scales == "token" else self._parameters[f"{operand}_scale"]
         if check_nan.ON and scale is not None:
             for part, _ in streams:
                 check_nan.refuse_nan(part, f"{operand} of an attention")
@@ -110,7 +110,8 @@ class QuantAttention(Pinned):
         Returns:
             [B, Tq, H, D] out_dtype, or int8 codes.
         """
-        scales = self.q_scale.data, self.k_scale.data, self.v_scale.data
+        held: Any = self._parameters
+        scales = held["q_scale"], held["k_scale"], held["v_scale"]
         made = k.attention_qk_int8_pv_int8(
             query, key, value, *scales, softmax_scale=self.softmax_scale, **out
         )

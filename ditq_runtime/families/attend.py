@@ -79,7 +79,7 @@ def add_output(
     attn: Any, rows: torch.Tensor, gate: torch.Tensor | None, context: torch.Tensor
 ) -> torch.Tensor:
     """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes)."""
-    to_out, context = attn.to_out[0], context.reshape(len(rows), -1)
+    to_out, context = packed_linear(attn, "to_out.0"), context.reshape(len(rows), -1)
     is_coded = context.dtype == torch.int8
     codes = to_out.site.codes_left(context) if is_coded else to_out.quantize(context)
     added: torch.Tensor = to_out.add_to(rows, gate, codes)
@@ -128,8 +128,9 @@ def _codes_of_heads(attn: Any, codes: Codes, batch: int) -> Any:
     linears, core = [packed_linear(attn, name) for name in QKV], getattr(attn, CORE)
     options: dict[str, Any] = linears[0].epilogue(codes)
     if options.pop("weight_sum", None) is not None:
-        options["weight_sums"] = tuple(linear.weight_sum for linear in linears)
-    biases: Any = tuple(linear.bias for linear in linears) if linears[0].format.bias else None
+        options["weight_sums"] = tuple(linear._parameters["weight_sum"] for linear in linears)
+    has_bias = linears[0].format.bias
+    biases: Any = tuple(one._parameters["bias"] for one in linears) if has_bias else None
     query, key, value = (linear.packed() for linear in linears)
     return k.gemm_qkv_quantize(
         codes.q,
@@ -138,6 +139,6 @@ def _codes_of_heads(attn: Any, codes: Codes, batch: int) -> Any:
         biases,
         batch=batch,
         heads=attn.heads,
-        head_scales=(core.q_scale.data, core.k_scale.data, core.v_scale.data),
+        head_scales=tuple(core._parameters[name] for name in ("q_scale", "k_scale", "v_scale")),
         **options,
     )

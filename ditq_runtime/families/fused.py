@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -102,9 +102,17 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def packed_linear(module: nn.Module, name: str) -> QuantLinear:
     """A linear inside of a block or attention."""
-    linear = module.get_submodule(name)
+    linear = part_of(module, name)
     assert isinstance(linear, QuantLinear)
     return linear
+
+
+def part_of(module: nn.Module, name: str) -> Any:
+    """A module inside of another by its dotted name; as `get_submodule`, without looking for attributes in Python."""
+    found: Any = module
+    for step in name.split("."):
+        found = found._modules[step]
+    return found
 
 
 def quantizer_step(block: nn.Module, name: str) -> list[Step]:

@@ -41,6 +41,7 @@ from ditq_runtime.families.fused import (
     Step,
     as_rows,
     packed_linear,
+    part_of,
     product_steps,
     quantizer_step,
 )
@@ -80,9 +81,8 @@ class SelfAttention:
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + gate_msa * to_out(attention(AdaLN(stream)))."""
-        attn: Any = block.get_submodule(self.attn)
-        norm, m = block.get_submodule(self.norm), call.m
-        codes = _adaln_codes(attn.to_q, rows, norm, m.scale_msa, m.shift_msa)
+        attn, norm, m = part_of(block, self.attn), part_of(block, self.norm), call.m
+        codes = _adaln_codes(packed_linear(attn, "to_q"), rows, norm, m.scale_msa, m.shift_msa)
         return add_output(attn, rows, m.gate_msa, attend_to_itself(attn, codes, call.shape))
 
     def steps(self, block: nn.Module) -> list[Step]:
@@ -105,8 +105,7 @@ class CrossAttention:
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + to_out(attention(stream, caption)); no norm, no gate."""
-        attn: Any = block.get_submodule(self.attn)
-        caption = call.caption
+        attn, caption = part_of(block, self.attn), call.caption
         assert caption is not None
         query = project(attn, attn.to_q, attn.to_q.quantize(rows), call.shape)
         codes = attn.to_k.quantize(as_rows(caption))
@@ -145,9 +144,8 @@ class FeedForwardLayer:
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + gate_mlp * fc2(GELU(fc1(AdaLN(stream))))."""
-        ff: Any = block.get_submodule(self.ff)
-        fc1, fc2 = ff.net[0].proj, ff.net[2]
-        norm, m = block.get_submodule(self.norm), call.m
+        ff, norm, m = part_of(block, self.ff), part_of(block, self.norm), call.m
+        fc1, fc2 = packed_linear(ff, "net.0.proj"), packed_linear(ff, "net.2")
         codes = _adaln_codes(fc1, rows, norm, m.scale_mlp, m.shift_mlp)
         added: torch.Tensor = fc2.add_to(rows, m.gate_mlp, fc1.gelu_codes(fc2, codes))
         return added

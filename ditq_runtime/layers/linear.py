@@ -96,15 +96,18 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
 
     def multiply(self, codes: Codes, out_dtype: torch.dtype) -> torch.Tensor:
         """The layer [T, N] of a quantized input, with its branch and bias."""
-        q, scale = codes.q, codes.scale
+        q, scale, _ = codes
+        held: Any = self._parameters  # not by attribute: torch looks for those in Python
+        weight, step, bias = held["weight"], held["weight_scale"], held["bias"]
         options: dict[str, Any] = {**self.epilogue(codes), "out_dtype": out_dtype}
         if self.format.weights == "w8":
-            return k.gemm_w8a8(q, self.weight, scale, self.weight_scale, self.bias, **options)
+            return k.gemm_w8a8(q, weight, scale, step, bias, **options)
         if self.format.weights == "w4g":
-            group = (self.weight_scale, self.weight_zero)
-            return k.gemm_w4a8_per_group(q, self.weight, scale, *group, self.bias, **options)
-        group = (self.group_scale, self.group_offset)
-        return k.gemm_w4a8(q, self.weight, scale, *group, self.weight_scale, self.bias, **options)
+            return k.gemm_w4a8_per_group(
+                q, weight, scale, step, held["weight_zero"], bias, **options
+            )
+        group = (held["group_scale"], held["group_offset"])
+        return k.gemm_w4a8(q, weight, scale, *group, step, bias, **options)
 
     def add_to(
         self, residual: torch.Tensor, gate: torch.Tensor | None, codes: Codes
@@ -114,7 +117,7 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
             codes.q,
             self.packed(),
             codes.scale,
-            self.bias,
+            self._parameters["bias"],
             residual=residual,
             gate=gate,
             **self.epilogue(codes),
@@ -127,22 +130,26 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
         if not site.leaves_codes:
             return site.of_gelu(self.multiply(codes, self.compute_dtype))
         options = {**site.output(), **self.epilogue(codes)}
-        q = k.gemm_gelu_quantize(codes.q, self.packed(), codes.scale, self.bias, **options)
+        bias = self._parameters["bias"]
+        q = k.gemm_gelu_quantize(codes.q, self.packed(), codes.scale, bias, **options)
         return site.codes_left(q)
 
     def packed(self) -> k.W8 | k.W4P | k.W4G:
         """The weights of an integer layer, for ops that take any."""
+        held: Any = self._parameters
         if self.format.weights == "w8":
-            return k.W8(self.weight, self.weight_scale)
+            return k.W8(held["weight"], held["weight_scale"])
         if self.format.weights == "w4g":
-            return k.W4G(self.weight, self.weight_scale, self.weight_zero)
-        return k.W4P(self.weight, self.group_scale, self.group_offset, self.weight_scale)
+            return k.W4G(held["weight"], held["weight_scale"], held["weight_zero"])
+        groups = held["group_scale"], held["group_offset"]
+        return k.W4P(held["weight"], *groups, held["weight_scale"])
 
     def epilogue(self, codes: Codes) -> dict[str, torch.Tensor]:
         """What a GEMM adds to its product: zero point, bias per timestep group, low-rank branch."""
         options: dict[str, torch.Tensor] = {}
         if codes.zero_point is not None:
-            options = {"zero_point": codes.zero_point, "weight_sum": self.weight_sum}
+            weight_sum: Any = self._parameters["weight_sum"]
+            options = {"zero_point": codes.zero_point, "weight_sum": weight_sum}
         if self.format.lora_rank:
             q, scale, zero_point = codes
             options["lora_x"] = k.lora_down(q, self.lora_down, scale, zero_point=zero_point)

@@ -73,7 +73,7 @@ class Site(Pinned):
     @property
     def leaves_codes(self) -> bool:
         """A GEMM or attention before it can leave its codes: static, nothing to subtract."""
-        return self.is_static and self.shift is None and not check_nan.ON
+        return self.is_static and self._parameters["shift"] is None and not check_nan.ON
 
     def forward(self, rows: torch.Tensor) -> Codes:
         """Quantize.
@@ -84,13 +84,13 @@ class Site(Pinned):
         Returns:
             Their codes.
         """
+        held: Any = self._parameters  # not by attribute: torch looks for those in Python
         if self.is_static:
             self._look(rows)
-            scale = self.act_scale.data
-            options = self._subtraction(len(rows))
-            q = k.quantize_static(rows, scale, self.act_zero, self.smooth_inv, **options)
-            return Codes(q, scale, self.act_zero)
-        return Codes(*k.quantize_per_token(rows, self.smooth_inv, **self._token(len(rows))))
+            scale, zero, options = held["act_scale"], held["act_zero"], self._subtraction(len(rows))
+            q = k.quantize_static(rows, scale, zero, held["smooth_inv"], **options)
+            return Codes(q, scale, zero)
+        return Codes(*k.quantize_per_token(rows, held["smooth_inv"], **self._token(len(rows))))
 
     def transformed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T, K] fp32 as they are quantized: shifted and smoothed."""
@@ -102,42 +102,50 @@ class Site(Pinned):
 
     def of_gelu(self, rows: torch.Tensor) -> Codes:
         """The codes of GELU (tanh form) of rows [T, K]."""
+        smooth_inv: Any = self._parameters["smooth_inv"]
         if self.is_static:
             self._look(rows)
-            static = {"scale": self.act_scale.data, "zero_point": self.act_zero}
-            options = static | self._subtraction(len(rows))
-            q, scale = k.gelu_quantize(rows, self.smooth_inv, **options)
-            return Codes(q, scale, self.act_zero)
-        return Codes(*k.gelu_quantize(rows, self.smooth_inv, **self._token(len(rows))))
+            options = self._static() | self._subtraction(len(rows))
+            q, scale = k.gelu_quantize(rows, smooth_inv, **options)
+            return Codes(q, scale, options["zero_point"])
+        return Codes(*k.gelu_quantize(rows, smooth_inv, **self._token(len(rows))))
 
     def of_adaln(
         self, rows: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor, eps: float
     ) -> Codes:
         """The codes of LN(rows) * multiplier + shift: rows [T, K], the others [B, K] fp32."""
-        if self.shift is not None and self.format.shifts == 1:
-            shift, options = shift - self.shift, {}
+        held: Any = self._parameters
+        options: dict[str, Any] = {}
+        if held["shift"] is not None and self.format.shifts == 1:
+            shift = shift - held["shift"]
         else:
             options = self._subtraction(len(shift))
         if self.is_static:
             self._look(rows, multiplier, shift)
-            options |= {"scale": self.act_scale.data, "zero_point": self.act_zero}
+            options |= self._static()
         elif self.format.activations == "token_asym":
             options["asymmetric"] = True
-        *codes, _ = k.adaln_quantize(rows, multiplier, shift, self.smooth_inv, eps=eps, **options)
-        q, step, *zero_point = codes
-        return Codes(q, step, self.act_zero if self.is_static else next(iter(zero_point), None))
+        made = k.adaln_quantize(rows, multiplier, shift, held["smooth_inv"], eps=eps, **options)
+        q, step, *zero_point = made[:-1]
+        return Codes(q, step, zero_point[0] if zero_point else options.get("zero_point"))
 
     def output(self) -> dict[str, Any]:
         """Arguments of an op before it that leaves its codes, where `leaves_codes`."""
+        held: Any = self._parameters
         return {
-            "out_scale": self.act_scale.data,
-            "out_zero_point": self.act_zero,
-            "out_smooth_inv": self.smooth_inv,
+            "out_scale": held["act_scale"],
+            "out_zero_point": held["act_zero"],
+            "out_smooth_inv": held["smooth_inv"],
         }
 
     def codes_left(self, q: torch.Tensor) -> Codes:
         """What such an op left."""
-        return Codes(q, self.act_scale.data, self.act_zero)
+        held: Any = self._parameters
+        return Codes(q, held["act_scale"], held["act_zero"])
+
+    def _static(self) -> dict[str, Any]:
+        held: Any = self._parameters
+        return {"scale": held["act_scale"], "zero_point": held["act_zero"]}
 
     def _look(self, *values: torch.Tensor) -> None:
         if check_nan.ON:
@@ -152,11 +160,12 @@ class Site(Pinned):
 
     def _subtraction(self, num_rows: int) -> dict[str, Any]:
         """Arguments of an op that subtracts the shift of each row's timestep group."""
-        if self.shift is None:
+        shift: Any = self._parameters["shift"]
+        if shift is None:
             return {}
         if self.format.shifts == 1:
-            return {"group_shift": self.shift}
-        return {"group_shift": self.shift, "group_index": group_index(num_rows)}
+            return {"group_shift": shift}
+        return {"group_shift": shift, "group_index": group_index(num_rows)}
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -27,10 +27,10 @@ from ditq_kernels.launch import tuning
 
 
 @triton.jit
-def load_group(scale_at, offset_at):
-    """Of a group: group_scale, and group_offset + 128, both int32 [BLOCK_N, 1]."""
-    scale = tl.load(scale_at).to(tl.int32)
-    offset = tl.load(offset_at).to(tl.int32) + 128
+def load_group(group_scale_ptr, group_offset_ptr, group):
+    """Of a group of each channel: group_scale, and group_offset + 128, both int32 [BLOCK_N, 1]."""
+    scale = tl.load(group_scale_ptr + group.to(tl.uint32)).to(tl.int32)
+    offset = tl.load(group_offset_ptr + group.to(tl.uint32)).to(tl.int32) + 128
     return scale[:, None], offset[:, None]
 
 
@@ -105,7 +105,7 @@ def sums_w4a8(
     columns = tl.minimum(t, T - 1).to(tl.int64) * stride_qt
     split_at = split_ptr + rows[:, None] + k[None, :]
     q_at = q_ptr + columns[None, :] + k[:, None]
-    scale_at, offset_at = group_scale_ptr + real_n, group_offset_ptr + real_n
+    group = real_n  # int32, one register for two addresses: groups are a 32nd of inputs times outputs
     # groups of a unit or of half a unit: each unit has those that follow the last one's
     WALKS: tl.constexpr = EVEN_K and UNIT % GROUP_SIZE == 0
     last_group = K // GROUP_SIZE - 1  # padding of the last unit multiplies zero activations
@@ -116,9 +116,7 @@ def sums_w4a8(
         split_at += first // 2
         q_at += first
         if WALKS:
-            first_row = (first // GROUP_SIZE).to(tl.int64) * N
-            scale_at += first_row
-            offset_at += first_row
+            group += first // GROUP_SIZE * N
     for start in range(first, end, UNIT):
         packed = tl.load(split_at)  # padded to whole units: no mask
         if EVEN_K:
@@ -128,19 +126,18 @@ def sums_w4a8(
             q_low = tl.load(q_at, mask=(start + k < K)[:, None], other=0)
             q_high = tl.load(q_at + HALF, mask=(start + HALF + k < K)[:, None], other=0)
         if WALKS:
-            low_scale, low_offset = load_group(scale_at, offset_at)
+            low_scale, low_offset = load_group(group_scale_ptr, group_offset_ptr, group)
             high_scale, high_offset = low_scale, low_offset
             if GROUP_SIZE == HALF:
-                high_scale, high_offset = load_group(scale_at + N, offset_at + N)
-            scale_at += UNIT // GROUP_SIZE * N
-            offset_at += UNIT // GROUP_SIZE * N
+                high_scale, high_offset = load_group(group_scale_ptr, group_offset_ptr, group + N)
+            group += UNIT // GROUP_SIZE * N
         else:
-            low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
-            low_scale, low_offset = load_group(scale_at + low_row, offset_at + low_row)
+            low_at = group + tl.minimum(start // GROUP_SIZE, last_group) * N
+            low_scale, low_offset = load_group(group_scale_ptr, group_offset_ptr, low_at)
             high_scale, high_offset = low_scale, low_offset
             if GROUP_SIZE % UNIT != 0:
-                high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
-                high_scale, high_offset = load_group(scale_at + high_row, offset_at + high_row)
+                high_at = group + tl.minimum((start + HALF) // GROUP_SIZE, last_group) * N
+                high_scale, high_offset = load_group(group_scale_ptr, group_offset_ptr, high_at)
         low, high = expand_nibbles(
             packed, low_scale, low_offset, high_scale, high_offset, BLOCK_N, HALF, INLINE_ASM
         )

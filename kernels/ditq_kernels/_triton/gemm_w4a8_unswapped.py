@@ -40,10 +40,10 @@ def _gemm_w4a8_unswapped_kernel(
     last_group = K // GROUP_SIZE - 1
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
     for start in range(0, K, UNIT):  # UNIT divides K
-        low_row = tl.minimum(start // GROUP_SIZE, last_group).to(tl.int64) * N
-        high_row = tl.minimum((start + HALF) // GROUP_SIZE, last_group).to(tl.int64) * N
-        low_scale, low_offset = load_group(group_scale_ptr + low_row + n, group_offset_ptr + low_row + n)
-        high_scale, high_offset = load_group(group_scale_ptr + high_row + n, group_offset_ptr + high_row + n)
+        low_at = tl.minimum(start // GROUP_SIZE, last_group) * N + n
+        high_at = tl.minimum((start + HALF) // GROUP_SIZE, last_group) * N + n
+        low_scale, low_offset = load_group(group_scale_ptr, group_offset_ptr, low_at)
+        high_scale, high_offset = load_group(group_scale_ptr, group_offset_ptr, high_at)
         packed = tl.load(split_at)
         low, high = expand_nibbles(
             packed, low_scale, low_offset, high_scale, high_offset, BLOCK_N, HALF, INLINE_ASM
