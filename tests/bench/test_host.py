@@ -7,8 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ditq_runtime as ditq
 from ditq_bench.cli import bench
-from ditq_bench.host import cases, measure
+from ditq_bench.host import cases, measure, models
 from ditq_kernels.launch import plans
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 def few_calls(monkeypatch):
     """Two ops, few rounds, no driver: the CPU's own implementations."""
     found = {name: cases.calls(CPU)[name] for name in ("quantize_static", "gemm_w8a8")}
-    monkeypatch.setattr(measure, "calls", lambda device: found)
+    monkeypatch.setattr(cases, "calls", lambda device: found)
     monkeypatch.setattr(measure, "CALLS", 20)
     monkeypatch.setattr("ditq_kernels._triton.offline.stub.install", lambda target: None)
     plans.clear()
@@ -27,14 +28,16 @@ def few_calls(monkeypatch):
 @pytest.mark.usefixtures("few_calls")
 def test_the_dispatcher_costs_more_than_a_plan(monkeypatch):
     monkeypatch.setattr(measure, "CALLS", 200)
-    for cost in measure.host_costs(CPU, lambda: None, rounds=5):
+    for cost in measure.host_costs(CPU, cases.calls(CPU), lambda: None, rounds=5):
         assert 0 < cost.direct < cost.dispatcher
 
 
 @pytest.mark.usefixtures("few_calls")
 def test_the_command_says_through_what_it_measured(tmp_path):
     path = tmp_path / "host.csv"
-    result = CliRunner().invoke(bench, ["host", "--rounds", "1", "--json", "--out", str(path)])
+    result = CliRunner().invoke(
+        bench, ["host", "--rounds", "1", "--no-models", "--json", "--out", str(path)]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert [row["call"] for row in report["rows"]] == ["quantize_static", "gemm_w8a8"]
@@ -43,3 +46,15 @@ def test_the_command_says_through_what_it_measured(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["call"] for row in rows] == ["quantize_static", "gemm_w8a8"]
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
+
+
+def test_blocks_and_steps_are_those_of_fused_models():
+    made = models.packed(("w4p",), layers=2)
+    found = models.steps(made, CPU)
+    assert list(found) == ["DiT block, w4p static", "DiT-XL/2 step, w4p static"]
+    with torch.no_grad():
+        for step in found.values():
+            step()
+    report = ditq.execution_report(made["w4p"], models.dit_inputs(CPU))
+    assert report.totals["fused_blocks"] == 2
+    assert {row.op for row in report.attention} == {"attention_qk_int8_pv_int8"}

@@ -18,9 +18,12 @@ def host(
     ] = 90,
     out: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds per call; the median counts.")] = 15,
+    models: Annotated[
+        bool, typer.Option(help="Blocks and steps of DiT-XL/2 and Flux, at a tiny width, too.")
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What a call of each op costs the host, in small linears of torch on the same core.
+    """What a call of each op, a block and a step cost the host, in small linears of torch on the same core.
 
     Without a GPU, Triton's own specialization, compiler and launcher run over a driver that does nothing: what is
     measured is Python, torch and Triton, not the driver.
@@ -29,8 +32,8 @@ def host(
     """
     import torch
 
-    from ditq_bench.host.cases import calls
-    from ditq_bench.host.measure import host_costs
+    from ditq_bench.host import cases, measure
+    from ditq_bench.host.models import packed, steps
     from ditq_bench.results import device_name, origin_of
     from ditq_converters.progress import progress_bar
     from ditq_kernels._triton.offline import stub
@@ -38,11 +41,12 @@ def host(
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    count = len(calls(device))
+    made = packed() if models else {}
     if not on_gpu:
         stub.install(target)
-    with progress_bar("host", count) as advance:
-        found = host_costs(device, advance, rounds)
+    calls = cases.calls(device) | steps(made, device)
+    with progress_bar("host", len(calls)) as advance:
+        found = measure.host_costs(device, calls, advance, rounds)
     through = device_name(device) if on_gpu else f"{STUB}, sm_{target}"
     origin = origin_of(device)
     rows = [(cost.call, f"{cost.direct:.2f}", f"{cost.dispatcher:.2f}") for cost in found]

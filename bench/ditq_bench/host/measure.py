@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ditq_bench.host.cases import calls
 from ditq_kernels.launch import plans
 
 ROUNDS, CALLS, WARM_UP = 15, 300, 3
+LONGEST = 20  # linears; calls that cost more run less often
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class HostCost:
     """What one call costs the host.
 
     Attributes:
-        call: a name of `cases.calls`.
+        call: a name of `cases.calls` or `models.steps`.
         direct: by a kept plan: median over rounds of its time / that of the linear next to it.
         dispatcher: through torch's dispatcher, with all checks.
     """
@@ -32,12 +32,16 @@ class HostCost:
 
 
 def host_costs(
-    device: torch.device, advance: Callable[[], None], rounds: int = ROUNDS
+    device: torch.device,
+    cases: dict[str, Callable[[], Any]],
+    advance: Callable[[], None],
+    rounds: int = ROUNDS,
 ) -> list[HostCost]:
     """Measure every call, in this process' own time; on a GPU launches must not wait, so rounds are short.
 
     Args:
         device: of the operands.
+        cases: name -> a call.
         advance: called after each call's rounds.
         rounds: of all ways to call, one after the other.
     """
@@ -46,7 +50,7 @@ def host_costs(
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            for name, call in calls(device).items():
+            for name, call in cases.items():
                 for _ in range(WARM_UP):
                     call()
                 ways = (call, _without_plans(call))
@@ -76,19 +80,22 @@ def _ratios(ways: tuple[Callable[[], Any], ...], device: torch.device, rounds: i
     def linear() -> torch.Tensor:
         return torch.nn.functional.linear(x, weight)
 
+    # a step costs what thousands of linears cost: as much time as theirs is enough
+    once = _seconds(ways[0], device, 1) / _seconds(linear, device, CALLS)
+    count = max(1, min(CALLS, round(CALLS * LONGEST / once)))
     found: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, ratios in zip(ways, found, strict=True):
-            unit = _seconds(linear, device)
-            ratios.append(_seconds(way, device) / unit)
+            unit = _seconds(linear, device, CALLS)
+            ratios.append(_seconds(way, device, count) / unit)
     return [statistics.median(ratios) for ratios in found]
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device, count: int) -> float:
     """Of this process, without its waiting for others."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.process_time()
-    for _ in range(CALLS):
+    for _ in range(count):
         call()
-    return (time.process_time() - start) / CALLS
+    return (time.process_time() - start) / count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,31 @@ HEAD_DIM, SAMPLES, TOKENS_A_SIDE, CAPTION = 64, 2, 4, 8
 STATIC = {"method": "smoothquant", "activations": "static", "attention": "int8"}
 
 
-def steps(weights: tuple[str, ...] = ("w8", "w4p")) -> dict[str, Callable[[], Any]]:
-    """Name -> a call of one block or one forward, packed on the CPU: make them before a stub takes its place."""
-    found: dict[str, Callable[[], Any]] = {}
+def packed(weights: tuple[str, ...] = ("w8", "w4p"), layers: int = 28) -> dict[str, Any]:
+    """Name -> a packed model on the CPU: make them before a stub takes its place.
+
+    Args:
+        weights: of each DiT.
+        layers: blocks of each DiT; Flux is made beside its full 28.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for name in weights:
-            model = dit(name, Path(folder) / name)
-            found[f"DiT block, {name} static"] = block_of(model)
-            found[f"DiT-XL/2 step, {name} static"] = forward_of(model, dit_inputs())
-    flux_model = flux()
-    found["Flux step, w8 token"] = forward_of(flux_model, flux_inputs(flux_model))
+        found = {name: dit(name, Path(folder) / name, layers) for name in weights}
+    return found | ({"flux": flux()} if layers == 28 else {})
+
+
+def steps(models: dict[str, Any], device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Name -> a call of a block or a forward of `packed` models, modulation computed before as by `prepare`."""
+    found: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        model.to(device)  # a stub's too: weights go into the order of its kernels
+        if name == "flux":
+            found["Flux step, w8 token"] = forward_of(model, flux_inputs(model, device), {})
+            continue
+        blocks, width = model.transformer_blocks, model.inner_dim
+        hoisted = {block: torch.randn(SAMPLES, 6 * width, device=device) for block in blocks}
+        hidden = (torch.randn(SAMPLES, TOKENS_A_SIDE**2, width, device=device),)
+        found[f"DiT block, {name} static"] = with_hoisted(partial(blocks[1], *hidden), hoisted)
+        found[f"DiT-XL/2 step, {name} static"] = forward_of(model, dit_inputs(device), hoisted)
     return found
 
 
@@ -42,36 +58,34 @@ def dit(weights: str, folder: Path, layers: int = 28) -> Any:
     return convert(model, Recipe(**recipe), stats, quiet=True)
 
 
-def dit_inputs() -> dict[str, torch.Tensor]:
+def dit_inputs(device: torch.device) -> dict[str, torch.Tensor]:
     """Of `dit`."""
     return {
-        "hidden_states": torch.randn(SAMPLES, 1, TOKENS_A_SIDE, TOKENS_A_SIDE),
-        "timestep": torch.full((SAMPLES,), 500),
-        "class_labels": torch.zeros(SAMPLES, dtype=torch.int64),
+        "hidden_states": torch.randn(SAMPLES, 1, TOKENS_A_SIDE, TOKENS_A_SIDE, device=device),
+        "timestep": torch.full((SAMPLES,), 500, device=device),
+        "class_labels": torch.zeros(SAMPLES, dtype=torch.int64, device=device),
     }
 
 
-def block_of(model: Any) -> Callable[[], Any]:
-    """One block in the middle, its modulation hoisted, as `prepare` leaves it."""
+def forward_of(
+    model: Any, inputs: dict[str, Any], hoisted: dict[Any, torch.Tensor]
+) -> Callable[[], Any]:
+    """A whole forward."""
+    return with_hoisted(partial(model, **inputs, return_dict=False), hoisted)
+
+
+def with_hoisted(call: Callable[[], Any], hoisted: dict[Any, torch.Tensor]) -> Callable[[], Any]:
+    """A call that finds modulation computed."""
     from ditq_runtime.layers.carrier import here
 
-    block, width = model.transformer_blocks[1], model.inner_dim
-    hidden = torch.randn(SAMPLES, TOKENS_A_SIDE**2, width)
-    hoisted = {block: torch.randn(SAMPLES, 6 * width)}
-
     def run() -> Any:
-        here().hoisted = hoisted
+        here().hoisted = hoisted or None
         try:
-            return block(hidden)
+            return call()
         finally:
             here().hoisted = None
 
     return run
-
-
-def forward_of(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """A whole forward."""
-    return lambda: model(**inputs, return_dict=False)
 
 
 def flux() -> Any:
@@ -88,13 +102,14 @@ def flux() -> Any:
     return convert(model, Recipe("linear", "w8", "token"), None, quiet=True)
 
 
-def flux_inputs(model: Any) -> dict[str, Any]:
+def flux_inputs(model: Any, device: torch.device) -> dict[str, Any]:
     """Of `flux`."""
     tokens = TOKENS_A_SIDE**2
-    return {
+    found = {
         "hidden_states": torch.randn(1, tokens, model.config.in_channels),
         "encoder_hidden_states": torch.randn(1, CAPTION, model.config.joint_attention_dim),
         "pooled_projections": torch.randn(1, model.config.pooled_projection_dim),
         "timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.5]),
         "img_ids": torch.zeros(tokens, 3), "txt_ids": torch.zeros(CAPTION, 3),
     }  # fmt: skip
+    return {name: value.to(device) for name, value in found.items()}
