@@ -3,91 +3,155 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ditq_runtime.layers.carrier import here
 
 WARM_UPS = 3  # before a capture, as torch's documentation asks
+KEPT = 8  # sets of shapes; the one that was not used for longest is freed
+
+
+class Captured(NamedTuple):
+    """A graph, the memory that its inputs are copied to, and what its replays write."""
+
+    graph: Any
+    fixed: list[torch.Tensor]
+    output: Any
 
 
 class GraphedForward:
     """Replaces one model's `forward` by replays; outputs are copies, so a caller may keep them.
 
-    Inputs are copied to fixed addresses, among them those inside of dictionaries, and what reaches the blocks aside:
-    the hoisted modulation, which changes from step to step, and the timestep. Threads take turns; each stream has
-    graphs of its own, whose memory no other stream writes.
+    Inputs are the arguments, tensors inside of dictionaries too, and what travels with a forward (`carrier`): the
+    timestep, and the hoisted modulation, which changes from step to step. They are copied to fixed addresses; nothing
+    is looked for in the model. Threads take turns; each stream has graphs of its own, whose memory no other stream
+    writes. Weights that moved are captured anew.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Install; graphs are captured at their first use."""
+        """Install; graphs are captured at their first use, on the model's device."""
         self._model: Any = model
         self._forward = model.forward
-        self._captured: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._first = next(model.parameters())
+        self._captured: dict[tuple[Any, ...], Captured] = {}
         self._turn = threading.Lock()
         self._model.forward = self._replay
 
     def remove(self) -> None:
         """Give the model its forward back and free the graphs."""
         del self._model.forward
-        self._captured.clear()
+        while self._captured:
+            self._free_oldest()
 
     def _replay(self, *args: Any, **kwargs: Any) -> Any:
         with self._turn:
-            return self._replay_alone(*args, **kwargs)
+            return self._replay_alone(args, kwargs)
 
-    def _replay_alone(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        aside = here().hoisted or {}
-        values = [*leaves, here().timestep, *aside.values()]
-        tensors = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
-        rest = [(i, repr(v)) for i, v in enumerate(values) if i not in tensors]
-        shapes = ((i, t.shape, t.dtype) for i, t in tensors.items())
-        key = (*shapes, *rest, repr(spec), tuple(map(id, aside)), _stream())
-        if key not in self._captured:
-            self._captured[key] = self._capture(values, tensors, spec, list(aside))
-        graph, fixed, output = self._captured[key]
-        for i, tensor in tensors.items():
-            fixed[i].copy_(tensor)
-        graph.replay()
+    def _replay_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors: list[torch.Tensor] = []
+        key: list[Any] = [_stream(self._first.device), self._first.data_ptr()]
+        _take_apart(args, tensors, key)
+        _take_apart(kwargs, tensors, key)
+        forward = here()
+        place = _place_of(forward.timestep, tensors)
+        _take_apart(forward.timestep if place < 0 else None, tensors, key)
+        hoisted: Any = forward.hoisted or {}
+        memory = getattr(hoisted, "memory", None)
+        tensors += hoisted.values() if memory is None else [memory]
+        key += [place, *map(id, hoisted), *(value.shape for value in hoisted.values())]
+        found = self._captured.pop(tuple(key), None)
+        if found is None:
+            found = self._capture(args, kwargs, tensors, place)
+        self._captured[tuple(key)] = found
+        if len(self._captured) > KEPT:
+            self._free_oldest()
+        torch._foreach_copy_(found.fixed, tensors)
+        found.graph.replay()
+        output = found.output
         if isinstance(output, tuple):
             return tuple(value.clone() for value in output)
         return type(output)(**{name: value.clone() for name, value in output.items()})
 
     def _capture(
-        self,
-        values: list[Any],
-        tensors: dict[int, torch.Tensor],
-        spec: TreeSpec,
-        holders: list[nn.Module],
-    ) -> tuple[Any, ...]:
-        fixed = {i: tensor.detach().clone() for i, tensor in tensors.items()}
-        given = [fixed.get(i, value) for i, value in enumerate(values)]
-        args, kwargs = tree_unflatten(given[: spec.num_leaves], spec)
-        forward, (timestep, *hoisted) = here(), given[spec.num_leaves :]
-        forward.timestep = timestep
-        forward.hoisted = dict(zip(holders, hoisted, strict=True)) or None
-        graph, output = _record(lambda: self._forward(*args, **kwargs))
-        return graph, fixed, output
+        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], place: int
+    ) -> Captured:
+        device = self._first.device
+        fixed = [tensor.detach().to(device, copy=True) for tensor in tensors]
+        rest = iter(fixed)
+        args, kwargs = _put_together(args, rest), _put_together(kwargs, rest)
+        forward = here()
+        timestep, hoisted = forward.timestep, forward.hoisted
+        if timestep is not None:
+            forward.timestep = fixed[place] if place >= 0 else _put_together(timestep, rest)
+        if hoisted:
+            memory = getattr(hoisted, "memory", None)
+            forward.hoisted = (
+                dict(zip(hoisted, rest, strict=True)) if memory is None else hoisted.on(next(rest))
+            )
+        try:
+            graph, output = _record(lambda: self._forward(*args, **kwargs), device)
+        finally:
+            forward.timestep, forward.hoisted = timestep, hoisted
+        return Captured(graph, fixed, output)
+
+    def _free_oldest(self) -> None:
+        oldest = self._captured.pop(next(iter(self._captured)))
+        oldest.graph.reset()
 
 
-def _stream() -> int:
-    """The stream that this thread works on."""
-    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
+def _take_apart(value: Any, tensors: list[torch.Tensor], key: list[Any]) -> None:
+    """Tensors of nested arguments, in order, and all else that a graph depends on."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        key += [value.shape, value.dtype]
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            key.append(name)
+            _take_apart(one, tensors, key)
+        key.append(dict)
+    elif isinstance(value, tuple | list):
+        for one in value:
+            _take_apart(one, tensors, key)
+        key.append(type(value))
+    else:
+        key += [type(value), value if value is None else repr(value)]
 
 
-def _record(forward: Any) -> tuple[Any, Any]:
-    """A CUDA graph of a call, and the output that its replays write."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        output = forward()
+def _put_together(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The same arguments with other tensors in their places."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {name: _put_together(one, tensors) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([_put_together(one, tensors) for one in value])
+    return value
+
+
+def _place_of(timestep: torch.Tensor | None, tensors: list[torch.Tensor]) -> int:
+    """Which argument the carried timestep is; -1: none."""
+    return next((i for i, one in enumerate(tensors) if one is timestep), -1)
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that this thread works on, on a device."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _record(forward: Any, device: torch.device) -> tuple[Any, Any]:
+    """A CUDA graph of a call on a device, and the output that its replays write."""
+    with torch.no_grad(), torch.cuda.device(device):
+        now, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                forward()
+        now.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = forward()
     return graph, output

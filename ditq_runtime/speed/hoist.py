@@ -23,14 +23,14 @@ class _Run(PerThread):
         step: its place in the schedule that was announced; -1: none.
         key: what the values depend on.
         held: the tensors in the key, so that an id is not used again.
-        values: of every holder, for all steps.
+        values: of every holder, for each step.
     """
 
     def __init__(self) -> None:
         self.step = -1
         self.key: tuple[Any, ...] = ()
         self.held: tuple[Any, ...] = ()
-        self.values: list[torch.Tensor] = []
+        self.values: list[dict[nn.Module, torch.Tensor]] = []
 
 
 class Hoist:
@@ -90,17 +90,50 @@ class Hoist:
             timesteps = steps.to(timestep).repeat_interleave(batch)
             rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
             with torch.no_grad():
-                run.values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
+                values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
+            run.values = _by_step(self.holders, values, len(steps))
             here().index = None  # of all steps
             run.held, run.key = (conditions, steps), key
             self.tables += 1
-        now = slice(step * batch, (step + 1) * batch)
-        pairs = zip(self.holders, run.values, strict=True)
-        here().hoisted = {module: values[now] for module, values in pairs}
+        here().hoisted = run.values[step]
         self.hits += 1
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         here().hoisted = None
+
+
+class HoistedRows(dict[nn.Module, torch.Tensor]):
+    """Module -> modulation [B, N] of one step, all in one memory, which a CUDA graph copies at once.
+
+    Attributes:
+        memory: one row of numbers.
+    """
+
+    def __init__(self, holders: list[nn.Module], widths: list[int], memory: torch.Tensor) -> None:
+        """Holders share a memory in order; widths are N."""
+        self._widths, self.memory = widths, memory
+        batch = len(memory) // sum(widths)
+        parts = memory.split([batch * width for width in widths])
+        shaped = (part.view(batch, -1) for part in parts)
+        super().__init__(zip(holders, shaped, strict=True))
+
+    def on(self, memory: torch.Tensor) -> HoistedRows:
+        """The same of another memory."""
+        return HoistedRows(list(self), self._widths, memory)
+
+
+def _by_step(
+    holders: list[nn.Module], values: list[torch.Tensor], steps: int
+) -> list[dict[nn.Module, torch.Tensor]]:
+    """What each step looks up, of values [S * B, N] of all steps."""
+    if len({value.dtype for value in values}) > 1:
+        return [
+            dict(zip(holders, now, strict=True))
+            for now in zip(*(value.chunk(steps) for value in values), strict=True)
+        ]
+    memory = torch.cat([value.reshape(steps, -1) for value in values], dim=1)
+    widths = [value.shape[1] for value in values]
+    return [HoistedRows(holders, widths, row) for row in memory]
 
 
 def _elsewhere(modules: list[nn.Module], device: torch.device) -> bool:

@@ -335,13 +335,17 @@ class _Replayed:
         here().timestep, here().hoisted = self.held
         for name, value in self.forward().items():
             self.output[name].copy_(value)
+        here().timestep, here().hoisted = None, None
+
+    def reset(self):
+        self.forward = None
 
 
 def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
     """Also conditions inside of a dictionary, the noted timestep and the hoisted modulation, at other addresses."""
     model, graphs = pixarts(96), []
 
-    def record(forward):
+    def record(forward, device):
         graphs.append(_Replayed(forward))
         return graphs[-1], graphs[-1].output
 
