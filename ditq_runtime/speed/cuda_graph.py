@@ -76,9 +76,7 @@ class GraphedForward:
             return tuple(value.clone() for value in output)
         return type(output)(**{name: value.clone() for name, value in output.items()})
 
-    def _capture(
-        self, args: Any, kwargs: Any, tensors: list[torch.Tensor], place: int
-    ) -> Captured:
+    def _capture(self, args: Any, kwargs: Any, tensors: list[torch.Tensor], place: int) -> Captured:
         device = self._first.device
         fixed = [tensor.detach().to(device, copy=True) for tensor in tensors]
         rest = iter(fixed)

@@ -48,13 +48,15 @@ def test_the_command_says_through_what_it_measured(tmp_path):
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
 
 
-def test_blocks_and_steps_are_those_of_fused_models():
-    made = models.packed(("w4p",), layers=2)
+def test_blocks_and_steps_are_those_of_fused_models(monkeypatch):
+    monkeypatch.setattr("ditq_runtime.speed.cuda_graph._record", None)
+    made = models.packed(("w8",), layers=2)
     found = models.steps(made, CPU)
-    assert list(found) == ["DiT block, w4p static", "DiT-XL/2 step, w4p static"]
+    names = ("DiT block, w8 static", "DiT-XL/2 step, w8 static", "DiT-XL/2 step, CUDA graph")
+    assert tuple(found) == names
     with torch.no_grad():
         for step in found.values():
             step()
-    report = ditq.execution_report(made["w4p"], models.dit_inputs(CPU))
+    report = ditq.execution_report(made["w8"], models.dit_inputs(CPU))
     assert report.totals["fused_blocks"] == 2
     assert {row.op for row in report.attention} == {"attention_qk_int8_pv_int8"}

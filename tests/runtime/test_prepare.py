@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.layers.carrier import here
-from ditq_runtime.speed.cuda_graph import GraphedForward
-from ditq_runtime.speed.hoist import _elsewhere, _position
+from ditq_runtime.speed.cuda_graph import KEPT, GraphedForward
+from ditq_runtime.speed.hoist import _by_step, _elsewhere, _position
 
 STEPS = 4
 
@@ -384,6 +384,94 @@ def test_a_captured_forward_reads_every_input_afresh(pixarts, monkeypatch):
     assert len(graphs) == 2
     graphed.remove()
     assert torch.equal(calls(), expected)
+
+
+class Small(torch.nn.Module):
+    """A model of one weight that says what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x, scale=1, more=None):
+        hoisted = sum((here().hoisted or {}).values())
+        return (x * scale * self.weight + (more or {}).get("y", 0) + hoisted,)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A graphed `Small`, and the graphs that were captured."""
+    graphs = []
+
+    class Replay:
+        def __init__(self, forward):
+            self.forward, self.hoisted, self.freed = forward, here().hoisted, False
+            self.output = forward()
+
+        def replay(self):
+            assert not self.freed
+            before, here().hoisted = here().hoisted, self.hoisted
+            self.output[0].copy_(self.forward()[0])
+            here().hoisted = before
+
+        def reset(self):
+            self.freed = True
+
+    def record(forward, device):
+        graphs.append(Replay(forward))
+        return graphs[-1], graphs[-1].output
+
+    monkeypatch.setattr("ditq_runtime.speed.cuda_graph._record", record)
+    model = Small()
+    return model, GraphedForward(model), graphs
+
+
+def test_graphs_of_shapes_that_were_not_used_for_longest_are_freed(small):
+    model, graphed, graphs = small
+    for size in (*range(1, KEPT + 1), 1, KEPT + 1):
+        assert torch.equal(model(torch.full((size,), 2.0))[0], torch.full((size,), 2.0))
+    assert len(graphs) == KEPT + 1
+    assert [graph.freed for graph in graphs] == [False, True, *[False] * (KEPT - 1)]
+    graphed.remove()
+    assert all(graph.freed for graph in graphs)
+    assert "forward" not in vars(model)
+
+
+def test_a_graph_is_of_the_arguments_that_are_no_tensors_and_of_where_the_weights_are(small):
+    model, _, graphs = small
+    x = torch.ones(2)
+    calls = [
+        ((x,), {}),
+        ((x, 2), {}),
+        ((x,), {"scale": 2}),
+        ((x,), {"more": {"y": x}}),
+        ((x, True), {}),
+    ]
+    for _ in range(2):
+        found = [model(*args, **kwargs)[0].tolist() for args, kwargs in calls]
+        assert found == [[1, 1], [2, 2], [2, 2], [2, 2], [1, 1]]
+    assert len(graphs) == len(calls)
+    model.weight.data = torch.full((1,), 3.0)
+    assert model(x)[0].tolist() == [3, 3]
+    assert len(graphs) == len(calls) + 1
+
+
+def test_hoisted_rows_are_copied_as_one_memory(small, monkeypatch):
+    model, _, graphs = small
+    copied, places = [], [Small(), Small()]
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, of: copied.append(len(to)) or copy(to, of)
+    )
+    rows = _by_step(places, [torch.arange(8.0).view(4, 2), torch.arange(8.0).view(4, 2)], steps=2)
+    assert [list(now.values())[1].tolist() for now in rows] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    for now in rows:
+        here().hoisted = now
+        (y,) = model(torch.zeros(2, 2))
+        here().hoisted = None
+        assert torch.equal(y, sum(now.values()))
+    assert len(graphs) == 1
+    assert copied == [2, 2]  # the input and the memory
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -38,8 +39,37 @@ def steps(models: dict[str, Any], device: torch.device) -> dict[str, Callable[[]
         hoisted = {block: torch.randn(SAMPLES, 6 * width, device=device) for block in blocks}
         hidden = (torch.randn(SAMPLES, TOKENS_A_SIDE**2, width, device=device),)
         found[f"DiT block, {name} static"] = with_hoisted(partial(blocks[1], *hidden), hoisted)
-        found[f"DiT-XL/2 step, {name} static"] = forward_of(model, dit_inputs(device), hoisted)
+        inputs = dit_inputs(device)
+        found[f"DiT-XL/2 step, {name} static"] = forward_of(model, inputs, hoisted)
+        if name == "w8":
+            found["DiT-XL/2 step, CUDA graph"] = graph_of(model, inputs, hoisted)
     return found
+
+
+class Replay:
+    """Stands for a CUDA graph where there is none."""
+
+    def replay(self) -> None:
+        """Launch nothing."""
+
+    def reset(self) -> None:
+        """Free nothing."""
+
+
+def graph_of(
+    model: Any, inputs: dict[str, Any], hoisted: dict[Any, torch.Tensor]
+) -> Callable[[], Any]:
+    """A whole forward as `prepare` leaves it, replayed; without a GPU the replay does nothing."""
+    from ditq_runtime.speed import cuda_graph
+    from ditq_runtime.speed.hoist import HoistedRows
+
+    model, places = copy.deepcopy((model, list(hoisted)))
+    widths = [value.shape[1] for value in hoisted.values()]
+    memory = torch.cat([value.flatten() for value in hoisted.values()])
+    if not torch.cuda.is_available():
+        cuda_graph._record = lambda forward, device: (Replay(), forward())
+    cuda_graph.GraphedForward(model)
+    return forward_of(model, inputs, HoistedRows(places, widths, memory))
 
 
 def dit(weights: str, folder: Path, layers: int = 28) -> Any:
