@@ -79,7 +79,8 @@ def add_output(
     attn: Any, rows: torch.Tensor, gate: torch.Tensor | None, context: torch.Tensor
 ) -> torch.Tensor:
     """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes)."""
-    to_out, context = packed_linear(attn, "to_out.0"), context.reshape(len(rows), -1)
+    to_out: Any = packed_linear(attn, "to_out.0")
+    context = context.reshape(len(rows), -1)
     is_coded = context.dtype == torch.int8
     codes = to_out.site.codes_left(context) if is_coded else to_out.quantize(context)
     added: torch.Tensor = to_out.add_to(rows, gate, codes)

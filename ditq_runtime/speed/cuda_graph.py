@@ -82,7 +82,8 @@ class GraphedForward:
         rest = iter(fixed)
         args, kwargs = _put_together(args, rest), _put_together(kwargs, rest)
         forward = here()
-        timestep, hoisted = forward.timestep, forward.hoisted
+        timestep = forward.timestep
+        hoisted: Any = forward.hoisted
         if timestep is not None:
             forward.timestep = fixed[place] if place >= 0 else _put_together(timestep, rest)
         if hoisted:

@@ -52,8 +52,8 @@ def quantize_heads(
         ValueError: a wrong shape, dtype, device or layout.
     """
     arguments = (x, norm_weight, eps, cos, sin, interleaved, shift, scale)
-    if (plan := dispatch.quantize_heads.plan(arguments)) is not None:
-        return plan(arguments)
+    if (made := dispatch.quantize_heads.by_plan(arguments)) is not None:
+        return made
     checks_heads.check_heads(x, scale)
     checks_heads.check_norm(x, norm_weight, eps)
     checks_heads.check_rotation(x, cos, sin)
