@@ -14,7 +14,7 @@ from torch import nn
 
 from ditq_kernels.codes import packing
 from ditq_kernels.codes.arranged import arrange, can_arrange, in_file_order
-from ditq_kernels.launch import backend
+from ditq_kernels.launch import backend, gpus
 
 NAMES = {  # as `codes.arranged` takes them: the codes, then what belongs to groups
     "w4p": ("weight", "group_scale", "group_offset"),
@@ -25,6 +25,12 @@ NAMES = {  # as `codes.arranged` takes them: the codes, then what belongs to gro
 def read_by_kernels(device: torch.device) -> bool:
     """Whether kernels run on a device, or will where weights go next."""
     return backend.backend_of("gemm_w4a8", device) == "triton" or torch.cuda.is_available()
+
+
+def refuse_unserved(device: torch.device) -> None:
+    """NotImplementedError for a GPU whose kernels would refuse to run; not where the reference was chosen."""
+    if device.type == "cuda" and backend.backend_of("gemm_w8a8", device) == "triton":
+        gpus.refuse(device)
 
 
 class Arranged(nn.Module):
@@ -84,7 +90,14 @@ class Arranged(nn.Module):
 
 
 def arrange_weights(model: nn.Module) -> None:
-    """Bring the weights of a loaded model into the order of the kernels that will read them."""
+    """Bring the weights of a loaded model into the order of the kernels that will read them.
+
+    Raises:
+        NotImplementedError: they are on a GPU that cannot run them.
+    """
     for module in model.modules():
-        if isinstance(module, Arranged) and read_by_kernels(module.get_parameter("weight").device):
-            module.arrange()
+        if isinstance(module, Arranged):
+            device = module.get_parameter("weight").device
+            refuse_unserved(device)
+            if read_by_kernels(device):
+                module.arrange()

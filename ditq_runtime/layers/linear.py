@@ -13,7 +13,7 @@ from torch import nn
 
 import ditq_kernels as k
 from ditq_runtime.format.layer import LayerFormat
-from ditq_runtime.layers.arranged import Arranged
+from ditq_runtime.layers.arranged import Arranged, refuse_unserved
 from ditq_runtime.layers.pinned import Pinned
 from ditq_runtime.layers.site import Codes, Site
 from ditq_runtime.layers.timestep_groups import group_index, of_groups
@@ -189,9 +189,11 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
         return codes.float() * self.weight_scale[:, None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
-        """Move every tensor, cast none; the compute dtype follows the cast."""
+        """Move every tensor, cast none; the compute dtype follows the cast. Refuse a GPU that cannot run it."""
+        moved = fn(torch.empty(0, dtype=self.compute_dtype))
+        refuse_unserved(moved.device)
         super()._apply(fn, recurse)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        self.compute_dtype = moved.dtype
         return self
 
     def extra_repr(self) -> str:

@@ -43,12 +43,17 @@ def gpu(monkeypatch):
     [
         ((7, 5), "int8 kernels need an sm_80 GPU or newer, got sm_75"),
         ((6, 1), "int8 kernels need an sm_80 GPU or newer, got sm_61"),
-        ((10, 0), "no launch table covers this GPU, an sm_100"),
-        ((10, 3), "no launch table covers this GPU, an sm_103"),
+        ((10, 0), "Triton 3.9 or newer is needed on an sm_100"),
+        ((10, 3), "Triton 3.9 or newer is needed on an sm_103"),
     ],
 )
-def test_the_backend_is_refused_before_a_launch(gpu, capability, sentence):
+@pytest.mark.parametrize("newest", [False, True])
+def test_the_backend_is_refused_before_a_launch(gpu, monkeypatch, capability, sentence, newest):
     gpu(*capability)
+    triton = "3.9.0" if newest else "3.8.0"
+    monkeypatch.setattr("ditq_kernels.launch.gpus.metadata.version", lambda name: triton)
+    if newest and capability[0] == 10:
+        sentence = f"no launch table covers this GPU, an sm_{capability[0]}{capability[1]}"
     assert sentence in gpus.why_device_refused(torch.device("cuda", 0))
     with pytest.raises(ValueError, match=f"'triton' does not run here: {sentence}"):
         backend.choose_backend("triton", "cuda")

@@ -1,5 +1,6 @@
 """Which GPUs and Triton releases our kernels accept; asked without importing Triton."""
 
+import functools
 import re
 from importlib import metadata
 
@@ -9,6 +10,8 @@ from ditq_kernels.launch import tuning
 
 FIRST_TRITON = (3, 6)
 FIRST_CAPABILITY = (8, 0)
+# the first Triton whose int8 products use the tensor cores of these; 3.8 compiles W4A8 to nothing there
+FIRST_TRITON_OF = {(10, 0): (3, 9), (10, 3): (3, 9)}
 
 
 def release_of(triton_version: str) -> tuple[int, int]:
@@ -32,7 +35,27 @@ def why_refused(capability: tuple[int, int], triton_version: str) -> str:
         )
     if release_of(triton_version) < FIRST_TRITON:
         return f"Triton 3.6 or newer is needed, got {triton_version}; install triton>=3.6"
+    first = FIRST_TRITON_OF.get(capability, FIRST_TRITON)
+    if release_of(triton_version) < first:
+        needed = "{}.{}".format(*first)
+        return (
+            f"Triton {needed} or newer is needed on an {name}, whose int8 products older ones leave to the units of "
+            f"older GPUs or compile wrongly, got {triton_version}; install triton>={needed}, or choose the backend "
+            "'reference'"
+        )
     return ""
+
+
+@functools.cache
+def refuse(device: torch.device) -> None:
+    """Refuse a GPU on which no kernel will run, when weights are brought to it.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    refused = why_device_refused(device) if device.type == "cuda" else ""
+    if refused:
+        raise NotImplementedError(f"ditq: {device}: {refused}")
 
 
 def why_device_refused(device: torch.device) -> str:

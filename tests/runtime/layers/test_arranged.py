@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -11,6 +12,7 @@ from diffusers.hooks import apply_group_offloading
 
 import ditq_runtime as ditq
 from ditq_kernels.codes import packing
+from ditq_kernels.launch import gpus, tuning
 from ditq_runtime.layers import arranged
 from ditq_runtime.layers.arranged import NAMES, Arranged, arrange_weights
 
@@ -167,3 +169,35 @@ def test_layers_that_no_kernel_reads_in_order_stay(folder, load):
     assert state == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
     arrange_weights(model)  # and without a GPU none do
     assert state == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "sentence"),
+    [
+        ((7, 5), "3.7.1", "ditq: cuda:0: int8 kernels need an sm_80 GPU or newer, got sm_75"),
+        ((10, 0), "3.8.0", "ditq: cuda:0: Triton 3.9 or newer is needed on an sm_100"),
+        ((10, 3), "3.6.0", "ditq: cuda:0: Triton 3.9 or newer is needed on an sm_103"),
+        ((10, 3), "3.9.0", "ditq: cuda:0: no launch table covers this GPU, an sm_103"),
+    ],
+)
+def test_a_gpu_that_cannot_run_it_is_refused_before_a_layer_moves(
+    folder, load, monkeypatch, capability, triton, sentence
+):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("ditq_kernels.launch.gpus.metadata.version", lambda name: triton)
+    gpus.refuse.cache_clear()
+    tuning.tables_of.cache_clear()
+    model, moved = load(folder), []
+
+    def to_gpu(tensor):
+        moved.append(tensor)
+        return SimpleNamespace(device=torch.device("cuda:0"), dtype=tensor.dtype)
+
+    layer = model.transformer_blocks[0].attn1.to_q
+    with pytest.raises(NotImplementedError, match=rf"^{sentence}"):
+        layer._apply(to_gpu)
+    assert [tensor.numel() for tensor in moved] == [0]
+    monkeypatch.setattr("ditq_kernels.launch.backend._reference_on", {"cuda"})
+    arranged.refuse_unserved(torch.device("cuda:0"))  # the reference runs anywhere
+    tuning.tables_of.cache_clear()
