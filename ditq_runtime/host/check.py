@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_kernels.codes.arranged import in_file_order
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.safetensors_header import TensorInfo
@@ -140,14 +141,10 @@ def _int8_weight(name: str, layer: QuantLinear) -> torch.Tensor | None:
             raise CheckpointError(
                 f"{name}.group_scale: a group has scale 0; the checkpoint is damaged"
             )
-        groups = layer.group_scale.shape[1]
-        nibbles = (
-            k.unpack_int4(layer.weight).reshape(layer.out_features, groups, -1).to(torch.int16)
-        )
-        codes = (
-            nibbles * layer.group_scale[..., None].to(torch.int16) + layer.group_offset[..., None]
-        )
-        codes = codes.reshape(layer.out_features, -1)
+        parts = layer.weight.data, layer.group_scale.data, layer.group_offset.data
+        packed, scale, offset = in_file_order("w4p", *parts)
+        nibbles = k.unpack_int4(packed).unflatten(1, (scale.shape[1], -1)).to(torch.int16)
+        codes = (nibbles * scale[..., None].to(torch.int16) + offset[..., None]).flatten(1)
     least, most = codes.aminmax()
     if int(least) < -127 or int(most) > 127:
         raise CheckpointError(
