@@ -116,6 +116,51 @@ def profiles(
 
 
 @bench.command()
+def papers(
+    table: Annotated[
+        str, typer.Argument(help="dit-256, dit-256-100, dit-512 or pixart-512.", metavar="TABLE")
+    ],
+    model: Annotated[str, typer.Argument(help="A diffusers folder or hub id.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for rows, checkpoints and samples.")] = Path(
+        "runs/papers"
+    ),
+    prompts: Annotated[Path | None, typer.Option(help="Captions, for pixart-512.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Images; default: as published.")
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, help="Samples to calibrate on; default: as published.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Of reconstruction; default: as published.")
+    ] = None,
+) -> None:
+    """A paper's table on your checkpoint, in integers, by its protocol, with its published figures beside.
+
+    Hours on a GPU; killed, the same command goes on after the last finished row. FID is computed from the .npz of a
+    row by the ADM evaluation suite; SQNR is printed.
+
+    Example: ditq bench papers dit-256 facebook/DiT-XL-2-256 --out runs/dit-256
+    """
+    from ditq_bench.papers import COLUMNS, TABLES, Less, reproduce
+    from ditq_converters.models.open import open_model
+    from ditq_runtime.cli.device import place
+    from ditq_runtime.cli.output import print_table, say
+
+    (name,) = _chosen("TABLE", table, tuple(TABLES))
+    chosen, less = TABLES[name], Less(samples, calibration, steps, iterations)
+    pipe = open_model(model)
+    pipe.to(place(""))
+    rows = []
+    for row in reproduce(chosen, pipe, out, prompts, less):
+        say(f"{row['case']}: measured")
+        rows.append([row[column] for column in COLUMNS])
+    print_table(f"{chosen.title}; published: {chosen.measure}", COLUMNS, rows)
+    say(f"published for full precision: {chosen.baseline or 'no figure'}; {out}")
+
+
+@bench.command()
 def jitter(
     out: Annotated[Path, typer.Option(help="Folder for jitter.csv and the statistics.")] = Path(
         "runs/jitter"
