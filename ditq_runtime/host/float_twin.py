@@ -14,7 +14,7 @@ from ditq_runtime.layers.site import Site
 from ditq_runtime.layers.timestep_freq import set_timestep_freq
 from ditq_runtime.lora.adapter import row_factors
 
-UNFOLDED = ("quantizer", "adaln", "value")  # places whose factors can be taken out again
+UNFOLDED = ("quantizer", "adaln", "value", "product")  # places whose factors can be taken out again
 
 
 def float_skeleton(model: Any) -> Any:
@@ -40,22 +40,30 @@ def float_twin(model: Any) -> Any:
     It computes what the packed model computes but for the rounding of activations.
 
     Raises:
-        ValueError: the model has a bias per timestep group, shifts, or factors in norms or products, which a stock
-            model of its class has no place for.
+        ValueError: the model has a bias per timestep group, which a stock model of its class has no place for, or
+            shifts or factors of norms that were folded, where the file does not say into which.
     """
     sites = [m for m in model.modules() if isinstance(m, Site)]
     for module in model.modules():
         grouped = isinstance(module, QuantLinear) and module.format.groups > 1
-        shifted = isinstance(module, Site) and bool(module.format.shifts)
+        shifted = isinstance(module, Site) and module.format.shifts > (not module.format.is_folded)
         elsewhere = isinstance(module, Site) and module.format.place not in UNFOLDED
         if grouped or shifted or elsewhere:
             raise ValueError(
-                f"dequantize: this {type(model).__name__} has shifts, timestep groups or factors in its norms, which a "
-                "float model of its class has no place for; take the float model it was made from"
+                f"dequantize: this {type(model).__name__} has timestep groups, folded shifts or factors in its norms, "
+                "which cannot be taken out of it again; take the float model it was made from"
             )
     twin = float_skeleton(model)
     direct = scale_rows(float_skeleton(model))
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            stock: Any = twin.get_submodule(name)
+            if stock.bias is None:
+                raise ValueError(
+                    f"dequantize: {name} got a bias from a shift, which a stock {type(model).__name__} has no place "
+                    "for; take the float model it was made from"
+                )
     held = dict(model.state_dict())
     state = {}
     for name, like in twin.state_dict().items():
@@ -84,7 +92,15 @@ def _of_linear(
     """Weight [N, K] or bias [N] of a linear, fp64."""
     rows = _factors(name, layer.out_features, sites)
     if field == "bias":
-        bias = layer.bias.double().cpu() / rows
+        bias = layer.bias.double().cpu()
+        for (
+            site
+        ) in sites:  # it holds W z, with W as it was before rounding; the quantizer subtracts z
+            if name in site.format.readers and site.shift is not None:
+                bias = bias - (
+                    _of_linear(name, layer, "weight", sites, direct) @ site.shift[0].double().cpu()
+                )
+        bias = bias / rows
         for part in direct.get(name, ()) if layer.wide_output else ():
             bias[part] -= 1
         return bias

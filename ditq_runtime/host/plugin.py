@@ -178,7 +178,11 @@ class DitqQuantizer(DiffusersQuantizer):
             self.absent = skeleton.duplicate_embedders(model, shared)
 
     def _dequantize(self, model: Any) -> Any:
-        return float_twin(model)
+        """In place, as diffusers' own quantizers do: the model becomes its float twin."""
+        twin = float_twin(model)
+        vars(model).clear()
+        vars(model).update(vars(twin))
+        return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
 from ditq_runtime import DitqConfig, QuantLinear
+from ditq_runtime.host.float_twin import float_twin
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_dequantize_gives_the_float_model_within_a_step(pipes, packed_folder, lo
     """The weights differ by rounding alone: also where factors were folded, they are the float model's again."""
     kind = "shared" if name in ("w8_token", "w4g_static") else "own"
     truth, packed = pipes[kind].transformer, load(packed_folder(name))
-    twin = packed.dequantize()
+    twin = float_twin(packed)
     assert type(twin) is diffusers.DiTTransformer2DModel
     assert not any(isinstance(m, QuantLinear) for m in twin.modules())
     # a weight is off by half a step at most: 1 / 254 of its row's maximum in 8 bits, 1 / 30 of a group's range in 4;
@@ -99,14 +100,44 @@ def test_dequantize_gives_the_float_model_within_a_step(pipes, packed_folder, lo
 
 def test_dequantize_refuses_what_no_float_model_holds(pipes, stats):
     packed = convert(pipes["own"], Recipe("htg", activations="static"), stats["own"], quiet=True)
-    with pytest.raises(ValueError, match="has shifts, timestep groups"):
+    with pytest.raises(ValueError, match="has timestep groups, folded shifts"):
         packed.dequantize()
+
+
+def test_dequantize_changes_the_model_as_other_quantizers_do(packed_folder, load, forward):
+    packed = load(packed_folder("w8_token"))
+    before, twin = forward(packed), float_twin(load(packed_folder("w8_token")))
+    assert packed.dequantize() is packed
+    assert not any(isinstance(m, QuantLinear) for m in packed.modules())
+    assert torch.equal(forward(packed), forward(twin))
+    assert error(forward(packed), before) < 0.02
+    assert not hasattr(packed, "hf_quantizer")
+    assert "quantization_config" not in packed.config
+    packed.half()  # it is a float model, and may be cast
+
+
+def test_a_shift_of_the_quantizer_is_taken_out_again(flux):
+    model, inputs = flux
+    packed = convert(model, Recipe("linear", activations="token_asym"), quiet=True)
+    shifted = copy.deepcopy(packed)
+    plain = float_twin(packed)
+    name = "transformer_blocks.0.ff.net.2"
+    linear = shifted.get_submodule(name)
+    shift = torch.linspace(-1, 1, linear.in_features)
+    object.__setattr__(linear.site.format, "shifts", 1)
+    linear.site.shift = torch.nn.Parameter(shift[None], requires_grad=False)
+    linear.bias.data += linear.dequantized_weight() @ shift  # W z
+    twin = float_twin(shifted)
+    for key, tensor in plain.state_dict().items():
+        assert torch.allclose(twin.state_dict()[key], tensor, rtol=0, atol=1e-6), key
+    # another grid of 255 steps over the shifted rows, one layer of many
+    assert error(run(shifted, inputs), run(packed, inputs)) < 0.01
 
 
 def test_a_dequantized_flux_computes_the_same(flux):
     model, inputs = flux
     packed = convert(model, Recipe("linear"), quiet=True)
-    twin = packed.dequantize()
+    twin = float_twin(packed)
     # token activations alone differ: 1 / 254 of the largest of a row, through two blocks
     assert error(run(packed, inputs), run(twin, inputs)) < 0.02
     assert error(run(twin, inputs), run(model, inputs)) < 0.02

@@ -1,0 +1,1 @@
+"""diffusers' own tests of models, quantizers and LoRA, against quantized models. Open `command.py` first."""
