@@ -93,3 +93,4 @@ def __getattr__(name: str) -> Any:
 
 after_import("diffusers", "ditq_runtime.host.enter:enter_diffusers")
 after_import("peft", "ditq_runtime.lora.branch:enter_peft")
+after_import("diffusers.loaders.lora_pipeline", "ditq_runtime.lora.flux_loader:enter_flux_loader")

@@ -9,6 +9,8 @@ from typing import Any
 
 EXPECTED = (ValueError, OSError, RuntimeError, NotImplementedError, ImportError)
 EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)")
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors says what the system said
+FULL = "the disk is full; free some space and run the same command again"
 PREFIXES = ("Invalid value: ", "ditq: ")  # what typer and we put before a text that has its own
 
 
@@ -38,7 +40,8 @@ def misuse(error: Any) -> str:
 
 def _is(error: Exception, kind: str | int) -> bool:
     if isinstance(kind, int):
-        return isinstance(error, OSError) and error.errno == kind and error.filename is not None
+        told = kind == errno.ENOSPC or getattr(error, "filename", None) is not None
+        return isinstance(error, OSError) and error.errno == kind and told
     return any(kind == base.__name__ for base in type(error).__mro__)
 
 
@@ -47,6 +50,9 @@ def _file(what: str) -> Callable[[Any], str]:
 
 
 def _safetensors(error: Exception) -> str:
+    told = OS_ERROR.search(str(error))
+    if told and int(told[1]) == errno.ENOSPC:
+        return FULL
     return f"not a readable safetensors file ({_one_line(str(error))}); check the path, or make it again"
 
 
@@ -57,7 +63,7 @@ def _memory(error: Exception) -> str:
 # a class by its name, so that nothing is imported for it, or an errno of an OSError that names a file
 KINDS: tuple[tuple[str | int, Callable[[Any], str]], ...] = (
     (errno.ENOENT, _file("no such file or folder; check the path")),
-    (errno.ENOSPC, _file("the disk is full; free some space and run the same command again")),
+    (errno.ENOSPC, lambda error: f"{error.filename}: {FULL}" if error.filename else FULL),
     (errno.EACCES, _file("permission denied; choose a place that you may read and write")),
     (errno.EROFS, _file("the file system is read-only; choose another place")),
     (errno.EISDIR, _file("is a folder where a file was expected")),

@@ -14,7 +14,7 @@ def after_import(package: str, function: str) -> None:
     """Call `MODULE:NAME` when `package` has been imported: now if it is loaded, else once it is.
 
     Args:
-        package: a top-level package, such as `diffusers`.
+        package: a package or module, such as `diffusers`.
         function: what to call, without arguments; its module is imported then, not before.
     """
     if package in sys.modules:

@@ -43,7 +43,7 @@ class LoraBranch(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """Add factor times the branch of x [..., K] to y [..., N]; the sum is taken in fp32 or wider."""
         rows = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
-        branch = (rows @ self.down.t()) @ self.up.t()
+        branch = _product(rows, self.down, self.up)
         if self.bias is not None:
             table: torch.Tensor = self.bias
             if table.dim() == 2:
@@ -71,6 +71,15 @@ class LoraBranch(nn.Module):
         if more > 0:
             self.down = _frozen(nn.functional.pad(self.down.data, (0, 0, 0, more)))
             self.up = _frozen(nn.functional.pad(self.up.data, (0, more)))
+
+
+def _product(rows: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the branch, also under autocast: what it adds to is in the dtype of the layer."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return (rows @ down.t()) @ up.t()
+    return (rows @ down.t()) @ up.t()
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -14,12 +14,14 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
 
 import ditq_kernels as k
 from ditq_kernels.launch.backend import TORCH_OPS, TRITON_OPS
 from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
+from ditq_runtime.cli.sentences import sentence
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -416,3 +418,25 @@ def test_numbers_in_a_table_are_readable(capsys):
 
 def test_mebibytes():
     assert output.mebibytes(3 * 2**20 + 2**18) == "3.25 MiB"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/somewhere/file"),
+        OSError(28, "No space left on device"),  # of a file that is open
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_a_full_disk_is_said_to_be_full(error):
+    told = sentence(error)
+    assert told.removeprefix("/somewhere/file: ") == (
+        "the disk is full; free some space and run the same command again"
+    )
+    assert ("/somewhere/file" in told) == (getattr(error, "filename", None) is not None)
+
+
+def test_other_errors_of_safetensors_keep_their_sentence():
+    assert sentence(SafetensorError("Error while deserializing header: x")).startswith("not a read")

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -12,7 +15,10 @@ from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor
 import ditq_runtime as ditq
 from ditq_converters import Recipe, convert
 from ditq_runtime import DitqConfig, QuantLinear
+from ditq_runtime.attention.quantized import QuantAttention
+from ditq_runtime.format.digests import config_digest
 from ditq_runtime.host.float_twin import float_twin
+from ditq_runtime.layers.site import Site
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +229,84 @@ def test_perturbed_attention_splits_the_batch_of_grouped_layers(pipes, stats):
     assert error(outputs[1], outputs[0]) < 0.05
     with pytest.raises(ValueError, match="no equal share of 3 samples; something splits the batch"):
         run(packed, {**inputs, "timestep": torch.tensor([400, 400, 400])})
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_every_module_of_ours_in_a_forward_under_autocast_computes_as_without(flux, half):
+    """Linears, sites and attentions, with the very inputs that a whole forward under autocast gives them."""
+    model, inputs = flux
+    packed = convert(model, Recipe("linear", "w4p", group_size=32, attention="int8"), quiet=True)
+    ours, calls = (QuantLinear, Site, QuantAttention), []
+
+    def keep(module, args, kwargs, output):
+        calls.append((module, args, kwargs, output))
+
+    hooks = [
+        module.register_forward_hook(keep, with_kwargs=True)
+        for module in packed.modules()
+        if isinstance(module, ours)
+    ]
+    with torch.autocast("cpu", half):
+        run(packed, inputs)
+    for hook in hooks:
+        hook.remove()
+    assert {type(module) for module, *_ in calls} == set(ours)
+    for module, args, kwargs, output in calls:
+        with torch.no_grad():
+            again = module(*args, **kwargs)
+        pairs = zip(output, again, strict=True) if isinstance(output, tuple) else [(output, again)]
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs), module
+
+
+SPAWNED = """
+import json, sys
+import torch
+import torch.multiprocessing
+import diffusers
+import ditq_runtime
+
+def forward(model, queue):
+    torch.set_num_threads(1)
+    inputs = torch.load(sys.argv[2])
+    with torch.no_grad():
+        queue.put(model(**inputs)[0].numpy().tobytes())
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model = diffusers.DiTTransformer2DModel.from_pretrained(sys.argv[1])
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=forward, args=(model, queue))
+    process.start()
+    there = queue.get(timeout=200)
+    process.join()
+    with torch.no_grad():
+        assert model(**torch.load(sys.argv[2]))[0].numpy().tobytes() == there
+    model.save_pretrained(sys.argv[3])
+    print(json.dumps(sys.getfilesystemencoding()))
+"""
+
+
+def test_a_spawned_process_and_a_locale_without_utf_8(packed_folder, load, tmp_path):
+    """Folders with names beyond ASCII, config texts too; the model goes to another process by pickle."""
+    folder = tmp_path / "modell ä"
+    load(packed_folder("w8_static")).save_pretrained(folder)
+    config = folder / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["quantization_config"]["recipe"]["note"] = "größer"
+    content["quantization_config"]["digests"]["config.json"] = config_digest(content)
+    config.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    inputs = {
+        "hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([7, 400]),
+        "class_labels": torch.tensor([0, 2]),
+    }  # fmt: skip
+    torch.save(inputs, tmp_path / "inputs.pt")
+    (tmp_path / "spawned.py").write_text(SPAWNED, encoding="utf-8")
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "spawned.py", str(folder), "inputs.pt", "again"]
+    done = subprocess.run(
+        line, cwd=tmp_path, env=os.environ | locale, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
+    assert again["quantization_config"]["recipe"]["note"] == "größer"

@@ -4,12 +4,14 @@ import copy
 import json
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import ditq_runtime as ditq
+from ditq_converters import Recipe, convert
 from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, stored_folds
 from ditq_converters.convert.pack import make_scheme, pack_model
 from ditq_converters.methods import Transform
@@ -17,6 +19,7 @@ from ditq_runtime import QuantLinear
 from ditq_runtime.families import family_of
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SITES, SiteFormat
+from ditq_runtime.lora.branch import LoraBranch
 from ditq_runtime.speed.cuda_graph import GraphedForward
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
@@ -410,3 +413,45 @@ def test_text_encoder_tensors_go_to_the_text_encoder(packed_folder, load):
     assert tensors == text
     assert options["prefix"] == "text_encoder"
     assert (options["adapter_name"], options["lora_scale"]) == ("style", 0.5)
+
+
+@pytest.mark.parametrize("weights", ["w8", "w4p", "w4g"])
+def test_a_flux_pipeline_loads_a_lora_beside_integers(weights):
+    """Its loader compares shapes of weights; those of 4-bit codes are half."""
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
+    ).eval().requires_grad_(False)  # fmt: skip
+    names = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp")
+    state = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, linear.in_features) * 0.05
+        state[f"transformer.{name}.lora_B.weight"] = torch.randn(linear.out_features, 4) * 0.05
+    packed = convert(model, Recipe("linear", weights, group_size=32), quiet=True)
+    parts = dict.fromkeys(
+        ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    )
+    pipe = diffusers.FluxPipeline(transformer=packed, **parts)
+    linear, x = packed.get_submodule(names[0]), torch.randn(3, 64)
+    before = linear(x)
+    pipe.load_lora_weights(dict(state))
+    down, up = (state[f"transformer.{names[0]}.lora_{part}.weight"] for part in "AB")
+    added = packed.get_submodule(names[0])(x) - before
+    torch.testing.assert_close(added, x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
+    pipe.unload_lora_weights()
+    state[f"transformer.{names[0]}.lora_A.weight"] = torch.randn(4, 96)
+    with pytest.raises(
+        ValueError, match=r"to_q has K, N = \(64, 64\), but the adapter is for \(96, 64\)"
+    ):
+        pipe.load_lora_weights(dict(state))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_branch_is_the_same_under_autocast(half):
+    branch = LoraBranch(torch.randn(4, 64), torch.randn(32, 4), torch.randn(32))
+    x, y = torch.randn(5, 64), torch.randn(5, 32)
+    expected = branch(x, y, 0.5)
+    with torch.autocast("cpu", half):
+        assert torch.equal(branch(x, y, 0.5), expected)

@@ -1,5 +1,25 @@
-"""Which of diffusers' tests do not apply to a model in integers, and why."""
+"""Which of diffusers' tests do not apply to a model in integers, and why: a pattern of their name, the reason."""
 
 from __future__ import annotations
 
-NOT_APPLICABLE: tuple[tuple[str, str], ...] = ()
+NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
+    (
+        r"::test_from_save_pretrained_dtype\[|::test_from_pretrained_dtype_alias|::test_keep_in_fp32",
+        "diffusers refuses .to(dtype) and .half() of any quantized model, and scales stay fp32",
+    ),
+    (
+        r"Training|::test_training|::test_quantization_training|test_layerwise_casting_training",
+        "integer weights are not trained: backward through them is refused by name",
+    ),
+    (r"::test_fuse_unfuse_qkv", "fuse_qkv_projections is refused by name"),
+    (r"\[dora\]", "DoRA reads the float weight, and is refused by name"),
+    (r"::test_lora_fuse_nan", "fuse_lora is refused by name"),
+    (
+        r"SingleFile|remapping_from_pretrained_config|::test_correct_class_remapping$",
+        "it downloads a checkpoint of diffusers",
+    ),
+    (
+        r"BitsAndBytes|Quanto|TorchAo|GGUF|ModelOpt|SDNQ|AutoRound|Nunchaku",
+        "it is of another quantizer",
+    ),
+)

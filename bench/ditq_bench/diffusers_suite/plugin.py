@@ -78,10 +78,5 @@ def pytest_runtest_logreport(report: Any) -> None:
         reason = text[2] if isinstance(text, tuple) else str(text).strip().splitlines()[-1:]
         told = "" if report.outcome == "passed" else str(reason)
         _outcomes[report.nodeid] = (report.outcome, told.removeprefix("Skipped: "))
-
-
-def pytest_sessionfinish() -> None:
-    """Write them down."""
-    if RESULTS in os.environ:
-        text = json.dumps(_outcomes, indent=2) + "\n"
+        text = json.dumps(_outcomes, indent=2) + "\n"  # each time: a run may be stopped
         Path(os.environ[RESULTS]).write_text(text, encoding="utf-8")
