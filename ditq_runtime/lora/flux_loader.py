@@ -46,8 +46,8 @@ def _check_sizes(transformer: Any, state: Mapping[str, Any]) -> None:
     for key, down in state.items():
         name = key.removesuffix(".lora_A.weight").removeprefix("transformer.")
         up = state.get(key.replace(".lora_A.", ".lora_B."))
-        module = _named(transformer, name) if name != key and up is not None else None
-        if isinstance(module, QuantLinear):
+        module = _named(transformer, name) if name != key else None
+        if up is not None and isinstance(module, QuantLinear):
             sizes, given = (module.in_features, module.out_features), (down.shape[1], up.shape[0])
             if given != sizes:
                 raise ValueError(
