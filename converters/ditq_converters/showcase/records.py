@@ -17,11 +17,12 @@ class Settings:
     Attributes:
         steps: model calls per sample, in calibration and in sampling; of a flow model at most.
         guidance: classifier-free guidance weight; a flow model has its own.
-        calibration_samples: images sampled to calibrate.
+        calibration_samples: images sampled to calibrate a DiT.
         scored_samples: images per model of `demo:digits`, for free SQNR, PSNR, accuracy and digit-FD.
         salient_samples: images per model of `demo:digits-salient`, for SQNR.
         flow_samples: images per model of `demo:digits-flow`.
         flow_salient_samples: images per model of `demo:digits-flow-salient`.
+        flow_calibration_samples: images sampled to calibrate a flow model.
         few_samples: images for the forced SQNR and the error per layer.
         seed: of the calibration; sampling uses seed + 1, so that no model is judged on its calibration noise.
     """
@@ -32,8 +33,9 @@ class Settings:
     scored_samples: int = 100
     salient_samples: int = 20
     few_samples: int = 20
-    flow_samples: int = 70
+    flow_samples: int = 40
     flow_salient_samples: int = 10
+    flow_calibration_samples: int = 10
     seed: int = 0
 
     @classmethod
@@ -47,6 +49,7 @@ class Settings:
             few_samples=5,
             flow_samples=10,
             flow_salient_samples=5,
+            flow_calibration_samples=5,
         )
 
 

@@ -22,6 +22,7 @@ from ditq_converters.showcase.records import Settings, Study
 from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, FED_BACK, FLOW, NO_DATA, SALIENT, Variant
 from ditq_runtime.calls.parts import transformers_in
+from ditq_runtime.calls.saved import saved_call
 from ditq_runtime.files import write_json
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category
@@ -71,7 +72,8 @@ def _study(
     float_folder = _fresh(folder / "float")
     export_demo(name, float_folder)
     pipe = DiffusionPipeline.from_pretrained(float_folder)
-    count, few = settings.calibration_samples, settings.few_samples
+    few = settings.few_samples
+    count = settings.flow_calibration_samples if saved_call(pipe) else settings.calibration_samples
     how: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
     asked = asked_for(pipe, digits(count, settings.seed), count, settings.seed, **how)
     stats = calibrate(pipe, folder / f"stats-{settings.steps}x{count}", **asked)
