@@ -8,7 +8,7 @@ ifeq ($(shell uname -s),Linux)
 TRITONS := $(patsubst %,.triton/%/.ready,$(shell cat tests/bench/triton_releases.txt))
 endif
 
-.PHONY: demo test check census format bench clean
+.PHONY: demo test check census format bench newcomer clean
 
 demo: $(READY)
 	$(BIN)/ditq demo --out runs/demo
@@ -32,6 +32,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/ditq bench kernels --out runs/bench
+
+# What a newcomer meets: empty environment, wheel, every code block and wrong line, pages in a browser. Tens of minutes.
+newcomer: $(READY)
+	$(BIN)/python .ci/newcomer
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,5 @@
-"""The wheel: what is in it, and that its command and its packages work from a folder with a space and an umlaut."""
+"""The wheel: what is in it; and that a newcomer gets from the sources of this checkout to a page in a browser."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -66,25 +65,10 @@ def test_what_is_in_it(wheel):
     )  # a CPU needs none
 
 
-def test_it_works_where_it_is_unpacked(wheel, tmp_path):
-    place = tmp_path / "ein Ordner für alles"
-    zipfile.ZipFile(wheel).extractall(place)
-    environment = {**os.environ, "PYTHONPATH": str(place)}
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-P", *arguments], cwd=tmp_path, env=environment, text=True,
-            capture_output=True, check=False,
-        )  # fmt: skip
-
-    program = (
-        "import ditq_runtime, ditq_converters, ditq_kernels\n"
-        f"assert ditq_runtime.__file__.startswith({str(place)!r})\n"
-        "from ditq_converters import open_model\n"
-        "print(type(open_model('demo:digits').transformer).__name__)\n"
-    )
-    done = run("-c", program)
-    assert done.stdout == "DiTTransformer2DModel\n", done.stderr
-    done = run("-m", "ditq_runtime", "--help")
+def test_a_newcomer_gets_from_the_sources_to_a_page():
+    """The short form: an sdist, a wheel from it, an empty environment with it, first steps, a page in a browser."""
+    newcomer = [sys.executable, ROOT / ".ci" / "newcomer", "--short"]
+    done = subprocess.run(newcomer, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "calibrate" in done.stdout
+    steps = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert steps == ["build", "install", "commands", "first_steps", "pages"], done.stdout
