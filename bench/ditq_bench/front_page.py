@@ -1,8 +1,9 @@
-"""The picture of the README: SQNR over bytes of every method, and the demo's samples.
+"""The picture of the README: SQNR over bytes of every method and of auto, and the demo's samples.
 
     python -m ditq_bench.front_page runs/demo docs/images/front_page.png
 
-Bytes and SQNR are read from bench/results/methods.csv of this checkout, samples from a folder of `ditq demo`.
+Bytes and SQNR are read from bench/results/methods.csv and auto.csv of this checkout, samples from a folder of
+`ditq demo`.
 """
 
 from __future__ import annotations
@@ -17,22 +18,36 @@ from PIL import Image
 
 from ditq_runtime.files import atomic_file
 
-RESULTS = Path(__file__).parents[1] / "results" / "methods.csv"
+RESULTS = Path(__file__).parents[1] / "results"
+MODEL = "demo:digits"
 COLOURS = {  # per token, meta is linear
     "linear": "#999999", "smoothquant": "#4477aa", "ditas": "#aa3377", "ptq4dit": "#228833",
     "htg": "#ee6677",
 }  # fmt: skip
 MARKS = {"w8": "o", "w4p": "s"}
 NAMES = {"w8": "8-bit weights", "w4p": "4-bit weights"}
-GAP, CAPTION = 12, 18  # of the demo's grid, in pixels
+ROWS = 2 * 32 + 2  # pixels: two rows of the demo's grids
 
 
-def rows(path: Path = RESULTS, model: str = "demo:digits") -> list[dict[str, str]]:
+def rows(path: Path = RESULTS / "methods.csv", model: str = MODEL) -> list[dict[str, str]]:
     """The methods' rows of one model with activations per token."""
-    with path.open(newline="", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
     keep = {"model": model, "table": "methods", "activations": "token"}
-    return [row for row in found if all(row[key] == value for key, value in keep.items())]
+    return [row for row in _read(path) if all(row[key] == value for key, value in keep.items())]
+
+
+def frontier(path: Path = RESULTS / "auto.csv", model: str = MODEL) -> list[tuple[float, float]]:
+    """(MB, forced SQNR in dB) of auto at every budget, smallest first; means where a budget was tried repeatedly."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in _read(path):
+        if row["model"] == model and row["case"].startswith("auto"):
+            place = float(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
+            found.setdefault(row["case"], []).append(place)
+    return sorted(tuple(np.mean(places, axis=0)) for places in found.values())
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def draw(demo: Path, target: Path) -> None:
@@ -57,17 +72,19 @@ def _frontier(axes: Any) -> None:
     from matplotlib.lines import Line2D
 
     for row in rows():
-        place = int(row["bytes"]) / 1e6, float(row["sqnr_free_db"])
+        place = int(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
         if row["case"] in COLOURS:
             axes.scatter(
                 *place, s=80, color=COLOURS[row["case"]], marker=MARKS[row["weights"]], zorder=2
             )
     axes.set(
-        xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="SQNR, dB",
-        title="demo:digits, each model on its own trajectory", xlim=(0, 4.2), ylim=(0, 50),
+        xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="forced SQNR, dB",
+        title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 3), ylim=(20, 60),
     )  # fmt: skip
+    axes.plot(*zip(*frontier(), strict=True), "o-", color="black", label="auto", zorder=3)
     axes.grid(alpha=0.3)
-    handles = [
+    handles = [Line2D([], [], color="black", marker="o", label="auto, by budget")]
+    handles += [
         Line2D([], [], color=c, marker="D", linestyle="", label=n) for n, c in COLOURS.items()
     ]
     handles += [
@@ -78,12 +95,10 @@ def _frontier(axes: Any) -> None:
 
 
 def _samples(demo: Path) -> list[tuple[str, np.ndarray]]:
-    """(title, two rows of digits) of the float, W8A8 and W4A8 model, cut from the demo's grid."""
-    grid = np.asarray(Image.open(demo / "samples-digits.png").convert("L"))
-    wide = (grid.shape[1] - 2 * GAP) // 3
-    high = (grid.shape[0] - CAPTION) * 2 // 5
-    parts = [grid[CAPTION : CAPTION + high, i * (wide + GAP) :][:, :wide] for i in range(3)]
-    return list(zip(("float", "W8A8, same seeds", "W4A8, same seeds"), parts, strict=True))
+    """(title, two rows of digits) of the float, W8A8 and W4A8 model."""
+    titles = {"float": "float", "w8a8": "W8A8, same seeds", "w4a8": "W4A8, same seeds"}
+    grids = (Image.open(demo / f"samples-digits-{name}.png").convert("L") for name in titles)
+    return [(t, np.asarray(grid)[:ROWS]) for t, grid in zip(titles.values(), grids, strict=True)]
 
 
 if __name__ == "__main__":

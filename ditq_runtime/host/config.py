@@ -20,7 +20,7 @@ from ditq_runtime.host.on_the_fly import Choice, substrings
 RECIPE = Rule(dict, nullable=True)
 
 
-class DitqMethod(str, Enum):
+class DitqMethod(str, Enum):  # noqa: UP042  as the methods of diffusers
     """The one quantization method; diffusers reads its `.value` and uses it as a dictionary key."""
 
     DITQ = "ditq"

@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import subprocess
-import sys
+import tomllib  # pytest needs it there
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
@@ -27,11 +27,6 @@ from ditq_bench.zoo import PIPELINES, quiet
 from ditq_bench.zoo.pipe import picture
 from ditq_converters.methods import METHODS
 from ditq_runtime.cli import app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there
 
 ROOT = Path(__file__).parents[2]
 EXCUSE = re.compile(r"<!-- does not run: (.+?) -->")

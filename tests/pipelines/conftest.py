@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import sys
+import tomllib  # pytest needs it there
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,11 +12,6 @@ import torch
 import transformers
 
 from ditq_runtime.cli import app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT, SIZE, LATENTS = 32, 8, 4  # width of the text encoders; side and channels of the latents

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+import tomllib  # pytest needs it there
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -22,11 +23,6 @@ from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.cli import app, output
 from ditq_runtime.cli.doctor import WHY
 from ditq_runtime.cli.sentences import sentence
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][

@@ -49,7 +49,7 @@ class Heading:
     model: str
     command: str = field(default_factory=lambda: voice.line)
     date: str = field(
-        default_factory=lambda: f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
+        default_factory=lambda: f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
     )
     facts: Mapping[str, str] = field(default_factory=dict)
 
