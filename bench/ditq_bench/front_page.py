@@ -42,7 +42,8 @@ def frontier(path: Path = RESULTS / "auto.csv", model: str = MODEL) -> list[tupl
         if row["model"] == model and row["case"].startswith("auto"):
             place = float(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
             found.setdefault(row["case"], []).append(place)
-    return sorted(tuple(np.mean(places, axis=0)) for places in found.values())
+    means = (np.mean(places, axis=0).tolist() for places in found.values())
+    return sorted((size, sqnr) for size, sqnr in means)
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -38,15 +38,15 @@ EMBEDDER = ".norm1.emb."  # of every block; the first one counts
 Quantize = Callable[[nn.Module, set[str]], None]
 
 
-def _torchao(config: str, **given: Any) -> Quantize:
+def _torchao(config: str, group: int = 0) -> Quantize:
     def quantize(model: nn.Module, names: set[str]) -> None:
         from torchao import quantization
         from torchao.quantization.granularity import PerGroup
 
-        if "group" in given:
-            chosen = {"weight_dtype": torch.int4, "weight_granularity": PerGroup(given["group"])}
-        else:
-            chosen = {}
+        chosen: dict[str, Any] = {}
+        if group:
+            int4: Any = vars(torch)["int4"]  # older type stubs do not know it
+            chosen = {"weight_dtype": int4, "weight_granularity": PerGroup(group)}
         made = getattr(quantization, config)(**chosen)
         quantization.quantize_(model, made, filter_fn=lambda module, name: name in names)
 
