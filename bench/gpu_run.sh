@@ -3,6 +3,11 @@
 #
 #     bench/gpu_run.sh OUT              # leaves CSV, JSON, logs and summary.md in OUT
 #     bench/gpu_run.sh --dry-run OUT    # no GPU: the same stages at tiny shapes, kernels interpreted; times mean nothing
+#     bench/gpu_run.sh A OUT            # or B: a run of at most 255 seconds; OUT gets stages.tsv, summary.md, results.tgz
+#     bench/gpu_run.sh --rehearse A OUT # no GPU: its stages, tiny, over a driver that does nothing
+#
+# A says how fast it is: every kernel right once, steps of DiT-XL/2- and Flux-sized models, GEMMs, the host. B says what to
+# change: tests, attention, variants, the sanitizer, W4. They need torch and Triton; models and tests also diffusers.
 #
 # Each stage has a time limit, is skipped with a reason where it cannot run, and does not stop the next one. What they
 # leave is written as they go. The most telling stages come first: when TOTAL_SECONDS (580; 3600 for a dry run) are over,
@@ -11,19 +16,31 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-dry_run=""
+dry_run="" rehearse="" plan=""
 if [ "${1:-}" = "--dry-run" ]; then dry_run=1; shift; fi
-if [ $# -ne 1 ]; then echo "usage: bench/gpu_run.sh [--dry-run] OUT" >&2; exit 2; fi
+if [ "${1:-}" = "--rehearse" ]; then rehearse=--rehearsal; shift; fi
+if [ $# -eq 2 ] && [[ "$1" =~ ^[AB]$ ]]; then plan=$1; shift; fi
+if [ $# -ne 1 ] || { [ -n "$rehearse" ] && [ -z "$plan" ]; }; then
+    echo "usage: bench/gpu_run.sh [--dry-run] OUT, or bench/gpu_run.sh [--rehearse] A|B OUT" >&2
+    exit 2
+fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
+final=$out
+if [ -n "$plan" ]; then out=$(mktemp -d); fi
 python=${PYTHON:-python3}
 export PYTHONPATH="$root:$root/kernels:$root/converters:$root/bench${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
-if [ -n "$dry_run" ]; then total=3600; else total=580; fi
+if [ -n "$dry_run$rehearse" ]; then total=3600; elif [ -n "$plan" ]; then total=270; else total=580; fi
 deadline=$((SECONDS + ${TOTAL_SECONDS:-$total}))
 : > "$out/stages.tsv"
 
-record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$out/stages.tsv"; echo "$1: $2 $4"; }
+record() {
+    printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$out/stages.tsv"; echo "$1: $2 $4"
+    if [ -n "$plan" ]; then  # a run that is cut off leaves what it has
+        cp "$out/stages.tsv" "$final" && tar -czf "$final/results.tgz" -C "$out" .
+    fi
+}
 
 wanted() { [ -z "${STAGES:-}" ] || [[ ",$STAGES," == *",$1,"* ]]; }
 
@@ -49,9 +66,43 @@ skip() { if wanted "$1"; then record "$1" skipped 0 "$2"; fi; }
 bench() { echo "$python -m ditq_bench $*"; }
 
 cd "$root" || exit 1
-if [ -z "$dry_run" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -z "$dry_run$rehearse" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_run: needs an NVIDIA GPU that torch can use and found none; --dry-run needs none" >&2
     exit 1
+fi
+
+run() { echo "$python -W ignore -m ditq_bench.gpu_run.$*"; }  # a warning is no error on such a machine
+
+# limits add to at most 255 seconds
+if [ -n "$plan" ]; then
+    if [ -n "$rehearse" ]; then slow=40 small="" questions="--dry-run"; export TRITON_INTERPRET=1
+    else slow=1 small="" questions=""; fi
+    interpreted="env" compiled="env -u TRITON_INTERPRET"
+    has_diffusers=$("$python" -c 'import importlib.util as u; print(u.find_spec("diffusers") or "")')
+fi
+if [ "$plan" = A ]; then
+    stage small $((60 * slow)) $(run small) $questions
+    if [ -n "$has_diffusers" ]; then stage models $((130 * slow)) $compiled $(run models) $rehearse --out "$out/models.jsonl"
+    else skip models "no diffusers"; fi
+    stage gemms $((55 * slow)) $compiled $(run gemms) $rehearse --out "$out/gemms.jsonl"
+    stage host $((10 * slow)) $compiled $(run host) $rehearse --out "$out/host.jsonl"
+elif [ "$plan" = B ]; then
+    if [ -n "$rehearse" ]; then skip tests "no GPU"
+    else stage tests 65 "$python" -m pytest -q -m gpu tests/kernels -p no:cacheprovider; fi
+    stage attention $((40 * slow)) $(run questions) $questions --out "$out" --name attention --only values,sdpa --budget 35
+    for question in variants:30 split:20 rows:10 padded_rows:10; do
+        name=${question%:*} limit=${question#*:}
+        stage "$name" $((limit * slow)) $(run questions) $questions --out "$out" --name "$name" --only "$name" --budget $((limit - 4))
+    done
+    if command -v compute-sanitizer > /dev/null; then
+        stage sanitizer 50 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small
+    else skip sanitizer "no compute-sanitizer in PATH"; fi
+    stage w4 $((30 * slow)) $(run questions) $questions --out "$out" --name w4 --only four_bits,unpack --budget 25
+fi
+if [ -n "$plan" ]; then
+    "$python" -m ditq_bench.gpu_run.summary "$out" && cp "$out/summary.md" "$final"
+    tar -czf "$final/results.tgz" -C "$out" . && rm -r "$out"
+    exit $failed
 fi
 
 if command -v nvidia-smi > /dev/null; then stage machine 20 nvidia-smi -q

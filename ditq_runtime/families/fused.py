@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -107,10 +108,15 @@ def packed_linear(module: nn.Module, name: str) -> QuantLinear:
     return linear
 
 
+@functools.cache
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another by its dotted name; as `get_submodule`, without looking for attributes in Python."""
     found: Any = module
-    for step in name.split("."):
+    for step in _path(name):
         found = found._modules[step]
     return found
 

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from ditq_runtime.attention.processor import QuantAttnProcessor
-from ditq_runtime.families.fused import Layout
+from ditq_runtime.families.fused import Layout, part_of
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.layers.linear import QuantLinear
 
@@ -83,7 +83,7 @@ def _moved(block: Any, layout: Layout) -> str:
         if kind is nn.Dropout and part.training and part.p:
             return f"{name} drops values in training"
     name, emitter = layout.modulation
-    modulation = type(block.get_submodule(name))  # called by a fused block too: hooks are welcome
+    modulation = type(part_of(block, name))  # called by a fused block too: hooks are welcome
     if modulation is not emitter:
         return f"{name} is a {modulation.__name__}, and fused blocks need its output in fp32"
     for name in layout.attentions:
@@ -98,6 +98,8 @@ def is_hooked(part: nn.Module | None) -> bool:
     """Somebody wants to see or change what the module does when it is called."""
     if part is None:
         return False
+    if not part._forward_hooks and not part._forward_pre_hooks:  # as good as always
+        return "forward" in part.__dict__ and _has_own_forward(part)
     hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     return not all(hasattr(hook, OBSERVES) for hook in hooks) or _has_own_forward(part)
 

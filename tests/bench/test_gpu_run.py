@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from ditq_bench.gpu_run import questions, small, summary
+from ditq_bench.gpu_run import gemms, models, questions, small, summary
 from ditq_bench.gpu_run.place import Place
+from ditq_bench.host import cases
 from ditq_kernels.launch import backend, tuning
+from ditq_runtime.families.fusible import fusible_blocks, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 # Triton 3.6's interpreter takes range() over one-element arrays, which numpy 2.4 will refuse
@@ -153,3 +157,104 @@ def test_questions_are_answered_and_a_failing_one_does_not_stop_the_others(tmp_p
     assert "### split" in page
     assert "Failed: no such tile" in page
     assert "these times mean nothing" in page
+
+
+def limits_of(plan):
+    """Seconds of each stage of a run, as the script states them."""
+    script = (ROOT / "bench" / "gpu_run.sh").read_text()
+    ends = {
+        "A": ('[ "$plan" = A ]; then', 'elif [ "$plan" = B ]'),
+        "B": ('[ "$plan" = B ]; then', "\nfi\n"),
+    }
+    body = script.split(ends[plan][0], 1)[1].split(ends[plan][1], 1)[0]
+    named = re.findall(r"stage (\w+) (?:\$\(\()?(\d+)", body)
+    looped = re.search(r"for question in (.*); do", body)
+    return dict(named) | dict(pair.split(":") for pair in (looped[1].split() if looped else ()))
+
+
+@pytest.mark.parametrize("plan", ["A", "B"])
+def test_a_run_of_five_minutes_has_limits_that_leave_time_to_start(plan):
+    assert sum(map(int, limits_of(plan).values())) == 255
+
+
+@pytest.mark.parametrize("plan", ["A", "B"])
+def test_a_run_leaves_three_files_and_goes_on_after_a_failing_stage(tmp_path, fake_python, plan):
+    done = run_script(
+        tmp_path,
+        "--rehearse",
+        plan,
+        "out",
+        PYTHON=fake_python,
+        STAGES="gemms,models,host,rows,tests",
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "results.tgz",
+        "stages.tsv",
+        "summary.md",
+    ]
+    stages = stages_of(tmp_path / "out")
+    expected = {"models": ("skipped", "no diffusers"), "gemms": ("ok", ""), "host": ("ok", "")}
+    assert stages == (
+        expected if plan == "A" else {"tests": ("skipped", "no GPU"), "rows": ("ok", "")}
+    )
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        assert "./stages.tsv" in archive.getnames()
+    assert run_script(tmp_path, "--rehearse", "out").returncode == 2
+
+
+def test_the_stages_of_kernels_are_rehearsed_through_the_stub(tmp_path):
+    """Without diffusers: the machine of a run has torch and Triton."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['diffusers'] = None\n")
+    done = run_script(
+        tmp_path, "--rehearse", "A", "out", PYTHON=sys.executable, STAGES="gemms,host",
+        PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert stages_of(tmp_path / "out") == {"gemms": ("ok", ""), "host": ("ok", "")}
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        rows = {
+            name: [json.loads(line) for line in archive.extractfile(f"./{name}.jsonl")]
+            for name in ("gemms", "host")
+        }
+    assert {row["candidate"] for row in rows["gemms"]} >= {
+        "cuBLAS bf16",
+        "torch._int_mm",
+        "W8A8",
+        "W4A8",
+    }
+    assert not [row for row in rows["gemms"] if "wrong" in row]
+    assert {row["call"] for row in rows["host"]} == set(cases.calls(torch.device("cpu")))
+
+
+def test_a_wrong_answer_voids_its_row_only(monkeypatch):
+    calls = {
+        "right": (lambda i: torch.ones(2), torch.ones(2)),
+        "wrong": (lambda i: torch.zeros(2), torch.ones(2)),
+    }
+    monkeypatch.setattr(gemms, "calls", lambda *arguments: calls)
+    monkeypatch.setattr(gemms, "SHAPES", {"one": (64, 64)})
+    monkeypatch.setattr(gemms, "TOKENS", (8,))
+    found = {row["candidate"]: row for row in gemms.rows_of(torch.device("cpu"), False, 0.1)}
+    assert found["wrong"]["wrong"] == "relative error 1"
+    assert found["right"]["median_us"] > 0
+
+
+def test_random_models_have_every_way():
+    """Of a CPU: packed and float, without a graph; the values are finite."""
+    device = torch.device("cpu")
+    model = models.random_model("dit", models.TINY["dit"], device, "w4p")
+    assert (
+        ditq.execution_report(model, models.inputs_of("dit", model, 1, device)).totals[
+            "fused_blocks"
+        ]
+        == 1
+    )
+    names = [
+        name
+        for name, _ in models.ways(model, models.inputs_of("dit", model, 1, device), packed=True)
+    ]
+    assert names[0] == "ditq W8A8, eager"
+    with torch.no_grad():
+        (_, step), *_ = models.ways(model, models.inputs_of("dit", model, 1, device), packed=True)
+        assert step()[0].isfinite().all()

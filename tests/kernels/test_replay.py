@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def report(python_without_interpreter):
-    """Of one process, which compiles every kernel once."""
-    return json.loads(python_without_interpreter(Path(__file__).with_name("replayed.py"), "90"))
+@pytest.fixture(scope="module", params=["90", "120"])
+def report(request, python_without_interpreter):
+    """Of one process, which compiles every kernel once for a target."""
+    script = Path(__file__).with_name("replayed.py")
+    return json.loads(python_without_interpreter(script, request.param))
 
 
 def test_every_op_is_launched_by_its_plan_as_by_triton_itself(report):

@@ -19,9 +19,11 @@ from unittest import mock
 
 import torch
 
+from ditq_bench.attention import bench_attention
 from ditq_bench.ceilings import measure_ceilings
 from ditq_bench.gpu_run.place import Answer, Place, compare, times_of
 from ditq_bench.results import origin_of
+from ditq_bench.shapes import AttentionShape
 from ditq_bench.tune.problems import PROBLEMS, unswapped
 from ditq_bench.tune.space import BY_TMA, STAYING
 from ditq_kernels.launch import tuning
@@ -51,6 +53,21 @@ def values(place: Place) -> Iterator[Answer]:
                 continue
             for op in ("attention_qk_int8_pv_int8", "attention_qk_int8_pv_bf16"):
                 yield from compare(place, place.bucket(op, keys, head_dim), [])
+
+
+def sdpa(place: Place) -> Iterator[Answer]:
+    """Quantized attention against torch's own, and what else is installed."""
+    for head_dim in (72, 128):
+        for keys in (256, 1024, 4096):
+            if place.dry_run and (keys > 256 or head_dim > 72):
+                continue
+            sequences, heads = (1, 1) if place.dry_run else (2, 16)
+            shape = AttentionShape(
+                f"{keys} x {head_dim}", sequences, heads, 32 if place.dry_run else keys, head_dim
+            )
+            for row in bench_attention(shape, place.device, 0.0 if place.dry_run else 3.0):
+                times = {"p20_us": 1e6 * row.timing.p20, "median_us": 1e6 * row.timing.median}
+                yield {"case": f"{shape.name}, {row.candidate}", **times}
 
 
 def rows(place: Place) -> Iterator[Answer]:
@@ -173,6 +190,7 @@ QUESTIONS: dict[str, Callable[[Place], Iterator[Answer]]] = {
     "four_bits": four_bits,
     "unpack": unpack,
     "values": values,
+    "sdpa": sdpa,
     "padded_rows": padded_rows,
     "rows": rows,
     "graph": graph,
@@ -215,6 +233,7 @@ def main() -> None:
     """Ask, and write questions.json. Exit code 1 if a question failed."""
     parser = argparse.ArgumentParser(description="ask a GPU what only a GPU can answer")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="questions", help="of the file")
     parser.add_argument("--only", default=",".join(QUESTIONS))
     parser.add_argument("--budget", type=float, default=120.0)
     parser.add_argument(
@@ -224,7 +243,7 @@ def main() -> None:
     place = Place(torch.device("cpu" if args.dry_run else "cuda"), args.dry_run)
 
     def write(report: Answer) -> None:
-        with atomic_file(args.out / "questions.json") as part:
+        with atomic_file(args.out / f"{args.name}.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     report = ask(place, args.only.split(","), args.budget, write)

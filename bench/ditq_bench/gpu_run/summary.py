@@ -34,8 +34,9 @@ MODEL_COLUMNS = ("model", "what", "mode", "warm_up_s", "median_ms", "p20_ms", "p
 def summary(out: Path) -> str:
     """Markdown of whatever stages left behind."""
     parts = ["# GPU run", "", *_stages(out)]
-    questions = _json(out / "questions.json")
-    if questions:
+    for questions in filter(None, (_json(path) for path in sorted(out.glob("*.json")))):
+        if "questions" not in questions:
+            continue
         dry = " Tiny shapes, interpreted: these times mean nothing." if questions["dry_run"] else ""
         parts += ["## Questions", "", f"{', '.join(questions['origin'])}.{dry}", ""]
         for name, question in questions["questions"].items():
@@ -48,6 +49,9 @@ def summary(out: Path) -> str:
     for path in sorted(out.glob("model*/model.csv")):
         parts += _file(path, f"## {path.parent.name}", MODEL_COLUMNS)
     parts += _file(out / "cpu.csv", "## cpu", CPU_COLUMNS)
+    for path in sorted(out.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        parts += [f"## {path.stem}", "", *_table(rows)]
     return "\n".join(parts)
 
 
