@@ -112,8 +112,8 @@ def _fault(call: Call, expected: torch.Tensor | None) -> str:
         return " ".join(str(error).split())[:200]
     if expected is None:
         return ""
-    error = float((y - expected).norm() / expected.norm())
-    return "" if error < BOUND else f"relative error {error:.3g}"
+    off = float((y - expected).norm() / expected.norm())
+    return "" if off < BOUND else f"relative error {off:.3g}"
 
 
 def main() -> None:

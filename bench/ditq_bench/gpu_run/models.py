@@ -78,7 +78,7 @@ def _fill(name: str, tensor: torch.Tensor) -> None:
 
 def inputs_of(kind: str, model: Any, images: int, device: torch.device) -> dict[str, Any]:
     """A batch; DiT's is guided."""
-    half = {"device": device, "dtype": torch.bfloat16}
+    half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     if kind == "dit":
         side, batch = model.config.sample_size, 2 * images
         return {
