@@ -1,4 +1,4 @@
-"""What `auto` reaches on the demo models at several budgets, beside the defaults and single methods.
+"""What `auto` reaches on the demo models at several budgets, beside single methods.
 
     ditq bench auto --out runs/auto
 

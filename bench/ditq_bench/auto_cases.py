@@ -1,4 +1,4 @@
-"""What the study of auto converts: auto at several budgets, the defaults, and single methods with the same rounding."""
+"""What the study of auto converts: auto at several budgets, plain smoothquant, and single methods rounded as well."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MODELS = (*DITS, *FLOWS)
 
 SINGLE = ("smoothquant", "osplus", "meta", "ditas", "ptq4dit", "htg")
 SAME = {"rounding": "gptq", "bias_correction": True, "kept_dtype": "bf16", "attention": "none"}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "default w4p": {"weights": "w4p"},
-    "default w8": {},
+NEAREST: dict[str, dict[str, Any]] = {  # smoothquant as it is
+    "nearest w4p": {"weights": "w4p"},
+    "nearest w8": {},
 }
 ON_THE_FLY: dict[str, dict[str, Any]] = {
     "on the fly w4p": {"method": "linear", "weights": "w4p"},
@@ -32,4 +32,4 @@ def cases_of(model: str) -> dict[str, dict[str, Any] | str]:
     """Name -> choices of a conversion, or the budget that auto is given."""
     budgets = BUDGETS if model in DITS else ENDS
     found: dict[str, dict[str, Any] | str] = {AUTO + budget: budget for budget in budgets}
-    return found | (DEFAULTS | SINGLES if model in DITS else ON_THE_FLY)
+    return found | (NEAREST | SINGLES if model in DITS else ON_THE_FLY)

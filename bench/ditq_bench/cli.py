@@ -195,7 +195,7 @@ def auto(
     repeats: Annotated[int, typer.Option(min=1, help="Calibrations per model.")] = 3,
     cases: Annotated[str, typer.Option(help="Globs of cases, comma-separated.")] = "*",
 ) -> None:
-    """SQNR over bytes: `--method auto` at several budgets, the defaults, and single methods with the same rounding.
+    """SQNR over bytes: `--method auto` at several budgets, and single methods with GPTQ and bias correction.
 
     Takes tens of minutes on two cores; killed, the same command goes on where it was.
 

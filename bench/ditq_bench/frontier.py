@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditq_bench.auto_cases import AUTO, DEFAULTS, ON_THE_FLY, SINGLE, SINGLES
+from ditq_bench.auto_cases import AUTO, NEAREST, ON_THE_FLY, SINGLE, SINGLES
 from ditq_runtime.files import atomic_file
 
 MEASURED = ("sqnr_guided_db", "sqnr_forced_db", "sqnr_free_db", "accuracy", "bytes", "cpu_seconds")
@@ -50,7 +50,7 @@ def write_means(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(path: Path, rows: Sequence[Row], models: Sequence[str]) -> None:
-    """Guided SQNR over bytes, a panel per model: auto as a line, single methods and defaults as points.
+    """Guided SQNR over bytes, a panel per model: auto as a line, single methods as points.
 
     Args:
         path: of the PNG.
@@ -84,7 +84,7 @@ def _panel(axes: Any, rows: list[Row]) -> None:
         _points(
             axes, rows, f"{method}, gptq", [f"{method} {w}" for w in ("w4p", "w8")], "s", colour
         )
-    _points(axes, rows, "defaults", list(DEFAULTS), "^", "#ccbb44")
+    _points(axes, rows, "smoothquant, nearest", list(NEAREST), "^", "#ccbb44")
     _points(axes, rows, "on the fly", list(ON_THE_FLY), "v", "#ccbb44")
     assert set(SINGLES) == {f"{method} {w}" for method in SINGLE for w in ("w4p", "w8")}
 

@@ -27,7 +27,7 @@ ROWS = [
     row("auto smallest", 1, "43.0", "1000001", commit="def"),
     row("auto largest", 0, "51.0", "2000000"),
     row("htg w4p", 0, "41.0", "1100000"),
-    row("default w8", 0, "48.0", "2200000"),
+    row("nearest w8", 0, "48.0", "2200000"),
     row("on the fly w8", 0, "43.0", "2100000", model="demo:digits-flow"),
 ]
 
@@ -47,7 +47,7 @@ def test_what_judges_was_not_optimized_on():
 def test_means_and_spread_by_hand(tmp_path):
     found = means(ROWS)
     assert [(f["case"], f["repeats"]) for f in found] == [
-        ("auto smallest", 2), ("auto largest", 1), ("htg w4p", 1), ("default w8", 1), ("on the fly w8", 1),
+        ("auto smallest", 2), ("auto largest", 1), ("htg w4p", 1), ("nearest w8", 1), ("on the fly w8", 1),
     ]  # fmt: skip
     first = found[0]
     assert (first["sqnr_guided_db"], first["bytes"]) == ("43.50", "1000000")

@@ -9,12 +9,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from ditq_converters.cli.automatic import UNFED
 from ditq_converters.cli.calibrate import calibrate
 from ditq_converters.cli.convert import convert
 from ditq_converters.cli.demo import demo
 from ditq_converters.cli.inspect import inspect
 from ditq_converters.cli.plan import plan
 from ditq_runtime import QuantLinear
+from ditq_runtime.format.folder import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,16 @@ def test_convert_with_given_statistics(ditq, stats, tmp_path):
 
 def test_convert_corrects_biases_where_asked(ditq, stats, tmp_path):
     out = tmp_path / "out"
-    result = ditq("convert", "demo:digits", out, "--bias-correction", "--stats", stats[0])
+    result = ditq(
+        "convert",
+        "demo:digits",
+        out,
+        "--method",
+        "linear",
+        "--bias-correction",
+        "--stats",
+        stats[0],
+    )
     assert result.exit_code == 0, result.output
     config = json.loads((out / "transformer" / "config.json").read_text())
     plan = config["quantization_config"]["recipe"]["plan"]
@@ -213,8 +224,8 @@ def test_inspect_a_float_model(ditq):
     layers = {layer["name"]: layer for layer in report["layers"]}
     assert len(layers) == 6 * 9 + 2
     assert layers["transformer_blocks.0.attn1.to_q"]["format"] == "fp32"
-    assert layers["transformer_blocks.0.attn1.to_k"]["format"] == "w4p64_token"
-    assert layers["transformer_blocks.0.ff.net.2"]["format"] == "w4p64_token"
+    assert layers["transformer_blocks.0.attn1.to_k"]["format"] == "w4p64_token_asym"
+    assert layers["transformer_blocks.0.ff.net.2"]["format"] == "w4p64_token_asym"
     assert layers["proj_out_2"]["format"] == "float"
     quantized = [e for e in layers.values() if e["format"] not in ("float", "fp32")]
     share = sum(e["parameters"] for e in quantized) / report["parameters"]
@@ -230,7 +241,17 @@ def test_inspect_prints_a_table(ditq):
 
 def test_inspect_a_packed_model(ditq, stats, tmp_path):
     out = tmp_path / "out"
-    ditq("convert", "demo:digits", out, "--weights", "w4p", "--stats", stats[0])
+    ditq(
+        "convert",
+        "demo:digits",
+        out,
+        "--method",
+        "smoothquant",
+        "--weights",
+        "w4p",
+        "--stats",
+        stats[0],
+    )
     for path in (out, out / "transformer"):
         result = ditq("inspect", path, "--json")
         assert result.exit_code == 0, result.output
@@ -277,3 +298,11 @@ def test_help_has_an_example(ditq, command):
     result = ditq(command, "--help")
     assert result.exit_code == 0
     assert f"ditq {command}" in " ".join(result.stdout.split())
+
+
+def test_a_model_that_draws_prompts_is_converted_without_any(ditq, tmp_path):
+    result = ditq("convert", "demo:digits-flow", tmp_path / "out", "--weights", "w4p")
+    assert result.exit_code == 0, result.output
+    assert UNFED in result.stderr
+    assert not (tmp_path / "out.stats").exists()
+    assert open_folder(tmp_path / "out").nbytes < 1_700_000

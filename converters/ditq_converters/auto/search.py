@@ -31,6 +31,7 @@ from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sizes import linear_bytes
 from ditq_converters.progress import progress_bar
 from ditq_converters.sites.find import family_for
+from ditq_converters.streaming.model import streamed_of
 from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.families import Family
 
@@ -49,6 +50,11 @@ RUNGS: tuple[dict[str, Any], ...] = (  # what a unit can be stored as, the small
     {"weights": "w4p", "group_size": 32},
     {"weights": "w8", "alpha": 0.65},  # fine weights can take more of what is hard to round
 )
+DATA_FREE: dict[str, Any] = {  # the best without any calibration
+    "method": "linear",
+    "group_size": 32,
+    "kept_dtype": "bf16",
+}
 DECIDED = ("weights", "group_size")  # by a rung, whatever was asked for
 
 
@@ -85,6 +91,12 @@ def auto_plan(
     if most:
         return climb(model, stats, quiet=quiet, inputs=inputs, **choices).plan(most)
     return ends(model, inputs, choices).plan(most)
+
+
+def best(weights: str) -> dict[str, Any]:
+    """Fields of the recipe that is best at equal bytes, for one form of weights."""
+    rung = next((rung for rung in RUNGS if rung["weights"] == weights), {"weights": weights})
+    return {**BEST, **rung}
 
 
 def rungs(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, Any]) -> list[Plan]:
@@ -124,6 +136,11 @@ def climb(
 ) -> Ladder:
     """Measure what every choice gains, unit by unit; arguments and errors as `auto_plan`."""
     model = transformer_of(pipe)
+    if streamed_of(model) is not None:
+        raise ValueError(
+            "auto: a budget is searched by running the model, and this one is read block by block; take smallest or "
+            "largest, or convert without --memory-budget"
+        )
     low, *better = rungs(model, inputs, choices)
     family, found = family_for(model, inputs), units(model, low, better)
     smallest, nbytes = _emulated(model, family, low, stats)

@@ -171,6 +171,11 @@ class CalibrationStats:
         return bool(self._schedule["row_calls"])
 
     @property
+    def has_replay(self) -> bool:
+        """Whether rows, inputs of modulation and whole calls were kept, as rounding that is aimed reads them."""
+        return self.has_rows and self.manifest["version"] > 1
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says about the calibration that it was made with, JSON-safe."""
         if self.manifest["version"] == 1:

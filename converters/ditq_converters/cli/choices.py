@@ -26,10 +26,14 @@ def _option(kind: Any, default: Any, text: str, *names: str, **limits: Any) -> t
 # keyword of `Recipe` -> its type and help, and its default
 CHOICES: dict[str, tuple[Any, Any]] = {
     "method": _option(
-        str, "smoothquant", f"One of {', '.join(found_methods())}; auto: bits by --budget."
+        str,
+        "auto",
+        f"auto (what is best at equal bytes; bits by --budget), or {', '.join(found_methods())}.",
     ),
     "budget": _option(
-        str, "", "auto: bytes of the transformer, as 45%, 1.9MiB, smallest (default) or largest."
+        str,
+        "",
+        "auto: bytes of the transformer, as 45%, 1.9MiB, smallest or largest; default: all as --weights.",
     ),
     "weights": _option(
         str,
@@ -37,9 +41,9 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         "w8 (int8 per channel), w4p (4 bits, two-level groups) or w4g (4 bits, real scales).",
     ),
     "activations": _option(
-        str,
-        "token",
-        "token (a scale per token), token_asym (a zero point too) or static (calibrated range).",
+        str | None,
+        None,
+        "token (a scale per token), token_asym (a zero point too; default of auto) or static (calibrated range).",
     ),
     "group_size": _option(
         int | None, None, "Input channels per group of w4p or w4g; default: 64, of meta 128."
@@ -56,15 +60,19 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         str | None, None, "token or static (calibrated, per head); default: as --activations."
     ),
     "keep": _option(list[str], [], "Glob of linears that stay float; repeatable."),
-    "kept_dtype": _option(str, "fp32", "What stays float is stored in fp32 (as opened) or bf16."),
+    "kept_dtype": _option(
+        str | None,
+        None,
+        "What stays float is stored in fp32 (as opened) or bf16 (default of auto).",
+    ),
     "lora_rank": _option(
         int | None, None, "Rank of a low-rank branch; default: as the method has it.", min=0
     ),
     "rounding": _option(
-        str,
-        "nearest",
-        "nearest, gptq (later columns make up for earlier ones), aimed (also for layers before), or reconstruct (and "
-        "learned block by block).",
+        str | None,
+        None,
+        "nearest, gptq (later columns make up for earlier ones), aimed (also for layers before; default of auto), or "
+        "reconstruct (and learned block by block).",
     ),
     "iterations": _option(int, 400, "reconstruct: iterations per block.", min=1),
     "bias_correction": _option(
@@ -85,7 +93,11 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "profile": _option(
         str, "int", "int; paper and code round in float: only `ditq bench profiles` takes them."
     ),
-    "alpha": _option(float, 0.5, "Migration strength of smoothing, 0 to 1."),
+    "alpha": _option(
+        float | None,
+        None,
+        "Migration strength of smoothing, 0 to 1; default: 0.5, of auto in 8 bits 0.65.",
+    ),
     "search": _option(bool, True, "ditas: search alpha per layer.", "--search/--no-search"),
     "ssc": _option(bool, True, "ptq4dit: weigh calls by rank correlation.", "--ssc/--no-ssc"),
     "shift": _option(bool, True, "htg: shift channels.", "--shift/--no-shift"),
@@ -132,28 +144,45 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def recipe_of(choices: dict[str, Any]) -> Recipe:
-    """The recipe; a choice that is out of its range is misuse. Of auto the one that it starts from, in 4 bits."""
-    from ditq_converters.auto.budget import check_budget
-    from ditq_converters.auto.search import BEST
+    """The recipe; a choice that is out of its range is misuse. Where bits are searched, the one it starts from."""
+    from ditq_converters.auto.budget import LARGEST, SMALLEST, check_budget
+    from ditq_converters.auto.search import best
     from ditq_converters.plan.recipe import Recipe
 
-    asked = {name: value for name, value in choices.items() if name != "budget"}
+    asked, budget = dict(choices), choices["budget"]
+    del asked["budget"]
     if is_auto(choices):
-        decided = {**BEST, "weights": "w4p"}
+        bits = {"": asked["weights"], LARGEST: "w8"}.get(budget, "w4p")
+        decided = {**best(bits), "weights": bits}
         asked |= {name: decided[name] for name in decided if _is_default(name, asked[name])}
-        asked["method"] = BEST["method"]
-    elif choices["budget"]:
+        asked |= {"method": decided["method"], "weights": bits}
+    elif budget:
         raise typer.BadParameter("--budget is for --method auto; leave it out, or take auto.")
     try:
-        check_budget(choices["budget"] or "smallest")
-        return Recipe(**asked)
+        check_budget(budget or SMALLEST)
+        return Recipe(**{name: value for name, value in asked.items() if value is not None})
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from error
 
 
 def is_auto(choices: dict[str, Any]) -> bool:
-    """Whether bits are to be searched for."""
+    """Whether the best is to be taken, whatever it is."""
     return bool(choices["method"] == "auto")
+
+
+def searches(choices: dict[str, Any]) -> bool:
+    """Whether bits are to be searched for."""
+    from ditq_converters.auto.budget import LARGEST, SMALLEST
+
+    return is_auto(choices) and choices["budget"] not in ("", LARGEST, SMALLEST)
+
+
+def without_data(choices: dict[str, Any]) -> Recipe:
+    """The best recipe that needs no calibration, with the choices that were made beside it."""
+    from ditq_converters.auto.search import DATA_FREE
+
+    free = {name: DATA_FREE[name] for name in DATA_FREE if _is_default(name, choices[name])}
+    return recipe_of({**choices, **free})
 
 
 def searched(choices: dict[str, Any], pipe: Any, stats: CalibrationStats) -> Plan:
@@ -165,7 +194,7 @@ def searched(choices: dict[str, Any], pipe: Any, stats: CalibrationStats) -> Pla
         for name, value in choices.items()
         if name not in ("method", "budget", "weights") and not _is_default(name, value)
     }
-    return auto_plan(pipe, stats, choices["budget"] or "smallest", **fixed)
+    return auto_plan(pipe, stats, choices["budget"], **fixed)
 
 
 def _is_default(name: str, value: Any) -> bool:

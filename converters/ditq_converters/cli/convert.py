@@ -49,14 +49,16 @@ def convert(
     """Convert a float Diffusion Transformer into a packed low-bit checkpoint.
 
     Calibrates first where the plan needs it and no --stats are given; the statistics stay in OUT.stats, serve
-    later conversions, and let a killed run resume. With a --memory-budget that MODEL does not fit into, its weights
+    later conversions, and let a killed run resume. Without a --method, a model that draws prompts and was given none is
+    converted without calibration. With a --memory-budget that MODEL does not fit into, its weights
     stay on disk and it is converted block by block, into the same bytes; finished blocks stay in .OUT.blocks, so that
     the same command goes on after a kill.
 
-    Example: ditq convert demo:digits out --method smoothquant --weights w4p
+    Example: ditq convert demo:digits out --weights w4p
 
-    Example: ditq convert demo:digits out --method auto --budget 45%
+    Example: ditq convert demo:digits out --budget 16%
     """
+    from ditq_converters.cli.automatic import settled
     from ditq_converters.plan.make import refuse_profile
     from ditq_runtime.files import check_new, one_writer
 
@@ -72,10 +74,14 @@ def convert(
     drawn = {"inputs": inputs, "prompts": prompts, "samples": samples, "steps": steps}
     calibration = {**drawn, "guidance": cfg, "seed": seed, "batch": batch, "memory_budget": budget}
 
-    def planned(transformer: nn.Module) -> Plan:
-        return c.plan_for(transformer, recipe, plan, set)
+    source = context.get_parameter_source("method")
+    asked = source is not None and source.name == "COMMANDLINE"
 
-    search = partial(c.searched, choices) if c.is_auto(choices) else None
+    def planned(transformer: nn.Module, fed: bool, opened: CalibrationStats | None) -> Plan:
+        chosen = recipe if plan else settled(choices, asked, fed, opened)
+        return c.plan_for(transformer, chosen, plan, set)
+
+    search = partial(c.searched, choices) if c.searches(choices) else None
     alike = plan is not None  # a plan of a file is for all transformers that it fits
     with one_writer(out, again=True):  # also while it calibrates
         _convert(model, out, planned, alike, search, stats, device, max_shard_size, calibration)
@@ -85,7 +91,7 @@ def convert(
 def _convert(
     model: str,
     out: Path,
-    planned: Callable[[nn.Module], Plan],
+    planned: Callable[[nn.Module, bool, CalibrationStats | None], Plan],
     alike: bool,
     search: Callable[[Any, CalibrationStats], Plan] | None,
     stats: Path | None,
@@ -98,6 +104,7 @@ def _convert(
     from ditq_converters.calibrate.known_sites import know_sites
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats
+    from ditq_converters.cli.automatic import has_inputs, tell_time
     from ditq_converters.convert.story import convert as run
     from ditq_converters.models.open import open_model
     from ditq_runtime.calls.parts import transformers_in
@@ -110,13 +117,17 @@ def _convert(
     models = transformers_in(pipe)
     for name, transformer in models.items():
         know_sites(transformer, opened and opened.of(name))
-    plans = {name: planned(models[name]) for name in list(models)[: 1 if alike else None]}
+    fed = opened is not None or has_inputs(pipe, calibration)
+    plans = {
+        name: planned(models[name], fed, opened) for name in list(models)[: 1 if alike else None]
+    }
     o.place(pipe, device)
     if opened is None and any(plan.needs_statistics for plan in plans.values()):
         folder = out.with_name(f"{out.name}.stats")
         rows = 64 if any(plan.needs_rows for plan in plans.values()) else 0
         opened = calibrate(pipe, folder, rows=rows, **calibration)
     chosen: Plan | dict[str, Plan] = next(iter(plans.values())) if alike else plans
+    tell_time(models, plans, opened, search is not None)
     if search is not None:
         assert opened is not None  # what auto starts from needs statistics
         chosen = search(pipe, opened)

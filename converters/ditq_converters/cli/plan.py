@@ -43,9 +43,9 @@ def plan(
 
     recipe = c.recipe_of(choices)
     known = None if stats is None else CalibrationStats.open(stats)
-    if c.is_auto(choices):
+    if c.searches(choices):
         if known is None:
-            raise typer.BadParameter("--method auto needs --stats; run `ditq calibrate` first.")
+            raise typer.BadParameter("--budget needs --stats; run `ditq calibrate` first.")
         made = c.searched(choices, open_model(model), known)
         for rule in set:
             made.set_rule(rule)

@@ -1,0 +1,92 @@
+"""What `convert` does where nobody chose a method: the best that it can with what it was given, and what it says."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from ditq_converters.cli import choices as c
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ditq_converters.calibrate.stats import CalibrationStats
+    from ditq_converters.plan.plan import Plan
+    from ditq_converters.plan.recipe import Recipe
+
+WORTH_TELLING = 10  # seconds
+UNFED = (
+    "no --prompts, --inputs or --stats: converted without calibration, by the weights alone; with some, on "
+    "demo:digits-flow, 8 bits gain 4 dB and 4 bits gain 12"
+)
+
+OLD = "method smoothquant: these statistics hold no rows or calls, which auto needs; calibrate again into a new folder"
+
+
+def has_inputs(pipe: Any, calibration: dict[str, Any]) -> bool:
+    """Whether a calibration can run: something to call the pipeline with was given, or it draws classes."""
+    from ditq_runtime.calls.pipeline import pipeline_of
+
+    if calibration["inputs"] is not None or calibration["prompts"] is not None:
+        return True
+    try:
+        return "class_labels" in inspect.signature(pipeline_of(pipe).__call__).parameters
+    except ValueError:  # a transformer alone that no pipeline is known for
+        return False
+
+
+def settled(
+    choices: dict[str, Any],
+    asked: bool,
+    fed: bool,
+    stats: CalibrationStats | None,
+) -> Recipe:
+    """The recipe of the choices, where auto may have to do with less.
+
+    Args:
+        choices: that were made.
+        asked: for a method, by name.
+        fed: there are statistics, or a calibration can run.
+        stats: those that were given.
+    """
+    from ditq_converters.progress import note
+
+    recipe = c.recipe_of(choices)
+    if not c.is_auto(choices):
+        return recipe
+    if not asked and not choices["budget"]:
+        if not fed:
+            note(UNFED)
+            return c.without_data(choices)
+        if stats is not None and not stats.has_replay:
+            note(OLD)
+            return c.recipe_of({**choices, "method": "smoothquant"})
+    return recipe
+
+
+def tell_time(
+    models: dict[str, nn.Module],
+    plans: dict[str, Plan],
+    stats: CalibrationStats | None,
+    searches: bool,
+) -> None:
+    """Say how long it will take, where that is worth it."""
+    from ditq_converters.auto.estimate import seconds_of
+    from ditq_converters.progress import note
+    from ditq_converters.streaming.model import streamed_of
+
+    if stats is None:
+        return
+    total = sum(
+        seconds_of(plan, models[name], stats.of(name), searches)
+        for name, plan in plans.items()
+        if streamed_of(models[name]) is None
+    )
+    if total > WORTH_TELLING:
+        note(
+            f"rounding takes about {_told(total)} here; `--method smoothquant` takes seconds, and is worse"
+        )
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
