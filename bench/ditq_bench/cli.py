@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ditq_bench.census.command import census
+from ditq_bench.chosen import chosen_of
+from ditq_bench.compiled.command import launches
 from ditq_bench.host.command import host
 from ditq_bench.kernels_command import kernels
 from ditq_bench.model_command import model
@@ -23,6 +25,7 @@ def _group() -> None:
 bench.command()(census)
 bench.command()(host)
 bench.command()(kernels)
+bench.command()(launches)
 bench.command()(model)
 
 
@@ -44,7 +47,7 @@ def methods(
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import say
 
-    chosen = _chosen("--models", models, MODELS)
+    chosen = chosen_of("--models", models, MODELS)
     studied = list(cases(chosen))
     with progress_bar("methods", len(studied)) as advance:
         for _ in study(out, studied):
@@ -73,7 +76,7 @@ def flow(
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import say
 
-    studied = list(flow_cases(_chosen("--models", models, FLOWS)))
+    studied = list(flow_cases(chosen_of("--models", models, FLOWS)))
     with progress_bar("methods", len(studied)) as advance:
         for _ in study(out, studied, "flow.csv"):
             advance()
@@ -104,9 +107,9 @@ def profiles(
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import say
 
-    chosen = _chosen("--models", models, MODELS)
+    chosen = chosen_of("--models", models, MODELS)
     known = tuple(dict.fromkeys(method for method, _ in PROFILES))
-    studied = list(profile_cases(chosen, _chosen("--methods", methods, known)))
+    studied = list(profile_cases(chosen, chosen_of("--methods", methods, known)))
     with progress_bar("profiles", len(studied)) as advance:
         for _ in study(out, studied, "profiles.csv"):
             advance()
@@ -177,7 +180,7 @@ def jitter(
     from ditq_bench.methods import read_rows
     from ditq_runtime.cli.output import print_table, say
 
-    chosen = _chosen("--models", models, MODELS)
+    chosen = chosen_of("--models", models, MODELS)
     for row in study(out, chosen):
         say(f"{row['model']}, {row['case']}: measured")
     rows = read_rows(out / "jitter.csv")
@@ -207,7 +210,7 @@ def auto(
     from ditq_bench.methods import read_rows
     from ditq_runtime.cli.output import print_table, say
 
-    chosen = _chosen("--models", models, MODELS)
+    chosen = chosen_of("--models", models, MODELS)
     for row in study(out, chosen, repeats, cases.split(",")):
         say(f"{row['model']}, {row['case']}: {row['sqnr_guided_db']} dB")
     rows = read_rows(out / "auto.csv")
@@ -217,12 +220,3 @@ def auto(
     table = [[row[name] for name in FIELDS] for row in means(rows)]
     print_table("forced SQNR, means over calibrations", FIELDS, table)
     say(f"{out / 'auto_mean.csv'}: {len(table)} means of {len(rows)} rows; {out / 'auto.png'}")
-
-
-def _chosen(option: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Comma-separated names, all of them known; none given: all."""
-    names = tuple(name.strip() for name in given.split(",")) if given else known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
-    return names

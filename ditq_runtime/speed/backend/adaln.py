@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -49,14 +50,14 @@ def fuse_adaln(graph: Graph) -> None:
             continue
         if node.target == STATIC and not one_static_scale(given):
             continue
-        for product, shift in operands(modulated, ADD):
-            for normed, multiplier in operands(product, MULTIPLY):
-                norm = behind(normed, path)
-                if _fused(graph, node, given, norm, multiplier, shift, path):
-                    break
-            else:
-                continue
-            break
+        any(_fused(graph, node, given, *found, path) for found in _modulations(modulated, path))
+
+
+def _modulations(node: Any, path: list[fx.Node]) -> Iterator[tuple[Any, Any, Any]]:
+    """What may be norm, multiplier and shift of a sum of a product."""
+    for product, shift in operands(node, ADD):
+        for normed, multiplier in operands(product, MULTIPLY):
+            yield behind(normed, path), multiplier, shift
 
 
 def _only_quantized(node: Any) -> bool:
