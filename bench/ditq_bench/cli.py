@@ -151,7 +151,7 @@ def papers(
     from ditq_runtime.cli.device import place
     from ditq_runtime.cli.output import print_table, say
 
-    (name,) = _chosen("TABLE", table, tuple(TABLES))
+    (name,) = chosen_of("TABLE", table, tuple(TABLES))
     chosen, less = TABLES[name], Less(samples, calibration, steps, iterations)
     pipe = open_model(model)
     pipe.to(place(""))

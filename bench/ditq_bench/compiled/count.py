@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.decomposition import select_decomp_table
 
 import ditq_runtime as ditq
 from ditq_bench.compiled.families import Block, arguments, build
-from ditq_kernels._triton.offline import inductor
 from ditq_runtime.speed.backend import compile as backend
 from ditq_runtime.speed.backend import functional
 
@@ -54,7 +51,12 @@ def launches_of_block(block: Block, way: Way) -> Counter[str]:
 
 
 def generated(block: Block, count: int, way: Way) -> str:
-    """Inductor's code for a model with `count` blocks."""
+    """Inductor's code for a model with `count` blocks; after `inductor.install`."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._inductor.decomposition import select_decomp_table
+
+    from ditq_kernels._triton.offline import inductor
+
     config = ditq.DitqConfig(weights="w8") if way.quantized else None
     model, graphs = build(block, count, config), list[fx.GraphModule]()
     table = {**select_decomp_table()}
