@@ -80,7 +80,7 @@ def _frontier(axes: Any) -> None:
             )
     axes.set(
         xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="forced SQNR, dB",
-        title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 3), ylim=(20, 60),
+        title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 4), ylim=(20, 60),
     )  # fmt: skip
     axes.plot(*zip(*frontier(), strict=True), "o-", color="black", label="auto", zorder=3)
     axes.grid(alpha=0.3)

@@ -3,8 +3,8 @@
     pip install torchao optimum-quanto sdnq
     python -m ditq_bench.peers --out runs/peers
 
-Each quantizes the linears that ditq packs, and nothing else, and samples from equal noise. Bytes are those of all
-tensors of the transformer, with the embedder that diffusers keeps in every block counted once, so that they compare.
+Each quantizes the linears that ditq packs, SDNQ also those of the timestep embedder, and samples from equal noise.
+Bytes are those of all tensors of the transformer, with the embedder that diffusers keeps in every block counted once.
 """
 
 from __future__ import annotations
