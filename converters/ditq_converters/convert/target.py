@@ -31,7 +31,7 @@ def aimed(
     if damping is None:
         return weight
     asked = seen.T @ ((wanted - seen) @ weight.T)
-    return weight + torch.cholesky_solve(asked, _factor(seen, damping)).T
+    return weight + torch.cholesky_solve(asked, _factor(seen.T @ seen, damping)).T
 
 
 def best_damping(
@@ -58,12 +58,13 @@ def best_damping(
         error = (wanted[judged] - seen[judged]) @ few
         asked = seen[fitted].T @ ((wanted[fitted] - seen[fitted]) @ few)
         losses[None] += float(error.square().sum())
+        gram = seen[fitted].T @ seen[fitted]
         for damping in DAMPINGS:
-            change = torch.cholesky_solve(asked, _factor(seen[fitted], damping))
+            change = torch.cholesky_solve(asked, _factor(gram, damping))
             losses[damping] += float((error - seen[judged] @ change).square().sum())
     return min(losses, key=lambda damping: losses[damping])
 
 
-def _factor(seen: torch.Tensor, damping: float) -> torch.Tensor:
-    """Cholesky factor of X'^T X' + lambda I."""
-    return torch.linalg.cholesky(damped(seen.T @ seen, damping))
+def _factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Cholesky factor of X'^T X' + lambda I, from X'^T X' [K, K]."""
+    return torch.linalg.cholesky(damped(gram, damping))
