@@ -99,7 +99,27 @@ def _save(
             f"save_lora_adapter: {adapter_name!r} is folded as this model is and fits no other; "
             "keep the file that it was loaded from"
         )
-    stock(save_directory, adapter_name, **kwargs)
+    own = vars(model)
+    own["to"] = Kept(
+        model
+    )  # diffusers asks for .to(dtype=None), and refuses it of any quantized model
+    try:
+        stock(save_directory, adapter_name, **kwargs)
+    finally:
+        del own["to"]
+
+
+class Kept:
+    """Stands for `to` of one model: without a dtype or a place there is nothing to do."""
+
+    def __init__(self, model: Any) -> None:
+        """Remember whose."""
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do nothing, or what the model's class does."""
+        asked = [value for value in (*args, *kwargs.values()) if value is not None]
+        return type(self.model).to(self.model, *args, **kwargs) if asked else self.model
 
 
 def _check_known(model: Any, caller: str, names: list[str]) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ditq_runtime as ditq
@@ -416,7 +416,7 @@ def test_text_encoder_tensors_go_to_the_text_encoder(packed_folder, load):
 
 
 @pytest.mark.parametrize("weights", ["w8", "w4p", "w4g"])
-def test_a_flux_pipeline_loads_a_lora_beside_integers(weights):
+def test_a_flux_pipeline_loads_a_lora_beside_integers(weights, tmp_path):
     """Its loader compares shapes of weights; those of 4-bit codes are half."""
     torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
@@ -440,6 +440,12 @@ def test_a_flux_pipeline_loads_a_lora_beside_integers(weights):
     down, up = (state[f"transformer.{names[0]}.lora_{part}.weight"] for part in "AB")
     added = packed.get_submodule(names[0])(x) - before
     torch.testing.assert_close(added, x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
+    packed.save_lora_adapter(tmp_path, adapter_name="default_0")  # diffusers: .to(dtype=None)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert torch.equal(saved[f"{names[0]}.lora_B.weight"], up)
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        packed.save_lora_adapter(tmp_path, adapter_name="default_0", upcast_before_saving=True)
+    assert "to" not in vars(packed)
     pipe.unload_lora_weights()
     state[f"transformer.{names[0]}.lora_A.weight"] = torch.randn(4, 96)
     with pytest.raises(

@@ -27,7 +27,6 @@ MODELS = {  # name -> module of their test, class with its sizes and inputs
 CONFIGS: dict[str, dict[str, Any]] = {
     "w8": {"weights": "w8"},
     "w8_asymmetric": {"weights": "w8", "activations": "token_asym"},
-    "w8_attention": {"weights": "w8", "attention": "int8"},
 }
 
 
