@@ -59,6 +59,7 @@ class DitqTester(THEIRS.QuantizationTesterMixin):  # type: ignore[misc]
 
     def _verify_if_layer_quantized(self, name: str, module: nn.Module, config: Any) -> None:
         assert isinstance(module, ditq_runtime.QuantLinear), f"{name} is a {type(module).__name__}"
+        assert module.format.weights != "fp32", f"{name} is float"
 
 
 def _calls(check: str, *more: Any, needs_folder: bool = False) -> Any:
