@@ -16,6 +16,7 @@ from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import VERSION, Version1
 
 WEIGHT_MAP, RECIPE = Rule(dict, items=str), Rule(dict, nullable=True)
+METHODS = ("quant_method", "load_in_4bit", "load_in_8bit")  # by which diffusers knows a method
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 
@@ -133,8 +134,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_packed(path: Path, config: dict[str, Any]) -> bool:
     """Whether a parsed config.json is that of a packed model; CheckpointError where nobody could tell."""
     found = config.get("quantization_config")
+    others = [value for key, value in config.items() if key != "quantization_config"]
+    if any(isinstance(value, dict) and value.get("quant_method") == "ditq" for value in others):
+        raise CheckpointError(
+            f"{path}: its quantization_config has another name; the file is damaged, copy it again"
+        )
     if found is not None:
         _check_object(found, f"{path}: quantization_config")
+        if not any(key in found for key in METHODS):
+            raise CheckpointError(
+                f"{path}: quantization_config: quant_method is missing; copy it again"
+            )
     return found is not None and found.get("quant_method") == "ditq"
 
 

@@ -25,7 +25,8 @@ def watch_configs() -> None:
             config = stock(cls, json_file)
         except RecursionError as error:
             raise CheckpointError(f"{json_file}: nested without end; copy it again") from error
-        if isinstance(config, dict) and config.get("quantization_config") is not None:
+        objects = isinstance(config, dict) and any(isinstance(v, dict) for v in config.values())
+        if objects or (isinstance(config, dict) and config.get("quantization_config") is not None):
             _look_around(Path(json_file), config)
         return config
 

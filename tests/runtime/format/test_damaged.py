@@ -111,6 +111,16 @@ def test_a_quantization_that_is_no_object_is_refused(copy, value, opened):
         opened(copy)
 
 
+@pytest.mark.parametrize("opened", [open_folder, DiTTransformer2DModel.from_pretrained])
+def test_a_quantization_that_lost_its_name_or_method_is_refused(copy, opened):
+    edit(copy, lambda c: c.update(quantization_confi=c.pop("quantization_config")))
+    with pytest.raises(ditq.CheckpointError, match="has another name"):
+        opened(copy)
+    edit(copy, lambda c: c.update(quantization_config={"": 0}, quantization_confi=None))
+    with pytest.raises(ditq.CheckpointError, match="quant_method is missing"):
+        opened(copy)
+
+
 def test_json_of_any_depth_is_refused(copy):
     (copy / "config.json").write_text("[" * 100_000)
     with pytest.raises(ditq.CheckpointError, match=r"config\.json: not valid JSON"):
