@@ -36,7 +36,8 @@ def guard_values(block: nn.Module, producers: Iterable[str]) -> None:
     for name in sorted({producer.rpartition(".")[0] for producer in producers}):
         processor = getattr(block.get_submodule(name), "processor", None)
         if processor is not None:
-            path, known = tuple(name.split(".")), type(processor)
+            # the block itself may be the attention, as the face adapter of Wan Animate is
+            path, known = tuple(filter(None, name.split("."))), type(processor)
             block.register_forward_pre_hook(partial(_check, path, known))
 
 
@@ -47,7 +48,7 @@ def _check(path: tuple[str, ...], known: type, block: nn.Module, args: Any) -> N
     found = type(attn.processor)
     if found is not known and found not in MIX_ONLY:
         raise ValueError(
-            f"{'.'.join(path)}: its processor is a {found.__name__}, and a factor was folded through V for "
-            f"{known.__name__}; one that adds values of its own, as an IP-Adapter does, would be silently wrong: set "
-            "that one again, or convert with --method linear, which folds nothing"
+            f"{'.'.join(path) or type(block).__name__}: its processor is a {found.__name__}, and a factor was folded "
+            f"through V for {known.__name__}; one that adds values of its own, as an IP-Adapter does, would be "
+            "silently wrong: set that one again, or convert with --method linear, which folds nothing"
         )

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import (
+    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     JointAttnProcessor2_0,
@@ -14,6 +15,7 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
+from ditq_runtime.attention.call_path import guard_values
 from ditq_runtime.families import family_of
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "version1"
@@ -85,3 +87,14 @@ def test_where_nothing_is_folded_any_may_run_and_those_that_mix_always():
         block.attn1.processor = AttnProcessor()
     got = run()  # another order of sums moves codes now and then
     assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_block_that_is_the_attention():
+    """As the face adapter of Wan Animate is: the producers stand in the block itself."""
+    block = Attention(query_dim=64, heads=2, dim_head=32)
+    guard_values(block, ["to_v"])
+    x = torch.zeros(1, 3, 64)
+    assert block(x).shape == x.shape
+    block.set_processor(Adds())
+    with pytest.raises(ValueError, match="Attention: its processor is a Adds, and a factor"):
+        block(x)
