@@ -68,7 +68,8 @@ def run(arguments: list[str]) -> int:
     debug, begin = "--debug" in arguments, time.monotonic()
     arguments = _hear(arguments)
     if not voice.verbose:
-        after_import("diffusers", "ditq_runtime.cli.quiet:quiet_diffusers")
+        for package in ("diffusers", "transformers"):
+            after_import(package, f"ditq_runtime.cli.quiet:quiet_{package}")
     code = _run(arguments, debug)
     if voice.verbose:
         _tell_cost(time.monotonic() - begin)

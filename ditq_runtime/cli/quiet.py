@@ -7,3 +7,15 @@ def quiet_diffusers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def quiet_transformers() -> None:
+    """Its bars over loading and saving, and its notices; downloads still show theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    silent = are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the hub's too
+    if not silent:
+        enable_progress_bars()

@@ -54,6 +54,21 @@ def test_quiet_and_verbose(tmp_path, capsys):
     assert err[-1].endswith("MiB of main memory")
 
 
+def test_bars_of_transformers_do_not_leak():
+    """In a process of its own: the command is heard before transformers is imported, and downloads keep their bars."""
+    program = (
+        "from ditq_runtime.cli import app; assert app.run(['--version']) == 0; "
+        "from transformers.utils import logging; from huggingface_hub.utils import are_progress_bars_disabled; "
+        "print(logging.is_progress_bar_enabled(), logging.get_verbosity() == logging.ERROR); "
+        "print(are_progress_bars_disabled())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.splitlines()[-2:] == ["False True", "False"]
+
+
 def test_a_command_forgets_what_the_one_before_was_told():
     assert app.run(["--quiet", "--version"]) == 0
     assert voice.quiet
