@@ -1,54 +1,41 @@
-"""The picture of the README: SQNR over bytes of every method and of auto, and the demo's samples.
+"""The picture of the README: SQNR over bytes of auto and of single methods, and the demo's samples.
 
     python -m ditq_bench.front_page runs/demo docs/images/front_page.png
 
-Bytes and SQNR are read from bench/results/methods.csv and auto.csv of this checkout, samples from a folder of
-`ditq demo`.
+Bytes and SQNR are read from bench/results/auto.csv of this checkout, samples from a folder of `ditq demo`.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ditq_bench.auto_cases import AUTO, NEAREST
 from ditq_runtime.files import atomic_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 MODEL = "demo:digits"
-COLOURS = {  # per token, meta is linear
-    "linear": "#999999", "smoothquant": "#4477aa", "ditas": "#aa3377", "ptq4dit": "#228833",
-    "htg": "#ee6677",
+COLOURS = {
+    "smoothquant": "#4477aa", "osplus": "#66ccee", "meta": "#999999", "ditas": "#aa3377",
 }  # fmt: skip
-MARKS = {"w8": "o", "w4p": "s"}
-NAMES = {"w8": "8-bit weights", "w4p": "4-bit weights"}
 ROWS = 2 * 32 + 2  # pixels: two rows of the demo's grids
 
 
-def rows(path: Path = RESULTS / "methods.csv", model: str = MODEL) -> list[dict[str, str]]:
-    """The methods' rows of one model with activations per token."""
-    keep = {"model": model, "table": "methods", "activations": "token"}
-    return [row for row in _read(path) if all(row[key] == value for key, value in keep.items())]
-
-
-def frontier(path: Path = RESULTS / "auto.csv", model: str = MODEL) -> list[tuple[float, float]]:
-    """(MB, forced SQNR in dB) of auto at every budget, smallest first; means where a budget was tried repeatedly."""
+def places(path: Path = RESULTS / "auto.csv", model: str = MODEL) -> dict[str, tuple[float, float]]:
+    """Case -> (MB, forced SQNR in dB) of one model, smallest first; means where a case was tried repeatedly."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in _read(path):
-        if row["model"] == model and row["case"].startswith("auto"):
-            place = float(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
-            found.setdefault(row["case"], []).append(place)
-    means = (np.mean(places, axis=0).tolist() for places in found.values())
-    return sorted((size, sqnr) for size, sqnr in means)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        for row in csv.DictReader(file):
+            if row["model"] == model:
+                place = float(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
+                found.setdefault(row["case"], []).append(place)
+    means = {case: tuple(np.mean(each, axis=0).tolist()) for case, each in found.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
 def draw(demo: Path, target: Path) -> None:
@@ -70,29 +57,21 @@ def draw(demo: Path, target: Path) -> None:
 
 
 def _frontier(axes: Any) -> None:
-    from matplotlib.lines import Line2D
-
-    for row in rows():
-        place = int(row["bytes"]) / 1e6, float(row["sqnr_forced_db"])
-        if row["case"] in COLOURS:
-            axes.scatter(
-                *place, s=80, color=COLOURS[row["case"]], marker=MARKS[row["weights"]], zorder=2
-            )
+    found = places()
+    curve = [place for case, place in found.items() if case.startswith(AUTO)]
+    axes.plot(*zip(*curve, strict=True), "o-", color="black", label="auto, by budget", zorder=3)
+    nearest = [found[case] for case in NEAREST]
+    label = "smoothquant, rounded to nearest, 4 and 8 bits"
+    axes.scatter(*zip(*nearest, strict=True), s=80, marker="^", color="#ccbb44", label=label)
+    for method, colour in COLOURS.items():
+        label = f"{method} with GPTQ, 4 bits"
+        axes.scatter(*found[f"{method} w4p"], s=80, marker="s", color=colour, label=label)
     axes.set(
         xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="forced SQNR, dB",
-        title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 4), ylim=(20, 60),
+        title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 3), ylim=(20, 60),
     )  # fmt: skip
-    axes.plot(*zip(*frontier(), strict=True), "o-", color="black", label="auto", zorder=3)
     axes.grid(alpha=0.3)
-    handles = [Line2D([], [], color="black", marker="o", label="auto, by budget")]
-    handles += [
-        Line2D([], [], color=c, marker="D", linestyle="", label=n) for n, c in COLOURS.items()
-    ]
-    handles += [
-        Line2D([], [], color="#333333", marker=m, linestyle="", label=NAMES[n])
-        for n, m in MARKS.items()
-    ]
-    axes.legend(handles=handles, fontsize=9, loc="lower right", ncols=2)
+    axes.legend(fontsize=9, loc="lower right")
 
 
 def _samples(demo: Path) -> list[tuple[str, np.ndarray]]:
@@ -103,4 +82,7 @@ def _samples(demo: Path) -> list[tuple[str, np.ndarray]]:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Draw the README's picture.")
+    parser.add_argument("demo", type=Path, help="folder that `ditq demo --out` wrote")
+    parser.add_argument("target", type=Path, help="PNG to write")
+    draw(**vars(parser.parse_args()))

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ditq_bench.auto import CALIBRATED, JUDGED, forced_db
 from ditq_bench.auto_cases import AUTO, DITS, FLOWS, MODELS, SINGLE, cases_of
+from ditq_bench.front_page import places
 from ditq_bench.frontier import FIELDS, MEASURED, draw, means, write_means
 from ditq_bench.methods import METHOD_NAMES, read_rows
 from ditq_converters import Recipe
@@ -64,6 +65,18 @@ def test_the_picture_has_a_panel_per_model(tmp_path):
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert two.width == 2 * one.width
         assert len(one.convert("RGB").getcolors(100_000)) > 20
+
+
+def test_the_front_page_takes_means_of_one_model(tmp_path):
+    (tmp_path / "auto.csv").write_text(
+        "model,case,bytes,sqnr_forced_db\n"
+        "demo:digits,auto largest,3000000,50.0\n"
+        "demo:digits,auto smallest,1000000,40.0\n"
+        "demo:digits,auto smallest,2000000,43.0\n"
+        "demo:digits-flow,auto smallest,1000,1.0\n"
+    )
+    found = places(tmp_path / "auto.csv", "demo:digits")
+    assert list(found.items()) == [("auto smallest", (1.5, 41.5)), ("auto largest", (3.0, 50.0))]
 
 
 class Call:
