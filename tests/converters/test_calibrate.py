@@ -1,13 +1,14 @@
 """Calibration: ranges as an independent recording has them, and nothing left behind on pipeline, model or machine."""
 
 import json
+import sys
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from ditq_converters import CalibrationStats, StatisticsError, calibrate
-from ditq_converters.calibrate.shards import shard_folder
+from ditq_converters.calibrate.shards import Handles, shard_folder
 from ditq_runtime.calls.seeds import generator
 
 CONSUMERS = {
@@ -370,3 +371,33 @@ def test_a_run_per_entry_is_given_its_arguments(make_dit, tmp_path):
     assert json.loads((shard_folder(tmp_path, 1) / "shard.json").read_text())["visits"] == [
         {"component": "transformer", "timestep": 100.0}
     ]
+
+
+def test_merging_opens_a_file_for_all_sites_at_once(pipe, tmp_path, monkeypatch):
+    """However little may be open: per timestep and input once for ranges, for rows and for modulation's inputs."""
+    made = calibrate(pipe, tmp_path / "stats", batch=1, **SMALL)
+    shards = list(made.shards())
+    assert len(shards) == len(LABELS)
+    opened = []
+
+    class OneFile(Handles):
+        def get(self, path):
+            if path not in self._open:
+                opened.append(path)
+            return super().get(path)
+
+    module = sys.modules[
+        "ditq_converters.calibrate.merge"
+    ]  # the package's name is also a function's
+    monkeypatch.setattr(module, "Handles", lambda: OneFile(0))
+    before = files_of(tmp_path / "stats" / "merged")
+    module.merge(tmp_path / "stats", shards, [], made.components, made.manifest["settings"]["rows"])
+    after = files_of(tmp_path / "stats" / "merged")
+    assert {**after, "inputs.json": b""} == {**before, "inputs.json": b""}
+    assert len(LABELS) * STEPS <= len(opened) <= 3 * len(LABELS) * STEPS
+
+
+def files_of(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()
+    }

@@ -73,25 +73,29 @@ def _merge_component(out: Path, shards: list[Shard], component: str, rows: int) 
     write_json(out / SCHEDULE, {"timesteps": list(schedule.timesteps), "row_calls": list(calls)})
 
 
-def _nearest(index: int, bins: list[Members]) -> dict[str, Members]:
-    """SITE.min and .max -> visits of the bin, or of the nearest bin where the site ran (experts may get no tokens)."""
-    found: dict[str, Members] = {}
+def _nearest(index: int, bins: list[Members]) -> list[tuple[Shard, int, list[str]]]:
+    """Visits and their SITE.min and .max: of the bin, or of the nearest where it ran (experts may get no tokens)."""
+    places: list[tuple[Shard, int, list[str]]] = []
+    found: set[str] = set()
     for other in sorted(range(len(bins)), key=lambda other: (abs(other - index), other)):
-        new: dict[str, Members] = {}
+        new = set[str]()
         for shard, visit in bins[other]:
-            for name in shard.visits[visit]:
-                if name.endswith(RANGES) and name not in found:
-                    new.setdefault(name, []).append((shard, visit))
+            names = [n for n in shard.visits[visit] if n.endswith(RANGES) and n not in found]
+            if names:
+                places.append((shard, visit, names))
+                new.update(names)
         found |= new
-    return found
+    return places
 
 
-def _ranges(places: dict[str, Members], handles: Handles) -> dict[str, torch.Tensor]:
+def _ranges(
+    places: list[tuple[Shard, int, list[str]]], handles: Handles
+) -> dict[str, torch.Tensor]:
+    """The union of the ranges, visit by visit: to go from site to site would open all files again for each."""
     found: dict[str, torch.Tensor] = {}
-    for name, members in places.items():
-        combine: Any = torch.minimum if name.endswith(".min") else torch.maximum
-        for shard, visit in members:
-            value = shard.read(visit, [name], handles)[name]
+    for shard, visit, names in places:
+        for name, value in shard.read(visit, names, handles).items():
+            combine: Any = torch.minimum if name.endswith(".min") else torch.maximum
             found[name] = combine(found[name], value) if name in found else value
     return found
 
@@ -111,35 +115,33 @@ def _row_counts(bins: list[Members], rows: int) -> dict[str, int]:
 
 
 def _rows(members: Members, counts: dict[str, int], handles: Handles) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, count in counts.items():
-        rows = _joined(members, name, name.removesuffix(".rows") + ".keys", count, handles)
-        if rows is not None:
-            found[name] = rows
-    return found
+    return _lowest(members, counts, ".rows", ".keys", handles)
 
 
 def _inputs(members: Members, rows: int, handles: Handles) -> dict[str, torch.Tensor]:
     names = {n for shard, visit in members for n in shard.visits[visit] if n.endswith(INPUT)}
-    found = {}
-    for name in names:
-        site = name.removesuffix(INPUT)
-        joined = _joined(members, name, f"{site}.input_keys", rows, handles)
-        assert joined is not None
-        found[f"{site}.input"] = joined
-    return found
+    found = _lowest(members, dict.fromkeys(names, rows), INPUT, ".input_keys", handles)
+    return {f"{name.removesuffix(INPUT)}.input": rows for name, rows in found.items()}
 
 
-def _joined(
-    members: Members, rows: str, keys: str, count: int, handles: Handles
-) -> torch.Tensor | None:
-    """The `count` rows of the lowest keys; of equal keys the earlier input's."""
-    parts = [shard.read(visit, (rows, keys), handles) for shard, visit in members]
-    kept = [Kept(part[keys], part[rows]) for part in parts if rows in part]
-    if not kept:
-        return None
-    everything = Kept(
-        torch.cat([part.keys for part in kept]), torch.cat([part.rows for part in kept])
-    )
-    order = everything.keys.sort(stable=True).indices[:count]
-    return everything.rows[order].contiguous()
+def _lowest(
+    members: Members, counts: dict[str, int], rows: str, keys: str, handles: Handles
+) -> dict[str, torch.Tensor]:
+    """Of every name the `count` rows of the lowest keys; of equal keys the earlier input's. Visit by visit, as ranges.
+
+    Args:
+        members: of one bin.
+        counts: SITE + rows -> how many.
+        rows: the suffix of rows.
+        keys: the suffix of their keys.
+        handles: of the files.
+    """
+    found: dict[str, Kept] = {}
+    for shard, visit in members:
+        for name, count in counts.items():
+            part = shard.read(visit, (name, name.removesuffix(rows) + keys), handles)
+            if name in part:
+                new = Kept(part[name.removesuffix(rows) + keys], part[name])
+                before = found.get(name, Kept(new.keys[:0], new.rows[:0]))
+                found[name] = before.joined(new, count)
+    return {name: kept.rows.contiguous() for name, kept in found.items()}
