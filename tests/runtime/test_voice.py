@@ -86,7 +86,7 @@ def test_an_interrupt_tells_how_to_go_on(tmp_path):
         "--out",
         str(out),
         "--steps",
-        "40",
+        "4",
         "--samples",
         "64",
         "--batch",
