@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from ditq_runtime.errors import CheckpointError
 from ditq_runtime.format.checkpoint import check_stored, check_version, read_headers
 from ditq_runtime.format.digests import CONFIG, check_config, read_digests
 from ditq_runtime.format.rules import Rule, check_value, shown
-from ditq_runtime.format.safetensors_header import TensorInfo
+from ditq_runtime.format.safetensors_header import TensorInfo, read_header
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.format.version1 import VERSION, Version1
 
 WEIGHT_MAP, RECIPE = Rule(dict, items=str), Rule(dict, nullable=True)
 METHODS = ("quant_method", "load_in_4bit", "load_in_8bit")  # by which diffusers knows a method
+CODES = (torch.int8, torch.uint8)
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 
@@ -103,7 +108,9 @@ def open_folder(path: str | Path) -> TransformerFolder:
     check_shards(folder, files)
     if not files:
         raise CheckpointError(f"{folder}: no {WEIGHTS} there; the checkpoint is incomplete")
-    return TransformerFolder(folder, parsed, files, read_headers(files))
+    headers = read_headers(files)
+    refuse_codes_as_weights(config, parsed, headers)
+    return TransformerFolder(folder, parsed, files, headers)
 
 
 def transformer_folders(path: str | Path) -> dict[str, TransformerFolder]:
@@ -146,6 +153,29 @@ def is_packed(path: Path, config: dict[str, Any]) -> bool:
                 f"{path}: quantization_config: quant_method is missing; copy it again"
             )
     return found is not None and found.get("quant_method") == "ditq"
+
+
+def refuse_codes_as_weights(
+    path: Path, config: dict[str, Any], headers: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse a config.json without quantization beside integer codes, which would be read as float weights."""
+    if config.get("quantization_config") is not None:
+        return
+    for name, info in headers.items():
+        if info.dtype in CODES and name.endswith(".weight") and f"{name}_scale" in headers:
+            raise CheckpointError(
+                f"{path}: quantization_config is missing, though {name} in {info.file.name} is integer codes; copy "
+                "config.json again"
+            )
+
+
+def refuse_codes_beside(path: Path, config: dict[str, Any]) -> None:
+    """The same for the files beside a config.json; one that nobody can read is for its reader to refuse."""
+    for file in sorted(path.parent.glob("*.safetensors")):
+        headers: dict[str, TensorInfo] = {}
+        with suppress(CheckpointError, OSError):
+            headers = read_header(file)
+        refuse_codes_as_weights(path, config, headers)
 
 
 def _check_object(value: Any, what: str) -> None:

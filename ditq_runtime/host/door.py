@@ -28,6 +28,8 @@ def watch_configs() -> None:
         objects = isinstance(config, dict) and any(isinstance(v, dict) for v in config.values())
         if objects or (isinstance(config, dict) and config.get("quantization_config") is not None):
             _look_around(Path(json_file), config)
+        if isinstance(config, dict) and "_class_name" in config:
+            _look_for_codes(Path(json_file), config)
         return config
 
     setattr(ConfigMixin, READER, classmethod(read))
@@ -46,3 +48,11 @@ def _look_around(path: Path, config: dict[str, Any]) -> None:
         check_shards(path.parent, files)
     for file in files:
         read_header(file)
+
+
+def _look_for_codes(path: Path, config: dict[str, Any]) -> None:
+    """Codes beside a config that lost its quantization; what else may be wrong with a float model is not ours."""
+    if config.get("quantization_config") is None and any(path.parent.glob("*.safetensors")):
+        from ditq_runtime.format.folder import refuse_codes_beside  # not above: this file is light
+
+        refuse_codes_beside(path, config)

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from diffusers import DiTTransformer2DModel
 
+from ditq_converters.models.open import open_model
 from ditq_runtime import CheckpointError, QuantLinear
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import CATEGORIES, float_weights, size_by_category
@@ -146,6 +148,22 @@ def _edit(copy, change):
     change(config)
     (copy / "config.json").write_text(json.dumps(config))
     return copy
+
+
+@pytest.mark.parametrize("name", ["w8_static", "w8_token", "w4p_token", "w4g_static"])
+def test_codes_beside_a_config_without_quantization_are_refused(packed_folder, tmp_path, name):
+    """diffusers would read the codes of 8 bits as weights, and only warn."""
+    folder = shutil.copytree(packed_folder(name) / "transformer", tmp_path / "copy")
+    _edit(folder, lambda c: c.pop("quantization_config"))
+    for opened in (
+        open_folder,
+        DiTTransformer2DModel.from_pretrained,
+        lambda f: open_model(str(f)),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"quantization_config is missing, though .*codes"
+        ):
+            opened(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ditq_converters.demo import DEMO_MODELS, open_demo
 from ditq_converters.models.facebook_dit import open_facebook_dit
 from ditq_converters.streaming.opening import fits, open_in_pieces
 from ditq_runtime.calls.parts import transformer_of
+from ditq_runtime.format.folder import refuse_codes_beside
 from ditq_runtime.host.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
@@ -122,10 +123,12 @@ def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None
 
 
 def _refuse_packed(config: Path) -> None:
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get(
-        "quantization_config"
-    ):
+    if not config.exists():
+        return
+    parsed = json.loads(config.read_text(encoding="utf-8"))
+    if parsed.get("quantization_config"):
         raise ValueError(_packed(str(config.parent)))
+    refuse_codes_beside(config, parsed)
 
 
 def _packed(name: str) -> str:
