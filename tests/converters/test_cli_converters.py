@@ -198,6 +198,14 @@ def test_a_keep_that_matches_nothing_is_refused_before_the_work(ditq, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_timestep_groups_than_calls_are_refused_before_the_calibration(ditq, tmp_path):
+    choices = ("--method", "htg", "--groups", 4, "--steps", 3, "--samples", 1)
+    result = ditq("convert", "demo:digits", tmp_path / "out", *choices)
+    assert result.exit_code == 1
+    assert "4 timestep groups, but the calibration makes 3 calls" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_in_use_is_refused(ditq, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

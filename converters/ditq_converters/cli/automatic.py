@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ditq_converters.cli import choices as c
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ditq_converters.plan.plan import Plan
     from ditq_converters.plan.recipe import Recipe
 
+BUDGET = "memory_budget"  # of a calibration; no part of its inputs
 WORTH_TELLING = 10  # seconds
 UNFED = (
     "no --prompts, --inputs or --stats: converted without calibration, by the weights alone; with some, on "
@@ -33,6 +35,26 @@ def has_inputs(pipe: Any, calibration: dict[str, Any]) -> bool:
         return "class_labels" in inspect.signature(pipeline_of(pipe).__call__).parameters
     except ValueError:  # a transformer alone that no pipeline is known for
         return False
+
+
+def refuse_groups(pipe: Any, plans: Iterable[Plan], calibration: dict[str, Any]) -> None:
+    """More timestep groups than the calibration to come will make calls, as far as the scheduler lets that be known."""
+    from ditq_converters.plan.check import check_groups
+    from ditq_runtime.calls.inputs import gather
+    from ditq_runtime.calls.pipeline import pipeline_of
+
+    grouped = [plan for plan in plans if any(site.options.get("num_groups") for site in plan.sites)]
+    if not grouped:
+        return
+    driven = pipeline_of(pipe)
+    given = gather("convert", driven, **{k: v for k, v in calibration.items() if k != BUDGET})
+    steps = [count for one in given if (count := one.steps(driven)) is not None]
+    scheduler = getattr(driven, "scheduler", None)
+    if len(steps) < len(given) or hasattr(scheduler, "prk_timesteps"):  # PNDM begins with more
+        return
+    calls = max(steps) * getattr(scheduler, "order", 1)
+    for plan in grouped:
+        check_groups(plan, calls, "the calibration makes")
 
 
 def settled(

@@ -104,7 +104,7 @@ def _convert(
     from ditq_converters.calibrate.known_sites import know_sites
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats
-    from ditq_converters.cli.automatic import has_inputs, tell_time
+    from ditq_converters.cli.automatic import has_inputs, refuse_groups, tell_time
     from ditq_converters.convert.story import convert as run
     from ditq_converters.models.open import open_model
     from ditq_runtime.calls.parts import transformers_in
@@ -123,6 +123,7 @@ def _convert(
     }
     o.place(pipe, device)
     if opened is None and any(plan.needs_statistics for plan in plans.values()):
+        refuse_groups(pipe, plans.values(), calibration)
         folder = out.with_name(f"{out.name}.stats")
         rows = 64 if any(plan.needs_rows for plan in plans.values()) else 0
         opened = calibrate(pipe, folder, rows=rows, **calibration)

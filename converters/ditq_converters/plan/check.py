@@ -64,13 +64,7 @@ def check_statistics(plan: Plan, stats: CalibrationStats | None) -> None:
                 f"convert: {_who_needs(plan)} needs statistics; run `ditq calibrate` first and pass them"
             )
         return
-    calls = len(stats.timesteps)
-    for site in plan.sites:
-        groups = site.options.get("num_groups") or 1
-        if groups > calls:
-            raise ValueError(
-                f"{site.name}: {groups} timestep groups, but the statistics hold {calls} calls; take at most that many"
-            )
+    check_groups(plan, len(stats.timesteps), "the statistics hold")
     if plan.needs_operands and not stats.has_attention:
         raise StatisticsError(
             f"{stats.folder}: holds no ranges of Q, K and V; run `ditq calibrate MODEL --out NEW_FOLDER` and "
@@ -80,6 +74,16 @@ def check_statistics(plan: Plan, stats: CalibrationStats | None) -> None:
         raise StatisticsError(
             f"{stats.folder}: holds no sampled rows; calibrate into a new folder with --rows 64"
         )
+
+
+def check_groups(plan: Plan, calls: int, source: str) -> None:
+    """Refuse more timestep groups than `calls` of a run, of which `source` says where they come from."""
+    for site in plan.sites:
+        groups = site.options.get("num_groups") or 1
+        if groups > calls:
+            raise ValueError(
+                f"{site.name}: {groups} timestep groups, but {source} {calls} calls; take at most that many"
+            )
 
 
 def _who_needs(plan: Plan) -> str:
