@@ -19,7 +19,7 @@ BESIDE = (
     "peft.tuners.loha.layer.Linear",
     "peft.tuners.lokr.layer.Linear",
 )
-INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # of a LoRA, without the float weight
+INITS = (True, False, None, "gaussian", "eva")  # of a LoRA, without the float weight
 NO_FLOAT = "a packed ditq transformer has integer codes in its place; use plain LoRA, or tune the float model"
 
 

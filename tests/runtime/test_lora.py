@@ -353,6 +353,8 @@ def test_a_captured_graph_would_not_see_an_adapter(packed_folder, load):
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "'olora'"),
         ({"init_lora_weights": "mica"}, "'mica'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "'loftq'"),
+        ({"init_lora_weights": "orthogonal"}, "'orthogonal'"),  # it takes the dtype of the weight
         ("OFTConfig", "OFT|oft"),
         ("BOFTConfig", "boft"),
         ("IA3Config", "ia3"),
