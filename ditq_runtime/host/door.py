@@ -6,6 +6,7 @@ memory ends, and a `quantization_config` that is no object would end in an Attri
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,19 @@ def _look_around(path: Path, config: dict[str, Any]) -> None:
     TransformerFolder(path.parent, config, files, {}).check_config()
     if files:
         check_shards(path.parent, files)
-    for file in files:
-        read_header(file)
+    stored = sum(len(read_header(file)) for file in files)
+    if files:
+        _check_layers(path, config, stored)
+
+
+def _check_layers(path: Path, config: dict[str, Any], stored: int) -> None:
+    """Counts of layers before any is built, for configs without a digest: each layer stores a tensor at least."""
+    for key, value in config.items():
+        counts = re.fullmatch(r"num_(\w+_)?layers", key) is not None
+        if counts and (isinstance(value, str) or (isinstance(value, int) and value > stored)):
+            raise CheckpointError(
+                f"{path}: {key} is {str(value)[:40]!r}, but the files beside it hold {stored} tensors; copy it again"
+            )
 
 
 def _look_for_codes(path: Path, config: dict[str, Any]) -> None:

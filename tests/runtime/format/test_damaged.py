@@ -149,6 +149,16 @@ def test_a_config_that_could_be_meant_differs_from_its_digest(copy, change, monk
     DiTTransformer2DModel.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("layers", [10**9, "1"])
+def test_layers_that_no_file_holds_are_refused_without_a_digest_too(copy, layers):
+    config = json.loads((copy / "config.json").read_text())
+    config["num_layers"] = layers
+    config["quantization_config"].pop("digests")
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ditq.CheckpointError, match=rf"num_layers is '{layers}', but the files"):
+        DiTTransformer2DModel.from_pretrained(copy)
+
+
 def test_notes_of_other_programs_in_a_config_change_nothing(copy):
     config = json.loads((copy / "config.json").read_text())
     config |= {"_name_or_path": "elsewhere", "_diffusers_version": "9.9"}
