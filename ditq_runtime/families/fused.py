@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -108,15 +107,10 @@ def packed_linear(module: nn.Module, name: str) -> QuantLinear:
     return linear
 
 
-@functools.cache
-def _path(name: str) -> tuple[str, ...]:
-    return tuple(name.split("."))
-
-
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another by its dotted name; as `get_submodule`, without looking for attributes in Python."""
     found: Any = module
-    for step in _path(name):
+    for step in name.split("."):
         found = found._modules[step]
     return found
 

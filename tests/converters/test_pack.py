@@ -107,7 +107,7 @@ def fake_quantized(weight, recipe):
     if recipe.weights == "w8":
         return k.quantize_weight_w8(weight.float()).dequantize()
     if recipe.weights == "w4g":
-        w4g = k.quantize_weight_w4g(weight.float(), recipe.group_size, bool(recipe.symmetric))
+        w4g = k.quantize_weight_w4g(weight.float(), recipe.group, bool(recipe.symmetric))
         return w4g.dequantize()
     return k.quantize_weight_w4p(weight.float(), 64).dequantize()
 
@@ -264,10 +264,10 @@ def test_sizes_add_up_to_the_bytes_on_disk(packed):
     final = WIDTH * 2 * WIDTH  # w8
     assert sizes["modulation weights"] == modulations * bytes_of[recipe.modulation_weights] + final
     per_group = {"w8": 0, "w4p": 2, "w4g": 5}  # scale and offset; fp32 scale and zero point
-    groups = linears * per_group[recipe.weights] // recipe.group_size
-    groups += modulations * per_group[recipe.modulation_weights] // recipe.group_size
+    groups = linears * per_group[recipe.weights] // recipe.group
+    groups += modulations * per_group[recipe.modulation_weights] // recipe.group
     if (recipe.weights, recipe.activations) == ("w4g", "static"):
-        groups += 4 * linears // recipe.group_size  # an int32 sum
+        groups += 4 * linears // recipe.group  # an int32 sum
     assert sizes["group scales and offsets"] == groups
     biases = 2 * (3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH + 6 * WIDTH) + 2 * WIDTH
     assert sizes["biases"] == 4 * biases

@@ -44,7 +44,7 @@ def test_three_weights_cost_the_loop_of_one_and_no_bytewise_access(censuses):
         one, three = (found[f"{gemm}+{stage}"] for stage in ("residual", "qkv_quantize"))
         assert one["config"] == three["config"]
         # group words of a selected pointer, scheduled otherwise: on sm_89 9 more with Triton 3.6.0
-        slack = 9 if gemm == "gemm_w4a8" else 0
+        slack = {"gemm_w4a8": 9, "gemm_w4a8_per_group": 12}.get(gemm, 0)
         assert sum(three["loop"].values()) <= sum(one["loop"].values()) + slack, (gemm, target)
         loads = {name for name in three["loop_opcodes"] if name.startswith("LDGSTS")}
         assert loads == {name for name in one["loop_opcodes"] if name.startswith("LDGSTS")}

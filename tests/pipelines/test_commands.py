@@ -55,7 +55,7 @@ def test_eval_judges_text_pipelines(
         assert errors
         assert all(0 < error < 0.1 for error in errors.values())
     assert figures["images"]["psnr_db"] > 20
-    assert (tmp_path / "report" / "samples.png").exists()
+    assert (tmp_path / "report" / "samples-difference.png").exists()
 
 
 def refusal(ditq, capsys, *command):

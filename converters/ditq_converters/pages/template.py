@@ -86,7 +86,10 @@ def neighbours(folder: Path, name: str = "index.html") -> dict[str, str]:
     """Text -> address of the other reports of ditq in a report's folder and beside it."""
     home, found = folder.resolve(), {}
     for page in sorted([*home.glob("*.html"), *home.parent.glob("*/*.html")]):
-        if page == home / name or MARK not in page.read_text("utf-8", errors="ignore")[:400]:
+        if (
+            page == home / name
+            or MARK not in page.read_text(encoding="utf-8", errors="ignore")[:400]
+        ):
             continue
         text = page.parent.name if page.name == "index.html" else f"{page.parent.name}, {page.stem}"
         found[text] = page.name if page.parent == home else f"../{page.parent.name}/{page.name}"
