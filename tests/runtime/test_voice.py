@@ -1,6 +1,7 @@
 """What may stand anywhere in a line: --quiet, --verbose, --csv; Ctrl-C; completion; the dtype of a checkpoint."""
 
 import csv
+import functools
 import io
 import os
 import signal
@@ -92,7 +93,11 @@ def test_an_interrupt_tells_how_to_go_on(tmp_path):
         "--batch",
         "2",
     ]
-    running = subprocess.Popen([*DITQ, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # jobs in the background of a shell ignore the signal, and so would what they start
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(
+        [*DITQ, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=heed
+    )
     until = time.monotonic() + 120
     while not list(out.rglob("*.safetensors")) and time.monotonic() < until:
         time.sleep(0.05)
