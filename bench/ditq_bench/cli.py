@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,16 +44,10 @@ def methods(
     Example: ditq bench methods --out runs/methods --models demo:digits
     """
     from ditq_bench.method_tables import chart, tables
-    from ditq_bench.methods import MODELS, cases, read_rows, study
-    from ditq_converters.progress import progress_bar
+    from ditq_bench.methods import MODELS, cases
     from ditq_runtime.cli.output import say
 
-    chosen = chosen_of("--models", models, MODELS)
-    studied = list(cases(chosen))
-    with progress_bar("methods", len(studied)) as advance:
-        for _ in study(out, studied):
-            advance()
-    rows = read_rows(out / "methods.csv")
+    rows = _studied(out, cases(chosen_of("--models", models, MODELS)), "methods")
     (out / "methods.md").write_text(tables(rows), encoding="utf-8")
     chart(out / "methods.png", rows)
     say(f"{out / 'methods.md'}: tables of {len(rows)} rows; chart in {out / 'methods.png'}")
@@ -72,15 +67,10 @@ def flow(
     Example: ditq bench flow --out runs/flow --models demo:digits-flow
     """
     from ditq_bench.method_tables import flow_table
-    from ditq_bench.methods import FLOWS, flow_cases, read_rows, study
-    from ditq_converters.progress import progress_bar
+    from ditq_bench.methods import FLOWS, flow_cases
     from ditq_runtime.cli.output import say
 
-    studied = list(flow_cases(chosen_of("--models", models, FLOWS)))
-    with progress_bar("methods", len(studied)) as advance:
-        for _ in study(out, studied, "flow.csv"):
-            advance()
-    rows = read_rows(out / "flow.csv")
+    rows = _studied(out, flow_cases(chosen_of("--models", models, FLOWS)), "flow")
     (out / "flow.md").write_text(flow_table(rows), encoding="utf-8")
     say(f"{out / 'flow.md'}: a table of {len(rows)} rows")
 
@@ -102,18 +92,14 @@ def profiles(
     Example: ditq bench profiles --models demo:digits --methods ditas --out runs/profiles
     """
     from ditq_bench.method_tables import profile_table
-    from ditq_bench.methods import MODELS, profile_cases, read_rows, study
+    from ditq_bench.methods import MODELS, profile_cases
     from ditq_converters.methods.profiles import PROFILES
-    from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import say
 
     chosen = chosen_of("--models", models, MODELS)
     known = tuple(dict.fromkeys(method for method, _ in PROFILES))
-    studied = list(profile_cases(chosen, chosen_of("--methods", methods, known)))
-    with progress_bar("profiles", len(studied)) as advance:
-        for _ in study(out, studied, "profiles.csv"):
-            advance()
-    rows = read_rows(out / "profiles.csv")
+    studied = profile_cases(chosen, chosen_of("--methods", methods, known))
+    rows = _studied(out, studied, "profiles")
     (out / "profiles.md").write_text(profile_table(rows), encoding="utf-8")
     say(f"{out / 'profiles.md'}: {len(rows)} rows, all simulated in float")
 
@@ -220,3 +206,15 @@ def auto(
     table = [[row[name] for name in FIELDS] for row in means(rows)]
     print_table("forced SQNR, means over calibrations", FIELDS, table)
     say(f"{out / 'auto_mean.csv'}: {len(table)} means of {len(rows)} rows; {out / 'auto.png'}")
+
+
+def _studied(out: Path, cases: Iterable[Any], name: str) -> list[Any]:
+    """Rows of OUT/NAME.csv once all these cases are in it."""
+    from ditq_bench.methods import read_rows, study
+    from ditq_converters.progress import progress_bar
+
+    studied = list(cases)
+    with progress_bar(name, len(studied)) as advance:
+        for _ in study(out, studied, f"{name}.csv"):
+            advance()
+    return read_rows(out / f"{name}.csv")

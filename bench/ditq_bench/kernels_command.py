@@ -7,25 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_bench.chosen import chosen_of
+
+COLUMNS = ("shape", "candidate", "us", "spread, %", "TOPS", "roof, %", "x bf16")
+
+ShapesOption = Annotated[str, typer.Option(help="Named shapes, comma-separated.")]
+BatchOption = Annotated[str, typer.Option(help="Multiples of a shape's images.")]
+AgainstOption = Annotated[
+    str,
+    typer.Option(
+        help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao, torchao-fp8."
+    ),
+]
+AttentionOption = Annotated[bool, typer.Option(help="Also time attention.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for kernels.csv, plots and kernels.html.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")]
+BudgetOption = Annotated[float, typer.Option(help="Seconds per shape.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 def kernels(
-    shapes: Annotated[
-        str, typer.Option(help="Named shapes, comma-separated.")
-    ] = "digits,dit-xl-256",
-    batch: Annotated[str, typer.Option(help="Multiples of a shape's images.")] = "1",
-    against: Annotated[
-        str,
-        typer.Option(
-            help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao, torchao-fp8."
-        ),
-    ] = "int_mm,int_mm+dequant",
-    attention: Annotated[bool, typer.Option(help="Also time attention.")] = True,
-    out: Annotated[
-        Path, typer.Option(help="Folder for kernels.csv, plots and kernels.html.")
-    ] = Path("runs/bench"),
-    device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds per shape.")] = 20.0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    shapes: ShapesOption = "digits,dit-xl-256",
+    batch: BatchOption = "1",
+    against: AgainstOption = "int_mm,int_mm+dequant",
+    attention: AttentionOption = True,
+    out: OutOption = Path("runs/bench"),
+    device: DeviceOption = "",
+    budget: BudgetOption = 20.0,
+    json: JsonOption = False,
 ) -> None:
     """Latency of the quantized linears and attentions against torch's, and their share of a measured roofline.
 
@@ -34,31 +43,20 @@ def kernels(
 
     Example: ditq bench kernels --shapes dit-xl-256 --batch 1,16 --out runs/bench
     """
-    import ditq_kernels as k
     from ditq_bench.attention import bench_attention
     from ditq_bench.ceilings import measure_ceilings
     from ditq_bench.gemm import BASELINES, bench_gemm
     from ditq_bench.measure import Row
-    from ditq_bench.page import facts_of, write_kernels_page
     from ditq_bench.plots import plot_roofline, plot_speedup
-    from ditq_bench.results import (
-        Shape,
-        device_name,
-        doubts,
-        origin_of,
-        row_fields,
-        write_csv,
-    )
+    from ditq_bench.results import Shape, device_name, write_csv
     from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
     from ditq_runtime.cli.device import place as device_of
-    from ditq_runtime.cli.output import print_json, say
 
-    names = _chosen("--shapes", shapes, SHAPES)
-    others = tuple(_chosen("--against", against, BASELINES)) if against else ()
+    names = chosen_of("--shapes", shapes, tuple(SHAPES))
+    others = chosen_of("--against", against, tuple(BASELINES)) if against else ()
     if any(name.startswith("torchao") for name in others):
         _check_torchao()
     place = device_of(device)
-    backend = k.backend_of("gemm_w8a8", place)
     ceilings = measure_ceilings(place, min(budget, 5.0))
     rows: list[tuple[Shape, Row]] = []
     for images in _batches(batch):
@@ -72,8 +70,17 @@ def kernels(
             write_csv(out / "kernels.csv", rows, place)  # a killed run leaves what it has
     plot_speedup(out / "speedup.png", rows, device_name(place))
     plot_roofline(out / "roofline.png", rows, ceilings, device_name(place))
-    origin, found = origin_of(place), doubts(rows)
-    columns = ("shape", "candidate", "us", "spread, %", "TOPS", "roof, %", "x bf16")
+    _tell(out, rows, place, ceilings, json)
+
+
+def _tell(out: Path, rows: list[Any], place: Any, ceilings: Any, json: bool) -> None:
+    """Rows of a run on a device as a page, and as a table or JSON, with what to doubt of them."""
+    import ditq_kernels as k
+    from ditq_bench.page import facts_of, write_kernels_page
+    from ditq_bench.results import device_name, doubts, origin_of, row_fields
+    from ditq_runtime.cli.output import print_json, say
+
+    origin, found, backend = origin_of(place), doubts(rows), k.backend_of("gemm_w8a8", place)
     table = [
         (
             s.name, r.candidate, 1e6 * r.timing.median, round(100 * r.timing.spread), r.tops,
@@ -83,9 +90,8 @@ def kernels(
     ]  # fmt: skip
     measured_at = ", ".join(f"{kind} {rate / 1e12:.2f}" for kind, rate in ceilings.rates.items())
     roof = f"copy {ceilings.bandwidth / 1e9:.1f} GB/s; TOPS: {measured_at}"
-    write_kernels_page(
-        out, columns, table, found, {**facts_of(origin), "backend": backend, "ceilings": roof}
-    )
+    facts = {**facts_of(origin), "backend": backend, "ceilings": roof}
+    write_kernels_page(out, COLUMNS, table, found, facts)
     if json:
         print_json(
             {
@@ -99,7 +105,7 @@ def kernels(
     say(
         f"{origin[0]}, ditq {origin[1]} ({origin[-1]}), backend {backend}; us: median, spread: (p80 - p20) / median"
     )
-    _print(columns, table)
+    _print(COLUMNS, table)
     for sentence in found:
         say(sentence)
     say(f"ceilings of this run: {roof}")
@@ -117,14 +123,6 @@ def _print(columns: tuple[str, ...], table: list[tuple[Any, ...]]) -> None:
     for shape in dict.fromkeys(row[0] for row in table):
         rows = [row[1:] for row in table if row[0] == shape]
         print_table(f"\n{shape}", columns[1:], rows, ("TOPS", "roof, %"))
-
-
-def _chosen(option: str, text: str, known) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
-    return names
 
 
 def _batches(text: str) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_bench.chosen import chosen_of
+
 FIELDS = (
     "device", "ditq", "torch", "triton", "commit", "model", "images", "steps", "what", "mode",
     "warm_up_s", "p20_ms", "median_ms", "p80_ms", "rounds", "peak_bytes", "skipped",
@@ -16,29 +18,37 @@ FIELDS = (
 COLUMNS = ("what", "mode", "warm-up, s", "median, ms", "spread, %", "rounds", "skipped")
 
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A packed or float pipeline folder, or demo:digits."),
+]
+ImagesOption = Annotated[int, typer.Option(min=1, help="Images per run.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")]
+ModesOption = Annotated[
+    str,
+    typer.Option(help="eager, compiled, graph, and of a run hoisted; default: those that can run."),
+]
+SizeOption = Annotated[
+    int, typer.Option(min=0, help="Pixels of an image's side; default: the pipeline's own.")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")]
+BudgetOption = Annotated[float, typer.Option(help="Seconds of timing.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for model.csv and model.html.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 def model(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A packed or float pipeline folder, or demo:digits."),
-    ],
-    images: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")] = 50,
-    modes: Annotated[
-        str,
-        typer.Option(
-            help="eager, compiled, graph, and of a run hoisted; default: those that can run."
-        ),
-    ] = "",
-    size: Annotated[
-        int, typer.Option(min=0, help="Pixels of an image's side; default: the pipeline's own.")
-    ] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")] = "",
-    budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 60.0,
-    out: Annotated[Path, typer.Option(help="Folder for model.csv and model.html.")] = Path(
-        "runs/bench"
-    ),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: ModelArgument,
+    images: ImagesOption = 8,
+    steps: StepsOption = 50,
+    modes: ModesOption = "",
+    size: SizeOption = 0,
+    dtype: DtypeOption = "",
+    device: DeviceOption = "",
+    budget: BudgetOption = 60.0,
+    out: OutOption = Path("runs/bench"),
+    json: JsonOption = False,
 ) -> None:
     """Time one denoising step and a whole sampling run; warm-up apart, with the peak of memory.
 
@@ -47,11 +57,8 @@ def model(
 
     Example: ditq bench model demo:digits --images 4 --steps 10
     """
-    import torch
-
     from ditq_bench.model import (
         MODES,
-        RUN_MODES,
         Sampling,
         bench_run,
         bench_step,
@@ -62,19 +69,9 @@ def model(
     from ditq_bench.results import doubt, origin_of
     from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
-    from ditq_runtime.files import atomic_file
 
     place = device_of(device)
-    usual = "eager,compiled,hoisted,graph" if place.type == "cuda" else "eager"
-    names = tuple(name.strip() for name in (modes or usual).split(","))
-    unknown = [name for name in names if name not in RUN_MODES]
-    if unknown:
-        raise typer.BadParameter(f"--modes: unknown {unknown}; choose from {', '.join(RUN_MODES)}.")
-    if "graph" in names and place.type != "cuda":
-        raise typer.BadParameter(f"--modes: graph needs a CUDA GPU, and this runs on {place}.")
-    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"), None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise typer.BadParameter(f"--dtype: float32, bfloat16 or float16, got {dtype!r}.")
+    names, kind = _modes(modes, place), _dtype(dtype, place)
     pipe = open_pipeline(model, kind, place)
     sides = {"height": size, "width": size} if size else None
     if sides and "height" not in inspect.signature(pipe.__call__).parameters:
@@ -86,13 +83,7 @@ def model(
         measured += bench_step(step, place, of_step, budget / 2)
     origin = origin_of(place)
     rows = [_fields(row, origin, model, images, steps, memory["peak_bytes"]) for row in measured]
-    with (
-        atomic_file(out / "model.csv") as part,
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_csv(out / "model.csv", rows)
     title = f"{model}: {images} images, {steps} steps, {kind}"
     timed = [(f"{row.what}, {row.mode}", row.timing) for row in measured if row.timing is not None]
     found = [sentence for name, timing in timed for sentence in doubt(name, timing)]
@@ -106,6 +97,37 @@ def model(
     for sentence in found:
         say(sentence)
     say(f"peak memory {peak}; {out / 'model.csv'}; {out / 'model.html'}: open it in a browser")
+
+
+def _modes(modes: str, place: Any) -> tuple[str, ...]:
+    """Those asked for, or those that can run there."""
+    from ditq_bench.model import RUN_MODES
+
+    usual = "eager,compiled,hoisted,graph" if place.type == "cuda" else "eager"
+    names = chosen_of("--modes", modes or usual, tuple(RUN_MODES))
+    if "graph" in names and place.type != "cuda":
+        raise typer.BadParameter(f"--modes: graph needs a CUDA GPU, and this runs on {place}.")
+    return names
+
+
+def _dtype(dtype: str, place: Any) -> Any:
+    """The float dtype asked for, or the device's usual one."""
+    import torch
+
+    kind = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"), None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise typer.BadParameter(f"--dtype: float32, bfloat16 or float16, got {dtype!r}.")
+    return kind
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, atomically."""
+    from ditq_runtime.files import atomic_file
+
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def open_pipeline(model: str, dtype: Any, device: Any) -> Any:

@@ -16,79 +16,101 @@ from ditq_runtime.cli.opening import DTYPES, OFFLOADS, open_packed
 from ditq_runtime.cli.output import print_json, say
 from ditq_runtime.cli.progress import told_steps
 
+PathArgument = Annotated[
+    str, typer.Argument(help="A folder written by `ditq convert`, or a hub id.")
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        help="A .png of all images, a .safetensors of the latents, or a folder with a file per call."
+    ),
+]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="What to call the pipeline with: .jsonl with one call's arguments per line (paths for images), or "
+        ".safetensors of embeddings."
+    ),
+]
+ClassLabelsOption = Annotated[
+    str, typer.Option(help="Class ids or names, comma-separated; for DiT.")
+]
+PromptOption = Annotated[
+    list[str], typer.Option(help="Text to draw, for text pipelines; repeatable.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Text file with one prompt per line, for text pipelines.")
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps; default: 50, or the text pipeline's own."),
+]
+CfgOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance weight, off at 1 or less; default: 1.5, or the text pipeline's own."
+    ),
+]
+HeightOption = Annotated[
+    int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
+]
+WidthOption = Annotated[
+    int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
+]
+SamplerOption = Annotated[
+    str, typer.Option(help=f"{', '.join(SAMPLERS)}; default: the pipeline's scheduler.")
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward.")]
+ColumnsOption = Annotated[int, typer.Option(min=1, help="Images per row of the grid.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16 or float16, of what is float; default: as stored."),
+]
+OffloadOption = Annotated[
+    str,
+    typer.Option(
+        help="none; model: one model of the pipeline at a time on the GPU; layer: one layer, slow."
+    ),
+]
+BackendOption = Annotated[str, typer.Option(help="auto, reference, or insist on cpu or triton.")]
+CudaGraphOption = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graph", help="Warm up, compute modulation once, replay one CUDA graph a step."
+    ),
+]
+ReportOption = Annotated[bool, typer.Option("--report", help="Print the execution report.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 def sample(
-    path: Annotated[str, typer.Argument(help="A folder written by `ditq convert`, or a hub id.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="A .png of all images, a .safetensors of the latents, or a folder with a file per call."
-        ),
-    ] = Path("sample.png"),
-    inputs: Annotated[
-        Path | None,
-        typer.Option(
-            help="What to call the pipeline with: .jsonl with one call's arguments per line (paths for images), or "
-            ".safetensors of embeddings."
-        ),
-    ] = None,
-    class_labels: Annotated[
-        str, typer.Option(help="Class ids or names, comma-separated; for DiT.")
-    ] = "",
-    prompt: Annotated[
-        list[str], typer.Option(help="Text to draw, for text pipelines; repeatable.")
-    ] = [],  # noqa: B006  typer needs a list default and does not mutate it
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line, for text pipelines.")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Denoising steps; default: 50, or the text pipeline's own."),
-    ] = None,
-    cfg: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance weight, off at 1 or less; default: 1.5, or the text pipeline's own."
-        ),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(min=8, help="Pixels, for text pipelines; default: their own.")
-    ] = None,
-    sampler: Annotated[
-        str, typer.Option(help=f"{', '.join(SAMPLERS)}; default: the pipeline's scheduler.")
-    ] = "",
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; image i uses seed + i.")
-    ] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
-    columns: Annotated[int, typer.Option(min=1, help="Images per row of the grid.")] = 8,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")
-    ] = "",
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, bfloat16 or float16, of what is float; default: as stored."),
-    ] = "",
-    offload: Annotated[
-        str,
-        typer.Option(
-            help="none; model: one model of the pipeline at a time on the GPU; layer: one layer, slow."
-        ),
-    ] = "none",
-    backend: Annotated[
-        str, typer.Option(help="auto, reference, or insist on cpu or triton.")
-    ] = "auto",
-    cuda_graph: Annotated[
-        bool,
-        typer.Option(
-            "--cuda-graph", help="Warm up, compute modulation once, replay one CUDA graph a step."
-        ),
-    ] = False,
-    report: Annotated[bool, typer.Option("--report", help="Print the execution report.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    path: PathArgument,
+    out: OutOption = Path("sample.png"),
+    inputs: InputsOption = None,
+    class_labels: ClassLabelsOption = "",
+    prompt: PromptOption = [],  # noqa: B006  typer needs a list default and does not mutate it
+    prompts: PromptsOption = None,
+    steps: StepsOption = None,
+    cfg: CfgOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    sampler: SamplerOption = "",
+    seed: SeedOption = 0,
+    batch: BatchOption = 16,
+    columns: ColumnsOption = 8,
+    device: DeviceOption = "",
+    dtype: DtypeOption = "",
+    offload: OffloadOption = "none",
+    backend: BackendOption = "auto",
+    cuda_graph: CudaGraphOption = False,
+    report: ReportOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Sample images and write them as one grid, or a file per call.
 
@@ -99,9 +121,7 @@ def sample(
 
     Example: ditq sample out --prompt "a red fox in the snow" --prompt "two boats" --out grid.png
     """
-    from ditq_runtime.calls.parts import transformers_in
-    from ditq_runtime.calls.pipeline import ready
-    from ditq_runtime.cli.drawing import check_out, write_all
+    from ditq_runtime.cli.drawing import check_out
     from ditq_runtime.cli.wishes import Sizes, wished
     from ditq_runtime.speed.prepare import prepare
 
@@ -119,16 +139,10 @@ def sample(
     sizes = Sizes(steps, cfg, height, width)
     given = wished(pipe, inputs, class_labels, prompt, prompts, sizes, seed, batch)
     begin = time.perf_counter()
-    with ExitStack() as stack:
-        listening = [LastInputs(m) for m in transformers_in(pipe).values()]
-        for last in listening:
-            stack.enter_context(last)
-        stack.enter_context(ready(pipe, sampler))
-        stack.enter_context(told_steps(pipe, sum(one.steps(pipe) or 0 for one in given)))
-        work = {"model": path, "dtype": dtype, "sampler": sampler}
-        images = write_all(out, pipe, given, columns, work)
+    work = {"model": path, "dtype": dtype, "sampler": sampler}
+    images, listened = _draw(pipe, given, out, columns, work)
     took = time.perf_counter() - begin
-    proofs = [last.report() for last in listening if last.ran] if report else []
+    proofs = [last.report() for last in listened if last.ran] if report else []
     result: dict[str, Any] = {
         "out": str(out),
         "images": images,
@@ -145,6 +159,24 @@ def sample(
         print_json(result | {n: p.to_dict() for n, p in zip(names, proofs, strict=False)})
     else:
         _tell(result, proofs)
+
+
+def _draw(
+    pipe: Any, given: list[Any], out: Path, columns: int, work: dict[str, str]
+) -> tuple[int, list[LastInputs]]:
+    """Draw what is wished and write it; the number of images, and the last call of each transformer."""
+    from ditq_runtime.calls.parts import transformers_in
+    from ditq_runtime.calls.pipeline import ready
+    from ditq_runtime.cli.drawing import write_all
+
+    with ExitStack() as stack:
+        listening = [LastInputs(m) for m in transformers_in(pipe).values()]
+        for last in listening:
+            stack.enter_context(last)
+        stack.enter_context(ready(pipe, work["sampler"]))
+        stack.enter_context(told_steps(pipe, sum(one.steps(pipe) or 0 for one in given)))
+        images = write_all(out, pipe, given, columns, work)
+    return images, listening
 
 
 def _check(here: Any, dtype: str, backend: str, offload: str, cuda_graph: bool) -> str:

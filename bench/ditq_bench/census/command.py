@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ditq_bench.chosen import chosen_of
+
 COLUMNS = (
     "kernel", "target", "tokens", "launch", "registers", "spills", "instructions", "products",
     "others_per_product", "issue_share", "limiter", "programs_per_sm",
@@ -38,8 +40,10 @@ def census(
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import print_json, print_table, say
 
-    kernels = _chosen("--kernel", kernel, rows.kernel_names())
-    targets = tuple(map(int, _chosen("--target", target, _names((*rows.TARGETS, *rows.UNSERVED)))))
+    kernels = chosen_of("--kernel", kernel, rows.kernel_names())
+    targets = tuple(
+        map(int, chosen_of("--target", target, _names((*rows.TARGETS, *rows.UNSERVED))))
+    )
     if check and not target:
         found = rows.gated_cases(kernels, _triton_version())
     else:
@@ -68,14 +72,6 @@ def census(
             say(f"{len(found)} kernels checked on {_architectures(found)}, {len(wrong)} faults")
     if wrong and check:
         raise typer.Exit(1)
-
-
-def _chosen(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",")) if text else known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"{option}: unknown {unknown}; choose from {', '.join(known)}.")
-    return names
 
 
 def _names(targets: tuple[int, ...]) -> tuple[str, ...]:

@@ -7,18 +7,16 @@ line of JSON a row, as they come.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import ditq_kernels as k
+from ditq_bench.gpu_run.stage import write_rows
 from ditq_bench.timing import CALLS, time_in_turn
 
 SHAPES = {  # inputs, outputs of DiT-XL/2
@@ -118,25 +116,7 @@ def _fault(call: Call, expected: torch.Tensor | None) -> str:
 
 def main() -> None:
     """Time them. Exit code 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(description="time the GEMMs of DiT-XL/2")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=45.0)
-    parser.add_argument(
-        "--rehearsal", action="store_true", help="no GPU: tiny, over a driver that does nothing"
-    )
-    args = parser.parse_args()
-    if args.rehearsal:
-        from ditq_kernels._triton.offline import stub
-
-        stub.install(90)
-    device, wrong = torch.device("cpu" if args.rehearsal else "cuda"), 0
-    with torch.no_grad(), args.out.open("w", encoding="utf-8") as file:
-        for row in rows_of(device, args.rehearsal, args.seconds):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            wrong += "wrong" in row
-    if wrong:
-        raise SystemExit(f"{wrong} results are wrong")
+    write_rows("time the GEMMs of DiT-XL/2", rows_of, 45.0, ("wrong", "results are wrong"))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ telling first; a way that fails says why.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ditq_bench.gpu_run.stage import write_rows
 from ditq_bench.timing import time_in_turn
 
 DIT: dict[str, Any] = {
@@ -148,25 +146,7 @@ def rows_of(device: torch.device, rehearsal: bool, seconds: float) -> Iterator[d
 
 def main() -> None:
     """Time them. Exit code 1 if a way failed."""
-    parser = argparse.ArgumentParser(description="time steps of random models")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=115.0)
-    parser.add_argument(
-        "--rehearsal", action="store_true", help="no GPU: tiny, over a driver that does nothing"
-    )
-    args = parser.parse_args()
-    if args.rehearsal:
-        from ditq_kernels._triton.offline import stub
-
-        stub.install(90)
-    device, failed = torch.device("cpu" if args.rehearsal else "cuda"), 0
-    with torch.no_grad(), args.out.open("w", encoding="utf-8") as file:
-        for row in rows_of(device, args.rehearsal, args.seconds):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            failed += "failed" in row
-    if failed:
-        raise SystemExit(f"{failed} ways failed")
+    write_rows("time steps of random models", rows_of, 115.0, ("failed", "ways failed"))
 
 
 if __name__ == "__main__":

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+
+from ditq_bench.chosen import chosen_of
+
+if TYPE_CHECKING:
+    from ditq_bench.tune.space import Bucket
+
+# buckets, and launches of each with their predicted seconds, if any
+Pruned: TypeAlias = "list[tuple[Bucket, list[tuple[Any, float | None]]]]"
 
 NO_GPU = "tune: needs an NVIDIA GPU and found none; `ditq tune --dry-run --target 90` shows what it would time"
 
 
+OpsOption = Annotated[str, typer.Option(help="Ops, comma-separated; default: all.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Launch table to write; default: the package's, for this GPU."),
+]
+BudgetOption = Annotated[float, typer.Option(help="Seconds of timing.")]
+CompileBudgetOption = Annotated[
+    float, typer.Option(help="Seconds of compiling; launches not reached are not timed.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be timed; needs no GPU.")
+]
+TargetOption = Annotated[
+    int, typer.Option(help="Compute capability of a dry run: 80, 86, 89, 90, 120.")
+]
+PruneOption = Annotated[
+    bool, typer.Option(help="Compile every launch first and drop the hopeless ones.")
+]
+SlackOption = Annotated[
+    float, typer.Option(min=1.0, help="Drop launches predicted this much slower than the best.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 def tune(
-    ops: Annotated[str, typer.Option(help="Ops, comma-separated; default: all.")] = "",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Launch table to write; default: the package's, for this GPU."),
-    ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds of timing.")] = 300.0,
-    compile_budget: Annotated[
-        float, typer.Option(help="Seconds of compiling; launches not reached are not timed.")
-    ] = 240.0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be timed; needs no GPU.")
-    ] = False,
-    target: Annotated[
-        int, typer.Option(help="Compute capability of a dry run: 80, 86, 89, 90, 120.")
-    ] = 90,
-    prune: Annotated[
-        bool, typer.Option(help="Compile every launch first and drop the hopeless ones.")
-    ] = True,
-    slack: Annotated[
-        float, typer.Option(min=1.0, help="Drop launches predicted this much slower than the best.")
-    ] = 1.5,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ops: OpsOption = "",
+    out: OutOption = None,
+    budget: BudgetOption = 300.0,
+    compile_budget: CompileBudgetOption = 240.0,
+    dry_run: DryRunOption = False,
+    target: TargetOption = 90,
+    prune: PruneOption = True,
+    slack: SlackOption = 1.5,
+    json: JsonOption = False,
 ) -> None:
     """Time launches of every kernel on this GPU and write its table; nothing is timed at run time.
 
@@ -46,9 +65,6 @@ def tune(
     import torch
 
     from ditq_bench.tune import run, space
-    from ditq_converters.progress import progress_bar
-    from ditq_kernels.launch import tuning
-    from ditq_runtime.cli.output import print_json, print_table, say
 
     if not dry_run and not torch.cuda.is_available():
         raise RuntimeError(NO_GPU)
@@ -57,42 +73,63 @@ def tune(
         target = 10 * major + minor
     if target not in space.SHARED_LIMIT:
         raise typer.BadParameter(f"--target: one of {', '.join(map(str, space.SHARED_LIMIT))}.")
-    names = [name.strip() for name in ops.split(",")] if ops else list(run.PROBLEMS)
-    unknown = [name for name in names if name not in run.PROBLEMS]
-    if unknown:
-        raise typer.BadParameter(
-            f"--ops: unknown {unknown}; choose from {', '.join(run.PROBLEMS)}."
-        )
-    wanted = space.buckets(target, names)
+    wanted = space.buckets(target, chosen_of("--ops", ops, tuple(run.PROBLEMS)))
     total = sum(len(space.launches(bucket, target)) for bucket in wanted)
-    pruned: list[tuple[space.Bucket, list[Any]]]
     if prune:
-        end = time.perf_counter() + compile_budget
-        with progress_bar("pruning", total) as advance:
-            pruned = []
-            for index, b in enumerate(wanted):
-                now = time.perf_counter()
-                share = now + (end - now) / (
-                    len(wanted) - index
-                )  # what one bucket leaves, the next ones have
-                pruned.append((b, space.prune(b, target, advance, slack, share)))
+        pruned = _pruned(wanted, target, total, slack, compile_budget)
     else:
         pruned = [(b, [(config, None) for config in space.launches(b, target)]) for b in wanted]
     for b, kept in pruned:
         kept += [(config, None) for config in space.variants(b, kept[0][0], target)]
     if dry_run:
-        rows = [
-            (b.op, b.num_tokens, b.in_features, tuning.launch_text(vars(config)),
-             "" if predicted is None else 1e6 * predicted)
-            for b, kept in pruned
-            for config, predicted in kept
-        ]  # fmt: skip
-        if json:
-            print_json({"target": target, "tried": total, "launches": rows})
-            return
-        columns = ("op", "tokens", "inputs", "launch", "model us")
-        print_table(f"sm_{target}: {len(rows)} launches would be timed", columns, rows)
+        _tell_launches(pruned, target, total, json)
+    else:
+        _time_launches(pruned, target, budget, out, json)
+
+
+def _pruned(wanted: list[Bucket], target: int, total: int, slack: float, seconds: float) -> Pruned:
+    """Launches that compile to something hopeful, in so many seconds; what one bucket leaves, the next ones have."""
+    from ditq_bench.tune import space
+    from ditq_converters.progress import progress_bar
+
+    end, pruned = time.perf_counter() + seconds, []
+    with progress_bar("pruning", total) as advance:
+        for index, b in enumerate(wanted):
+            now = time.perf_counter()
+            share = now + (end - now) / (len(wanted) - index)
+            pruned.append((b, space.prune(b, target, advance, slack, share)))
+    return pruned
+
+
+def _tell_launches(pruned: Pruned, target: int, total: int, json: bool) -> None:
+    """What a run on the GPU would time."""
+    from ditq_kernels.launch import tuning
+    from ditq_runtime.cli.output import print_json, print_table
+
+    rows = [
+        (b.op, b.num_tokens, b.in_features, tuning.launch_text(vars(config)),
+         "" if predicted is None else 1e6 * predicted)
+        for b, kept in pruned
+        for config, predicted in kept
+    ]  # fmt: skip
+    if json:
+        print_json({"target": target, "tried": total, "launches": rows})
         return
+    columns = ("op", "tokens", "inputs", "launch", "model us")
+    print_table(f"sm_{target}: {len(rows)} launches would be timed", columns, rows)
+
+
+def _time_launches(
+    pruned: Pruned, target: int, budget: float, out: Path | None, json: bool
+) -> None:
+    """Time them on the current GPU, and write its table."""
+    import torch
+
+    from ditq_bench.tune import run
+    from ditq_converters.progress import progress_bar
+    from ditq_kernels.launch import tuning
+    from ditq_runtime.cli.output import print_json, print_table, say
+
     device = torch.device("cuda", torch.cuda.current_device())
     plan = [(bucket, [config for config, _ in kept]) for bucket, kept in pruned]
     refused: list[str] = []
