@@ -27,8 +27,18 @@ def check_version(version: Any) -> None:
         )
 
 
+KEYS = frozenset(
+    {"quant_method", "format_version", "scheme", "recipe", "digests"}
+)  # of a stored config
+
+
 def check_stored(quantization: Mapping[str, Any]) -> None:
-    """CheckpointError for a `quantization_config` without a version or a scheme."""
+    """CheckpointError for a `quantization_config` without a version or a scheme, or with what no version has."""
+    unknown = sorted(map(str, quantization.keys() - KEYS))
+    if unknown:
+        raise CheckpointError(
+            f"quantization_config: unknown keys {unknown}; copy config.json again"
+        )
     for key in ("format_version", "scheme"):
         if key not in quantization:
             raise CheckpointError(

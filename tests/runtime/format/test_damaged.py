@@ -69,6 +69,10 @@ DAMAGES = [
     (lambda c: c["quantization_config"].update(scheme="w8"), "scheme: expected an object, got str"),
     (lambda c: c["quantization_config"].update(recipe=[1]), "recipe must be of type dict"),
     (lambda c: c["quantization_config"].update(digests=3), "digests must be of type dict"),
+    (
+        lambda c: c["quantization_config"].update(digestz=c["quantization_config"].pop("digests")),
+        r"unknown keys \['digestz'\]",
+    ),
     (lambda c: c["quantization_config"].update(format_version=2.0), "format_version 2.0 is not"),
     (formats(groups=-1), "groups must be a count of at least 1"),
     (formats(groups=10**40), "groups must be a count"),
