@@ -3,12 +3,32 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def ditq():
+    """Runs a command line of the project in this process, by this checkout's entry points; returns its exit code."""
+    from ditq_runtime.cli import app  # not above: diffusers imports Triton
+
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    listed = tomllib.loads(pyproject)["project"]["entry-points"][app.GROUP]
+    entries = [EntryPoint(name, target, app.GROUP) for name, target in listed.items()]
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(app, "entry_points", lambda group: entries)
+            return app.run([str(argument) for argument in arguments])
+
+    return run
 
 
 @pytest.fixture(scope="session")

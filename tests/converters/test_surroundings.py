@@ -1,12 +1,12 @@
 """What a caller has set around us changes no bit, and stands as it was when we are done."""
 
 import hashlib
-from contextlib import contextmanager
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from ditq_bench.stress.surroundings import SURROUNDINGS as EVERYWHERE
 from ditq_converters import Recipe, calibrate, convert, make_plan
 from ditq_converters.demo.identity_vae import build_identity_vae
 from ditq_runtime import DitqConfig
@@ -16,26 +16,8 @@ from ditq_runtime.layers.linear import QuantLinear
 RECIPE = Recipe("ditas", "w4p", "static", group_size=32, rounding="gptq", lora_rank=4)
 
 
-@contextmanager
-def _set(setter, value, back):
-    setter(value)
-    try:
-        yield
-    finally:
-        setter(back)
-
-
-SURROUNDINGS = {
-    "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
-    "default dtype": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
-    "default device": lambda: torch.device("meta"),
-    "matmul precision": lambda: _set(torch.set_float32_matmul_precision, "medium", "highest"),
-    "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
-    "inference mode": torch.inference_mode,
-    "no grad": torch.no_grad,
-    "random state": lambda: _set(torch.manual_seed, 77, 0),
-}
+# threads change the order of sums in float layers, which these whole models have
+SURROUNDINGS = {name: make for name, make in EVERYWHERE.items() if name != "threads"}
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,8 @@ import os
 import re
 import shlex
 import subprocess
-import tomllib  # pytest needs it there
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import peft
@@ -26,7 +24,6 @@ import ditq_converters
 from ditq_bench.zoo import PIPELINES, quiet
 from ditq_bench.zoo.pipe import picture
 from ditq_converters.methods import METHODS
-from ditq_runtime.cli import app
 
 ROOT = Path(__file__).parents[2]
 EXCUSE = re.compile(r"<!-- does not run: (.+?) -->")
@@ -158,21 +155,6 @@ def commands(text: str) -> list[str]:
 def all_blocks() -> list[tuple[str, Block]]:
     """(page, block) of every page."""
     return [(p.relative_to(ROOT).as_posix(), b) for p in pages() for b in blocks(p.read_text())]
-
-
-@pytest.fixture(scope="session")
-def ditq():
-    """Runs a command line of the project in this process; returns its exit code."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = project["entry-points"][app.GROUP]
-    entries = [EntryPoint(name, target, app.GROUP) for name, target in listed.items()]
-
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(app, "entry_points", lambda group: entries)
-            return app.run([str(argument) for argument in arguments])
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,11 @@
 
 import inspect
 import json
-import tomllib  # pytest needs it there
-from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import transformers
-
-from ditq_runtime.cli import app
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT, SIZE, LATENTS = 32, 8, 4  # width of the text encoders; side and channels of the latents
@@ -169,21 +164,6 @@ def transformer_inputs():
         return calls, images
 
     return watch
-
-
-@pytest.fixture(scope="session")
-def ditq():
-    """Runs a command line of the project in this process; returns its exit code."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    commands = project["entry-points"][app.GROUP]
-    entries = [EntryPoint(name, target, app.GROUP) for name, target in commands.items()]
-
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(app, "entry_points", lambda group: entries)
-            return app.run([str(argument) for argument in arguments])
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Quantizers as plain functions, which Inductor fuses with what stands before them: the bits of the ops.
 
+The reference itself will not do: it writes into its own intermediates, and `torch.func.functionalize` of it cannot run
+inside of AOTAutograd's own functionalization (torch 2.13). A test holds both together.
+
 Not where a row is wider than `WIDEST` on a GPU: Inductor's kernel would write it to memory in fp32 and read it again.
 """
 
