@@ -87,11 +87,11 @@ def _check(
         raise typer.BadParameter(
             f"--sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}."
         )
-    given = [
-        name
-        for name, path in (("--inputs", inputs), ("--labels", labels), ("--prompts", prompts))
-        if path is not None
-    ]
+    files = {"--inputs": inputs, "--labels": labels, "--prompts": prompts}
+    given = {name: path for name, path in files.items() if path is not None}
+    for name, path in given.items():
+        if not path.exists() or path.is_dir():
+            raise typer.BadParameter(f"{name}: no file at {path}; check the path.")
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} say the same in two ways; give one.")
     if labels is not None and samples is not None:

@@ -162,7 +162,13 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
         check_budget(budget or SMALLEST)
         return Recipe(**{name: value for name, value in asked.items() if value is not None})
     except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from error
+        raise typer.BadParameter(f"{_as_options(str(error), choices)}.") from error
+
+
+def _as_options(sentence: str, choices: dict[str, Any]) -> str:
+    """A recipe's sentence about a field as one about the option that a command line has for it."""
+    field, _, rest = sentence.removeprefix("recipe: ").partition(" ")
+    return f"--{field.replace('_', '-')} {rest}" if field in choices else sentence
 
 
 def is_auto(choices: dict[str, Any]) -> bool:
