@@ -56,10 +56,11 @@ def test_a_file_of_calls_is_run_line_by_line(run, tmp_path):
     ("arguments", "sentence"),
     [
         (
-            ("--prompts", "a.txt", "--labels", "b.txt"),
+            ("--prompts", __file__, "--labels", __file__),
             "--labels and --prompts say the same in two ways; give one",
         ),
-        (("--labels", "x", "--samples", "3"), "one class per sample; leave --samples out"),
+        (("--labels", __file__, "--samples", "3"), "one class per sample; leave --samples out"),
+        (("--prompts", "captions.txt"), "--prompts: no file at captions.txt; check the path"),
         (("--memory-budget", "plenty"), "a number and a unit, such as 6GiB"),
         (("--rows", "-1"), "--rows"),
         (("--sampler", "heun"), "ddim, ddpm, dpmsolver++, euler, flow"),
@@ -73,10 +74,11 @@ def test_misuse_exits_with_2_and_touches_nothing(run, tmp_path, arguments, sente
 
 
 def test_prompts_for_a_class_conditional_model_are_refused(run, tmp_path):
-    result = run("--out", tmp_path / "stats", "--prompts", "captions.txt")
+    (tmp_path / "captions.txt").write_text("a seven\n")
+    result = run("--out", tmp_path / "stats", "--prompts", tmp_path / "captions.txt")
     assert result.exit_code == 1
     assert "DiTPipeline draws classes, not text; pass labels, not prompts" in str(result.exception)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.txt"]
 
 
 def test_a_bad_labels_file_names_its_line(run, tmp_path):
