@@ -1,4 +1,4 @@
-"""Every property that docs/methods.md lists is tested, and where it says: read from the marks; no test is imported."""
+"""Every property that docs/methods_details.md lists is tested, where it says: read from the marks, without imports."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def test_every_property_has_a_test():
 
 
 def test_the_documentation_names_the_files():
-    rows = ROW.findall((TESTS.parent / "docs" / "methods.md").read_text())
+    rows = ROW.findall((TESTS.parent / "docs" / "methods_details.md").read_text())
     assert [number for number, _ in rows] == PROPERTIES
     found = marked_files()
     for number, cell in rows:

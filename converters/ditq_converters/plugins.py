@@ -1,6 +1,6 @@
 """Names of the methods that there are, built-in ones and those of installed packages; nothing of a method is imported.
 
-A package lists its methods under the entry-point group `ditq.methods`; docs/methods.md shows one.
+A package lists its methods under the entry-point group `ditq.methods`; docs/plan.md shows one.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def cost_of_codes(run):
 
     Rounding errs by up to half a step, evenly where steps are small beside the values (Bennett, 1948). So the float
     model runs with uniform noise of half a step on every weight and on every quantized input, in units of its own row,
-    token or group of 32: steps as docs/methods.md has them, without any of our code. Root mean square of four runs.
+    token or group of 32: steps as docs/methods_details.md has them, none of our code. Root mean square of four runs.
     Errors of independent sources add in energy: what comes out may be sqrt(2) times this only if something else errs as
     much as all roundings together, and 1 / sqrt(2) times only if half of them do not take place.
     """
