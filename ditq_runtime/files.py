@@ -179,6 +179,24 @@ def check_new(path: Path) -> None:
         )
 
 
+def check_ours(path: Path, mark: str) -> None:
+    """That a folder is new, empty, or one that an earlier run of the same work marked; before work begins.
+
+    Args:
+        path: of the folder.
+        mark: the file that such a run leaves there first.
+
+    Raises:
+        ValueError: it holds something else, is a file, or nothing can be written there; says what.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; name a folder")
+    check_place(path)
+    held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if held and mark not in held:
+        raise ValueError(f"{path}: holds something else ({', '.join(held[:3])}); name a new folder")
+
+
 def check_file(path: Path, suffixes: tuple[str, ...] = ()) -> None:
     """That a file can be written to `path`; before work begins.
 

@@ -39,12 +39,25 @@ anywhere in a line.
 
 
 class Ordered(TyperGroup):
-    """Lists commands and groups of commands in one order."""
+    """Lists commands and groups of commands in one order, each with its whole first sentence."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in the order a user meets them."""
         names = super().list_commands(ctx)
-        return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+        return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands; typer's own cuts sentences to the width of the terminal."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, _first_sentence(command.help or "")) for name, command in found if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _first_sentence(text: str) -> str:
+    """Of a help text."""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].removesuffix(".") + "."
 
 
 def make_app(wanted: str = "") -> typer.Typer:
@@ -57,7 +70,7 @@ def make_app(wanted: str = "") -> typer.Typer:
         if isinstance(command, typer.Typer):
             for inside in command.registered_commands:
                 inside.cls = Checked
-            app.add_typer(command, name=entry.name)
+            app.add_typer(command, name=entry.name, cls=Ordered)
         else:
             app.command(entry.name, cls=Checked)(command)
     return app

@@ -14,7 +14,7 @@ from ditq_runtime.calls.inputs import Input
 from ditq_runtime.calls.pipeline import Drawn, draw
 from ditq_runtime.calls.sharing import same_work, take_turns
 from ditq_runtime.cli.images import grid
-from ditq_runtime.files import atomic_file, check_file, check_place
+from ditq_runtime.files import atomic_file, check_file, check_ours
 
 PICTURE, LATENTS = ".png", ".safetensors"
 WORK, LOCKS = "inputs.json", ".locks"
@@ -27,9 +27,7 @@ def check_out(out: Path) -> None:
     elif out.is_file():
         raise ValueError(f"{out}: is a file without a suffix; name a .png or a folder")
     else:
-        check_place(out)
-        if out.is_dir() and any(out.iterdir()) and not (out / WORK).exists():
-            raise ValueError(f"{out}: holds something else; name a new folder")
+        check_ours(out, WORK)
 
 
 def write_all(

@@ -96,6 +96,15 @@ def test_help_lists_the_commands_in_the_order_a_user_meets_them(ditq):
     assert "--debug" in out
 
 
+@pytest.mark.parametrize("line", [(), ("bench",)], ids=["ditq", "bench"])
+def test_help_cuts_no_sentence(ditq, line, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = ditq(*line, "--help")
+    assert (code, err) == (0, "")
+    assert "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_help_of_every_command_has_an_example(ditq, line):
     code, out, err = ditq(*line, "--help")
@@ -268,7 +277,7 @@ def test_sample_refuses_labels_that_are_no_classes(ditq, folder, tmp_path, label
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("sample", "MODEL", "--out", "TMP"), "holds something else; name a new folder"),
+        (("sample", "MODEL", "--out", "TMP"), "holds something else (file); name a new folder"),
         (("sample", "MODEL", "--out", "TMP/x.jpg"), "its name must end in .png"),
         (("sample", "MODEL", "--out", "/proc/x.png"), "nothing can be written in /proc"),
         (("sample", "MODEL", "--cfg", "nan"), "--cfg must be a finite number, got nan"),

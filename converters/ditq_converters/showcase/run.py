@@ -23,26 +23,34 @@ from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
 from ditq_converters.showcase.variants import DIGITS, FED_BACK, FLOW, NO_DATA, SALIENT, Variant
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.calls.saved import saved_call
-from ditq_runtime.files import write_json
+from ditq_runtime.files import check_ours, write_json
 from ditq_runtime.format.folder import open_folder
 from ditq_runtime.host.sizes import size_by_category
 from ditq_runtime.report.execution import execution_report
+
+MARK = "demo.json"  # its settings: the first file of a run, by which the next one knows the folder
 
 
 def run_showcase(out: Path, settings: Settings) -> dict[str, Any]:
     """Run the main job on the demo models and write a report folder.
 
     Args:
-        out: folder for models, statistics, images, plots, report.json and index.html; its models are replaced.
+        out: folder for models, statistics, images, plots, report.json and index.html: a new one, or that of an
+            earlier run, whose models are replaced.
         settings: how much of everything.
 
     Returns:
         The content of report.json.
+
+    Raises:
+        ValueError: `out` holds something else.
     """
     from ditq_converters.showcase.page import write_report_page
     from ditq_converters.showcase.pictures import write_pictures
 
     begin = time.perf_counter()
+    check_ours(out, MARK)
+    write_json(out / MARK, asdict(settings))
     studies = {
         "digits": _study("demo:digits", DIGITS, out, settings, settings.scored_samples),
         "salient": _study("demo:digits-salient", SALIENT, out, settings, settings.salient_samples),
