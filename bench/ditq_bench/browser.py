@@ -2,7 +2,8 @@
 
     python -m ditq_bench.browser runs/demo/index.html
 
-A picture that is missing, and text or a figure that sticks out, are told one a line; the exit code is then 1.
+A picture that is missing, a table that is cut off, and text or a figure that sticks out, are told one a line; the exit
+code is then 1. What is folded is opened first.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ WRAP = """<!doctype html><meta charset="utf-8"><body>{frames}<pre></pre><script>
 function look(frame) {{
   const page = frame.contentDocument, found = [], wide = frame.contentWindow.innerWidth;
   if (!page || !page.body || !page.body.innerText.trim()) return ["is empty"];
+  for (const folded of page.querySelectorAll("details")) folded.open = true;
   for (const image of page.images)
     if (!image.complete || !image.naturalWidth) found.push("picture " + image.getAttribute("src") + " is missing");
   if (page.documentElement.scrollWidth > wide) found.push("is " + page.documentElement.scrollWidth + " pixels wide");
+  for (const one of page.querySelectorAll(".wide"))
+    if (one.scrollWidth > one.clientWidth + 1) found.push("table is cut off: " + one.innerText.slice(0, 60));
   for (const one of page.body.querySelectorAll("*")) {{
     if (one.closest(".wide") && !one.matches(".wide")) continue;
     const box = one.getBoundingClientRect();

@@ -15,12 +15,14 @@ from ditq_bench.host.command import host
 from ditq_bench.kernels_command import kernels
 from ditq_bench.model_command import model
 
-bench = typer.Typer(help="Measure kernels on this machine.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure kernels, models and methods on this machine.", no_args_is_help=True
+)
 
 
 @bench.callback()
 def _group() -> None:
-    """Measure kernels on this machine."""
+    """Measure kernels, models and methods on this machine."""
 
 
 bench.command()(census)
@@ -50,6 +52,7 @@ def methods(
     rows = _studied(out, cases(chosen_of("--models", models, MODELS)), "methods")
     (out / "methods.md").write_text(tables(rows), encoding="utf-8")
     chart(out / "methods.png", rows)
+    _page(out, "methods", rows)
     say(f"{out / 'methods.md'}: tables of {len(rows)} rows; chart in {out / 'methods.png'}")
 
 
@@ -72,6 +75,7 @@ def flow(
 
     rows = _studied(out, flow_cases(chosen_of("--models", models, FLOWS)), "flow")
     (out / "flow.md").write_text(flow_table(rows), encoding="utf-8")
+    _page(out, "flow", rows)
     say(f"{out / 'flow.md'}: a table of {len(rows)} rows")
 
 
@@ -101,6 +105,7 @@ def profiles(
     studied = profile_cases(chosen, chosen_of("--methods", methods, known))
     rows = _studied(out, studied, "profiles")
     (out / "profiles.md").write_text(profile_table(rows), encoding="utf-8")
+    _page(out, "profiles", rows)
     say(f"{out / 'profiles.md'}: {len(rows)} rows, all simulated in float")
 
 
@@ -171,6 +176,7 @@ def jitter(
         say(f"{row['model']}, {row['case']}: measured")
     rows = read_rows(out / "jitter.csv")
     print_table("forced SQNR with perturbed factors", FIELDS, [tuple(row.values()) for row in rows])
+    _page(out, "jitter", rows)
     say(f"{out / 'jitter.csv'}: {len(rows)} rows")
 
 
@@ -205,7 +211,15 @@ def auto(
     draw(out / "auto.png", means(rows), drawn)
     table = [[row[name] for name in FIELDS] for row in means(rows)]
     print_table("forced SQNR, means over calibrations", FIELDS, table)
+    _page(out, "auto", means(rows))
     say(f"{out / 'auto_mean.csv'}: {len(table)} means of {len(rows)} rows; {out / 'auto.png'}")
+
+
+def _page(out: Path, kind: str, rows: list[Any]) -> None:
+    from ditq_bench.study_page import write_study_page
+    from ditq_runtime.cli.output import say
+
+    say(f"{write_study_page(out, kind, rows)}: open it in a browser")
 
 
 def _studied(out: Path, cases: Iterable[Any], name: str) -> list[Any]:

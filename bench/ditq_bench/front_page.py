@@ -16,13 +16,12 @@ import numpy as np
 from PIL import Image
 
 from ditq_bench.auto_cases import AUTO, NEAREST
+from ditq_converters.pages.colours import FIXED
 from ditq_runtime.files import atomic_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 MODEL = "demo:digits"
-COLOURS = {
-    "smoothquant": "#4477aa", "osplus": "#66ccee", "meta": "#999999", "ditas": "#aa3377",
-}  # fmt: skip
+METHODS = ("smoothquant", "osplus", "meta", "ditas")
 ROWS = 2 * 32 + 2  # pixels: two rows of the demo's grids
 
 
@@ -63,9 +62,9 @@ def _frontier(axes: Any) -> None:
     nearest = [found[case] for case in NEAREST]
     label = "smoothquant, rounded to nearest, 4 and 8 bits"
     axes.scatter(*zip(*nearest, strict=True), s=80, marker="^", color="#ccbb44", label=label)
-    for method, colour in COLOURS.items():
+    for method in METHODS:
         label = f"{method} with GPTQ, 4 bits"
-        axes.scatter(*found[f"{method} w4p"], s=80, marker="s", color=colour, label=label)
+        axes.scatter(*found[f"{method} w4p"], s=80, marker="s", color=FIXED[method], label=label)
     axes.set(
         xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="forced SQNR, dB",
         title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 3), ylim=(20, 60),

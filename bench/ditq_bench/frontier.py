@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ditq_bench.auto_cases import AUTO, NEAREST, ON_THE_FLY, SINGLE, SINGLES
+from ditq_converters.pages.colours import FIXED
 from ditq_runtime.files import atomic_file
 
 MEASURED = ("sqnr_guided_db", "sqnr_forced_db", "sqnr_free_db", "accuracy", "bytes", "cpu_seconds")
 FIELDS = ("model", "case", "repeats", *MEASURED, "least_guided_db", "most_guided_db", "commits")
-COLOURS = ("#4477aa", "#66ccee", "#999999", "#aa3377", "#228833", "#ee6677")
 AXIS = "transformer on disk, MB"
 
 Row = dict[str, Any]
@@ -80,10 +80,9 @@ def _panel(axes: Any, rows: list[Row]) -> None:
     curve = sorted(_place(row) for row in rows if row["case"].startswith(AUTO))
     if curve:
         axes.plot(*zip(*curve, strict=True), "o-", color="black", label="auto", zorder=3)
-    for method, colour in zip(SINGLE, COLOURS, strict=True):
-        _points(
-            axes, rows, f"{method}, gptq", [f"{method} {w}" for w in ("w4p", "w8")], "s", colour
-        )
+    for method in SINGLE:
+        cases = [f"{method} {weights}" for weights in ("w4p", "w8")]
+        _points(axes, rows, f"{method}, gptq", cases, "s", FIXED[method])
     _points(axes, rows, "smoothquant, nearest", list(NEAREST), "^", "#ccbb44")
     _points(axes, rows, "on the fly", list(ON_THE_FLY), "v", "#ccbb44")
     assert set(SINGLES) == {f"{method} {w}" for method in SINGLE for w in ("w4p", "w8")}

@@ -1,7 +1,9 @@
-"""Two pictures of one run of `ditq bench kernels`: speed-up by shape, and the roofline."""
+"""Pictures of benches: speed-up by shape and the roofline of kernels, SQNR over bytes of conversions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,23 @@ from ditq_converters.pages.figures import DOTS, WIDTH, in_our_fonts, wrapped
 from ditq_runtime.files import atomic_file
 
 MARKS = "os^vDP*Xp"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One conversion in a picture of SQNR over bytes.
+
+    Attributes:
+        method: has a colour.
+        kind: of its weights and activations, has a mark.
+        megabytes: on disk.
+        decibels: of SQNR.
+    """
+
+    method: str
+    kind: str
+    megabytes: float
+    decibels: float
 
 
 @in_our_fonts
@@ -80,6 +99,44 @@ def plot_roofline(
     axes.set_title(wrapped(f"{device}: measured ceilings (lines) and medians"))
     figure.legend(loc="outside lower left", ncols=2)
     _save(figure, path)
+
+
+@in_our_fonts
+def plot_frontier(path: Path, places: Sequence[Place], title: str, measure: str) -> None:
+    """SQNR over bytes: a colour per method, a mark per kind; what no smaller one beats is joined by a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    colours = colours_of(place.method for place in places)
+    marks = dict(zip(dict.fromkeys(place.kind for place in places), MARKS, strict=False))
+    lines = -(-(len(colours) + len(marks)) // 2)
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.18 * lines), layout="constrained")
+    axes = figure.add_subplot()
+    best = _unbeaten(places)
+    at = [(place.megabytes, place.decibels) for place in best]
+    axes.plot(*zip(*at, strict=True), color="#dddddd", zorder=0)
+    for place in places:
+        mark, colour = marks[place.kind], colours[place.method]
+        axes.scatter(place.megabytes, place.decibels, s=36, marker=mark, color=colour)
+    axes.set(xlabel="transformer on disk, MB", ylabel=measure)
+    axes.set_title(wrapped(title))
+    axes.grid(alpha=0.3)
+    entries = {name: Line2D([], [], ls="", marker="o", color=c) for name, c in colours.items()}
+    entries |= {
+        kind: Line2D([], [], ls="", marker=m, color="black", fillstyle="none")
+        for kind, m in marks.items()
+    }
+    figure.legend(entries.values(), entries, loc="outside lower left", ncols=2)
+    _save(figure, path)
+
+
+def _unbeaten(places: Sequence[Place]) -> list[Place]:
+    """Places that have more SQNR than all that are as small or smaller, the smallest first."""
+    found: list[Place] = []
+    for place in sorted(places, key=lambda place: (place.megabytes, -place.decibels)):
+        if not found or place.decibels > found[-1].decibels:
+            found.append(place)
+    return found
 
 
 def _save(figure, path: Path) -> None:

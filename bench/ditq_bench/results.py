@@ -49,7 +49,8 @@ def device_name(device: torch.device) -> str:
     """What a result is labelled with: the GPU's name, or the processor, its instructions and the thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_features.describe()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{cpu_features.describe()}, {count} thread{'s' * (count != 1)}"
 
 
 def row_fields(

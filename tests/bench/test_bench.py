@@ -104,7 +104,7 @@ def test_the_command_writes_rows_with_their_origin(app, tmp_path, monkeypatch):
     assert {row["candidate"] for row in rows} == {row["candidate"] for row in report["rows"]}
     assert all(row["device"] and row["torch"] == torch.__version__ for row in rows)
     assert {(row["ditq"], row["commit"]) for row in rows} == {(__version__, commit())}
-    assert all(f"{torch.get_num_threads()} threads" in row["device"] for row in rows)
+    assert all(f"{torch.get_num_threads()} thread" in row["device"] for row in rows)
     page = (tmp_path / "kernels.html").read_text()
     assert 'src="speedup.png"' in page
     assert all(row["candidate"] in page for row in rows)

@@ -2,8 +2,13 @@
 
 from PIL import Image
 
+from ditq_bench.browser import faults, find_browser
+from ditq_bench.frontier import FIELDS as AUTO_FIELDS
+from ditq_bench.jitter import FIELDS as JITTER_FIELDS
 from ditq_bench.method_tables import chart, tables
 from ditq_bench.methods import ABLATED, FIELDS, METHOD_NAMES, MODELS, cases, read_rows, write_rows
+from ditq_bench.plots import Place, _unbeaten
+from ditq_bench.study_page import STUDIES, write_study_page
 from ditq_converters.methods import METHODS
 
 
@@ -43,3 +48,32 @@ def test_the_chart_is_an_image(tmp_path):
     chart(tmp_path / "chart.png", [row(sqnr_free_db="33.26")])
     with Image.open(tmp_path / "chart.png") as image:
         assert len(image.convert("L").getcolors(256)) > 10
+
+
+def test_what_no_smaller_one_beats_by_hand():
+    places = [
+        Place("m", "k", size, db) for size, db in ((2, 30), (1, 20), (3, 25), (1, 19), (4, 31))
+    ]
+    assert [(p.megabytes, p.decibels) for p in _unbeaten(places)] == [(1, 20), (2, 30), (4, 31)]
+
+
+def test_every_study_has_a_page_that_fits(tmp_path):
+    """With its rows, who measured them, and pictures where there are bytes; pages of a folder link each other."""
+    fields = {"auto": AUTO_FIELDS, "jitter": JITTER_FIELDS}
+    for kind, study in STUDIES.items():
+        rows = [
+            dict.fromkeys(fields.get(kind, FIELDS), "7") | row(case=case, commit="abc1234")
+            for case in ("smoothquant w4p", "ditas w8", "auto 45%")
+        ]
+        rows = [
+            r | {"sqnr_guided_db": "41", "sqnr_forced_db": "40", "commits": "abc1234"} for r in rows
+        ]
+        page = write_study_page(tmp_path, kind, rows).read_text()
+        assert page.count("<tr>") == 1 + len(rows)
+        assert study.about.split(":")[0] in page
+        assert "abc1234" in page
+        assert ("1,234,567" in page) == ("bytes" in study.columns)
+        assert (tmp_path / f"{kind}-digits.png").exists() == (kind in ("methods", "flow", "auto"))
+    assert 'href="methods.html"' in (tmp_path / "profiles.html").read_text()
+    browser = find_browser()
+    assert browser is None or faults(tmp_path / "auto.html", browser) == []

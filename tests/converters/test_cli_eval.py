@@ -17,6 +17,7 @@ from ditq_converters.cli.eval import evaluate_command
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import evaluate
 from ditq_converters.evaluate.report import write_npz
+from ditq_converters.evaluate.several import names_of
 
 SMALL = ("--steps", 3, "--samples", 4, "--few-samples", 2)
 REFERENCE = ("--reference", "demo:digits")
@@ -147,6 +148,21 @@ def test_the_browser_finds_what_does_not_fit(tmp_path):
     assert any("picture gone.png is missing" in fault for fault in narrow)
     wide = faults(page, find_browser(), (1280,))
     assert len(wide) == 1  # the picture
+
+
+def test_a_checkpoint_is_called_by_what_tells_it_apart():
+    assert names_of(["runs/a/packed", "runs/b/packed"]) == {
+        "a": "runs/a/packed",
+        "b": "runs/b/packed",
+    }
+    assert names_of(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert names_of(["a/x", "b/x", "c/y"]) == {"a-x": "a/x", "b-x": "b/x", "c-y": "c/y"}
+    assert names_of(["packed", "other/packed"]) == {
+        "packed": "packed",
+        "other-packed": "other/packed",
+    }
+    with pytest.raises(ValueError, match="stands there twice"):
+        names_of(["x", "./x"])
 
 
 def test_letters_can_be_read_on_a_phone(report):

@@ -98,17 +98,19 @@ def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((what, number(distance["value"], 4)))
     rows += _inception(figures["inception"])
     for name, score in (figures["demo"] or {}).items():
-        rows.append((f"{name}: accuracy", number(score["accuracy"], 3)))
-        rows.append((f"{name}: digit-FD", number(score["digit_fd"])))
+        whose = "the float model's digits" if name == "float" else "digits"
+        rows.append((f"{whose}: accuracy", number(score["accuracy"], 3)))
+        rows.append((f"{whose}: digit-FD", number(score["digit_fd"])))
     if figures["clip_fraction"]:
         worst = max(figures["clip_fraction"].values())
         rows.append(("worst layer's share of inputs cut off, %", number(100 * worst, 3)))
     if figures["bytes"]["packed_total"] is not None:
-        rows.append(
-            ("packed transformer on disk, MiB", number(figures["bytes"]["packed_total"] / 2**20))
-        )
+        rows.append(("transformer on disk, MiB", number(figures["bytes"]["packed_total"] / 2**20)))
     rows.append(
-        ("float transformer in memory, MiB", number(figures["bytes"]["float_in_memory"] / 2**20))
+        (
+            "float model's transformer in memory, MiB",
+            number(figures["bytes"]["float_in_memory"] / 2**20),
+        )
     )
     return rows
 

@@ -66,18 +66,28 @@ def evaluate_each(
 
 
 def names_of(folders: list[str]) -> dict[str, str]:
-    """Name -> folder: the last part of its path, or all of it where two end alike.
+    """Name -> folder: the last part of its path, or the part before it where all end alike, or as many as tell apart.
 
     Raises:
         ValueError: one folder stands there twice.
     """
-    twice = [folder for folder in folders if folders.count(folder) > 1]
+    parts = [_parts(folder) for folder in folders]
+    twice = [folder for folder, its in zip(folders, parts, strict=True) if parts.count(its) > 1]
     if twice:
         raise ValueError(f"{twice[0]}: stands there twice; give each packed folder once")
-    last = [Path(folder).name for folder in folders]
-    if len(set(last)) == len(last):
-        return dict(zip(last, folders, strict=True))
-    return {folder.strip("/").replace("/", "-"): folder for folder in folders}
+    while len({its[-1] for its in parts}) == 1 and all(len(its) > 1 for its in parts):
+        parts = [its[:-1] for its in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(its[-count:]) for its in parts]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders, strict=True))
+
+
+def _parts(folder: str) -> tuple[str, ...]:
+    """Of a path, from the root where it is there; of a hub id."""
+    path = Path(folder)
+    return tuple(part for part in (path.resolve() if path.exists() else path).parts if part != "/")
 
 
 def compared(found: Mapping[str, Evaluation]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Iterable
 
 FIXED = {
@@ -32,26 +33,50 @@ FIXED = {
     "timestep and label embedder": "#ee6677",
     "other float": "#999999",
     "file headers": "#000000",
+    # methods
+    "auto": "#000000",
+    "linear": "#bbbb99",
+    "smoothquant": "#4477aa",
+    "smoothquant, nearest": "#ccbb44",
+    "on the fly": "#eecc22",
+    "osplus": "#66ccee",
+    "meta": "#999999",
+    "ditas": "#aa3377",
+    "ptq4dit": "#228833",
+    "htg": "#ee6677",
     # benches
     "torch fp32": "#bbbbbb",
     "torch bf16": "#777777",
     "torch fp32 linear": "#bbbbbb",
     "torch bf16 linear": "#777777",
+    "torch fp32 attention": "#ddccbb",
+    "torch bf16 attention": "#998877",
     "ditq W8A8": "#4477aa",
     "ditq W4A8": "#ee6677",
     "ditq W4A8 per group": "#aa3377",
 }
 OTHERS = (
     "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee9944", "#774411", "#4477aa", "#ee6677", "#117733",
-    "#88ccee", "#882255", "#999933",
+    "#88ccee", "#882255", "#999933", "#332288", "#cc99bb", "#aacc77", "#555500", "#ffcc99", "#0099aa",
 )  # fmt: skip
+TURN = 0.618  # of the colour circle: the next hue lies in the widest gap
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """Name -> colour: its own where it has one, else the next that no other name of these has."""
+    """Name -> colour, each another one: its own where no name before has it, else the next that is free."""
     names = list(dict.fromkeys(names))
-    found = {name: FIXED[name] for name in names if name in FIXED}
-    free = [colour for colour in OTHERS if colour not in found.values()]
-    for at, name in enumerate(name for name in names if name not in found):
-        found[name] = free[at % len(free)]
+    found: dict[str, str] = {}
+    for name in names:
+        if name in FIXED and FIXED[name] not in found.values():
+            found[name] = FIXED[name]
+    free = (colour for colour in (*OTHERS, *_more()) if colour not in found.values())
+    for name in names:
+        if name not in found:
+            found[name] = next(free)
     return {name: found[name] for name in names}
+
+
+def _more() -> list[str]:
+    """Fifty more colours, for figures of very many names."""
+    parts = (colorsys.hsv_to_rgb(at * TURN % 1, 0.45 + 0.4 * (at % 2), 0.85) for at in range(50))
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in rgb) for rgb in parts]

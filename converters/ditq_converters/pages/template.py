@@ -26,11 +26,19 @@ td.text, th.text { text-align: left; } td:first-child, th:first-child { padding-
 figure { margin: 1em 0; max-width: 40em; } figcaption { font-size: .95em; }
 img { max-width: 100%; height: auto; display: block; }
 .side { display: grid; gap: 0 2em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30em), 1fr)); }
-.samples { display: flex; flex-wrap: wrap; gap: 0 1.5em; }
+.samples { display: grid; gap: 0 1.5em; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17em), 1fr)); }
+.samples img { width: 100%; image-rendering: pixelated; } .many th, .many td.text { overflow-wrap: anywhere; }
 .note { background: #f4f4f4; padding: .6em 1em; } .ok { color: #228833; } .missed { color: #cc3311; font-weight: bold; }
 nav, footer { margin-top: 2em; border-top: 1px solid #ddd; padding-top: .7em; }
 @media (max-width: 600px) { table { font-size: .85em; } td, th { padding: .3em .4em; } h1 { font-size: 1.6em; } }
+@media (max-width: 900px) { .many, .many tbody, .many tr, .many td { display: block; }
+  .many tr:first-child, .many td:empty { display: none; }
+  .many tr { border-bottom: 1px solid #ddd; padding: .5em 0; max-width: 30em; }
+  .many td { border: 0; padding: .1em 0; text-align: right; overflow: hidden; overflow-wrap: anywhere; }
+  .many td::before { content: attr(data-of); float: left; color: #555; margin-right: 1em; }
+  .many td:first-child { text-align: left; font-weight: bold; } .many td:first-child::before { content: none; } }
 """
+MANY = 4  # columns that a narrow screen shows side by side; of more, each row becomes a list of names and values
 
 
 @dataclass(frozen=True)
@@ -111,19 +119,24 @@ def side_by_side(figures: Sequence[str], kind: str = "side") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells, figures on the right and text on the left; one that is too wide scrolls by itself."""
+    """A table of HTML cells, figures on the right and text on the left; of many columns, a list a row on a phone."""
     columns = [[TAG.sub("", row[i]) for row in rows] for i in range(len(header))]
     kinds = ["" if are_figures(column) else ' class="text"' for column in columns]
     head = "".join(
         f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, header, strict=True)
     )
+    many = len(header) > MANY
+    named = [
+        f'{k} data-of="{escape(n)}"' if many else k for k, n in zip(kinds, header, strict=True)
+    ]
     body = "".join(
         "<tr>"
-        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True))
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(named, row, strict=True))
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    kind = ' class="many"' if many else ""
+    return f'<div class="wide"><table{kind}><tr>{head}</tr>{body}</table></div>'
 
 
 def note(text: str) -> str:

@@ -143,7 +143,8 @@ def _sizes(sizes: dict[str, dict[str, int]]) -> str:
     ]
     rows = [[escape(c), *(f"{parts[c]:,}" for parts in sizes.values())] for c in categories]
     rows.append(["total bytes", *(f"{sum(parts.values()):,}" for parts in sizes.values())])
-    return table(["category", *sizes], rows)
+    told = "<p>diffusers stores the timestep and label embedder in each block, ditq once.</p>"
+    return table(["category", *sizes], rows) + told
 
 
 def _execution(execution: dict[str, Any]) -> str:
