@@ -1,5 +1,7 @@
 """Errors of forced blocks, and what static ranges cut off."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -104,9 +106,14 @@ def static_linear(smooth=False):
 
 
 class Told(torch.nn.Sequential):
-    """Layers behind a timestep."""
+    """Layers behind a timestep, of which the scheme says what carries it."""
 
-    def forward(self, x, timestep):
+    def __init__(self, *layers, carrier="timestep"):
+        super().__init__(*layers)
+        scheme = SimpleNamespace(timestep=carrier)
+        self.config = SimpleNamespace(quantization_config=SimpleNamespace(scheme=scheme))
+
+    def forward(self, x, timestep, sigma=None):
         return super().forward(x)
 
 
@@ -122,6 +129,14 @@ def test_clipped_inputs_are_counted():
         model(rows[1:], 1.0)
     assert shares(counter.counted, len(counter.names)).tolist() == [[2 / 8, 2 / 8, 0]]
     assert not model[0]._forward_pre_hooks
+
+
+def test_calls_are_told_apart_by_the_argument_that_was_traced():
+    model = Told(static_linear(), carrier="sigma")
+    with ClipCounter({"transformer": model}) as counter:
+        model(torch.zeros(1, 4), 3.0, sigma=torch.tensor([0.25, 0.5]))
+        model(torch.zeros(1, 4), 3.0)  # it may be left out
+    assert [told for told, _ in counter.counted] == [0.5, 3.0]
 
 
 def test_a_clip_is_judged_after_smoothing():

@@ -13,8 +13,8 @@ from ditq_converters.calibrate.errors import StatisticsError
 from ditq_converters.calibrate.rows import Kept, RowChoice
 from ditq_converters.calibrate.transformer_calls import (
     TransformerCall,
+    by_name,
     map_tensors,
-    timestep_name,
     timestep_of,
 )
 from ditq_converters.sites.operands import OperandWatch
@@ -77,8 +77,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         """Install the hooks."""
         for component, (model, family) in self._models.items():
-            name = timestep_name(model, family.timestep_argument)
-            begin = self._beginner(component, model, name)
+            begin = self._beginner(component, family.timestep_argument)
             self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
             tables = family.block_tables(model).items()
             for block, table in tables:
@@ -121,9 +120,9 @@ class Recorder:
             self._hooks.append(watch.__enter__())
             self._watches[component] = watch
 
-    def _beginner(self, component: str, model: nn.Module, name: str | None) -> Any:
+    def _beginner(self, component: str, traced: str | None) -> Any:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            now = timestep_of(model, name, args, kwargs)
+            now = timestep_of(traced, by_name(module, args, kwargs))
             visit = self._visit
             if visit is None or (visit.component, visit.timestep) != (component, now):
                 self._hand_over()

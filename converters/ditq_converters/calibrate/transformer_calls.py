@@ -46,26 +46,24 @@ class TransformerCall:
 
     def by_name(self, model: nn.Module) -> dict[str, Any]:
         """All arguments, by the names that the model's forward has for them."""
-        bound = inspect.signature(type(model).forward).bind(model, *self.args, **self.kwargs)
-        return dict(list(bound.arguments.items())[1:])  # the first is self
+        return by_name(model, self.args, self.kwargs)
 
 
-def timestep_name(model: nn.Module, found: str | None = None) -> str | None:
-    """The argument of a transformer that carries the timestep: the one that was found, or the first of a usual name."""
-    takes = inspect.signature(type(model).forward).parameters
-    return next((name for name in (found, *TIMESTEPS) if name in takes), None)
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, by the names that the model's forward has for them."""
+    bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])  # the first is self
 
 
-def timestep_of(
-    model: nn.Module, name: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> float:
-    """The timestep of a call, in the model's own units; the highest of several, 0 where there is none."""
-    if name is None:
-        return 0.0
-    value = kwargs.get(name)
-    if value is None:
-        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
-        value = bound.arguments.get(name)
+def timestep_of(traced: str | None, arguments: Mapping[str, Any]) -> float:
+    """The timestep of a call, in the model's own units; the highest of several, 0 where there is none.
+
+    Args:
+        traced: the argument that carries it; where that is not told, or not there, the first of a usual name does.
+        arguments: of the call, by name.
+    """
+    there = (arguments[n] for n in (traced, *TIMESTEPS) if n and arguments.get(n) is not None)
+    value = next(there, None)
     return 0.0 if value is None else float(torch.as_tensor(value).float().max())
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ditq_converters.calibrate.schedule import schedule_of
-from ditq_converters.calibrate.transformer_calls import timestep_name, timestep_of
+from ditq_converters.calibrate.transformer_calls import by_name, timestep_of
+from ditq_converters.sites.find import timestep_carrier
 from ditq_runtime.layers.linear import QuantLinear
 
 LOWEST, HIGHEST = -128, 127
@@ -42,8 +43,7 @@ class ClipCounter:
     def __enter__(self) -> ClipCounter:
         """Install the hooks."""
         for model in self._models.values():
-            begin = self._beginner(model, timestep_name(model))
-            self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+            self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         for row, layer in enumerate(self._layers.values()):
             self._hooks.append(layer.register_forward_pre_hook(self._observer(row)))
         return self
@@ -53,12 +53,10 @@ class ClipCounter:
         for hook in self._hooks:
             hook.remove()
 
-    def _beginner(self, model: nn.Module, name: str | None) -> Any:
-        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            now = timestep_of(model, name, args, kwargs)
-            self.counted.append((now, torch.zeros(len(self.names), 2, dtype=torch.float64)))
-
-        return begin
+    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = by_name(model, args, kwargs)
+        now = timestep_of(timestep_carrier(model, given), given)
+        self.counted.append((now, torch.zeros(len(self.names), 2, dtype=torch.float64)))
 
     def _observer(self, row: int) -> Any:
         def observe(layer: QuantLinear, args: tuple[torch.Tensor, ...]) -> None:

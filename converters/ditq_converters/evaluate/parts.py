@@ -113,7 +113,7 @@ class Task:
         series[CLIP] = [(t, (counts,)) for t, counts in counter.counted]
         names = {CLIP: counter.names}
         if few:
-            (calls,) = ours.calls
+            calls = [one for one in ours.calls[0] if one.call.component in self.packed]
             series[REPLAYED] = forced_powers(calls, self.packed)
             for mode in (CASCADE, FORCED):
                 names[mode], series[mode] = layer_series(mode, self.models, self.packed, calls)

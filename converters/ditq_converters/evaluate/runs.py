@@ -12,10 +12,11 @@ from torch import nn
 
 from ditq_converters.calibrate.transformer_calls import (
     TransformerCall,
+    by_name,
     map_tensors,
-    timestep_name,
     timestep_of,
 )
+from ditq_converters.sites.find import timestep_carrier
 from ditq_runtime.calls.inputs import Input
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.calls.pipeline import SchedulerStep, draw, ready, watched_steps
@@ -123,9 +124,10 @@ def _recorded_calls(pipe: Any, wanted: bool) -> Iterator[list[Recorded]]:
             )  # the original too, so that its id is not used again
         return copies[key][1]
 
-    def after(component: str, name: str | None) -> Any:
+    def after(component: str) -> Any:
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            now = timestep_of(module, name, args, kwargs)
+            given = by_name(module, args, kwargs)
+            now = timestep_of(timestep_carrier(module, given), given)
             kept_args, kept = map_tensors(copy, (args, kwargs))
             first = output if isinstance(output, torch.Tensor) else output[0]
             call = TransformerCall(component, now, kept_args, kept)
@@ -136,8 +138,7 @@ def _recorded_calls(pipe: Any, wanted: bool) -> Iterator[list[Recorded]]:
     hooks = []
     if wanted:
         for component, model in transformers_in(pipe).items():
-            hook = after(component, timestep_name(model))
-            hooks.append(model.register_forward_hook(hook, with_kwargs=True))
+            hooks.append(model.register_forward_hook(after(component), with_kwargs=True))
     try:
         yield found
     finally:

@@ -64,6 +64,19 @@ def family_or_row(model: nn.Module, inputs: dict[str, Any] | None = None) -> Fam
         return family_of(type(model).__name__)
 
 
+def timestep_carrier(model: Any, inputs: dict[str, Any]) -> str | None:
+    """The argument that carries the timestep: as a packed model's scheme says, else as it was traced or a table says.
+
+    Args:
+        model: packed or float.
+        inputs: keyword arguments of one forward, to trace a class that nobody has asked about before.
+    """
+    packed = getattr(model.config, "quantization_config", None)
+    if packed is not None:
+        return str(packed.scheme.timestep)
+    return family_or_row(model, inputs).timestep_argument
+
+
 def find_sites(model: nn.Module, inputs: dict[str, Any] | None = None) -> Family:
     """Discover sites and what folds exactly, also where the class has a table. Arguments, errors as `family_for`."""
     return discover(model, inputs).family
