@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditq_bench.zoo import PIPELINES
-from ditq_converters import CalibrationStats, convert, make_plan, open_model, read_plan
+from ditq_converters import CalibrationStats, convert, evaluate, make_plan, open_model, read_plan
+from ditq_converters.evaluate.inputs import open_packed
 from ditq_converters.streaming.model import streamed_of
 from ditq_converters.streaming.opening import open_in_pieces
 from ditq_runtime.calls import sharing
@@ -187,3 +188,7 @@ def test_a_transformer_that_no_plan_fits_stays_float_and_a_line_says_so(
     assert [folder.scheme is None for folder in folders.values()] == [False, True]
     with pytest.raises(ValueError, match="no plan was given for it, but for transformer_2"):
         convert(pipe, {"transformer_2": plan}, quiet=True)
+    packed = open_packed(tmp_path / "out")
+    found = evaluate(packed, pipe, inputs=PIPELINES["Wan22"].calls, quiet=True)
+    assert not any(name.startswith("transformer_2") for name in found.layers[0].names)
+    assert len(found.sqnr["forced"].timesteps) < len(found.sqnr["free"].timesteps)
