@@ -25,6 +25,7 @@ from ditq_converters.convert.modulation import observe_modulation
 from ditq_converters.convert.observed import Observed, observe
 from ditq_converters.convert.prefix import Prefix
 from ditq_converters.convert.quantize import quantize_linear, quantizer_tensors, store_table
+from ditq_converters.convert.recheck import check_folds
 from ditq_converters.convert.reconstruct import Tell, reconstruct
 from ditq_converters.convert.site_data import site_data
 from ditq_converters.convert.transforms import decide
@@ -195,6 +196,8 @@ def prepare(
     in_quantizer = [name for name, site in part.sites.items() if site.place == "quantizer"]
     floats = [name for name in linears if not _is_integer(part, f"{block}.{name}")]
     left = fold_block(linears, table, choice.sites, in_quantizer, floats)
+    module = model.get_submodule(block)
+    check_folds(module, block, table, linears, choice.sites, in_quantizer, floats)
     return Ready(table, linears, data, choice, in_quantizer, left)
 
 
