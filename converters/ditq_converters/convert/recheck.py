@@ -28,7 +28,10 @@ from ditq_runtime.families import (
     ValueRows,
 )
 
-ROWS, COLUMNS = 32, 4  # of a matrix: a row shows the factor of every input, a column that of every output
+ROWS, COLUMNS = (
+    32,
+    4,
+)  # of a matrix: a row shows the factor of every input, a column that of every output
 EPS = 2.0**-53
 
 
