@@ -1,7 +1,7 @@
 """The host matrix: one test for each thing that users of diffusers expect of a quantized transformer.
 
 A cell runs for ditq, where it must pass, and for torchao and optimum-quanto where these are installed, where the
-outcome is only noted. With DITQ_HOST_TABLE=PATH the outcomes are written as the table of docs/host.md.
+outcome is only noted. With DITQ_HOST_TABLE=PATH the outcomes are written as the table of docs/host_matrix.md.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Rows of the sweep as CSV and as a table for docs/families.md."""
+"""Rows of the sweep as CSV and as a table for docs/families_classes.md."""
 
 from __future__ import annotations
 
