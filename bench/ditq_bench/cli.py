@@ -138,6 +138,7 @@ def papers(
     Example: ditq bench papers dit-256 facebook/DiT-XL-2-256 --out runs/dit-256
     """
     from ditq_bench.papers import COLUMNS, TABLES, Less, reproduce
+    from ditq_bench.results import origin_of, told
     from ditq_converters.models.open import open_model
     from ditq_runtime.cli.device import place
     from ditq_runtime.cli.output import print_table, say
@@ -145,13 +146,15 @@ def papers(
     (name,) = chosen_of("TABLE", table, tuple(TABLES))
     chosen, less = TABLES[name], Less(samples, calibration, steps, iterations)
     pipe = open_model(model)
-    pipe.to(place(""))
+    device = place("")
+    pipe.to(device)
     rows = []
     for row in reproduce(chosen, pipe, out, prompts, less):
         say(f"{row['case']}: measured")
         rows.append([row[column] for column in COLUMNS])
     print_table(f"{chosen.title}; published: {chosen.measure}", COLUMNS, rows)
     say(f"published for full precision: {chosen.baseline or 'no figure'}; {out}")
+    say(told(origin_of(device)))
 
 
 @bench.command()

@@ -77,7 +77,7 @@ def _tell(out: Path, rows: list[Any], place: Any, ceilings: Any, json: bool) -> 
     """Rows of a run on a device as a page, and as a table or JSON, with what to doubt of them."""
     import ditq_kernels as k
     from ditq_bench.page import facts_of, write_kernels_page
-    from ditq_bench.results import device_name, doubts, origin_of, row_fields
+    from ditq_bench.results import device_name, doubts, origin_of, row_fields, told
     from ditq_runtime.cli.output import print_json, say
 
     origin, found, backend = origin_of(place), doubts(rows), k.backend_of("gemm_w8a8", place)
@@ -102,9 +102,7 @@ def _tell(out: Path, rows: list[Any], place: Any, ceilings: Any, json: bool) -> 
             }
         )
         return
-    say(
-        f"{origin[0]}, ditq {origin[1]} ({origin[-1]}), backend {backend}; us: median, spread: (p80 - p20) / median"
-    )
+    say(f"{told(origin)}, backend {backend}; us: median, spread: (p80 - p20) / median")
     _print(COLUMNS, table)
     for sentence in found:
         say(sentence)

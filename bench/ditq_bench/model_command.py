@@ -66,7 +66,7 @@ def model(
         recorded_step,
     )
     from ditq_bench.page import facts_of, write_model_page
-    from ditq_bench.results import doubt, origin_of
+    from ditq_bench.results import doubt, origin_of, told
     from ditq_runtime.cli.device import place as device_of
     from ditq_runtime.cli.output import print_json, print_table, say
 
@@ -93,7 +93,7 @@ def model(
     if json:
         print_json(rows)
         return
-    print_table(f"{title}; {origin[0]}, ditq {origin[1]} ({origin[-1]})", COLUMNS, table)
+    print_table(f"{title}; {told(origin)}", COLUMNS, table)
     for sentence in found:
         say(sentence)
     say(f"peak memory {peak}; {out / 'model.csv'}; {out / 'model.html'}: open it in a browser")

@@ -73,6 +73,12 @@ def origin_of(device: torch.device) -> tuple[str, ...]:
     return (device_name(device), __version__, torch.__version__, _triton(), commit())
 
 
+def told(origin: Sequence[str]) -> str:
+    """ORIGIN as a sentence's beginning: who measured, and on what."""
+    device, ours, torchs, tritons, at = origin
+    return f"{device}, ditq {ours} ({at}), torch {torchs}, triton {tritons}"
+
+
 def write_csv(path: Path, rows: list[tuple[Shape, Row]], device: torch.device) -> None:
     """Write all rows atomically."""
     origin = origin_of(device)

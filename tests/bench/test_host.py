@@ -36,7 +36,7 @@ def test_the_dispatcher_costs_more_than_a_plan(monkeypatch):
 def test_the_command_says_through_what_it_measured(tmp_path):
     path = tmp_path / "host.csv"
     result = CliRunner().invoke(
-        bench, ["host", "--rounds", "1", "--no-models", "--json", "--out", str(path)]
+        bench, ["host", "--rounds", "2", "--no-models", "--json", "--out", str(path)]
     )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

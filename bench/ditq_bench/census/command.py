@@ -37,8 +37,10 @@ def census(
     Example: ditq bench census --kernel gemm_w8a8 --target 80,90
     """
     from ditq_bench.census import gate, rows
+    from ditq_bench.results import commit
     from ditq_converters.progress import progress_bar
     from ditq_runtime.cli.output import print_json, print_table, say
+    from ditq_runtime.version import __version__
 
     kernels = chosen_of("--kernel", kernel, rows.kernel_names())
     targets = tuple(
@@ -60,12 +62,17 @@ def census(
     wrong = [fault for row in taken for fault in gate.faults(row, budget)] if check else []
     wrong += refused
     if json:
-        report: dict[str, Any] = {"triton": _triton_version()}
+        report: dict[str, Any] = {
+            "ditq": __version__,
+            "commit": commit(),
+            "triton": _triton_version(),
+        }
         report |= {"rows": [row.fields() for row in taken], "faults": wrong}
         print_json(report)
     else:
         table = [[_cell(row.fields()[name]) for name in COLUMNS] for row in taken]
-        print_table(f"Triton {_triton_version()}, compiled, not run", COLUMNS, table)
+        made = f"Triton {_triton_version()}, ditq {__version__} ({commit()})"
+        print_table(f"{made}; compiled, not run", COLUMNS, table)
         for fault in wrong:
             say(fault)
         if check:

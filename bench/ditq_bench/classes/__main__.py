@@ -1,4 +1,4 @@
-"""`python -m ditq_bench.classes --work FOLDER [--csv FILE] [--out FILE] [NAME ...]`: the table of docs/families_classes.md."""
+"""`python -m ditq_bench.classes --work FOLDER [OPTIONS] [NAME ...]`: the table of docs/families_classes.md."""
 
 from __future__ import annotations
 

@@ -33,9 +33,12 @@ def launches(
 
     Example: ditq bench launches --blocks DiT --ways inductor,ditq
     """
+    import torch
+
     from ditq_bench.chosen import chosen_of
     from ditq_bench.compiled.count import WAYS, launches_of_block
     from ditq_bench.compiled.families import BLOCKS
+    from ditq_bench.results import origin_of, told
     from ditq_kernels._triton.offline import inductor
     from ditq_runtime.cli.output import print_json, print_table
 
@@ -53,7 +56,10 @@ def launches(
     if json:
         print_json({"rows": [dict(zip(FIELDS, row, strict=True)) for row in rows]})
         return
-    print_table("launches of a block", FIELDS[ORIGINS:], [row[ORIGINS:] for row in rows])
+    made = told(origin_of(torch.device("cpu")))
+    print_table(
+        f"launches of a block, counted; {made}", FIELDS[ORIGINS:], [r[ORIGINS:] for r in rows]
+    )
 
 
 def _row(block: str, way: str, found: Counter[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-FIELDS = ("call", "direct", "dispatcher")
+FIELDS = ("call", "direct", "dispatcher", "spread, %")
 STUB = "Triton's launcher over a driver that does nothing, no GPU"
 
 
@@ -17,7 +17,7 @@ def host(
         int, typer.Option(help="Without a GPU: compute capability to launch for, such as 90.")
     ] = 90,
     out: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds per call; the median counts.")] = 15,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds per call; the median counts.")] = 15,
     models: Annotated[
         bool, typer.Option(help="Blocks and steps of DiT-XL/2 and Flux, at a tiny width, too.")
     ] = True,
@@ -34,10 +34,10 @@ def host(
 
     from ditq_bench.host import cases, measure
     from ditq_bench.host.models import packed, steps
-    from ditq_bench.results import device_name, origin_of
+    from ditq_bench.results import ORIGIN, SPREAD, device_name, origin_of, told
     from ditq_converters.progress import progress_bar
     from ditq_kernels._triton.offline import stub
-    from ditq_runtime.cli.output import print_json, print_table
+    from ditq_runtime.cli.output import print_json, print_table, say
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -49,14 +49,23 @@ def host(
         found = measure.host_costs(device, calls, advance, rounds)
     through = device_name(device) if on_gpu else f"{STUB}, sm_{target}"
     origin = origin_of(device)
-    rows = [(cost.call, f"{cost.direct:.2f}", f"{cost.dispatcher:.2f}") for cost in found]
+    rows = [
+        (c.call, f"{c.direct:.2f}", f"{c.dispatcher:.2f}", f"{100 * c.spread:.0f}") for c in found
+    ]
     if out is not None:
         _write(out, origin, through, rows)
     if json:
         named = [dict(zip(FIELDS, row, strict=True)) for row in rows]
-        print_json({"through": through, "unit": "one F.linear of [2, 16] on a CPU", "rows": named})
+        made = dict(zip(ORIGIN, origin, strict=True))
+        unit = "one F.linear of [2, 16] on a CPU"
+        print_json({**made, "through": through, "unit": unit, "rows": named})
         return
-    print_table(f"host cost in small linears; {through}", FIELDS, rows)
+    print_table(f"{told(origin)}; host cost in small linears; {through}", FIELDS, rows)
+    busy = [cost.call for cost in found if cost.spread > SPREAD]
+    if busy:
+        say(
+            f"rounds of {len(busy)} calls differ by more than {100 * SPREAD:.0f} %: the machine is busy"
+        )
 
 
 def _write(

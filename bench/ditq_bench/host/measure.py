@@ -24,11 +24,13 @@ class HostCost:
         call: a name of `cases.calls` or `models.steps`.
         direct: by a kept plan: median over rounds of its time / that of the linear next to it.
         dispatcher: through torch's dispatcher, with all checks.
+        spread: of `direct` over rounds: what lies between its fifths / the median.
     """
 
     call: str
     direct: float
     dispatcher: float
+    spread: float
 
 
 def host_costs(
@@ -55,7 +57,10 @@ def host_costs(
                     call()
                 ways = (call, _without_plans(call))
                 direct, dispatcher = _ratios(ways, device, rounds)
-                found.append(HostCost(name, direct, dispatcher))
+                middle = statistics.median(direct)
+                found.append(
+                    HostCost(name, middle, statistics.median(dispatcher), _spread(direct) / middle)
+                )
                 advance()
     finally:
         torch.set_num_threads(threads)
@@ -73,8 +78,16 @@ def _without_plans(call: Callable[[], Any]) -> Callable[[], Any]:
     return through_dispatcher
 
 
-def _ratios(ways: tuple[Callable[[], Any], ...], device: torch.device, rounds: int) -> list[float]:
-    """Median ratio of each way to the linear that ran just before it."""
+def _spread(ratios: list[float]) -> float:
+    """What lies between the 20th and the 80th percentile."""
+    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
+    return high - low
+
+
+def _ratios(
+    ways: tuple[Callable[[], Any], ...], device: torch.device, rounds: int
+) -> list[list[float]]:
+    """Ratios of each way to the linear that ran just before it, one a round."""
     x, weight = torch.ones(2, 16), torch.ones(16, 16)
 
     def linear() -> torch.Tensor:
@@ -88,7 +101,7 @@ def _ratios(ways: tuple[Callable[[], Any], ...], device: torch.device, rounds: i
         for way, ratios in zip(ways, found, strict=True):
             unit = _seconds(linear, device, CALLS)
             ratios.append(_seconds(way, device, count) / unit)
-    return [statistics.median(ratios) for ratios in found]
+    return found
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, count: int) -> float:
