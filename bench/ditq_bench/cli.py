@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,12 +201,15 @@ def auto(
     Example: ditq bench auto --models demo:digits --cases 'auto *' --out runs/auto
     """
     from ditq_bench.auto import study
-    from ditq_bench.auto_cases import MODELS
+    from ditq_bench.auto_cases import MODELS, cases_of
     from ditq_bench.frontier import FIELDS, draw, means, write_means
     from ditq_bench.methods import read_rows
     from ditq_runtime.cli.output import print_table, say
 
     chosen = chosen_of("--models", models, MODELS)
+    known = dict.fromkeys(case for name in chosen for case in cases_of(name))
+    if not any(fnmatch(case, glob) for case in known for glob in cases.split(",")):
+        raise typer.BadParameter(f"--cases: none is like {cases!r}; there are {', '.join(known)}.")
     for row in study(out, chosen, repeats, cases.split(",")):
         say(f"{row['model']}, {row['case']}: {row['sqnr_guided_db']} dB")
     rows = read_rows(out / "auto.csv")

@@ -22,7 +22,7 @@ AgainstOption = Annotated[
 AttentionOption = Annotated[bool, typer.Option(help="Also time attention.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for kernels.csv, plots and kernels.html.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")]
-BudgetOption = Annotated[float, typer.Option(help="Seconds per shape.")]
+BudgetOption = Annotated[float, typer.Option(min=0.01, help="Seconds per shape.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

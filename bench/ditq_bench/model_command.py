@@ -33,7 +33,7 @@ SizeOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")]
-BudgetOption = Annotated[float, typer.Option(help="Seconds of timing.")]
+BudgetOption = Annotated[float, typer.Option(min=0.01, help="Seconds of timing.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for model.csv and model.html.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

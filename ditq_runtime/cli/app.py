@@ -98,10 +98,13 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.format_message()}\n")  # type: ignore[attr-defined]
+            return MISUSE
         if debug:
             traceback.print_exc()
         if isinstance(error, USAGE_ERROR):
-            complain(misuse(error))
+            complain(misuse(error, _typed(arguments)))
             return MISUSE
         complain(sentence(error))
         return FAILED
@@ -112,6 +115,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         )
         complain(f"interrupted; {told}: {voice.line}")
     return result if isinstance(result, int) else OK
+
+
+def _typed(arguments: list[str]) -> str:
+    """The command of a line, as far as it is one."""
+    inner = {"bench": 2}.get(arguments[0], 1) if arguments and arguments[0] in ORDER else 0
+    return " ".join(["ditq", *(word for word in arguments[:inner] if not word.startswith("-"))])
 
 
 def _hear(arguments: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ditq_runtime.files import check_place
+from ditq_runtime.files import check_file, check_place
 
 SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)  # as diffusers reads it
 
@@ -30,13 +30,37 @@ def _place(option: str, value: Any) -> None:
     check_place(Path(value))
 
 
+def _file(option: str, value: Any) -> None:
+    check_file(Path(value))
+
+
+def _folder(option: str, value: Any) -> None:
+    if Path(value).is_file():
+        raise ValueError(f"{option}: {value} is a file; name a folder")
+    check_place(Path(value))
+
+
+def _there(option: str, value: Any) -> None:
+    if not Path(value).is_file():
+        raise typer.BadParameter(f"{option}: no file at {value}; check the path.")
+
+
 # name of a parameter -> its check; floats have theirs whatever they are called
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "max_shard_size": _size,
     "out": _place,
-    "csv": _place,
-    "npz": _place,
+    "csv": _file,
+    "npz": _file,
+    "inputs": _there,
+    "labels": _there,
+    "prompts": _there,
 }
+# name of a command -> what its `out` is, where the command itself does not look
+OUTS: dict[str, Callable[[str, Any], None]] = dict.fromkeys(
+    ("plan", "host", "launches", "census"), _file
+) | dict.fromkeys(
+    ("kernels", "model", "methods", "flow", "profiles", "papers", "jitter", "auto"), _folder
+)
 
 
 class Checked(TyperCommand):
@@ -49,13 +73,18 @@ class Checked(TyperCommand):
             BadParameter: a value that no command could use.
             ValueError: a place that nothing can be written to.
         """
-        for param in self.params:
-            value = ctx.params.get(param.name)
-            option = param.opts[0] if param.opts else str(param.name)
-            if value is None or value == "":
-                continue
-            if isinstance(value, float):
-                _finite(option, value)
-            if param.name in CHECKS:
-                CHECKS[param.name](option, value)
+        checks = CHECKS | ({"out": OUTS[str(self.name)]} if self.name in OUTS else {})
+        try:
+            for param in self.params:
+                value = ctx.params.get(param.name)
+                option = param.opts[0] if param.opts else str(param.name)
+                if value is None or value == "":
+                    continue
+                if isinstance(value, float):
+                    _finite(option, value)
+                if param.name in checks:
+                    checks[param.name](option, value)
+        except typer.BadParameter as error:
+            error.ctx = ctx  # the answer names the command
+            raise
         return super().invoke(ctx)

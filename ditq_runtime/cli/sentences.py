@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 from collections.abc import Callable
 from typing import Any
 
 EXPECTED = (ValueError, OSError, RuntimeError, NotImplementedError, ImportError)
+OPTIONS = re.compile(r"No such option: (\S+) \(Possible options?: ([^)]+)\)")
 EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)")
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors says what the system said
 FULL = "the disk is full; free some space and run the same command again"
@@ -25,17 +27,38 @@ def sentence(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report the traceback"
 
 
-def misuse(error: Any) -> str:
-    """What a wrong command line is answered with: the sentence, and where the right one is described."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return str(error.format_message())
-    command = error.ctx.command_path if error.ctx else "ditq"
+def misuse(error: Any, command: str = "ditq") -> str:
+    """What a wrong command line is answered with: the sentence, and where the right one is described.
+
+    Args:
+        error: of typer.
+        command: that was typed, for an error that does not know it.
+    """
+    command = error.ctx.command_path if error.ctx else command
     text = _one_line(error.format_message())
     for prefix in (*PREFIXES, f"{command}: "):
         text = text.removeprefix(prefix)
     text = EXTRA.sub(r"too many arguments: \1", text)
+    text = OPTIONS.sub(_did_you_mean, text)
     stop = "" if text.endswith((".", "?")) else "."
     return f"{text}{stop} See `{command} --help`."
+
+
+def _did_you_mean(found: re.Match[str]) -> str:
+    """An unknown option with those that are alike but for their dashes; typer also finds dashes alike."""
+    asked, *others = found[1], *found[2].split(", ")
+    known = {other.strip("-"): other for other in others}
+    alike = difflib.get_close_matches(asked.strip("-"), known)
+    return f"No such option: {asked}" + (
+        f". Did you mean {' or '.join(known[name] for name in alike)}?" if alike else ""
+    )
+
+
+def _module(error: Any) -> str:
+    if not error.name:
+        return _one_line(str(error))
+    package = error.name.partition(".")[0]
+    return f"this needs the package {package}, which is not installed; `pip install {package}`"
 
 
 def _is(error: Exception, kind: str | int) -> bool:
@@ -69,6 +92,7 @@ KINDS: tuple[tuple[str | int, Callable[[Any], str]], ...] = (
     (errno.EISDIR, _file("is a folder where a file was expected")),
     (errno.ENOTDIR, _file("part of this path is a file; choose another place")),
     ("SafetensorError", _safetensors),
+    ("ModuleNotFoundError", _module),
     ("OutOfMemoryError", _memory),
     ("MemoryError", _memory),
 )

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from ditq_converters import CalibrationStats
 from ditq_converters.cli.calibrate import calibrate
+from ditq_runtime.cli.checked import Checked
 
 SITE = "transformer_blocks.0.qkv"
 
@@ -15,7 +16,7 @@ SITE = "transformer_blocks.0.qkv"
 @pytest.fixture(scope="module")
 def run():
     app = typer.Typer()
-    app.command()(calibrate)
+    app.command(cls=Checked)(calibrate)
     return lambda *arguments: CliRunner().invoke(app, ["demo:digits", *map(str, arguments)])
 
 

@@ -36,6 +36,8 @@ def census(
 
     Example: ditq bench census --kernel gemm_w8a8 --target 80,90
     """
+    if update_budget and not check:
+        raise typer.BadParameter("--update-budget: budgets are for --check; give both.")
     from ditq_bench.census import gate, rows
     from ditq_bench.results import commit
     from ditq_converters.progress import progress_bar
@@ -55,8 +57,6 @@ def census(
     if out is not None:
         rows.write_csv(out, taken)
     if update_budget:
-        if not check:
-            raise typer.BadParameter("--update-budget: budgets are for --check; give both.")
         gate.update_budget(taken, _triton_version())
     budget = gate.load_budget()["instructions"]
     wrong = [fault for row in taken for fault in gate.faults(row, budget)] if check else []

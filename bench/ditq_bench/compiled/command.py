@@ -41,6 +41,8 @@ def launches(
     from ditq_bench.results import origin_of, told
     from ditq_kernels._triton.offline import inductor
     from ditq_runtime.cli.output import print_json, print_table
+    from ditq_runtime.cli.quiet import quiet_inductor
+    from ditq_runtime.cli.voice import voice
 
     wanted = [
         (block, way)
@@ -48,6 +50,8 @@ def launches(
         for way in chosen_of("--ways", ways, tuple(WAYS))
     ]
     inductor.install()
+    if not voice.verbose:
+        quiet_inductor()
     rows: list[tuple[str, ...]] = []
     for block, way in wanted:
         rows.append(_row(block, way, launches_of_block(BLOCKS[block], WAYS[way])))

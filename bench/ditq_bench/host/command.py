@@ -32,6 +32,7 @@ def host(
     """
     import torch
 
+    from ditq_bench.census.rows import TARGETS
     from ditq_bench.host import cases, measure
     from ditq_bench.host.models import packed, steps
     from ditq_bench.results import ORIGIN, SPREAD, device_name, origin_of, told
@@ -41,6 +42,8 @@ def host(
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    if not on_gpu and target not in TARGETS:
+        raise typer.BadParameter(f"--target must be one of {', '.join(map(str, TARGETS))}.")
     made = packed() if models else {}
     if not on_gpu:
         stub.install(target)

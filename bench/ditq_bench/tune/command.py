@@ -24,9 +24,9 @@ OutOption = Annotated[
     Path | None,
     typer.Option(help="Launch table to write; default: the package's, for this GPU."),
 ]
-BudgetOption = Annotated[float, typer.Option(help="Seconds of timing.")]
+BudgetOption = Annotated[float, typer.Option(min=0.01, help="Seconds of timing.")]
 CompileBudgetOption = Annotated[
-    float, typer.Option(help="Seconds of compiling; launches not reached are not timed.")
+    float, typer.Option(min=0, help="Seconds of compiling; launches not reached are not timed.")
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be timed; needs no GPU.")

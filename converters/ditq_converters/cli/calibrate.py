@@ -89,9 +89,6 @@ def _check(
         )
     files = {"--inputs": inputs, "--labels": labels, "--prompts": prompts}
     given = {name: path for name, path in files.items() if path is not None}
-    for name, path in given.items():
-        if not path.exists() or path.is_dir():
-            raise typer.BadParameter(f"{name}: no file at {path}; check the path.")
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} say the same in two ways; give one.")
     if labels is not None and samples is not None:

@@ -167,8 +167,10 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
 
 def _as_options(sentence: str, choices: dict[str, Any]) -> str:
     """A recipe's sentence about a field as one about the option that a command line has for it."""
-    field, _, rest = sentence.removeprefix("recipe: ").partition(" ")
-    return f"--{field.replace('_', '-')} {rest}" if field in choices else sentence
+    field, _, rest = sentence.removeprefix("recipe: ").removeprefix("option ").partition(" ")
+    if field == "num_groups":
+        return f"--groups {rest}"
+    return f"--{field.replace('_', '-')} {rest}" if field.rstrip(":") in choices else sentence
 
 
 def is_auto(choices: dict[str, Any]) -> bool:

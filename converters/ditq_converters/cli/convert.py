@@ -67,7 +67,9 @@ def convert(
     try:
         refuse_profile(recipe)
     except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from error
+        raise typer.BadParameter(f"--{error}.") from error
+    if str(out).startswith("demo:"):
+        raise typer.BadParameter(f"OUT: {out} is the name of a built-in model; name a folder.")
     budget = o.parse_budget(memory_budget)
     check_new(out)
     begin = time.perf_counter()

@@ -20,6 +20,7 @@ from ditq_runtime.host.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 # plain, or of a variant: NAME[.VARIANT][-00001-of-00002].safetensors
 WEIGHTS = re.compile(
     r"diffusion_pytorch_model(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", re.IGNORECASE
@@ -54,7 +55,7 @@ def open_model(
         return open_facebook_dit(path, torch_dtype)
     if path.is_dir():
         return _open_folder(path, torch_dtype, memory_budget)
-    if path.exists() or model.count("/") > 1 or model.startswith((".", "/")):
+    if path.exists() or not HUB_ID.fullmatch(model):
         raise ValueError(
             f"{model}: not a diffusers folder, not a hub id, and not one of {', '.join(DEMO_MODELS)}"
         )
