@@ -17,7 +17,7 @@ ROOM_OF = {  # package -> its room, leftmost first: each may import only those t
 }
 ORDER = list(ROOM_OF)
 WINGS = (  # of the converters, from the front door to the cellar: each imports only those below it
-    "cli", "showcase", "auto", "fakequant", "evaluate", "convert", "plan", "calibrate", "sites", "methods", "models",
+    "cli", "showcase", "auto", "evaluate", "convert", "plan", "calibrate", "sites", "methods", "models",
     "streaming", "demo", "pages",
 )  # fmt: skip
 

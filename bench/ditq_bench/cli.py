@@ -98,7 +98,7 @@ def profiles(
     """
     from ditq_bench.method_tables import profile_table
     from ditq_bench.methods import MODELS, profile_cases
-    from ditq_converters.methods.profiles import PROFILES
+    from ditq_bench.simulated.profiles import PROFILES
     from ditq_runtime.cli.output import say
 
     chosen = chosen_of("--models", models, MODELS)

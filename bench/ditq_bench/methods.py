@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ditq_bench.results import commit
+from ditq_bench.simulated import simulate
+from ditq_bench.simulated.profiles import PROFILES
 from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
-from ditq_converters.fakequant import simulate
-from ditq_converters.methods.profiles import PROFILES
 from ditq_converters.models.open import open_model
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.showcase.asking import asked_for, digits
@@ -84,12 +84,13 @@ ABLATIONS |= {
 
 @dataclass(frozen=True)
 class Case:
-    """One conversion: which table it belongs to, what it is called, its recipe."""
+    """One conversion: which table it belongs to, what it is called, its recipe; the profile of a simulation."""
 
     model: str
     table: str
     name: str
     recipe: Recipe
+    profile: str = ""
 
 
 def cases(models: tuple[str, ...]) -> Iterator[Case]:
@@ -128,7 +129,7 @@ def profile_cases(models: tuple[str, ...], methods: tuple[str, ...]) -> Iterator
             for method, profile in PROFILES:
                 if method in methods:
                     name = f"{method} {profile}, simulated"
-                    yield Case(model, "profiles", name, Recipe(method, weights, profile=profile))
+                    yield Case(model, "profiles", name, Recipe(method, weights), profile)
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,11 @@ def prepare(model: str, folder: Path) -> Subject:
 
 
 def measure(case: Case, subject: Subject) -> dict[str, Any]:
-    """Convert (or simulate, where the profile is no integer one), sample, compare: one row of FIELDS."""
+    """Convert (or simulate, where a profile is to be), sample, compare: one row of FIELDS."""
     begin, baseline = time.perf_counter(), subject.baseline
     nbytes: int | str = ""  # a simulation has no size of its own
-    if case.recipe.profile != "int":
-        packed = simulate(baseline.pipe, case.recipe, subject.stats)
+    if case.profile:
+        packed = simulate(baseline.pipe, case.recipe, case.profile, subject.stats)
         seconds = time.perf_counter() - begin
     else:
         with TemporaryDirectory() as folder:

@@ -7,7 +7,8 @@ from ditq_converters import CalibrationStats, calibrate
 from ditq_converters.auto.estimate import seconds_of
 from ditq_converters.auto.search import ends
 from ditq_converters.cli import choices as c
-from ditq_converters.cli.automatic import OLD, UNFED, has_inputs, settled
+from ditq_converters.cli.automatic import has_inputs
+from ditq_converters.cli.choices import OLD, UNFED, settled
 from ditq_converters.plan.make import plan_of
 
 NOTHING = {

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ditq_converters.cli.automatic import UNFED
 from ditq_converters.cli.calibrate import calibrate
+from ditq_converters.cli.choices import UNFED
 from ditq_converters.cli.convert import convert
 from ditq_converters.cli.demo import demo
 from ditq_converters.cli.inspect import inspect
@@ -74,7 +74,6 @@ def test_calibrate_refuses_another_plan_in_the_same_folder(stats, ditq):
         ("convert", "demo:digits", "x", "--group-size", "33"),
         ("convert", "demo:digits", "x", "--alpha", "2"),
         ("convert", "demo:digits", "x", "--rounding", "up"),
-        ("convert", "demo:digits", "x", "--method", "ditas", "--profile", "paper"),
         ("convert", "demo:digits", "x", "--range-method", "qdiff_mse"),  # per token
         ("convert", "demo:digits", "x", "--modulation", "w3"),
         ("convert", "demo:digits", "x", "--weights", "w4p", "--symmetric"),

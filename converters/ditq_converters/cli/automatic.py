@@ -1,4 +1,4 @@
-"""What `convert` does where nobody chose a method: the best that it can with what it was given, and what it says."""
+"""What `convert` asks before its long work: can it calibrate, by a schedule that is long enough; how long it takes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ditq_converters.cli import choices as c
-
 if TYPE_CHECKING:
     from torch import nn
 
     from ditq_converters.calibrate.stats import CalibrationStats
     from ditq_converters.plan.plan import Plan
-    from ditq_converters.plan.recipe import Recipe
 
 BUDGET = "memory_budget"  # of a calibration; no part of its inputs
 WORTH_TELLING = 10  # seconds
-UNFED = (
-    "no --prompts, --inputs or --stats: converted without calibration, by the weights alone; with some, on "
-    "demo:digits-flow, 8 bits gain 3.5 dB and 4 bits gain 9"
-)
-
-OLD = "method smoothquant: these statistics hold no rows or calls, which auto needs; calibrate again into a new folder"
 
 
 def has_inputs(pipe: Any, calibration: dict[str, Any]) -> bool:
@@ -55,35 +46,6 @@ def refuse_groups(pipe: Any, plans: Iterable[Plan], calibration: dict[str, Any])
     calls = max(steps) * getattr(scheduler, "order", 1)
     for plan in grouped:
         check_groups(plan, calls, "the calibration makes")
-
-
-def settled(
-    choices: dict[str, Any],
-    asked: bool,
-    fed: bool,
-    stats: CalibrationStats | None,
-) -> Recipe:
-    """The recipe of the choices, where auto may have to do with less.
-
-    Args:
-        choices: that were made.
-        asked: for a method, by name.
-        fed: there are statistics, or a calibration can run.
-        stats: those that were given.
-    """
-    from ditq_converters.progress import note
-
-    recipe = c.recipe_of(choices)
-    if not c.is_auto(choices):
-        return recipe
-    if not asked and not choices["budget"]:
-        if not fed:
-            note(UNFED)
-            return c.without_data(choices)
-        if stats is not None and not stats.has_replay:
-            note(OLD)
-            return c.recipe_of({**choices, "method": "smoothquant"})
-    return recipe
 
 
 def tell_time(

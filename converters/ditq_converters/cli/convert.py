@@ -58,18 +58,13 @@ def convert(
 
     Example: ditq convert demo:digits out --budget 16%
     """
-    from ditq_converters.cli.automatic import settled
-    from ditq_converters.plan.make import refuse_profile
     from ditq_runtime.files import check_new, one_writer
 
     c.refuse_choices(context, plan)
     recipe = c.recipe_of(choices)
-    try:
-        refuse_profile(recipe)
-    except ValueError as error:
-        raise typer.BadParameter(f"--{error}.") from error
     if str(out).startswith("demo:"):
         raise typer.BadParameter(f"OUT: {out} is the name of a built-in model; name a folder.")
+    search = partial(c.searched, choices) if c.searches(choices) else None
     budget = o.parse_budget(memory_budget)
     check_new(out)
     begin = time.perf_counter()
@@ -80,10 +75,9 @@ def convert(
     asked = source is not None and source.name == "COMMANDLINE"
 
     def planned(transformer: nn.Module, fed: bool, opened: CalibrationStats | None) -> Plan:
-        chosen = recipe if plan else settled(choices, asked, fed, opened)
+        chosen = recipe if plan else c.settled(choices, asked, fed, opened)
         return c.plan_for(transformer, chosen, plan, set)
 
-    search = partial(c.searched, choices) if c.searches(choices) else None
     alike = plan is not None  # a plan of a file is for all transformers that it fits
     with one_writer(out, again=True):  # also while it calibrates
         _convert(model, out, planned, alike, search, stats, device, max_shard_size, calibration)

@@ -73,7 +73,6 @@ def plan_of(
     inputs: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan of a recipe, changed by rules. Errors as `make_plan`."""
-    refuse_profile(recipe)
     family = family_or_row(model, inputs)
     plan = _plan(model, family, recipe)
     for rule in rules:
@@ -85,6 +84,7 @@ def plan_of(
 
 
 def _plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
+    _check_keep(model, family, recipe)
     sites: list[SitePlan] = []
     linears: list[LinearPlan] = []
     for block, table in family.block_tables(model).items():
@@ -107,24 +107,14 @@ def _plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
         if isinstance(module, nn.Linear) and name not in known
     ]
     attention = plan_attention(model, family, recipe)
-    plan = Plan(family.architecture, tuple(sites), tuple(linears), attention, recipe.kept_dtype)
-    _check_keep(plan, recipe)
-    return plan
+    return Plan(family.architecture, tuple(sites), tuple(linears), attention, recipe.kept_dtype)
 
 
-def refuse_profile(recipe: Recipe) -> None:
-    """ValueError for a profile that only rounds in float, which no packed checkpoint can hold."""
-    if recipe.profile != "int":
-        raise ValueError(
-            f"convert: profile {recipe.profile} rounds in float and no packed checkpoint can hold it; score it with "
-            f"`ditq bench profiles --methods {recipe.method}`, or convert with profile int"
-        )
-
-
-def _check_keep(plan: Plan, recipe: Recipe) -> None:
-    names = [entry.name for entry in plan.linears if entry.weights != "as it is"]
-    if recipe.attention_format is not None:
-        names += [entry.name for entry in plan.attention]
+def _check_keep(model: nn.Module, family: Family, recipe: Recipe) -> None:
+    """ValueError for a pattern of what stays float that names nothing."""
+    names = [f"{b}.{n}" for b, t in family.block_tables(model).items() for n in t.linears]
+    names += [family.final_modulation] if family.final_modulation is not None else []
+    names += family.attention_names(model) if recipe.attention_format is not None else []
     for pattern in recipe.keep:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(

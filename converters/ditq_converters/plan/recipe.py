@@ -7,8 +7,6 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ditq_converters.methods import METHODS
-from ditq_converters.methods.profiles import NAMES as PROFILE_NAMES
-from ditq_converters.methods.profiles import profile_of
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.plan.entries import ACTIVATIONS as ALL_ACTIVATIONS
 from ditq_converters.plan.entries import ITERATIONS, QUANTIZED, ROUNDINGS
@@ -47,8 +45,6 @@ class Recipe:
         iterations: of learning each block, where rounding is `reconstruct`; PTQ4DiT takes 20000.
         bias_correction: take the mean output error of every site's linear on the sampled rows back through its bias
             (arXiv:1906.04721), per timestep group where the bias is a table; a linear without a bias gets none.
-        profile: `int`, the form that the kernels run; `paper` or `code`: the quantizers of the publication or of its
-            released code, in float, for `ditq_converters.fakequant.simulate` alone: no checkpoint can hold them.
         symmetric: `w4g` weights without zero points; None: as the method has it (Meta: symmetric).
         kept_dtype: what tensors that stay float are stored in: `fp32` (as the model was opened) or `bf16`.
         alpha: of smoothquant, and of ditas without its search; this and the fields below: see the options of the
@@ -76,7 +72,6 @@ class Recipe:
     ema: float = 0.99
     range_method: str = "minmax"
     rounding: str = "nearest"
-    profile: str = "int"
     symmetric: bool | None = None
     attention: str | None = None
     attention_scales: str | None = None
@@ -102,9 +97,6 @@ class Recipe:
             raise ValueError(
                 f"recipe: group_size must be a positive multiple of 32, got {self.group}"
             )
-        _one_of("profile", self.profile, PROFILE_NAMES)
-        if self.profile != "int":
-            profile_of(self.method, self.profile)
         if self.symmetric is not None and "w4g" not in (self.weights, self.modulation_weights):
             raise ValueError(
                 f"recipe: symmetric is a choice of w4g weights, got weights {self.weights!r}"

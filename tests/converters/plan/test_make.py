@@ -183,11 +183,6 @@ def test_what_a_plan_needs(make_dit, choices, needs):
     assert (plan.needs_statistics, plan.needs_rows, plan.needs_operands) == needs
 
 
-def test_a_profile_that_rounds_in_float_makes_no_plan(make_dit):
-    with pytest.raises(ValueError, match="profile paper rounds in float"):
-        make_plan(make_dit(), method="ditas", profile="paper")
-
-
 @pytest.mark.parametrize("method", ["linear", "smoothquant"])
 def test_keeping_everything_is_the_float_model(make_pipeline, inputs, tmp_path, method):
     """Only the fold remains, in fp32: 1e-5 is a hundred roundings of 6e-8 in a row."""

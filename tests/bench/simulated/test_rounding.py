@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_converters.fakequant.rounding import asymmetric, asymmetric_codes, ditas_code, symmetric
+from ditq_bench.simulated.rounding import asymmetric, asymmetric_codes, ditas_code, symmetric
 
 
 def tensor(*values):

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ditq_bench.simulated.granularity import fake_quantize_weight
+from ditq_bench.simulated.linear import Groups, SimulatedLinear
+from ditq_bench.simulated.profiles import Profile, profile_of
+from ditq_bench.simulated.transforms import ACT_BITS, block_transform
+from ditq_bench.simulated.weights import SimulatedWeight
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.fold import LinearTensors, block_linears
 from ditq_converters.convert.groups import by_timestep, group_bounds
 from ditq_converters.convert.site_data import site_data
-from ditq_converters.fakequant.granularity import fake_quantize_weight
-from ditq_converters.fakequant.linear import Groups, SimulatedLinear
-from ditq_converters.fakequant.transforms import ACT_BITS, block_transform
-from ditq_converters.fakequant.weights import SimulatedWeight
 from ditq_converters.methods import BlockTransform, SiteData, Transform, ranges
-from ditq_converters.methods.profiles import Profile, profile_of
 from ditq_converters.plan.entries import MODULATION, QUANTIZED, SitePlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Part
@@ -33,14 +32,19 @@ Bounds = list[tuple[torch.Tensor, Groups]]  # per block: boundaries, and where i
 
 
 def simulate(
-    pipe: Any, recipe: Recipe, stats: CalibrationStats, granularity: str | None = None
+    pipe: Any,
+    recipe: Recipe,
+    profile: str,
+    stats: CalibrationStats,
+    granularity: str | None = None,
 ) -> nn.Module:
     """A float model that behaves like the method under a published profile. It saves nothing and speeds up nothing.
 
     Args:
         pipe: a diffusers pipeline, or its transformer alone; not changed.
-        recipe: `method`, `profile`, the bits of `weights`, `keep`, `lora_rank` and the method's options are read; the
-            profile decides the rest.
+        recipe: `method`, the bits of `weights`, `keep`, `lora_rank` and the method's options are read; the profile
+            decides the rest.
+        profile: `paper` or `code`, see `profiles`.
         stats: a calibration of this very model, with sampled rows.
         granularity: who shares a weight range, in place of the profile's.
 
@@ -51,22 +55,22 @@ def simulate(
         ValueError: the method has no such profile, or a granularity that does not fit.
         StatisticsError: the statistics are of another model, or hold no rows.
     """
-    profile = profile_of(recipe.method, recipe.profile)
-    granularity = granularity or profile.granularity_at(BITS[recipe.weights])
+    of = profile_of(recipe.method, profile)
+    granularity = granularity or of.granularity_at(BITS[recipe.weights])
     model = transformer_of(pipe)
     stats.check_model(model)
     know_sites(model, stats)
-    family, plan = family_for(model), plan_of(model, replace(recipe, profile="int"))
+    family, plan = family_for(model), plan_of(model, recipe)
     simulated = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     groups: Bounds = []
     for block, table in family.block_tables(model).items():
         part = plan.part(block)
-        layers, found = _block(model, table, block, part, recipe, profile, granularity, stats)
+        layers, found = _block(model, table, block, part, recipe, of, granularity, stats)
         groups.append(found)
         for name, layer in layers.items():
             simulated.get_submodule(block).set_submodule(name, layer)
-        if profile.modulation:
-            _round_modulations(simulated, part, BITS[recipe.weights], profile)
+        if of.modulation:
+            _round_modulations(simulated, part, BITS[recipe.weights], of)
     simulated.register_forward_pre_hook(_group_finder(groups), with_kwargs=True)
     return simulated
 

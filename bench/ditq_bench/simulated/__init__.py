@@ -4,6 +4,6 @@ What `ditq convert` writes never passes through here: these quantizers have no i
 inside the sum of a product) or cannot serve (a range over the whole batch makes an image depend on its batch mates).
 """
 
-from ditq_converters.fakequant.simulate import simulate
+from ditq_bench.simulated.simulate import simulate
 
 __all__ = ["simulate"]

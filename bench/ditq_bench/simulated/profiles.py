@@ -15,8 +15,8 @@ class Profile:
 
     Attributes:
         activations: `dynamic_tensor` (one range per call over the whole batch) or `static_tensor`.
-        act_rule: a name of `fakequant.rounding.RULES`, for activations.
-        granularity: of the weights at 8 and at 4 bits, names of `fakequant.granularity.GRANULARITIES`.
+        act_rule: a name of `simulated.rounding.RULES`, for activations.
+        granularity: of the weights at 8 and at 4 bits, names of `simulated.granularity.GRANULARITIES`.
         weight_rule: the same, for weights.
         range_method: of static activations, a name of `methods.ranges.RANGE_METHODS`.
         branch_first: the low-rank split takes the unsmoothed weight, before the search (DiTAS Eq. 9 and its code);
@@ -69,7 +69,6 @@ PROFILES: dict[tuple[str, str], Profile] = {
     # arXiv:2503.06930; no code is public
     ("htg", "paper"): Profile("static_tensor", range_method="qdiff_mse"),
 }
-NAMES = ("int", "paper", "code")
 
 
 def profile_of(method: str, name: str) -> Profile:

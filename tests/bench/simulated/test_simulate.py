@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ditq_converters import Recipe, StatisticsError, calibrate, convert
-from ditq_converters.fakequant import simulate
-from ditq_converters.fakequant.linear import SimulatedLinear
-from ditq_converters.fakequant.transforms import search_losses
+from ditq_bench.simulated import simulate
+from ditq_bench.simulated.linear import SimulatedLinear
+from ditq_bench.simulated.profiles import PROFILES, Profile
+from ditq_bench.simulated.transforms import search_losses
+from ditq_converters import Recipe, StatisticsError, calibrate
 from ditq_converters.methods import SiteData
 from ditq_converters.methods.ditas import ALPHAS
-from ditq_converters.methods.profiles import PROFILES, Profile
 from ditq_converters.methods.smoothquant import smooth_factor
 from ditq_runtime import QuantLinear
 
@@ -82,7 +82,7 @@ def test_every_profile_is_close_at_8_bits_and_further_at_4(model, stats, seen, m
     before = {name: value.clone() for name, value in model.state_dict().items()}
     errors = []
     for weights in ("w8", "w4p"):
-        simulated = simulate(model, Recipe(method, weights, profile=profile), stats)
+        simulated = simulate(model, Recipe(method, weights), profile, stats)
         layers = [m for m in simulated.modules() if isinstance(m, SimulatedLinear)]
         assert len(layers) == 12
         assert not any(isinstance(m, QuantLinear) for m in simulated.modules())
@@ -97,7 +97,7 @@ def test_what_calibration_has_not_seen_is_clipped_and_that_is_all(model, stats, 
 
     Ranges that hold them bring the error back below the bound: nothing but the clipping is wrong.
     """
-    simulated = simulate(model, Recipe("htg", profile="paper"), stats)
+    simulated = simulate(model, Recipe("htg"), "paper", stats)
     layers = [layer for layer in simulated.modules() if getattr(layer, "shift", None) is not None]
     clipped = []
 
@@ -121,8 +121,8 @@ def test_without_rounding_it_is_the_model(model, stats, batch, method, profile, 
     """Shift, factor, groups and biases are exact: with quantizers that keep every value the function is the same."""
     keep = dict.fromkeys(("asymmetric", "symmetric", "ditas_code"), lambda x, low, high, bits: x)
     for module in ("granularity", "linear", "transforms"):
-        monkeypatch.setattr(f"ditq_converters.fakequant.{module}.RULES", keep)
-    simulated = simulate(model, Recipe(method, "w4p", profile=profile, lora_rank=0), stats)
+        monkeypatch.setattr(f"ditq_bench.simulated.{module}.RULES", keep)
+    simulated = simulate(model, Recipe(method, "w4p", lora_rank=0), profile, stats)
     # the attention and norms stay fp32: 2^-24 times a few hundred operations
     assert error(model, simulated, batch) < 1e-5
     if method == "htg":
@@ -135,9 +135,9 @@ def test_folded_channels_do_not_feel_alpha_and_others_do(model, stats, batch):
     outputs = {}
     for granularity in ("per_in_channel_folded", "per_in_group"):
         for alpha in (0.1, 0.8):
-            recipe = Recipe("ditas", profile="paper", search=False, alpha=alpha, lora_rank=0)
+            recipe = Recipe("ditas", search=False, alpha=alpha, lora_rank=0)
             outputs[granularity, alpha] = forward(
-                simulate(model, recipe, stats, granularity), batch
+                simulate(model, recipe, "paper", stats, granularity), batch
             )
     folded = [outputs["per_in_channel_folded", alpha] for alpha in (0.1, 0.8)]
     # equal in exact arithmetic; a code may fall on the other side of a tie
@@ -151,7 +151,7 @@ def test_the_branch_lowers_the_error(model, stats, batch, granularity):
     """Split before smoothing where that commutes, after it elsewhere."""
     errors = [
         error(model, simulate(
-            model, Recipe("ditas", "w4p", profile="paper", lora_rank=rank), stats, granularity
+            model, Recipe("ditas", "w4p", lora_rank=rank), "paper", stats, granularity
         ), batch)
         for rank in (0, 16)
     ]  # fmt: skip
@@ -163,13 +163,13 @@ def test_a_dynamic_tensor_range_couples_the_batch_and_a_static_one_does_not(mode
     """Why it is simulated only: an image would depend on its batch mates."""
     alone = {key: value[:1] for key, value in batch.items()}
     for method, coupled in (("ditas", True), ("ptq4dit", False)):
-        simulated = simulate(model, Recipe(method, profile="paper"), stats)
+        simulated = simulate(model, Recipe(method), "paper", stats)
         together, single = forward(simulated, batch)[:1], forward(simulated, alone)
         assert (float((together - single).abs().max()) > 1e-3) is coupled
 
 
 def test_meta_takes_the_range_of_its_one_call(model, stats):
-    simulated = simulate(model, Recipe("meta", profile="paper"), stats)
+    simulated = simulate(model, Recipe("meta"), "paper", stats)
     low, high = stats.ranges("transformer_blocks.1.fc2")
     found = simulated.transformer_blocks[1].ff.net[2].act_range
     assert [end.item() for end in found] == [low[0].min().item(), high[0].max().item()]
@@ -205,29 +205,25 @@ def test_search_losses_are_those_of_the_definition():
 
 def test_ssc_over_rows_differs_from_ssc_over_calls(model, stats):
     factors = [
-        simulate(model, Recipe("ptq4dit", profile=profile), stats)
+        simulate(model, Recipe("ptq4dit"), profile, stats)
         .transformer_blocks[0].attn1.to_q.smooth
         for profile in ("paper", "code")
     ]  # fmt: skip
     assert not torch.allclose(*factors, rtol=1e-3)
 
 
-def test_no_packed_checkpoint_comes_of_it(model, stats, tmp_path):
-    recipe = Recipe("ditas", profile="paper")
-    with pytest.raises(ValueError, match="profile paper rounds in float and no packed checkpoint"):
-        convert(model, recipe, stats, tmp_path / "out", quiet=True)
-    assert list(tmp_path.iterdir()) == []
-    simulated = simulate(model, recipe, stats)
+def test_it_is_no_packed_model(model, stats):
+    simulated = simulate(model, Recipe("ditas"), "paper", stats)
     assert "quantization_config" not in simulated.config
     assert isinstance(simulated, DiTTransformer2DModel)
 
 
 def test_it_needs_rows_and_the_model_s_own_statistics(model, make_dit, stats, tmp_path):
-    recipe = Recipe("htg", profile="paper")
+    recipe = Recipe("htg")
     with pytest.raises(StatisticsError, match="belong to another model"):
-        simulate(make_dit(6), recipe, stats)
+        simulate(make_dit(6), recipe, "paper", stats)
     bare = calibrate(model, tmp_path / "stats", steps=2, samples=1, rows=0, quiet=True)
     with pytest.raises(StatisticsError, match="no sampled rows"):
-        simulate(model, recipe, bare)
-    with pytest.raises(ValueError, match="htg has no 'int' profile to simulate"):
-        simulate(model, Recipe("htg"), stats)
+        simulate(model, recipe, "paper", bare)
+    with pytest.raises(ValueError, match="htg has no 'code' profile to simulate; there are: meta"):
+        simulate(model, recipe, "code", stats)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ditq_converters.fakequant.granularity import (
+from ditq_bench.simulated.granularity import (
     GRANULARITIES,
     FoldedWeight,
     fake_quantize_weight,

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from ditq_converters.fakequant.rounding import RULES
-from ditq_converters.fakequant.weights import SimulatedWeight
+from ditq_bench.simulated.profiles import Profile
+from ditq_bench.simulated.rounding import RULES
+from ditq_bench.simulated.weights import SimulatedWeight
 from ditq_converters.methods import METHODS, BlockTransform, SiteData, Transform
 from ditq_converters.methods.ditas import ALPHAS, DitasOptions
-from ditq_converters.methods.profiles import Profile
 from ditq_converters.methods.ptq4dit import ALPHA, call_weights
 from ditq_converters.methods.smoothquant import smooth_factor
 from ditq_converters.plan.plan import Part

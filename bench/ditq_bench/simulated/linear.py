@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditq_converters.fakequant.granularity import FoldedWeight
-from ditq_converters.fakequant.rounding import RULES, asymmetric_codes
+from ditq_bench.simulated.granularity import FoldedWeight
+from ditq_bench.simulated.rounding import RULES, asymmetric_codes
 
 Range = tuple[torch.Tensor, torch.Tensor]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ditq_converters.fakequant.granularity import FoldedWeight, fake_quantize_weight
+from ditq_bench.simulated.granularity import FoldedWeight, fake_quantize_weight
+from ditq_bench.simulated.profiles import Profile
 from ditq_converters.methods.alternating import alternate
-from ditq_converters.methods.profiles import Profile
 
 COMMUTES = ("per_in_channel", "per_in_channel_code")  # Q(W diag(s)) = Q(W) diag(s)
 FOLDED = "per_in_channel_folded"

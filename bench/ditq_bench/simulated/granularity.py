@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import ditq_kernels as k
-from ditq_converters.fakequant.rounding import RULES, asymmetric_codes
+from ditq_bench.simulated.rounding import RULES, asymmetric_codes
 
 CODE_ROWS = 32  # weights that share a scale in DiTAS's released code
 GRANULARITIES = (
