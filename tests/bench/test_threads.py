@@ -1,4 +1,4 @@
-"""The thread stress, short: no forward differs, whatever the threads do; and it would see one that does."""
+"""The thread stress, for half a minute: no forward differs, whatever the threads do; and it would see one that does."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,13 @@ from ditq_runtime.layers import carrier, timestep_groups
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version1"
 NAMES = ("dit_htg", "dit_token", "pixart", "sd3", "flux")
+COMBINATIONS = [
+    *((name, "shared") for name in NAMES),
+    ("dit_htg", "several"),
+    *((name, "prepared") for name in ("dit_htg", "pixart")),
+    *((name, "reported") for name in ("dit_htg", "sd3")),
+]
+SECONDS = 30 / len(COMBINATIONS)  # half a minute in all
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +37,11 @@ def model():
     return load
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *((name, "shared") for name in NAMES),
-        ("dit_htg", "several"),
-        *((name, "prepared") for name in ("dit_htg", "pixart")),
-        *((name, "reported") for name in ("dit_htg", "sd3")),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind"), COMBINATIONS)
 def test_threads_get_the_bits_of_one(model, name, kind):
-    outcome = threads.stress_model(name, model(name), kind, forwards=39)
-    assert (outcome.wrong, outcome.forwards) == (0, 39)
+    outcome = threads.stress_model(name, model(name), kind, forwards=39, seconds=SECONDS)
+    assert outcome.wrong == 0
+    assert outcome.forwards >= 39
 
 
 class _Shared:

@@ -46,15 +46,16 @@ def _surroundings(folder: Path, cases: int, seed: int) -> list[Tally]:
 
 def _threads(folder: Path, cases: int, seed: int) -> list[Tally]:
     """Seeds play no part: the system decides which thread runs."""
-    tally = Tally("threads", seed)
+    tallies = {kind: Tally(f"threads: {kind}", seed) for kind in threads.KINDS}
     for name, model in threads.models(folder):
-        for kind in threads.KINDS:
+        say(f"  {name}")
+        for kind, tally in tallies.items():
             outcome = threads.stress_model(name, model, kind, cases)
             tally.cases += outcome.forwards
             tally.right += outcome.forwards - outcome.wrong
             if outcome.wrong:
                 tally.findings.append(f"threads: {name} {kind}: {outcome.wrong} forwards differ")
-    return [tally]
+    return list(tallies.values())
 
 
 def _kills(folder: Path, cases: int, seed: int) -> list[Tally]:
@@ -71,7 +72,7 @@ KINDS: dict[str, tuple[Callable[[Path, int, int], list[Tally]], int, int]] = {  
     "reader": (_reader, 100_000, 1000),
     "from_pretrained": (_loading, 1000, 40),
     "surroundings": (_surroundings, 3000, 150),
-    "writers": (writers.attack, 12, 1),
+    "writers": (writers.attack, 24, 1),
     "kills": (_kills, 60, 2),
     "threads": (_threads, 1000, 39),  # forwards of each combination
 }
@@ -99,11 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for name in options.kinds or KINDS:
         _, many, few = KINDS[name]
-        rows += _run(name, options.cases or (few if options.short else many), options.seed)
+        came = _run(name, options.cases or (few if options.short else many), options.seed)
+        if options.csv is not None:
+            _append(options.csv, came)  # at once: a run that is stopped keeps what it has
+        rows += came
     columns = FIELDS[3:]
     print_table("stress", columns, [[row[key] for key in columns] for row in rows])
-    if options.csv is not None:
-        _append(options.csv, rows)
     return 1 if any(row["findings"] for row in rows) else 0
 
 

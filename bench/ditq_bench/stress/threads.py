@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,15 @@ from ditq_runtime.families import family_of
 
 THREADS, STEPS = 6, 4
 KINDS = ("shared", "several", "prepared", "reported")
-FORMATS = [
-    *itertools.product(("w8", "w4p", "w4g"), ("token", "static"), ("htg",)),
-    ("w8", "token", "smoothquant"),
+BLOCKS = 2  # of the demo model: threads meet in every layer, more blocks only take longer
+FORMATS = [  # method, weights, activations, attention
+    *itertools.product(("htg",), ("w8", "w4p", "w4g"), ("token", "static"), ("none",)),
+    ("htg", "w8", "token_asym", "none"),
+    ("htg", "w8", "static", "int8"),
+    ("htg", "w8", "token", "bf16"),
+    ("smoothquant", "w8", "token", "none"),
 ]
+OTHERS = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Outcome:
 Work = Callable[[], list[torch.Tensor]]
 
 
-def stress_model(name: str, model: Any, kind: str, forwards: int) -> Outcome:
+def stress_model(name: str, model: Any, kind: str, forwards: int, seconds: float = 0.0) -> Outcome:
     """Run one combination.
 
     Args:
@@ -58,6 +64,7 @@ def stress_model(name: str, model: Any, kind: str, forwards: int) -> Outcome:
         model: a packed transformer on the CPU, with example inputs in its family table.
         kind: one of `KINDS`; `prepared` needs modulation that can be hoisted.
         forwards: at least, of all threads.
+        seconds: at least, of the clock.
 
     Raises:
         Exception: the first one of any thread.
@@ -65,13 +72,15 @@ def stress_model(name: str, model: Any, kind: str, forwards: int) -> Outcome:
     works, undo = _works(model, kind)
     expected = [work() for work in works]  # one thread
     rounds = -(-forwards // sum(map(len, expected)))
-    ends, wrong, failures = threading.Event(), [0] * THREADS, list[BaseException]()
+    ends, failures = threading.Event(), list[BaseException]()
+    done, wrong, end = [0] * THREADS, [0] * THREADS, time.monotonic() + seconds
 
     def repeat(i: int) -> None:
         try:
-            for _ in range(rounds):
+            while done[i] < rounds * len(expected[i]) or time.monotonic() < end:
                 pairs = zip(works[i](), expected[i], strict=True)
                 wrong[i] += sum(not torch.equal(got, truth) for got, truth in pairs)
+                done[i] += len(expected[i])
         except BaseException as error:
             failures.append(error)
 
@@ -94,7 +103,7 @@ def stress_model(name: str, model: Any, kind: str, forwards: int) -> Outcome:
     undo()
     if failures:
         raise failures[0]
-    return Outcome(name, kind, rounds * sum(map(len, expected)), sum(wrong))
+    return Outcome(name, kind, sum(done), sum(wrong))
 
 
 def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
@@ -102,8 +111,7 @@ def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
     prepared = []
     works = []
     for i in range(THREADS):
-        scheduler = DDIMScheduler()
-        scheduler.set_timesteps(STEPS + i)
+        scheduler = _steps(STEPS + i)
         if kind == "prepared" and i % 2:
             prepared.append(ditq.prepare(SimpleNamespace(transformer=model, scheduler=scheduler)))
         own = copy.deepcopy(model) if kind == "several" else model
@@ -114,6 +122,12 @@ def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
             handle.undo()
 
     return works, undo
+
+
+def _steps(number: int) -> Any:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(number)
+    return scheduler
 
 
 def _sampling(model: Any, scheduler: Any) -> Work:
@@ -136,11 +150,22 @@ def _sampling(model: Any, scheduler: Any) -> Work:
 
 
 def models(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Packed copies of demo:digits in all formats: name, transformer."""
+    """Packed tiny models: name, transformer. DiT in all formats, and the other families with timestep groups."""
+    from ditq_bench.zoo import CLASSES
     from ditq_converters import Recipe, calibrate, convert, open_model
 
     pipe = open_model("demo:digits")
-    stats = calibrate(pipe, folder / "stats", steps=8, samples=2, quiet=True)
-    for weights, activations, method in FORMATS:
-        recipe = Recipe(method, weights, activations)
-        yield f"{method} {weights} {activations}", convert(pipe, recipe, stats, quiet=True)
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:BLOCKS]
+    pipe.transformer.register_to_config(num_layers=BLOCKS)
+    options: dict[str, Any] = {"attention": True, "quiet": True}
+    stats = calibrate(pipe, folder / "stats", steps=8, samples=2, **options)
+    for method, weights, activations, attention in FORMATS:
+        recipe = Recipe(method, weights, activations, attention=attention)
+        name = f"DiT {method} {weights} {activations}, attention {attention}"
+        yield name, convert(pipe, recipe, stats, quiet=True)
+    for cls in OTHERS:
+        model = CLASSES[cls].build()
+        run = _sampling(model, _steps(STEPS))
+        stats = calibrate(model, folder / cls, run=lambda _, run=run: run(), **options)
+        recipe = Recipe("htg", "w8", attention="int8")
+        yield f"{cls} htg w8 token, attention int8", convert(model, recipe, stats, quiet=True)
