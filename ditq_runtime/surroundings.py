@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from ditq_kernels.codes.products import ieee
+
 SEED = 0  # of what draws from the global random state in here, which nothing of ours should
 
 
@@ -21,21 +23,20 @@ def steady() -> Iterator[None]:
     For entry points whose work takes long: threads share most of these settings, so that another thread sees them too
     while it lasts.
     """
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)
-        stack.callback(torch.set_float32_matmul_precision, precision)
         stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
         for device in _devices():
             stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(ieee(torch.device(device)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(_cuda_devices()))
         if torch.get_default_device().type != "cpu":  # a mode costs every operation
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)
         torch.manual_seed(SEED)
         yield

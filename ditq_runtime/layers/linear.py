@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ditq_kernels as k
+from ditq_kernels.codes.products import ieee
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.layers.arranged import Arranged, refuse_unserved
 from ditq_runtime.layers.pinned import Pinned
@@ -205,9 +206,10 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
 def _linear_fp32(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """A linear that stays fp32 under autocast, which would take its weights to half precision."""
+    """A linear that stays fp32: neither autocast nor `set_float32_matmul_precision` takes it to half precision."""
     device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return nn.functional.linear(rows, weight, bias)
-    return nn.functional.linear(rows, weight, bias)
+    with ieee(rows.device):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return nn.functional.linear(rows, weight, bias)
+        return nn.functional.linear(rows, weight, bias)

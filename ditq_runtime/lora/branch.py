@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_kernels.codes.products import ieee
 from ditq_runtime.layers.carrier import PerThread
 from ditq_runtime.layers.timestep_groups import of_groups
 
@@ -74,12 +75,13 @@ class LoraBranch(nn.Module):
 
 
 def _product(rows: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """In the dtype of the branch, also under autocast: what it adds to is in the dtype of the layer."""
+    """In the dtype of the branch, whatever surrounds it: what it adds to is in the dtype of the layer."""
     device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return (rows @ down.t()) @ up.t()
-    return (rows @ down.t()) @ up.t()
+    with ieee(rows.device):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return (rows @ down.t()) @ up.t()
+        return (rows @ down.t()) @ up.t()
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -40,6 +40,13 @@ def test_surroundings_change_no_bit():
     assert (tally.right, tally.findings) == (150, [])
 
 
+def test_nor_of_whole_models(tmp_path):
+    sd3 = ["SD3Transformer2DModel"]
+    (tally,) = surroundings.attack_models(tmp_path, surroundings.MODELS[:1], sd3)
+    assert tally.findings == []
+    assert tally.right == tally.cases == 2 * len(surroundings.SURROUNDINGS)
+
+
 def test_two_writers_leave_one_whole_folder(tmp_path):
     (tally,) = writers.attack(tmp_path, pairs=1, seed=1)
     assert (tally.right, tally.findings) == (1, [])

@@ -44,6 +44,10 @@ def _surroundings(folder: Path, cases: int, seed: int) -> list[Tally]:
     return surroundings.attack(cases, seed)
 
 
+def _models(folder: Path, cases: int, seed: int) -> list[Tally]:
+    return surroundings.attack_models(folder)
+
+
 def _threads(folder: Path, cases: int, seed: int) -> list[Tally]:
     """Seeds play no part: the system decides which thread runs."""
     tallies = {kind: Tally(f"threads: {kind}", seed) for kind in threads.KINDS}
@@ -72,6 +76,7 @@ KINDS: dict[str, tuple[Callable[[Path, int, int], list[Tally]], int, int]] = {  
     "reader": (_reader, 100_000, 1000),
     "from_pretrained": (_loading, 1000, 40),
     "surroundings": (_surroundings, 3000, 150),
+    "models": (_models, 1, 1),
     "writers": (writers.attack, 24, 1),
     "kills": (_kills, 60, 2),
     "threads": (_threads, 1000, 39),  # forwards of each combination

@@ -1,15 +1,22 @@
-"""Ops and layers of random formats and sizes in random surroundings: the bits must be those of a quiet process."""
+"""Ops, layers and whole models in other surroundings: the bits must be those of a quiet process.
+
+Layers are of random formats and sizes, in random surroundings. What stays float in whole models (embedders, the final
+projection) follows its caller, as in any model of diffusers; it is kept steady here, so that the rest can be compared.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ditq_bench.stress.outcome import Tally
+from ditq_bench.stress.threads import OTHERS, models, sampling, schedule
 from ditq_runtime.attention.quantized import QuantAttention
 from ditq_runtime.format.attention import AttentionFormat
 from ditq_runtime.format.layer import LayerFormat
@@ -17,6 +24,7 @@ from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.format.stored_weight import quantize_weight, stored_tensors
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Site
+from ditq_runtime.surroundings import steady
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +52,13 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+MODELS = [
+    ("htg", "w8", "static", "int8"),
+    ("htg", "w4p", "token", "int8"),
+    ("linear", "w4g", "token", "int8"),
+]
+
+
 def attack(cases: int, seed: int) -> list[Tally]:
     """Run random layers, each alone and in one to three surroundings."""
     tally = Tally("surroundings", seed)
@@ -65,6 +80,44 @@ def attack(cases: int, seed: int) -> list[Tally]:
     return [tally]
 
 
+def attack_models(
+    folder: Path, formats: Iterable[tuple[str, ...]] = MODELS, others: Iterable[str] = OTHERS
+) -> list[Tally]:
+    """Run whole packed models in each of the surroundings; their statistics are written below `folder`."""
+    tally = Tally("surroundings: models", 0)
+    for name, model in models(folder, formats, others):
+        _hold_floats(model)
+        run = sampling(model, schedule(2))
+        expected = run()
+        for number, (around, make) in enumerate(SURROUNDINGS.items()):
+            try:
+                with make():
+                    found = run()
+            except Exception as error:
+                tally.add(number, f"{name} in {around}", error)
+            else:
+                pairs = list(zip(found, expected, strict=True))
+                same = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+                tally.add(number, f"{name} in {around}", None, same)
+    return [tally]
+
+
+def _hold_floats(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            module.forward = _held(module.forward)
+
+
+def _held(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with _set(torch.set_num_threads, 1, torch.get_num_threads()), steady():
+            return forward(x)
+
+    return run
+
+
 def _linear(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
     """A linear of any format behind its site."""
     weights = rng.choice(("w8", "w4p", "w4g", "fp32"))
@@ -75,7 +128,7 @@ def _linear(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
     rank = rng.choice((0, 4)) if activations != "none" else 0
     form = LayerFormat(weights, activations, group, rng.random() < 0.7, 1, rank)
     k = 32 * rng.randrange(1, 7) if group else rng.randrange(1, 200)
-    n, t, dtype = rng.randrange(1, 100), rng.randrange(1, 70), rng.choice(DTYPES)
+    n, t, dtype = rng.randrange(1, 300), rng.randrange(1, 70), rng.choice(DTYPES)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     layer = QuantLinear(k, n, form, dtype, device="cpu")
     x = torch.randn(t, k, generator=generator).to(dtype)

@@ -11,7 +11,7 @@ import copy
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,11 +111,11 @@ def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
     prepared = []
     works = []
     for i in range(THREADS):
-        scheduler = _steps(STEPS + i)
+        scheduler = schedule(STEPS + i)
         if kind == "prepared" and i % 2:
             prepared.append(ditq.prepare(SimpleNamespace(transformer=model, scheduler=scheduler)))
         own = copy.deepcopy(model) if kind == "several" else model
-        works.append(_sampling(own, scheduler))
+        works.append(sampling(own, scheduler))
 
     def undo() -> None:
         for handle in prepared:
@@ -124,13 +124,14 @@ def _works(model: Any, kind: str) -> tuple[list[Work], Callable[[], None]]:
     return works, undo
 
 
-def _steps(number: int) -> Any:
+def schedule(number: int) -> Any:
+    """A sampler of so many steps."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(number)
     return scheduler
 
 
-def _sampling(model: Any, scheduler: Any) -> Work:
+def sampling(model: Any, scheduler: Any) -> Work:
     """The model at every step of a schedule, called as a pipeline would."""
     family = family_of(type(model).__name__)
     assert family.example_inputs is not None
@@ -149,7 +150,9 @@ def _sampling(model: Any, scheduler: Any) -> Work:
     return sample
 
 
-def models(folder: Path) -> Iterator[tuple[str, Any]]:
+def models(
+    folder: Path, formats: Iterable[tuple[str, ...]] = FORMATS, others: Iterable[str] = OTHERS
+) -> Iterator[tuple[str, Any]]:
     """Packed tiny models: name, transformer. DiT in all formats, and the other families with timestep groups."""
     from ditq_bench.zoo import CLASSES
     from ditq_converters import Recipe, calibrate, convert, open_model
@@ -159,13 +162,13 @@ def models(folder: Path) -> Iterator[tuple[str, Any]]:
     pipe.transformer.register_to_config(num_layers=BLOCKS)
     options: dict[str, Any] = {"attention": True, "quiet": True}
     stats = calibrate(pipe, folder / "stats", steps=8, samples=2, **options)
-    for method, weights, activations, attention in FORMATS:
+    for method, weights, activations, attention in formats:
         recipe = Recipe(method, weights, activations, attention=attention)
         name = f"DiT {method} {weights} {activations}, attention {attention}"
         yield name, convert(pipe, recipe, stats, quiet=True)
-    for cls in OTHERS:
+    for cls in others:
         model = CLASSES[cls].build()
-        run = _sampling(model, _steps(STEPS))
+        run = sampling(model, schedule(STEPS))
         stats = calibrate(model, folder / cls, run=lambda _, run=run: run(), **options)
         recipe = Recipe("htg", "w8", attention="int8")
         yield f"{cls} htg w8 token, attention int8", convert(model, recipe, stats, quiet=True)

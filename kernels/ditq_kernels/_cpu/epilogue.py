@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ditq_kernels.codes.products import ieee_product
 from ditq_kernels.reference import linear as reference
 
 BLOCK_ELEMENTS = 2**18  # 1 MiB of fp32
@@ -45,7 +46,7 @@ def dequantized_blocks(
     num_tokens, out_features = total.shape
     branch = None
     if lora_x is not None and lora_up is not None:  # at once: sums of another size may round apart
-        branch = lora_x.float() @ lora_up.float().t()
+        branch = ieee_product(lora_x.float(), lora_up.float())
     if bias_index is not None:
         bias_index = reference.by_sample(bias_index, num_tokens)
     step = max(VECTOR, BLOCK_ELEMENTS // max(1, out_features) // VECTOR * VECTOR)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ditq_kernels.codes import numerics, packing
+from ditq_kernels.codes.products import ieee_product, is_ieee
 from ditq_kernels.codes.weights_w4g import dequantize_w4g
 
 EXACT_FP32_INPUTS = 2**24 // 2**14  # inputs whose int8 products sum exactly in fp32
 FLOAT_ROWS = 256  # weights widened to fp32 at a time, where each is used for a few rows only
-IEEE = ("none", "ieee")  # settings under which oneDNN multiplies fp32 as fp32
 
 
 def quantize_per_token(
@@ -81,7 +81,7 @@ def _with_branch_and_bias(
 ) -> torch.Tensor:
     """Add to y in place."""
     if lora_x is not None and lora_up is not None:
-        y += lora_x.float() @ lora_up.float().t()
+        y += ieee_product(lora_x.float(), lora_up.float())
     if bias is not None:
         y += bias if bias_index is None else by_sample(bias[bias_index], len(y))
     return y
@@ -111,7 +111,7 @@ def lora_down(
 ) -> torch.Tensor:
     """Int8 activations [T, K] times the first factor [R, K], dequantized to bf16 [T, R]."""
     centred = q.float() if zero_point is None else q.float() - zero_point[:, None]
-    return ((centred @ down.float().t()) * scale[:, None]).bfloat16()
+    return (ieee_product(centred, down.float()) * scale[:, None]).bfloat16()
 
 
 def linear_w8(
@@ -124,7 +124,7 @@ def linear_w8(
     """Float activations [B, K] times int8 weights, in fp32; the scale comes after the sum."""
     x = x.float()
     blocks = weight.split(FLOAT_ROWS)  # one layer's weights in fp32 would not fit into a cache
-    y = torch.cat([x @ rows.float().t() for rows in blocks], dim=1).mul_(weight_scale)
+    y = torch.cat([ieee_product(x, rows.float()) for rows in blocks], dim=1).mul_(weight_scale)
     if bias is not None:
         y = y + bias
     return y.to(out_dtype)
@@ -183,7 +183,7 @@ def linear_w4_per_group(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Float activations [B, K] times the real weights behind int4 codes, in fp32."""
-    y = x.float() @ dequantize_w4g(packed, weight_scale, weight_zero).t()
+    y = ieee_product(x.float(), dequantize_w4g(packed, weight_scale, weight_zero))
     if bias is not None:
         y = y + bias
     return y.to(out_dtype)
@@ -207,9 +207,7 @@ def integer_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def exact_dtype(device: torch.device, largest: int) -> torch.dtype:
     """The type in which a product of integer matrices is exact, where no sum exceeds `largest` and 2**53."""
-    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    ieee = device.type == "cpu" and precision in IEEE
-    return torch.float32 if ieee and largest <= 2**24 else torch.float64
+    return torch.float32 if largest <= 2**24 and is_ieee(device) else torch.float64
 
 
 def shifted(
