@@ -122,6 +122,13 @@ def one_writer(path: Path | None, again: bool = False) -> Iterator[None]:
 _HELD: set[tuple[Path | None, int]] = set()  # paths, and the threads that may enter again
 
 
+def remove_locks(folder: Path) -> None:
+    """Remove the locks that killed processes left in a folder; those that somebody holds stay."""
+    for lock in folder.glob(".*.lock"):
+        with suppress(ValueError), one_writer(folder / lock.name[1 : -len(".lock")]):
+            pass  # it goes at the end of this block
+
+
 def _lock_of(path: Path) -> Path:
     return path.parent / f".{path.name}.lock"
 

@@ -1,5 +1,6 @@
 """A calibration killed at any moment of its writes and run again ends with the bytes of one that was not."""
 
+import fcntl
 import random
 
 import pytest
@@ -56,6 +57,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(killable, killed, tmp_path):
         killable.run(job)
         assert files(out) == whole
     assert unfinished >= 2  # some kills met runs that had done some inputs and not all
+
+
+def test_what_a_kill_after_the_last_write_leaves_goes_too(make_pipeline, tmp_path, capsys):
+    def run(quiet=True):
+        calibrate(make_pipeline(), tmp_path / "out", steps=2, samples=2, batch=1, quiet=quiet)
+
+    run(quiet=False)
+    assert "merging transformer: 2 of 2" in capsys.readouterr().err
+    whole = files(tmp_path / "out")
+    left = [tmp_path / "out" / name for name in ("inputs/.0001.lock", "locks/0001", "locks/merge")]
+    left[1].parent.mkdir()
+    for path in left:
+        path.touch()
+    with left[0].open("w") as held:  # by another process that adds inputs
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run()
+        assert files(tmp_path / "out").keys() - whole.keys() == {"inputs/.0001.lock"}
+    run()
+    assert files(tmp_path / "out") == whole
+    assert not left[1].parent.exists()
 
 
 def test_a_run_killed_again_and_again_gets_there(killable, killed, tmp_path):

@@ -21,6 +21,7 @@ from ditq_converters.calibrate.rows import Kept, evenly_spaced
 from ditq_converters.calibrate.schedule import schedule_of
 from ditq_converters.calibrate.shards import Handles, Shard
 from ditq_converters.calibrate.stats import MERGED, MERGED_INPUTS, SCHEDULE, shard_path
+from ditq_converters.progress import progress_bar
 from ditq_runtime.files import atomic_folder, write_json
 
 Members = list[tuple[Shard, int]]  # the visits of one bin, in the order of the inputs
@@ -29,7 +30,12 @@ INPUT = ".input_rows"
 
 
 def merge(
-    folder: Path, shards: list[Shard], inputs: list[str], components: list[str], rows: int
+    folder: Path,
+    shards: list[Shard],
+    inputs: list[str],
+    components: list[str],
+    rows: int,
+    quiet: bool = True,
 ) -> None:
     """Write `stats/merged` from all shards, whole or not at all.
 
@@ -39,17 +45,20 @@ def merge(
         inputs: their digests.
         components: the transformers.
         rows: kept per site and call at most.
+        quiet: show no bar of the timesteps that are merged.
     """
     target = folder / MERGED
     shutil.rmtree(target, ignore_errors=True)
     with atomic_folder(target) as part:
         for component in components:
             (part / component).mkdir()
-            _merge_component(part / component, shards, component, rows)
+            _merge_component(part / component, shards, component, rows, quiet)
         write_json(part / MERGED_INPUTS, inputs)
 
 
-def _merge_component(out: Path, shards: list[Shard], component: str, rows: int) -> None:
+def _merge_component(
+    out: Path, shards: list[Shard], component: str, rows: int, quiet: bool
+) -> None:
     runs = [
         [(i, v["timestep"]) for i, v in enumerate(s.meta["visits"]) if v["component"] == component]
         for s in shards
@@ -64,12 +73,14 @@ def _merge_component(out: Path, shards: list[Shard], component: str, rows: int) 
             bins[schedule.bin_of[timestep]].append((shard, visit))
     calls = evenly_spaced(len(bins)) if rows else ()
     counts, handles = _row_counts([bins[call] for call in calls], rows), Handles()
-    for index in range(len(bins)):
-        tensors = _ranges(_nearest(index, bins), handles)
-        if index in calls:
-            tensors |= _rows(bins[index], counts, handles)
-        tensors |= _inputs(bins[index], rows, handles)
-        save_file(dict(sorted(tensors.items())), shard_path(out, index), {"call": str(index)})
+    with progress_bar(f"merging {component}", len(bins), 0, quiet) as advance:
+        for index in range(len(bins)):
+            tensors = _ranges(_nearest(index, bins), handles)
+            if index in calls:
+                tensors |= _rows(bins[index], counts, handles)
+            tensors |= _inputs(bins[index], rows, handles)
+            save_file(dict(sorted(tensors.items())), shard_path(out, index), {"call": str(index)})
+            advance()
     write_json(out / SCHEDULE, {"timesteps": list(schedule.timesteps), "row_calls": list(calls)})
 
 

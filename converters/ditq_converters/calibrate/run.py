@@ -140,7 +140,7 @@ def calibrate(
         settings = {"rows": rows, "seed": seed, "attention": attention}
         manifest = claim_folder(folder, manifest_of(models, work, settings))
         make_shards(folder, manifest, models, work.run, quiet)
-    merge_shards(folder, manifest)
+    merge_shards(folder, manifest, quiet)
     return CalibrationStats.open(folder)
 
 

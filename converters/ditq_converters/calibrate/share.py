@@ -27,7 +27,7 @@ from ditq_converters.calibrate.stats import (
 from ditq_converters.memory import give_back
 from ditq_runtime.calls.sharing import once, take_turns, tidy
 from ditq_runtime.families import Family
-from ditq_runtime.files import atomic_folder
+from ditq_runtime.files import atomic_folder, remove_locks
 
 Models = dict[str, tuple[nn.Module, Family]]
 LOCKS = "locks"
@@ -132,16 +132,17 @@ def _make(
     log.finished(index, recorder.calls)
 
 
-def merge_shards(folder: Path, manifest: dict[str, Any]) -> None:
+def merge_shards(folder: Path, manifest: dict[str, Any], quiet: bool) -> None:
     """Merge all shards, unless that is done; one process does it, the others wait."""
     stats, inputs = CalibrationStats(folder, manifest), manifest["inputs"]
 
     def make() -> None:
         rows = manifest["settings"]["rows"]
-        merge(folder, list(stats.shards()), inputs, stats.components, rows)
+        merge(folder, list(stats.shards()), inputs, stats.components, rows, quiet)
 
     once(folder / LOCKS / "merge", lambda: stats.merged_inputs == inputs, make)
     tidy(folder / LOCKS)
+    remove_locks(shard_folder(folder, 0).parent)
 
 
 def _short(value: Any) -> str:
