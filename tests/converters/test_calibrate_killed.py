@@ -7,7 +7,7 @@ import pytest
 from diffusers import DiTPipeline
 
 from ditq_converters import calibrate
-from ditq_converters.calibrate.journal import LOG
+from ditq_converters.calibrate.share import LOG
 
 HOW = "steps=3, samples=5, batch=1, guidance=2.0, rows=8, quiet=True"
 JOB = f"calibrate(pipe, {{out!r}}, sampler='ddpm', {HOW})"

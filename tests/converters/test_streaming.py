@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditq_converters import Recipe, calibrate, convert, open_model
-from ditq_converters.calibrate.journal import LOG
+from ditq_converters.calibrate.share import LOG
 from ditq_converters.memory import held
 from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.streaming.finished import folder_of

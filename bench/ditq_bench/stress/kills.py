@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ditq_converters.calibrate.journal import LOG
+from ditq_converters.calibrate.share import LOG
 from ditq_runtime.files import write_json
 
 MODEL = "demo:digits"

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from ditq_converters.calibrate.errors import StatisticsError
-from ditq_converters.calibrate.journal import LOG, Journal, journal
 from ditq_converters.calibrate.merge import merge
 from ditq_converters.calibrate.recorder import Recorder, Visit
 from ditq_converters.calibrate.rows import RowChoice
@@ -25,12 +24,13 @@ from ditq_converters.calibrate.stats import (
     write_manifest,
 )
 from ditq_converters.memory import give_back
+from ditq_converters.progress import Log, progress_bar
 from ditq_runtime.calls.sharing import once, take_turns, tidy
 from ditq_runtime.families import Family
 from ditq_runtime.files import atomic_folder, remove_locks
 
 Models = dict[str, tuple[nn.Module, Family]]
-LOCKS = "locks"
+LOCKS, LOG = "locks", "calibrate.log"
 OURS = ("manifest.json", "inputs", LOCKS, LOG, MERGED)
 
 
@@ -92,13 +92,15 @@ def make_shards(
     done = sum(shard_folder(folder, index).exists() for index in range(total))
     if done == total:
         return
-    with journal(folder, total, done, quiet) as log:
-        take_turns(
-            total,
-            folder / LOCKS,
-            lambda index: shard_folder(folder, index).exists(),
-            lambda index: _make(folder, manifest, models, run, index, log),
-        )
+    log = Log(folder / LOG, total, done)
+    with progress_bar("calibrating", total, done, quiet) as advance:
+
+        def make(index: int) -> None:
+            calls = _make(folder, manifest, models, run, index, log)
+            advance()
+            log.finished(f"input {index} done, {calls} calls")
+
+        take_turns(total, folder / LOCKS, lambda index: shard_folder(folder, index).exists(), make)
 
 
 def _make(
@@ -107,16 +109,18 @@ def _make(
     models: Models,
     run: Callable[[int], Any],
     index: int,
-    log: Journal,
-) -> None:
-    """One shard."""
+    log: Log,
+) -> int:
+    """One shard; how many calls it is of."""
     settings = manifest["settings"]
     with atomic_folder(shard_folder(folder, index)) as part:
         writer = ShardWriter(part)
 
         def done(visit: Visit) -> None:
             writer.add(visit)
-            log.visit(index, recorder.calls, visit.timestep)
+            if log.is_due:
+                calls = f"{recorder.calls} calls, now at timestep {visit.timestep:g}"
+                log.write(f"input {index}: {calls}")
 
         choice = RowChoice(settings["rows_per_input"], settings["seed"], index)
         recorder = Recorder(
@@ -129,7 +133,7 @@ def _make(
             raise StatisticsError(f"input {index}: no transformer ran; is it an input?")
         writer.finish(identity(manifest, index), calls)
     give_back()
-    log.finished(index, recorder.calls)
+    return recorder.calls
 
 
 def merge_shards(folder: Path, manifest: dict[str, Any], quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,9 @@ from ditq_converters.convert.block import (
     convert_final_modulation,
     play_block,
 )
-from ditq_converters.convert.log import Log
 from ditq_converters.convert.pack import make_scheme
 from ditq_converters.convert.prefix import Prefix
+from ditq_converters.convert.reconstruct import Tell
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.plan.attention import BY_CHOICE
@@ -29,7 +30,7 @@ from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sizes import larger_than_eight_bits
-from ditq_converters.progress import note
+from ditq_converters.progress import Log, note
 from ditq_converters.sites import family_or_row
 from ditq_converters.streaming.model import streamed_of, weights_of
 from ditq_runtime.calls.parts import transformers_in
@@ -71,7 +72,7 @@ class Job:
         used = self.stats if self.plan.needs_statistics else None
         if name == self.family.final_modulation:
             return convert_final_modulation(self.model, name, part, used)
-        tell = None if log is None else log.learning(name)
+        tell = None if log is None else learning(log, name)
         with weights_of(self.model, name):
             return convert_block(self.model, self.family, name, part, used, self.before, tell)
 
@@ -141,6 +142,21 @@ def checked_plan(
     if left and not isinstance(given, Plan):
         note(f"{left[0].name}: its attention stays float: {left[0].reason}", quiet)
     return plan, family
+
+
+def learning(log: Log, name: str) -> Tell:
+    """What is called after every iteration of a block; it writes now and then."""
+    begin = time.monotonic()
+
+    def tell(step: int, total: int, error: float) -> None:
+        if log.is_due or step == total:
+            left = (time.monotonic() - begin) / step * (total - step)
+            log.write(
+                f"{name}: iteration {step} of {total}, error {error:.3f} of that before learning, "
+                f"ETA of the block {left:.0f} s"
+            )
+
+    return tell
 
 
 def prefix_of(job: Job) -> Prefix | None:

@@ -13,7 +13,6 @@ from torch import nn
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock
 from ditq_converters.convert.jobs import Job, jobs_of, prefix_of
-from ditq_converters.convert.log import LOG, Log
 from ditq_converters.convert.pack import pack_model, packed_skeleton
 from ditq_converters.memory import give_back
 from ditq_converters.models.gate import float_transformer
@@ -22,7 +21,7 @@ from ditq_converters.pipeline_folder import write_pipeline
 from ditq_converters.plan.file import to_json
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.progress import progress_bar
+from ditq_converters.progress import Log, progress_bar
 from ditq_converters.streaming.finished import FinishedBlocks, forget
 from ditq_converters.streaming.model import streamed_of, tensors_of
 from ditq_converters.streaming.write import Piece, check_room, write_streamed
@@ -30,6 +29,8 @@ from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import check_new, one_writer
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.surroundings import steady
+
+LOG = "convert.log"
 
 
 @steady()
@@ -178,7 +179,7 @@ def convert_parts(job: Job, done: FinishedBlocks | None) -> Iterator[PackedBlock
             if done is not None:
                 done.save(name, packed.tensors, packed.formats)
             if log is not None:
-                log.finished(name)
+                log.finished(f"{name} done")
             advance()
             yield packed
 

@@ -12,9 +12,9 @@ from ditq_converters.convert.emulated import Emulated, playable
 from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.jobs import Job, checked_plan, prefix_of
 from ditq_converters.convert.learned import Grid, Learned
-from ditq_converters.convert.log import LOG
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.convert.reconstruct import reconstruct
+from ditq_converters.convert.story import LOG
 from ditq_converters.methods import Transform
 from ditq_converters.streaming.finished import folder_of
 from ditq_runtime.format.layer import LayerFormat
