@@ -17,10 +17,12 @@ from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
+from ditq_converters.evaluate.paired import pooled_psnr_db
+from ditq_converters.evaluate.scores import score_digits
 from ditq_converters.models.open import open_model
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.showcase.asking import asked_for, digits
-from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
+from ditq_converters.showcase.score import Baseline
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.format.folder import open_folder
@@ -175,8 +177,8 @@ def measure(case: Case, subject: Subject) -> dict[str, Any]:
         "activations": case.recipe.activations,
         "sqnr_free_db": f"{compare_runs(baseline.run, own).mean:.2f}",
         "sqnr_forced_db": f"{forced.mean:.2f}",
-        "psnr_db": f"{paired_psnr(baseline.images, own.images):.2f}",
-        "accuracy": f"{score_samples(own.images, baseline.labels)['accuracy']:.3f}",
+        "psnr_db": f"{pooled_psnr_db(baseline.images, own.images):.2f}",
+        "accuracy": f"{score_digits(own.images, baseline.labels)['accuracy']:.3f}",
         "bytes": nbytes,
         "convert_seconds": f"{seconds:.1f}",
         "samples": SAMPLES,

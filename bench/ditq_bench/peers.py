@@ -24,7 +24,8 @@ from ditq_bench.methods import GUIDANCE, SAMPLES, SEED, STEPS, prepare
 from ditq_bench.results import commit
 from ditq_converters import Recipe, convert
 from ditq_converters.evaluate import compare_runs, forced_sqnr, run
-from ditq_converters.showcase.score import Baseline, paired_psnr
+from ditq_converters.evaluate.paired import pooled_psnr_db
+from ditq_converters.showcase.score import Baseline
 from ditq_runtime.calls.pipeline import with_transformers
 from ditq_runtime.files import atomic_file
 from ditq_runtime.version import __version__
@@ -124,7 +125,7 @@ def judged(model: nn.Module, baseline: Baseline) -> dict[str, str]:
     return {
         "sqnr_free_db": f"{compare_runs(baseline.run, own).mean:.2f}",
         "sqnr_forced_db": f"{forced_sqnr(baseline.run.calls, twin).mean:.2f}",
-        "psnr_db": f"{paired_psnr(baseline.images, own.images):.2f}",
+        "psnr_db": f"{pooled_psnr_db(baseline.images, own.images):.2f}",
     }
 
 

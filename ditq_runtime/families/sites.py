@@ -130,11 +130,3 @@ class Site:
     def observed(self) -> tuple[str, ...]:
         """Consumers whose inputs together are the whole site."""
         return self.streams or self.consumers[:1]
-
-    @property
-    def has_rest(self) -> bool:
-        """Some of its channels have no producer that absorbs a factor."""
-        producer = self.producer
-        return isinstance(producer, OnTheFly) or (
-            isinstance(producer, ValueRows) and producer.rest is not None
-        )

@@ -8,7 +8,7 @@ linear what the packed model will.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -174,8 +174,3 @@ class Emulated(nn.Module):
         straight = nn.functional.linear(self.transformed(x), self.layer.dequantized_weight())
         straight = self.in_float_units(straight).to(x.dtype)
         return y + (straight - straight.detach())
-
-
-def ungrouped(layer_format: LayerFormat) -> LayerFormat:
-    """The format with one bias for all timesteps."""
-    return replace(layer_format, groups=1)

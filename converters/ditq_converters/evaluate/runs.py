@@ -44,16 +44,14 @@ class Run:
     Attributes:
         steps: per input, every step of the scheduler with the guided prediction.
         calls: of the first inputs, every forward of a transformer.
-        latents: [S, ...] fp32, final, of all inputs that have the first one's size; None where a pipeline hides them.
-        images: [S, C, H, W] fp32 in [-1, 1], of those inputs; None without a VAE.
-        unlike: how many inputs are left out of these for their size.
+        latents: [S, ...] fp32, final; None where a pipeline hides them, or inputs differ in size.
+        images: [S, C, H, W] fp32 in [-1, 1]; None without a VAE, or where inputs differ in size.
     """
 
     steps: list[list[SchedulerStep]]
     calls: list[list[Recorded]]
     latents: torch.Tensor | None
     images: torch.Tensor | None
-    unlike: int = 0
 
 
 @torch.no_grad()
@@ -88,23 +86,13 @@ def run(
             images.append(drawn.images)
             if tick is not None:
                 tick()
-    alike = [
-        i
-        for i, x in enumerate(latents)
-        if x is not None and latents[0] is not None and x.shape[1:] == latents[0].shape[1:]
-    ]
-    return Run(
-        steps,
-        calls,
-        _stacked([latents[i] for i in alike]),
-        _stacked([images[i] for i in alike]),
-        len(latents) - len(alike),
-    )
+    return Run(steps, calls, _stacked(latents), _stacked(images))
 
 
 def _stacked(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     there = [part for part in parts if part is not None]
-    return torch.cat(there) if there and len(there) == len(parts) else None
+    alike = len({part.shape[1:] for part in there}) == 1 and len(there) == len(parts)
+    return torch.cat(there) if alike else None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ditq_converters.demo.digits import DIGIT_NAMES
 from ditq_converters.evaluate.features import (
     Features,
     checked_features,
@@ -26,7 +27,6 @@ from ditq_converters.evaluate.inception import (
 from ditq_converters.evaluate.judges import load_lpips
 from ditq_converters.evaluate.paired import WINDOW, pooled_psnr_db, psnr_db, relative_l2, ssim
 
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = ("float", "packed")
 NO_IMAGES = "neither model is a pipeline with a VAE, so images are not scored"
 
@@ -145,7 +145,7 @@ def _paired(images: dict[str, torch.Tensor], judges: Judges) -> dict[str, float 
 def is_digits(pipe: Any) -> bool:
     """Whether a pipeline draws the built-in digits, which the built-in classifier can judge."""
     labels = getattr(pipe, "labels", {})
-    return labels == {name: digit for digit, name in enumerate(DIGITS)} and (
+    return labels == {name: digit for digit, name in enumerate(DIGIT_NAMES)} and (
         pipe.transformer.config.sample_size,
         pipe.transformer.config.in_channels,
     ) == (8, 1)

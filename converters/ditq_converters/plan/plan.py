@@ -55,11 +55,6 @@ class Plan:
         """Whether the calibration must have ranges of Q, K and V."""
         return any(a.values != "none" and a.scales == "static" for a in self.attention)
 
-    @property
-    def one_call(self) -> bool:
-        """Whether only the noisiest call of a calibration is read."""
-        return bool(self.sites) and all(site.calls == "noisiest" for site in self.sites)
-
     def readers(self) -> dict[str, list[LinearPlan]]:
         """Site name -> the linears that read it."""
         found: dict[str, list[LinearPlan]] = {site.name: [] for site in self.sites}

@@ -15,11 +15,13 @@ from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.demo import export_demo
 from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
+from ditq_converters.evaluate.paired import pooled_psnr_db
+from ditq_converters.evaluate.scores import score_digits
 from ditq_converters.pages.origin import versions
 from ditq_converters.progress import progress_bar
 from ditq_converters.showcase.asking import asked_for, digits
 from ditq_converters.showcase.records import Settings, Study
-from ditq_converters.showcase.score import Baseline, paired_psnr, score_samples
+from ditq_converters.showcase.score import Baseline
 from ditq_converters.showcase.variants import DIGITS, FED_BACK, FLOW, NO_DATA, SALIENT, Variant
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.calls.saved import saved_call
@@ -92,7 +94,7 @@ def _study(
         "model": name,
         "labels": list(baseline.labels),
         "bytes": {"float": {}},  # by the categories of the first packed model, below
-        "float": score_samples(baseline.images, baseline.labels),
+        "float": score_digits(baseline.images, baseline.labels),
         "variants": {},
     }
     layers = {}
@@ -128,8 +130,8 @@ def _variant(
         "recipe": recipe.to_dict(),
         "sqnr_free": compare_runs(baseline.run, own).to_dict(),
         "sqnr_forced": forced.to_dict(),
-        "psnr_db": paired_psnr(baseline.images, own.images),
-        **score_samples(own.images, baseline.labels),
+        "psnr_db": pooled_psnr_db(baseline.images, own.images),
+        **score_digits(own.images, baseline.labels),
         "convert_seconds": seconds,
         "bytes_on_disk": opened.nbytes,
         "bytes_by_category": size_by_category(opened),

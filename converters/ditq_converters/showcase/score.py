@@ -1,4 +1,4 @@
-"""Judge samples: against the float model's, and by the digit classifier."""
+"""The float model and its run, which packed models are compared with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
-from ditq_converters.demo.classifier import FEATURES, score
 from ditq_converters.evaluate.runs import Run, run
 from ditq_converters.showcase.asking import asked_for, digits
 from ditq_runtime.calls.inputs import Input, gather
-
-PEAK = 2.0  # images lie in [-1, 1]
-FEWEST_FOR_FD = FEATURES + 1
 
 
 @dataclass(frozen=True)
@@ -67,22 +63,3 @@ class Baseline:
         """[S, 1, 32, 32] in [-1, 1]."""
         assert self.run.images is not None
         return self.run.images
-
-
-def paired_psnr(reference: torch.Tensor, images: torch.Tensor) -> float:
-    """PSNR in dB of images [S, C, H, W] in [-1, 1] against those of equal seeds; mean over samples of the error."""
-    clamped = (images.clamp(-1, 1).double() - reference.clamp(-1, 1).double()).pow(2).mean()
-    return 10 * float((PEAK**2 / clamped).log10())
-
-
-def score_samples(images: torch.Tensor, labels: tuple[int, ...]) -> dict[str, float | None]:
-    """Accuracy, mean probability of the right class, and digit-FD of images [S, 1, 32, 32] in [-1, 1].
-
-    digit-FD is None below FEWEST_FOR_FD samples, where the covariance of its 64 features is singular.
-    """
-    result = score(images, torch.tensor(labels))
-    return {
-        "accuracy": result.accuracy,
-        "mean_probability": result.mean_probability,
-        "digit_fd": result.digit_fd if len(labels) >= FEWEST_FOR_FD else None,
-    }
