@@ -6,6 +6,7 @@ without text projections attends within one stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ditq_runtime.attention.processor import (
     IMAGE,
     NORMS,
     LocalProcessor,
+    Names,
     key_mask_of,
     normed,
     operand,
@@ -71,19 +73,9 @@ class QuantJointAttnProcessor(LocalProcessor):
         if encoder_hidden_states is not None:
             text = (project(attn, encoder_hidden_states, TEXT), TEXT_NORMS)
             streams.insert(0 if text_first else 1, text)
-        heads: list[Streams] = []
-        start = 0
-        for (query, key, _), norms in streams:
-            rotation = _rows(image_rotary_emb, start, start + query.shape[1])
-            heads.append(
-                [normed(attn, n, x, **rotation) for n, x in zip(norms, (query, key), strict=True)]
-            )
-            start += query.shape[1]
-        value = torch.cat([made[2] for made, _ in streams], 1)
-        key_mask = _mask(attention_mask, len(value), value.shape[1], text_first)
-        context = getattr(attn, CORE)(
-            *map(operand, zip(*heads, strict=True)), value, key_mask
-        ).flatten(2)
+        keys = sum(made[1].shape[1] for made, _ in streams)
+        key_mask = _mask(attention_mask, len(hidden_states), keys, text_first)
+        context = attend_streams(attn, streams, image_rotary_emb, key_mask)
         if encoder_hidden_states is None:
             # a single block of Flux projects it together with its MLP
             return context if attn.pre_only else attn.to_out[1](attn.to_out[0](context))
@@ -95,15 +87,47 @@ class QuantJointAttnProcessor(LocalProcessor):
         return attn.to_out[1](attn.to_out[0](image)), text_out
 
 
+def attend_streams(
+    attn: Any,
+    streams: Sequence[tuple[Sequence[torch.Tensor], Names]],
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a quantized attention does between its projections.
+
+    Args:
+        attn: with a `core`.
+        streams: Q, K, V [B, T, H, D] of one stream after another, and the names of their norms.
+        image_rotary_emb: as above.
+        key_mask: [B, Tk] bool, over the keys of all streams.
+
+    Returns:
+        [B, T, H * D], tokens of all streams.
+    """
+    heads: list[Streams] = []
+    start = 0
+    for (query, key, _), norms in streams:
+        rotation = _rows(image_rotary_emb, start, query.shape[1])
+        heads.append(
+            [normed(attn, n, x, **rotation) for n, x in zip(norms, (query, key), strict=True)]
+        )
+        start += query.shape[1]
+    values = [made[2] for made, _ in streams]
+    value = values[0] if len(values) == 1 else torch.cat(values, 1)
+    context: torch.Tensor = getattr(attn, CORE)(
+        *map(operand, zip(*heads, strict=True)), value, key_mask
+    )
+    return context.flatten(2)
+
+
 def _rows(
-    tables: tuple[torch.Tensor, torch.Tensor] | None, start: int, stop: int
+    tables: tuple[torch.Tensor, torch.Tensor] | None, start: int, count: int
 ) -> dict[str, torch.Tensor]:
     """The rotation of some tokens, as the quantizer takes it."""
     if tables is None:
         return {}
-    return {
-        name: table[start:stop].float() for name, table in zip(("cos", "sin"), tables, strict=True)
-    }
+    cos, sin = (t if t.dtype == torch.float32 else t.float() for t in tables)
+    return {"cos": cos.narrow(0, start, count), "sin": sin.narrow(0, start, count)}
 
 
 def _mask(mask: torch.Tensor | None, batch: int, keys: int, takes_one: bool) -> torch.Tensor | None:

@@ -97,7 +97,7 @@ def normed(
 
     An RMS norm goes into the quantizer; any other, or one that something hooks, runs here.
     """
-    norm = getattr(attn, name, None)
+    norm = attn._modules.get(name)
     if norm is None:
         return x, rotation
     before = in_quantizer(norm)
@@ -111,11 +111,12 @@ def operand(streams: Streams) -> torch.Tensor | Streams:
 
 def in_quantizer(norm: Any) -> dict[str, Any] | None:
     """An RMS norm of heads as `ditq_kernels.quantize_heads` takes it; None if only the module itself will do."""
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook")
-    plain = type(norm) in RMS_NORMS and getattr(norm, "bias", None) is None
-    if hooked or not plain or norm.weight is None or norm.eps is None:
+    own, held = vars(norm), norm._parameters  # not by attribute: torch looks for those in Python
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or "_hf_hook" in own
+    if hooked or type(norm) not in RMS_NORMS or held.get("bias") is not None:
         return None
-    return {"norm_weight": norm.weight.data, "eps": norm.eps}
+    weight, eps = held.get("weight"), own["eps"]
+    return None if weight is None or eps is None else {"norm_weight": weight.data, "eps": eps}
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:

@@ -77,9 +77,26 @@ def hoisted(module: nn.Module) -> torch.Tensor | None:
     return None if waiting is None else waiting.get(module)
 
 
+def modulation_rows(norm: Any, embedding: torch.Tensor) -> torch.Tensor:
+    """What the linear of an AdaLN of diffusers makes of the conditioning [B, D], or what waits for the norm: [B, N]."""
+    rows = hoisted(norm)
+    return norm.linear(norm.silu(embedding)) if rows is None else rows
+
+
 def modulation(norm: Any, embedding: torch.Tensor) -> Modulation:
-    """What an AdaLayerNormZero of diffusers makes of the conditioning [B, D]."""
-    return Modulation(*norm.linear(norm.silu(embedding)).chunk(6, dim=1))
+    """The modulation of an AdaLayerNormZero of diffusers for the conditioning [B, D]."""
+    return Modulation(*modulation_rows(norm, embedding).chunk(6, dim=1))
+
+
+def hoisted_rows(
+    blocks: dict[nn.Module, list[Any]], timesteps: torch.Tensor, embedding: torch.Tensor
+) -> list[torch.Tensor]:
+    """What each AdaLN of some blocks makes of many conditionings [S * B, D] at their timesteps; see `Hoistable`."""
+    values = []
+    for block, norms in blocks.items():
+        find_group(block, timesteps)
+        values += [modulation_rows(norm, embedding) for norm in norms]
+    return values
 
 
 def find_group(block: nn.Module, timestep: torch.Tensor | None = None) -> None:
@@ -89,7 +106,7 @@ def find_group(block: nn.Module, timestep: torch.Tensor | None = None) -> None:
         block: with or without timestep groups.
         timestep: [B]; None for blocks that are not given it: the forward carries it.
     """
-    groups = getattr(block, TIMESTEP_GROUPS, None)
+    groups = block._modules.get(TIMESTEP_GROUPS)
     if groups is not None:
         groups(timestep)
 

@@ -76,10 +76,14 @@ def attend(
 
 
 def add_output(
-    attn: Any, rows: torch.Tensor, gate: torch.Tensor | None, context: torch.Tensor
+    attn: Any,
+    rows: torch.Tensor,
+    gate: torch.Tensor | None,
+    context: torch.Tensor,
+    name: str = "to_out.0",
 ) -> torch.Tensor:
-    """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes)."""
-    to_out: Any = packed_linear(attn, "to_out.0")
+    """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes), to_out by its name."""
+    to_out: Any = packed_linear(attn, name)
     context = context.reshape(len(rows), -1)
     is_coded = context.dtype == torch.int8
     codes = to_out.site.codes_left(context) if is_coded else to_out.quantize(context)

@@ -33,7 +33,7 @@ SITES = (
     Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
 )
 LAYOUT = Layout(
-    ("norm1.linear", QuantLinear),
+    {"norm1.linear": QuantLinear},
     SelfAttention("attn1", norm="norm1.norm"),
     FeedForwardLayer("ff", norm="norm3"),
 )

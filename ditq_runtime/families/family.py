@@ -64,10 +64,12 @@ class Hoistable:
 
     Attributes:
         conditions: keyword arguments of the model's forward -> what modulation depends on beside the timestep, each
-            with one row a sample; None: it is not there.
+            with one row a sample; None: it is not there, or not so.
         holders: model -> the modules that look for a hoisted value (`adaln.hoisted`).
         compute: model, timesteps [S * B], conditions with as many rows, and dtype of the hidden states -> the value
             [S * B, N] of each holder.
+        argument: timesteps of the schedule, in the dtype of the model's argument -> that argument, as the pipeline
+            makes it.
     """
 
     conditions: Callable[[dict[str, Any]], tuple[torch.Tensor, ...] | None]
@@ -75,6 +77,7 @@ class Hoistable:
     compute: Callable[
         [Any, torch.Tensor, tuple[torch.Tensor, ...], torch.dtype], list[torch.Tensor]
     ]
+    argument: Callable[[torch.Tensor], torch.Tensor] = lambda timesteps: timesteps
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,44 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
+from torch.compiler import is_compiling
 
 from ditq_runtime.families.adaln import (
     add_gated,
     add_mlp,
     find_group,
+    hoisted_rows,
     modulate,
     modulation,
+    modulation_rows,
     swap_forward,
 )
-from ditq_runtime.families.family import BlockTable, Family, blocks_in
+from ditq_runtime.families.family import BlockTable, Family, Hoistable, blocks_in
+from ditq_runtime.families.fused import Parts
+from ditq_runtime.families.fusible import make_fusible, why_not
 from ditq_runtime.families.joint import joint_sites
+from ditq_runtime.families.parallel import ParallelLayer
 from ditq_runtime.families.sites import AdaLN, Site, ValueRows
+from ditq_runtime.families.streams import (
+    StreamsAttention,
+    StreamsLayout,
+    image_stream,
+    text_stream,
+)
+from ditq_runtime.families.sublayers import FeedForwardLayer
+from ditq_runtime.layers.linear import QuantLinear
 
 CAPTION_TOKENS, IMAGE_SIDE = 8, 4
 FP16_MAX = 65504
+DOUBLE_LAYOUT = StreamsLayout(
+    {"norm1.linear": QuantLinear, "norm1_context.linear": QuantLinear},
+    StreamsAttention("attn", FluxAttention, FluxAttnProcessor, text_stream(), image_stream()),
+    (FeedForwardLayer("ff_context", "norm2_context"), FeedForwardLayer("ff", "norm2")),
+)
+SINGLE_LAYER = ParallelLayer("proj_mlp", "act_mlp", "proj_out")
+SINGLE_LAYOUT = Parts({"norm.linear": QuantLinear}, SINGLE_LAYER)
 
 SINGLE_SITES = (
     Site(
@@ -50,7 +72,14 @@ def _double_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One block with two streams whose modulation linears emit the AdaLN multipliers; diffusers' signature."""
     find_group(self)
-    image, text = modulation(self.norm1, temb), modulation(self.norm1_context, temb)
+    inside = self._modules
+    image, text = modulation(inside["norm1"], temb), modulation(inside["norm1_context"], temb)
+    if not (joint_attention_kwargs or is_compiling() or why_not(self)):
+        hidden = (encoder_hidden_states, hidden_states)
+        context, hidden_states = DOUBLE_LAYOUT.forward(
+            self, hidden, (text, image), image_rotary_emb
+        )
+        return _clip(context), hidden_states
     attended, context, *from_adapter = self.attn(
         hidden_states=modulate(hidden_states, self.norm1.norm, image.scale_msa, image.shift_msa),
         encoder_hidden_states=modulate(
@@ -82,7 +111,11 @@ def _single_forward(
     find_group(self)
     text_tokens = encoder_hidden_states.shape[1]
     hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+    shift, scale, gate = modulation_rows(self._modules["norm"], temb).chunk(3, dim=1)
+    if not (joint_attention_kwargs or is_compiling() or why_not(self)):
+        adaln = (shift, scale, gate)
+        hidden_states = _clip(SINGLE_LAYER.forward(self, hidden_states, adaln, image_rotary_emb))
+        return hidden_states[:, :text_tokens], hidden_states[:, text_tokens:]
     x = modulate(hidden_states, self.norm.norm, scale, shift)
     attended = self.attn(
         hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
@@ -102,11 +135,35 @@ def _clip(hidden_states: torch.Tensor) -> torch.Tensor:
 def use_direct_multiplier_double(block: nn.Module) -> None:
     """Give a stock block with two streams the forward above."""
     swap_forward(block, _double_forward)
+    make_fusible(block, DOUBLE_LAYOUT)
 
 
 def use_direct_multiplier_single(block: nn.Module) -> None:
     """Give a stock block with one stream the forward above."""
     swap_forward(block, _single_forward)
+    make_fusible(block, SINGLE_LAYOUT)
+
+
+def _norms(model: Any) -> dict[nn.Module, list[Any]]:
+    """The blocks, and the AdaLNs of each that look for a hoisted value."""
+    double = {block: [block.norm1, block.norm1_context] for block in model.transformer_blocks}
+    return double | {block: [block.norm] for block in model.single_transformer_blocks}
+
+
+def _hoist(
+    model: Any, timesteps: torch.Tensor, conditions: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The modulation of every block, from the embedding that the model makes; see `Hoistable`."""
+    pooled, *guidance = conditions
+    scaled = [x.to(dtype) * 1000 for x in (timesteps, *guidance)]
+    return hoisted_rows(_norms(model), timesteps, model.time_text_embed(*scaled, pooled))
+
+
+def _conditions(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    pooled, guidance = kwargs.get("pooled_projections"), kwargs.get("guidance")
+    if pooled is None or (guidance is not None and len(guidance) != len(pooled)):
+        return None
+    return (pooled,) if guidance is None else (pooled, guidance)
 
 
 def example_inputs(model: Any) -> dict[str, Any]:
@@ -159,6 +216,12 @@ FLUX = Family(
         "proj_out": "final projection, kept float",
     },
     example_inputs=example_inputs,
+    hoistable=Hoistable(
+        _conditions,
+        lambda model: [norm for norms in _norms(model).values() for norm in norms],
+        _hoist,
+        argument=lambda timesteps: timesteps / 1000,
+    ),
     final_modulation="norm_out.linear",
     timestep_scale=1e-3,  # the pipeline passes sigma in [0, 1]
 )

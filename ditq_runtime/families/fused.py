@@ -1,11 +1,10 @@
-"""What a fused block is made of: a family's `Layout` lists the sublayers of its block and runs them."""
+"""What a fused block is made of: a family's layout lists the sublayers of its block and runs them."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ditq_runtime.families.adaln import Modulation
@@ -37,38 +36,55 @@ class Sublayer(Protocol):
 
     Attributes:
         parts: the modules of the block that it does not call: name -> what each must be.
+        processors: name of an attention among them -> what it must be called with, float or quantized.
     """
 
     parts: dict[str, type]
+    processors: dict[str, tuple[type, type]]
 
     def obstacle(self, block: nn.Module) -> str:
         """What settings and values of a block whose parts are in place say against fusing it; empty: nothing."""
-
-    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
-        """The residual stream [B * T, D] behind this sublayer, in the dtype of `rows`."""
 
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
 
 
-class Layout:
-    """The sublayers of a family's block, and where they get their modulation.
+class StreamSublayer(Sublayer, Protocol):
+    """One of a block with one residual stream."""
+
+    def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
+        """The residual stream [B * T, D] behind this sublayer, in the dtype of `rows`."""
+
+
+class Parts:
+    """What a fused block is made of, whatever its forward.
 
     Attributes:
-        modulation: name of the module that emits it, in fp32, and what that must be; a fused block calls it.
+        modulations: names of the modules that emit it, in fp32, and what each must be; a fused block calls them.
         sublayers: in the order they run.
         parts: the modules that a fused block does not call: name -> what each must be.
         linears: names of the packed ones among them.
-        attentions: names of the attentions among them.
+        attentions: names of the attentions among them, and the processors they may have.
     """
 
-    def __init__(self, modulation: tuple[str, type], *sublayers: Sublayer) -> None:
+    def __init__(self, modulations: dict[str, type], *sublayers: Sublayer) -> None:
         """Collect the parts."""
-        self.modulation, self.sublayers = modulation, sublayers
+        self.modulations = modulations
+        self.sublayers: tuple[Any, ...] = sublayers
         self.parts = {name: kind for part in sublayers for name, kind in part.parts.items()}
         self.paths = {name: tuple(name.split(".")) for name in self.parts}
         self.linears = tuple(n for n, kind in self.parts.items() if kind is QuantLinear)
-        self.attentions = tuple(n for n, kind in self.parts.items() if kind is Attention)
+        self.attentions = {
+            name: allowed for part in sublayers for name, allowed in part.processors.items()
+        }
+
+    def steps(self, block: nn.Module) -> list[Step]:
+        """The ops of its forward, in order."""
+        return [step for sublayer in self.sublayers for step in sublayer.steps(block)]
+
+
+class Layout(Parts):
+    """The sublayers of a block with one residual stream, each a `StreamSublayer`."""
 
     def forward(
         self, block: nn.Module, hidden: torch.Tensor, m: Modulation, *caption: torch.Tensor | None
@@ -89,10 +105,6 @@ class Layout:
         for sublayer in self.sublayers:
             rows = sublayer.forward(block, rows, call)
         return rows.view(hidden.shape)
-
-    def steps(self, block: nn.Module) -> list[Step]:
-        """The ops of that forward, in order."""
-        return [step for sublayer in self.sublayers for step in sublayer.steps(block)]
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from ditq_runtime.attention.processor import QuantAttnProcessor
-from ditq_runtime.families.fused import Layout, part_of
+from ditq_runtime.families.fused import Parts, part_of
 from ditq_runtime.format.attention import CORE
 from ditq_runtime.layers.linear import QuantLinear
 
@@ -30,13 +28,13 @@ class Fusion:
         obstacle: what in the checkpoint stands against fusing; empty: nothing.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Parts) -> None:
         """Wanted, but there is nothing to run yet."""
         self.layout, self.wanted = layout, True
         self.obstacle = "its weights are not loaded"
 
 
-def make_fusible(block: nn.Module, layout: Layout) -> None:
+def make_fusible(block: nn.Module, layout: Parts) -> None:
     """Give a block, whose forward asks `why_not`, its switch; `examine` must see its tensors before it runs fused."""
     setattr(block, FUSION, Fusion(layout))
     block.register_load_state_dict_post_hook(examine)
@@ -47,9 +45,9 @@ def fusible_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, FUSION)}
 
 
-def layout_of(block: nn.Module) -> Layout:
+def layout_of(block: nn.Module) -> Parts:
     """What a block with a fused forward is made of."""
-    layout: Layout = getattr(block, FUSION).layout
+    layout: Parts = getattr(block, FUSION).layout
     return layout
 
 
@@ -67,7 +65,7 @@ def why_not(block: nn.Module) -> str:
     return fusion.obstacle or _moved(block, fusion.layout)
 
 
-def _moved(block: Any, layout: Layout) -> str:
+def _moved(block: Any, layout: Parts) -> str:
     """What was done to the modules of a block since they were made; cheap, for every forward."""
     for name, path in layout.paths.items():
         part: Any = block
@@ -82,13 +80,13 @@ def _moved(block: Any, layout: Layout) -> str:
             return f"{name} has a hook (an adapter, offloading or a probe) and must run by itself"
         if kind is nn.Dropout and part.training and part.p:
             return f"{name} drops values in training"
-    name, emitter = layout.modulation
-    modulation = type(part_of(block, name))  # called by a fused block too: hooks are welcome
-    if modulation is not emitter:
-        return f"{name} is a {modulation.__name__}, and fused blocks need its output in fp32"
-    for name in layout.attentions:
+    for name, emitter in layout.modulations.items():
+        modulation = type(part_of(block, name))  # called by a fused block too: hooks are welcome
+        if modulation is not emitter:
+            return f"{name} is a {modulation.__name__}, and fused blocks need its output in fp32"
+    for name, (stock, quantized) in layout.attentions.items():
         attn: Any = block._modules[name]
-        processor = AttnProcessor2_0 if attn._modules.get(CORE) is None else QuantAttnProcessor
+        processor = stock if attn._modules.get(CORE) is None else quantized
         if type(attn.processor) is not processor:
             return f"{name} has a processor {type(attn.processor).__name__}"
     return ""
@@ -113,7 +111,7 @@ def _has_own_forward(part: nn.Module) -> bool:
     return not (stock and own.__self__ is part)
 
 
-def _obstacle(block: Any, layout: Layout) -> str:
+def _obstacle(block: Any, layout: Parts) -> str:
     """What formats and values of a block whose parts are in place say against fusing it."""
     for name in layout.linears:
         found = block.get_submodule(name).format

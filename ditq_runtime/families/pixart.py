@@ -50,7 +50,7 @@ SITES = (
     Site("fc2", ("ff.net.2",), OnTheFly(BEHIND_GELU)),
 )
 LAYOUT = Layout(
-    (TABLE, ModulationTable),
+    {TABLE: ModulationTable},
     SelfAttention("attn1", norm="norm1"),
     CrossAttention("attn2"),
     FeedForwardLayer("ff", norm="norm2"),

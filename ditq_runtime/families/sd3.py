@@ -7,23 +7,37 @@ scale and gate behind them (6, 7, 8). The text stream ends in the last block, wh
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import nn
+from torch.compiler import is_compiling
 
 from ditq_runtime.families.adaln import (
     Modulation,
     add_gated,
     add_mlp,
     find_group,
+    hoisted_rows,
     modulate,
     modulation,
+    modulation_rows,
     swap_forward,
 )
-from ditq_runtime.families.family import BlockTable, Family, blocks_in
+from ditq_runtime.families.family import BlockTable, Family, Hoistable, blocks_in
+from ditq_runtime.families.fusible import layout_of, make_fusible, why_not
 from ditq_runtime.families.joint import joint_sites
 from ditq_runtime.families.sites import AdaLN, Site, ValueRows
+from ditq_runtime.families.streams import (
+    StreamsAttention,
+    StreamsLayout,
+    image_stream,
+    text_stream,
+)
+from ditq_runtime.families.sublayers import FeedForwardLayer
+from ditq_runtime.layers.linear import QuantLinear
 
 CAPTION_TOKENS = 8
 
@@ -43,16 +57,19 @@ def _forward(
     """One SD3 block whose modulation linears emit the AdaLN multipliers; diffusers' signature."""
     find_group(self)
     kwargs = joint_attention_kwargs or {}
-    rows = self.norm1.linear(self.norm1.silu(temb)).chunk(
-        9 if self.use_dual_attention else 6, dim=1
-    )
+    rows = modulation_rows(self.norm1, temb).chunk(9 if self.use_dual_attention else 6, dim=1)
     image, second = Modulation(*rows[:6]), rows[6:]
     text: Modulation | None = None
     if self.context_pre_only:
-        scale, shift = self.norm1_context.linear(self.norm1_context.silu(temb)).chunk(2, dim=1)
+        scale, shift = modulation_rows(self.norm1_context, temb).chunk(2, dim=1)
     else:
         text = modulation(self.norm1_context, temb)
         scale, shift = text.scale_msa, text.shift_msa
+    if not (kwargs or is_compiling() or why_not(self)):
+        layout: Any = layout_of(self)
+        hidden = (hidden_states, encoder_hidden_states)
+        made = layout.forward(self, hidden, (image, text or (shift, scale, None)), second=second)
+        return None if text is None else made[1], made[0]
     attended, context = self.attn(
         hidden_states=modulate(hidden_states, self.norm1.norm, image.scale_msa, image.shift_msa),
         encoder_hidden_states=modulate(
@@ -76,6 +93,21 @@ def _forward(
 def use_direct_multiplier(block: nn.Module) -> None:
     """Give a stock block the forward above."""
     swap_forward(block, _forward)
+    made: Any = block
+    make_fusible(block, _layout(made.context_pre_only, made.use_dual_attention))
+
+
+@cache
+def _layout(ends: bool, dual: bool) -> StreamsLayout:
+    """What a block is made of: the text stream ends there, it has a second attention."""
+    image, text = image_stream(), text_stream("" if ends else "to_add_out")
+    context = None if ends else FeedForwardLayer("ff_context", "norm2_context")
+    return StreamsLayout(
+        {"norm1.linear": QuantLinear, "norm1_context.linear": QuantLinear},
+        StreamsAttention("attn", Attention, JointAttnProcessor2_0, image, text),
+        (FeedForwardLayer("ff", "norm2"), context),
+        StreamsAttention("attn2", Attention, JointAttnProcessor2_0, image) if dual else None,
+    )
 
 
 def block_table(block: Any) -> BlockTable:
@@ -95,6 +127,23 @@ def block_table(block: Any) -> BlockTable:
         use_direct_multiplier=use_direct_multiplier,
         attentions=attentions,
     )
+
+
+def _norms(model: Any) -> dict[nn.Module, list[Any]]:
+    """The blocks, and the AdaLNs of each that look for a hoisted value."""
+    return {block: [block.norm1, block.norm1_context] for block in model.transformer_blocks}
+
+
+def _hoist(
+    model: Any, timesteps: torch.Tensor, conditions: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The modulation of every block, from the embedding that the model makes; see `Hoistable`."""
+    return hoisted_rows(_norms(model), timesteps, model.time_text_embed(timesteps, *conditions))
+
+
+def _conditions(kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+    pooled = kwargs.get("pooled_projections")
+    return None if pooled is None else (pooled,)
 
 
 def example_inputs(model: Any) -> dict[str, Any]:
@@ -122,5 +171,10 @@ SD3 = Family(
         "proj_out": "final projection, kept float",
     },
     example_inputs=example_inputs,
+    hoistable=Hoistable(
+        _conditions,
+        lambda model: [norm for norms in _norms(model).values() for norm in norms],
+        _hoist,
+    ),
     final_modulation="norm_out.linear",
 )

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from ditq_runtime.attention.install import PLAIN, not_plain
+from ditq_runtime.attention.processor import QuantAttnProcessor
 from ditq_runtime.families.attend import (
     QKV,
     add_output,
@@ -60,6 +61,7 @@ FEED_FORWARD = {
     ".net.1": nn.Dropout,
     ".net.2": QuantLinear,
 }
+PROCESSORS: tuple[type, type] = (AttnProcessor2_0, QuantAttnProcessor)
 NO_NORMS = {**PLAIN, "norm_q": None, "norm_k": None}
 
 
@@ -69,20 +71,21 @@ class SelfAttention:
     def __init__(self, attn: str, norm: str) -> None:
         """Name the attention and the norm before it."""
         self.attn, self.norm = attn, norm
-        self.parts = {norm: nn.LayerNorm, **_under(attn, ATTENTION)}
+        self.parts: dict[str, type] = {norm: nn.LayerNorm, **under(attn, ATTENTION)}
+        self.processors = {attn: PROCESSORS}
 
     def obstacle(self, block: nn.Module) -> str:
         """Norms with weights, settings of the attention, three ways to quantize one input."""
         return (
-            _affine(block, self.norm)
+            affine(block, self.norm)
             or not_plain(block.get_submodule(self.attn), NO_NORMS, "a fused block")
-            or _unshared(block, self.attn, QKV)
+            or unshared(block, self.attn, QKV)
         )
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + gate_msa * to_out(attention(AdaLN(stream)))."""
         attn, norm, m = part_of(block, self.attn), part_of(block, self.norm), call.m
-        codes = _adaln_codes(packed_linear(attn, "to_q"), rows, norm, m.scale_msa, m.shift_msa)
+        codes = adaln_codes(packed_linear(attn, "to_q"), rows, norm, m.scale_msa, m.shift_msa)
         return add_output(attn, rows, m.gate_msa, attend_to_itself(attn, codes, call.shape))
 
     def steps(self, block: nn.Module) -> list[Step]:
@@ -96,12 +99,13 @@ class CrossAttention:
     def __init__(self, attn: str) -> None:
         """Name the attention."""
         self.attn = attn
-        self.parts = _under(attn, ATTENTION)
+        self.parts = under(attn, ATTENTION)
+        self.processors = {attn: PROCESSORS}
 
     def obstacle(self, block: nn.Module) -> str:
         """Settings of the attention, two ways to quantize the caption."""
         attn = block.get_submodule(self.attn)
-        return not_plain(attn, NO_NORMS, "a fused block") or _unshared(block, self.attn, QKV[1:])
+        return not_plain(attn, NO_NORMS, "a fused block") or unshared(block, self.attn, QKV[1:])
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + to_out(attention(stream, caption)); no norm, no gate."""
@@ -133,20 +137,21 @@ class FeedForwardLayer:
     def __init__(self, ff: str, norm: str) -> None:
         """Name the feed-forward and the norm before it."""
         self.ff, self.norm = ff, norm
-        self.parts = {norm: nn.LayerNorm, **_under(ff, FEED_FORWARD)}
+        self.parts: dict[str, type] = {norm: nn.LayerNorm, **under(ff, FEED_FORWARD)}
+        self.processors: dict[str, tuple[type, type]] = {}
 
     def obstacle(self, block: nn.Module) -> str:
         """Norms with weights, another GELU, more layers."""
         ff: Any = block.get_submodule(self.ff)
         if ff.net[0].approximate != "tanh" or len(ff.net) != 3:
             return "its feed-forward is not fc1, GELU in the tanh form, fc2"
-        return _affine(block, self.norm)
+        return affine(block, self.norm)
 
     def forward(self, block: nn.Module, rows: torch.Tensor, call: Call) -> torch.Tensor:
         """The stream + gate_mlp * fc2(GELU(fc1(AdaLN(stream))))."""
         ff, norm, m = part_of(block, self.ff), part_of(block, self.norm), call.m
         fc1, fc2 = packed_linear(ff, "net.0.proj"), packed_linear(ff, "net.2")
-        codes = _adaln_codes(fc1, rows, norm, m.scale_mlp, m.shift_mlp)
+        codes = adaln_codes(fc1, rows, norm, m.scale_mlp, m.shift_mlp)
         added: torch.Tensor = fc2.add_to(rows, m.gate_mlp, fc1.gelu_codes(fc2, codes))
         return added
 
@@ -162,16 +167,18 @@ class FeedForwardLayer:
         return found + product_steps(block, fc2, "gemm_residual")
 
 
-def _under(prefix: str, parts: dict[str, type]) -> dict[str, type]:
+def under(prefix: str, parts: dict[str, type]) -> dict[str, type]:
+    """Parts of a module, named from the block."""
     return {f"{prefix}{name}": kind for name, kind in parts.items()}
 
 
-def _affine(block: nn.Module, name: str) -> str:
+def affine(block: nn.Module, name: str) -> str:
+    """Why a layer norm is none without weights; empty if it is."""
     norm: Any = block.get_submodule(name)
     return "" if norm.weight is None and norm.bias is None else f"its {name} has weights of its own"
 
 
-def _unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
+def unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
     """Why linears of an attention cannot read one quantized input; empty if they can."""
     first, *others = (packed_linear(block, f"{attn}.{name}").site for name in names)
     if all(site is first for site in others):
@@ -181,7 +188,7 @@ def _unshared(block: nn.Module, attn: str, names: tuple[str, ...]) -> str:
     )
 
 
-def _adaln_codes(
+def adaln_codes(
     consumer: QuantLinear,
     rows: torch.Tensor,
     norm: Any,

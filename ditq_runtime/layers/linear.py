@@ -161,7 +161,7 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
 
     def _float(self, rows: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         if self.format.groups == 1:
-            return self._weight_only(rows, self.bias, out_dtype)
+            return self._weight_only(rows, self._parameters["bias"], out_dtype)
         y = self._weight_only(rows, None, torch.float32)  # then the bias, then the cast
         return (y + of_groups(self.bias, len(y))).to(out_dtype)
 
@@ -171,7 +171,9 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
         if self.format.weights == "fp32":
             return _linear_fp32(rows.float(), self.weight, bias).to(out_dtype)
         if self.format.weights == "w8":
-            return k.linear_w8(rows, self.weight, self.weight_scale, bias, out_dtype=out_dtype)
+            held: Any = self._parameters
+            scale = held["weight_scale"]
+            return k.linear_w8(rows, held["weight"], scale, bias, out_dtype=out_dtype)
         if self.format.weights == "w4g":
             group = (self.weight_scale, self.weight_zero)
             return k.linear_w4_per_group(rows, self.weight, *group, bias, out_dtype=out_dtype)

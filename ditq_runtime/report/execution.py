@@ -32,6 +32,7 @@ FUSED = "fused"
 UNFUSING = (
     "cross_attention_kwargs",
     "attention_mask",
+    "joint_attention_kwargs",
 )  # a fused block calls no attention that could take them
 
 
@@ -193,7 +194,8 @@ def execution_report(model: nn.Module, inputs: dict[str, Any] | None = None) -> 
         model, attentions, scheme.attention, watch.products, watch.fused_attentions
     )
     blocks = {model.get_submodule(name): name for name in family.block_names(model)}
-    hoisted = len(blocks.keys() & hoisted_modules(model))
+    holders = hoisted_modules(model)
+    hoisted = sum(any(module in holders for module in block.modules()) for block in blocks)
     experts = {k: n for block, name in blocks.items() for k, n in _experts(block, name).items()}
     return ExecutionReport(layers, runs, watch.blocks, hoisted, experts)
 

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ditq_runtime.layers.carrier import here
+from ditq_runtime.speed.hoist import places_of
 
 WARM_UPS = 3  # before a capture, as torch's documentation asks
 KEPT = 8  # sets of shapes; the one that was not used for longest is freed
+TIMED = 3  # forwards each way, where it is measured whether a graph helps; the fastest counts
+WORTH = 0.97  # of the time without a graph, at most
+
+
+class Measured(NamedTuple):
+    """What a forward took on its device, in seconds, and the shapes of what it was given."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    eager: float
+    graph: float
+
+    @property
+    def helps(self) -> bool:
+        """A graph is replayed from now on."""
+        return self.graph <= WORTH * self.eager
+
+    def __str__(self) -> str:
+        """One sentence."""
+        shown = " ".join(str(list(shape)) for shape in self.shapes)
+        taken = "replayed" if self.helps else "not taken"
+        return f"inputs {shown}: graph {1e3 * self.graph:.2f} ms, {1e3 * self.eager:.2f} ms without; {taken}"
 
 
 class Captured(NamedTuple):
-    """A graph, the memory that its inputs are copied to, and what its replays write."""
+    """A graph, the memory that its inputs are copied to, and what its replays write. No graph: it did not help."""
 
     graph: Any
     fixed: list[torch.Tensor]
@@ -30,10 +53,14 @@ class GraphedForward:
     timestep, and the hoisted modulation, which changes from step to step. They are copied to fixed addresses; nothing
     is looked for in the model. Threads take turns; each stream has graphs of its own, whose memory no other stream
     writes. Weights that moved are captured anew.
+
+    Attributes:
+        measured: for each set of shapes, what was found where a graph need not help.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Install; graphs are captured at their first use, on the model's device."""
+    def __init__(self, model: nn.Module, always: bool = True) -> None:
+        """Install; graphs are captured at their first use, on the model's device; kept `always`, or where they help."""
+        self._always, self.measured = always, list[Measured]()
         self._model: Any = model
         self._forward = model.forward
         self._first = next(model.parameters())
@@ -62,13 +89,15 @@ class GraphedForward:
         hoisted: Any = forward.hoisted or {}
         memory = getattr(hoisted, "memory", None)
         tensors += hoisted.values() if memory is None else [memory]
-        key += [place, *map(id, hoisted), *(value.shape for value in hoisted.values())]
+        key += (place, getattr(hoisted, "key", None) or places_of(hoisted))
         found = self._captured.pop(tuple(key), None)
         if found is None:
             found = self._capture(args, kwargs, tensors, place)
         self._captured[tuple(key)] = found
         if len(self._captured) > KEPT:
             self._free_oldest()
+        if found.graph is None:
+            return self._forward(*args, **kwargs)
         torch._foreach_copy_(found.fixed, tensors)
         found.graph.replay()
         output = found.output
@@ -92,14 +121,32 @@ class GraphedForward:
                 dict(zip(hoisted, rest, strict=True)) if memory is None else hoisted.on(next(rest))
             )
         try:
-            graph, output = _record(lambda: self._forward(*args, **kwargs), device)
+
+            def run() -> Any:
+                return self._forward(*args, **kwargs)
+
+            graph, output = _record(run, device)
+            if self._always or self._helps(run, graph, fixed):
+                return Captured(graph, fixed, output)
+            graph.reset()
+            return Captured(None, [], None)
         finally:
             forward.timestep, forward.hoisted = timestep, hoisted
-        return Captured(graph, fixed, output)
+
+    def _helps(self, run: Callable[[], Any], graph: Any, fixed: list[torch.Tensor]) -> bool:
+        """Time forwards with and without a graph, and note it."""
+        with torch.no_grad():
+            ways = [
+                min(_seconds(way, self._first.device) for _ in range(TIMED))
+                for way in (run, graph.replay)
+            ]
+        self.measured.append(Measured(tuple(tuple(one.shape) for one in fixed), *ways))
+        return self.measured[-1].helps
 
     def _free_oldest(self) -> None:
         oldest = self._captured.pop(next(iter(self._captured)))
-        oldest.graph.reset()
+        if oldest.graph is not None:
+            oldest.graph.reset()
 
 
 def _take_apart(value: Any, tensors: list[torch.Tensor], key: list[Any]) -> None:
@@ -139,6 +186,15 @@ def _place_of(timestep: torch.Tensor | None, tensors: list[torch.Tensor]) -> int
 def _stream(device: torch.device) -> int:
     """The stream that this thread works on, on a device."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """From an idle device to an idle device."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _record(forward: Any, device: torch.device) -> tuple[Any, Any]:

@@ -15,46 +15,55 @@ from ditq_runtime.families.adaln import HOISTS
 from ditq_runtime.families.family import Hoistable
 from ditq_runtime.layers.carrier import PerThread, here
 
+SCALE = "scale_model_input"  # what most pipelines ask their scheduler to do before each forward
+NOTED = "_current_timestep"  # where newer pipelines note the timestep they are at
+KEPT = 2  # tables of one schedule: guidance may call the model with two prompts in turn
+
 
 class _Run(PerThread):
     """What one thread samples with.
 
     Attributes:
         step: its place in the schedule that was announced; -1: none.
-        key: what the values depend on.
-        held: the tensors in the key, so that an id is not used again.
-        values: of every holder, for each step.
+        steps: the schedule; held, so that its id is not used again.
+        tables: what values depend on -> the tensors in that, held likewise, and every holder's values at each step.
     """
 
     def __init__(self) -> None:
         self.step = -1
-        self.key: tuple[Any, ...] = ()
-        self.held: tuple[Any, ...] = ()
-        self.values: list[dict[nn.Module, torch.Tensor]] = []
+        self.steps: torch.Tensor | None = None
+        self.tables: dict[tuple[Any, ...], tuple[Any, list[dict[nn.Module, torch.Tensor]]]] = {}
 
 
 class Hoist:
     """Watches one pipeline's scheduler and transformer; see `ditq_runtime.speed.prepare`.
 
-    The scheduler is asked to scale the model's input right before the model is called: its place in the schedule is
-    known there, and no device has to be waited for. A forward whose timestep was not announced so, is none of the
+    Where in the schedule a forward stands must be known without waiting for a device. Pipelines ask the scheduler to
+    scale the model's input right before the model is called, or give the model an element of the schedule, or
+    note which one they are at. A forward that says nothing of that, or whose timestep is none of the
     scheduler's, or differs from it, computes its modulation as ever; so does one whose weights still wait on another
-    device, as offloading moves them after this.
+    device, as offloading moves them after this. Only what a pipeline notes (Flux) is believed on a GPU.
 
     Attributes:
         tables: how often modulation was computed for a whole schedule.
         hits: forwards that used it.
         holders: the modules it computes for.
+        scheduler: the one it watches.
     """
 
-    def __init__(self, model: Any, scheduler: Any, hoistable: Hoistable) -> None:
+    def __init__(self, pipe: Any, hoistable: Hoistable) -> None:
         """Install."""
         self.tables, self.hits = 0, 0
-        self._model, self._scheduler, self._run = model, scheduler, _Run()
+        model, scheduler = pipe.transformer, pipe.scheduler
+        self._noted = lambda: getattr(
+            pipe, NOTED, None
+        )  # a copy of the model takes no pipeline along
+        self._model, self.scheduler, self._run = model, scheduler, _Run()
         self._hoistable, self.holders = hoistable, hoistable.holders(model)
         setattr(model, HOISTS, [*getattr(model, HOISTS, ()), self])
-        self._scale = scheduler.scale_model_input
-        scheduler.scale_model_input = self._announced
+        self._scale = getattr(scheduler, SCALE, None)
+        if self._scale is not None:
+            setattr(scheduler, SCALE, self._announced)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -62,41 +71,68 @@ class Hoist:
 
     def remove(self) -> None:
         """Uninstall; every forward computes its modulation again."""
-        del self._scheduler.scale_model_input
+        if self._scale is not None:
+            delattr(self.scheduler, SCALE)
         for hook in self._hooks:
             hook.remove()
         getattr(self._model, HOISTS).remove(self)
 
     def _announced(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kw: Any) -> Any:
-        self._run.step = _position(self._scheduler.timesteps, timestep)
-        return self._scale(sample, timestep, *args, **kw)
+        self._run.step = _position(self.scheduler.timesteps, timestep)
+        scaled: Any = self._scale
+        return scaled(sample, timestep, *args, **kw)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self._run
-        step, run.step = run.step, -1
         timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
+        steps, step = self.scheduler.timesteps, self._step_of(timestep)
         if step < 0 or timestep is None or conditions is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        steps = self._scheduler.timesteps
-        if timestep.device.type == "cpu" and not bool((timestep == steps[step]).all()):
+        if timestep.device.type == "cpu" and not bool(
+            (timestep == self._told(timestep)[step]).all()
+        ):
             return
-        batch = len(conditions[0] if conditions else hidden)
+        run = self._run
+        if run.steps is not steps:
+            run.steps, run.tables = steps, {}
         contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
-        key = (contents, id(steps), batch, timestep.dtype, hidden.dtype)
-        if key != run.key:
+        batch = len(conditions[0] if conditions else hidden)
+        key = (contents, batch, timestep.dtype, hidden.dtype)
+        found = run.tables.pop(key, None)
+        if found is None:
             if _elsewhere(self.holders, hidden.device):
                 return
-            timesteps = steps.to(timestep).repeat_interleave(batch)
-            rows = tuple(c.repeat(len(steps), *[1] * (c.dim() - 1)) for c in conditions)
-            with torch.no_grad():
-                values = self._hoistable.compute(model, timesteps, rows, hidden.dtype)
-            run.values = _by_step(self.holders, values, len(steps))
-            here().index = None  # of all steps
-            run.held, run.key = (conditions, steps), key
-            self.tables += 1
-        here().hoisted = run.values[step]
+            timesteps = self._told(timestep).repeat_interleave(batch)
+            found = conditions, self._table(timesteps, conditions, hidden.dtype)
+        run.tables[key] = found
+        if len(run.tables) > KEPT:
+            del run.tables[next(iter(run.tables))]
+        here().hoisted = found[1][step]
         self.hits += 1
+
+    def _step_of(self, timestep: torch.Tensor | None) -> int:
+        """Where in the schedule a forward with this timestep stands, as it was announced; -1: nobody said."""
+        step, self._run.step = self._run.step, -1
+        for said in (timestep, self._noted()):
+            if step < 0 and isinstance(said, torch.Tensor):
+                step = _place(self.scheduler.timesteps, said)
+        return step
+
+    def _told(self, timestep: torch.Tensor) -> torch.Tensor:
+        """What the model is given at each step [S], in the dtype and on the device of one timestep."""
+        return self._hoistable.argument(self.scheduler.timesteps.to(timestep))
+
+    def _table(
+        self, timesteps: torch.Tensor, conditions: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> list[dict[nn.Module, torch.Tensor]]:
+        """Of each step, the values of every holder; timesteps [S * B], steps one after another."""
+        count = len(self.scheduler.timesteps)
+        rows = tuple(c.repeat(count, *[1] * (c.dim() - 1)) for c in conditions)
+        with torch.no_grad():
+            values = self._hoistable.compute(self._model, timesteps, rows, dtype)
+        here().index = None  # of all steps
+        self.tables += 1
+        return _by_step(self.holders, values, count)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         here().hoisted = None
@@ -107,6 +143,7 @@ class HoistedRows(dict[nn.Module, torch.Tensor]):
 
     Attributes:
         memory: one row of numbers.
+        key: what `places_of` says of it.
     """
 
     def __init__(self, holders: list[nn.Module], widths: list[int], memory: torch.Tensor) -> None:
@@ -116,10 +153,16 @@ class HoistedRows(dict[nn.Module, torch.Tensor]):
         parts = memory.split([batch * width for width in widths])
         shaped = (part.view(batch, -1) for part in parts)
         super().__init__(zip(holders, shaped, strict=True))
+        self.key = places_of(self)
 
     def on(self, memory: torch.Tensor) -> HoistedRows:
         """The same of another memory."""
         return HoistedRows(list(self), self._widths, memory)
+
+
+def places_of(hoisted: dict[nn.Module, torch.Tensor]) -> tuple[Any, ...]:
+    """Which modules hoisted modulation is for, and its shapes: what a CUDA graph depends on."""
+    return *map(id, hoisted), *(value.shape for value in hoisted.values())
 
 
 def _by_step(
@@ -144,9 +187,16 @@ def _elsewhere(modules: list[nn.Module], device: torch.device) -> bool:
 
 def _position(steps: torch.Tensor, timestep: Any) -> int:
     """Where a timestep stands in a schedule [S]; -1: nowhere."""
-    if isinstance(timestep, torch.Tensor) and steps.is_contiguous():
-        memory = [t.untyped_storage().data_ptr() for t in (timestep, steps)]
-        if memory[0] == memory[1]:  # an element of it, as in `for t in steps`: no device is asked
-            return int(timestep.storage_offset() - steps.storage_offset())
+    place = _place(steps, timestep) if isinstance(timestep, torch.Tensor) else -1
+    if place >= 0:
+        return place
     found = (steps == timestep).nonzero()
     return int(found[0]) if len(found) else -1
+
+
+def _place(steps: torch.Tensor, timestep: torch.Tensor) -> int:
+    """Which element of a schedule [S] a tensor is, as in `for t in steps`, by its memory: no device is asked."""
+    if not steps.is_contiguous() or any(timestep.stride()):  # one element, or expanded
+        return -1
+    memory = [t.untyped_storage().data_ptr() for t in (timestep, steps)]
+    return int(timestep.storage_offset() - steps.storage_offset()) if memory[0] == memory[1] else -1

@@ -7,11 +7,16 @@ from itertools import product
 import accelerate
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils._pytree import tree_map_only
 
 import ditq_runtime as ditq
+from ditq_bench.zoo import CLASSES
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.families.fused import Layout
 from ditq_runtime.families.fusible import examine
@@ -446,16 +451,10 @@ def test_a_layer_left_in_float_is_refused_and_runs_as_ever(make):
 
 
 def test_a_family_without_fused_blocks_is_refused(tmp_path):
-    from diffusers import FluxTransformer2DModel
-
-    FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    ).save_pretrained(tmp_path)  # fmt: skip
+    CLASSES["AuraFlowTransformer2DModel"].build().save_pretrained(tmp_path)
     config = ditq.DitqConfig(weights="w8")
-    model = FluxTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
-    with pytest.raises(ValueError, match="FluxTransformer2DModel: it has no fused blocks"):
+    model = AuraFlowTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="AuraFlowTransformer2DModel: it has no fused blocks"):
         ditq.configure(model, fuse=True)
     ditq.configure(model, fuse=False)
 

@@ -8,9 +8,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
+from ditq_runtime.families import family_of
 from ditq_runtime.layers.carrier import here
-from ditq_runtime.speed.cuda_graph import KEPT, GraphedForward
+from ditq_runtime.speed import cuda_graph
+from ditq_runtime.speed.cuda_graph import KEPT, TIMED, GraphedForward
 from ditq_runtime.speed.hoist import _by_step, _elsewhere, _position
+from ditq_runtime.speed.prepare import _chosen
 
 STEPS = 4
 
@@ -474,6 +477,56 @@ def test_hoisted_rows_are_copied_as_one_memory(small, monkeypatch):
     assert copied == [2, 2]  # the input and the memory
 
 
+def test_a_graph_that_need_not_help_is_timed_and_kept_where_it_does(small, monkeypatch):
+    """Of two sets of shapes the graph of the second takes longer than 97 % of the time without."""
+    model, graphed, graphs = small
+    graphed.remove()
+    graphed = GraphedForward(model, always=False)
+    seconds = iter([0.03, 0.02, 0.025, 0.0194, 0.03, 0.02, *[0.02] * TIMED, *[0.0195] * TIMED])
+    monkeypatch.setattr(cuda_graph, "_seconds", lambda call, device: next(seconds))
+    for size in (1, 2, 1, 2):
+        assert model(torch.full((size,), 2.0))[0].tolist() == [2.0] * size
+    assert next(seconds, None) is None
+    assert [graph.freed for graph in graphs] == [False, True]
+    assert [str(one) for one in graphed.measured] == [
+        "inputs [1]: graph 19.40 ms, 20.00 ms without; replayed",
+        "inputs [2]: graph 19.50 ms, 20.00 ms without; not taken",
+    ]
+    graphed.remove()
+    assert all(graph.freed for graph in graphs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device", "asked", "expected"),
+    [
+        ("DiTTransformer2DModel", "cpu", (None, None), (True, False, False)),
+        ("DiTTransformer2DModel", "cuda", (None, None), (True, False, True)),
+        ("DiTTransformer2DModel", "cuda", (False, True), (False, True, False)),
+        ("AuraFlowTransformer2DModel", "cuda", (None, None), (False, True, True)),
+        ("AuraFlowTransformer2DModel", "cuda", (True, False), (False, False, True)),
+        ("AuraFlowTransformer2DModel", "cpu", (None, None), (False, False, False)),
+    ],
+)
+def test_what_is_chosen(architecture, device, asked, expected):
+    """Hoist, compile, graph; a module without blocks stands for a family that has none which fuse."""
+    family, place = family_of(architecture), torch.device(device)
+    found = _chosen(torch.nn.Module(), family, place, *asked)
+    assert tuple(taken for taken, _ in found.values()) == expected
+
+
+def test_blocks_are_compiled_as_asked_and_undone(folders):
+    pipe, seen = _open(folders["plain"]), []
+    model = pipe.transformer
+    model.compile_repeated_blocks = lambda **options: seen.append(options)
+    model.transformer_blocks[0]._compiled_call_impl = model.transformer_blocks[0].forward
+    prepared = ditq.prepare(pipe, compile=True)
+    assert seen == [{"backend": "ditq", "fullgraph": True}]
+    assert prepared.hoist is None
+    assert "compile: yes, as asked" in str(prepared)
+    prepared.undo()
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
@@ -489,7 +542,7 @@ def test_a_cuda_graph_gives_the_same_images(folders, kind, cost_of_sums):
     bound = cost_of_sums(lambda: _open(folders[kind]).transformer, sample, 256 * 2.0**-24)
     pipe = _open(folders[kind]).to("cuda")
     expected = _sample(pipe)
-    prepared = ditq.prepare(pipe)
+    prepared = ditq.prepare(pipe, cuda_graph=False)
     hoisted = _sample(pipe)
     prepared.undo()
     assert (hoisted - expected).norm() / expected.norm() < bound

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 HEAD_DIM, SAMPLES, TOKENS_A_SIDE, CAPTION = 64, 2, 4, 8
+FLUX = {"Flux step": "none", "Flux step, int8 attention": "int8"}  # -> attention
 STATIC = {"method": "smoothquant", "activations": "static", "attention": "int8"}
 
 
@@ -24,7 +25,9 @@ def packed(weights: tuple[str, ...] = ("w8", "w4p"), layers: int = 28) -> dict[s
     """
     with tempfile.TemporaryDirectory() as folder:
         found = {name: dit(name, Path(folder) / name, layers) for name in weights}
-    return found | ({"flux": flux()} if layers == 28 else {})
+    if layers < 28:
+        return found
+    return found | {name: flux(attention) for name, attention in FLUX.items()}
 
 
 def steps(models: dict[str, Any], device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -32,8 +35,8 @@ def steps(models: dict[str, Any], device: torch.device) -> dict[str, Callable[[]
     found: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         model.to(device)  # a stub's too: weights go into the order of its kernels
-        if name == "flux":
-            found["Flux step, w8 token"] = forward_of(model, flux_inputs(model, device), {})
+        if name in FLUX:
+            found |= _flux_steps(name, model, device)
             continue
         blocks, width = model.transformer_blocks, model.inner_dim
         hoisted = {block: torch.randn(SAMPLES, 6 * width, device=device) for block in blocks}
@@ -43,6 +46,19 @@ def steps(models: dict[str, Any], device: torch.device) -> dict[str, Callable[[]
         found[f"DiT-XL/2 step, {name} static"] = forward_of(model, inputs, hoisted)
         if name == "w8":
             found["DiT-XL/2 step, CUDA graph"] = graph_of(model, inputs, hoisted)
+    return found
+
+
+def _flux_steps(name: str, model: Any, device: torch.device) -> dict[str, Callable[[], Any]]:
+    from ditq_runtime.families.flux import FLUX as FAMILY
+
+    assert FAMILY.hoistable is not None
+    holders: Any = FAMILY.hoistable.holders(model)
+    hoisted = {one: torch.randn(1, one.linear.out_features, device=device) for one in holders}
+    inputs = flux_inputs(model, device)
+    found = {f"{name}, w8 token": forward_of(model, inputs, hoisted)}
+    if FLUX[name] == "none":
+        found[f"{name}, CUDA graph"] = graph_of(model, inputs, hoisted)
     return found
 
 
@@ -118,8 +134,8 @@ def with_hoisted(call: Callable[[], Any], hoisted: dict[Any, torch.Tensor]) -> C
     return run
 
 
-def flux() -> Any:
-    """Flux.1-dev's tree: 19 double and 38 single blocks, a scale per token."""
+def flux(attention: str) -> Any:
+    """Flux.1-dev's tree: 19 double and 38 single blocks, a scale per token, float or quantized attention."""
     from diffusers import FluxTransformer2DModel
 
     from ditq_converters import Recipe, convert
@@ -129,7 +145,7 @@ def flux() -> Any:
         in_channels=4, num_layers=19, num_single_layers=38, attention_head_dim=HEAD_DIM, num_attention_heads=1,
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
-    return convert(model, Recipe("linear", "w8", "token"), None, quiet=True)
+    return convert(model, Recipe("linear", "w8", "token", attention=attention), None, quiet=True)
 
 
 def flux_inputs(model: Any, device: torch.device) -> dict[str, Any]:

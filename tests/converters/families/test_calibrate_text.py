@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.calibrate.recorder import Recorder
 from ditq_converters.calibrate.rows import RowChoice
@@ -99,9 +100,12 @@ def test_every_method_runs_in_integers_and_stays_close(calibrated, run, make_cas
     _, inputs = make_case(name)
     packed = convert(model, recipe, stats, quiet=True)
     truth = run(model, inputs)
-    error = float((run(packed, inputs) - truth).norm() / truth.norm())
+    fused = run(packed, inputs)
+    error = float((fused - truth).norm() / truth.norm())
     bound = 0.34 if recipe.weights == "w4p" else 0.06 if recipe.activations == "static" else 0.03
     assert 0 < error < bound
+    ditq.configure(packed, fuse=False)
+    assert torch.equal(run(packed, inputs), fused)
 
 
 @pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5", "flux-dev"])
