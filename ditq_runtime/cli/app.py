@@ -26,7 +26,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # UsageError, of the click that typer runs on
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
-KEEPS = ("calibrate", "convert", "bench methods", "bench profiles", "bench jitter", "bench auto")
+KEEPS = (
+    "calibrate", "convert", "eval", "bench methods", "bench flow", "bench profiles", "bench papers", "bench jitter", "bench auto",
+)  # fmt: skip
 TABLES = ("demo", "inspect", "convert", "plan", "eval", "bench", "tune", "doctor")
 ORDER = (
     "demo", "inspect", "calibrate", "plan", "convert", "sample", "eval", "bench", "tune", "doctor",

@@ -31,7 +31,7 @@ class Settings:
     guidance: float = 1.5
     calibration_samples: int = 32
     scored_samples: int = 100
-    salient_samples: int = 20
+    salient_samples: int = 10
     few_samples: int = 20
     flow_samples: int = 40
     flow_salient_samples: int = 10
