@@ -26,8 +26,9 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # UsageError, of the click that typer runs on
 OK, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
-KEEPS = (
-    "calibrate", "convert", "eval", "bench methods", "bench flow", "bench profiles", "bench papers", "bench jitter", "bench auto",
+KEEPS = (  # commands that go on where they were
+    "calibrate", "convert", "eval", "bench methods", "bench flow", "bench profiles", "bench papers", "bench jitter",
+    "bench auto",
 )  # fmt: skip
 TABLES = ("demo", "inspect", "convert", "plan", "eval", "bench", "tune", "doctor")
 ORDER = (
