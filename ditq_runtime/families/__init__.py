@@ -15,6 +15,7 @@ from ditq_runtime.families.sites import (
     Site,
     ValueRows,
     get_linear,
+    rows_of,
 )
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (DIT, PIXART, SD3, FLUX)}
@@ -49,4 +50,5 @@ __all__ = [
     "ValueRows",
     "family_of",
     "get_linear",
+    "rows_of",
 ]

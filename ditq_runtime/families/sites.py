@@ -7,6 +7,7 @@ is folded into the producer where that is exact (SmoothQuant Eq. 3; PTQ4DiT Eq. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -105,6 +106,34 @@ class OnTheFly:
 
 
 Producer = AdaLN | ValueRows | NormWeights | ProductRows | OnTheFly
+
+
+class Rows(NamedTuple):
+    """Neighbouring rows of a linear, table or norm inside the block, one for each channel of a site.
+
+    Attributes:
+        owner: its name.
+        start: the first of them.
+        multiplies: they emit the multiplier 1 + scale of the input, not the input: a factor changes them, a shift not.
+    """
+
+    owner: str
+    start: int = 0
+    multiplies: bool = False
+
+
+def rows_of(producer: Producer, width: int) -> list[Rows]:
+    """What a fold of a site of `width` channels changes; of V it may be fewer channels, the first."""
+    match producer:
+        case AdaLN(modulation, shift, scale):
+            return [Rows(modulation, shift * width), Rows(modulation, scale * width, True)]
+        case ValueRows(values):
+            return [Rows(name) for name in values]
+        case NormWeights(norm):
+            return [Rows(norm)]
+        case ProductRows(linear, start):
+            return [Rows(linear, start)]
+    return []
 
 
 @dataclass(frozen=True)

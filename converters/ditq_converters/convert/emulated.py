@@ -15,7 +15,7 @@ from torch import nn
 
 from ditq_converters.convert.fold import Block
 from ditq_converters.methods import Transform
-from ditq_runtime.families import AdaLN, BlockTable, ProductRows, ValueRows
+from ditq_runtime.families import BlockTable, rows_of
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.linear import QuantLinear
@@ -51,35 +51,24 @@ def output_units(
         Producer name -> units; other linears kept theirs.
     """
     found: dict[str, Units] = {}
-
-    def change(
-        name: str, rows: slice, scale: torch.Tensor | None, added: torch.Tensor | None
-    ) -> None:
-        size = linears[name].weight.shape[0]
-        ones, zeros = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-        units = found.setdefault(name, Units(ones, zeros))
-        if scale is not None:
-            units.scale[rows] = scale
-        if added is not None:
-            units.added[rows] = added
-
+    no_linears = {*table.tables, *table.norms}
     for site in table.sites:
         transform = folded.get(site.name, Transform())
-        u = None if transform.smooth is None else 1 / transform.smooth
-        z = None if transform.shift is None else transform.shift[0]
-        match site.producer:
-            case AdaLN(modulation, shift_chunk, scale_chunk) if modulation in table.modulations:
-                width = linears[modulation].weight.shape[0] // table.chunks(modulation)
-                at = [slice(i * width, (i + 1) * width) for i in (shift_chunk, scale_chunk)]
-                change(modulation, at[0], u, None if z is None else -z)
-                change(modulation, at[1], u, torch.ones(width, dtype=torch.float64))
-            case ValueRows(values):
-                for name in values:
-                    width = linears[name].weight.shape[0]
-                    taken = None if u is None else u[:width]
-                    change(name, slice(0, width), taken, None if z is None else -z[:width])
-            case ProductRows(name, start, stop):
-                change(name, slice(start, stop), u, None)
+        channels = linears[site.consumers[0]].weight.shape[1]
+        for made in rows_of(site.producer, channels):
+            if made.owner in no_linears:
+                continue
+            size = len(linears[made.owner].weight)
+            width = min(channels, size - made.start)
+            rows = slice(made.start, made.start + width)
+            fresh = Units(torch.ones(size).double(), torch.zeros(size).double())
+            units = found.setdefault(made.owner, fresh)
+            if transform.smooth is not None:
+                units.scale[rows] = 1 / transform.smooth[:width]
+            if made.multiplies:
+                units.added[rows] = 1
+            elif transform.shift is not None:
+                units.added[rows] = -transform.shift[0, :width]
     return found
 
 

@@ -18,15 +18,7 @@ from torch import nn
 
 from ditq_converters.convert.fold import Block, LinearTensors
 from ditq_converters.methods import Transform
-from ditq_runtime.families import (
-    AdaLN,
-    BlockTable,
-    NormWeights,
-    OnTheFly,
-    ProductRows,
-    Site,
-    ValueRows,
-)
+from ditq_runtime.families import BlockTable, OnTheFly, Site, ValueRows, rows_of
 
 ROWS, COLUMNS = (
     32,
@@ -73,7 +65,7 @@ def check_folds(
         _check_numbers(f"{block}.{site.name}", transform)
         taken = _taken(site, transform, folded, in_quantizer)
         read |= {n: taken if n in float_readers else transform for n in site.consumers}
-        _give(given, table, site, taken, folded)
+        _give(given, site, taken, folded)
     for name, made in folded.items():
         if not _holds(_original(module, table, name), made, read.get(name), given.get(name)):
             raise ValueError(
@@ -108,30 +100,18 @@ def _taken(
     return Transform(smooth, transform.shift)
 
 
-def _give(
-    given: dict[str, Given], table: BlockTable, site: Site, taken: Transform, folded: Block
-) -> None:
+def _give(given: dict[str, Given], site: Site, taken: Transform, folded: Block) -> None:
     """Note what a site asks of its producers: of each some rows, and what they are multiplied by and lack."""
-    match site.producer:
-        case AdaLN(modulation, shift, scale):
-            width = len(folded[modulation].weight) // table.chunks(modulation)
-            parts = [(modulation, shift * width, True), (modulation, scale * width, False)]
-        case ValueRows(values):
-            width = len(folded[values[0]].weight)
-            parts = [(name, 0, True) for name in values]
-        case NormWeights(norm):
-            width, parts = len(folded[norm].weight), [(norm, 0, True)]
-        case ProductRows(linear, start, stop):
-            width, parts = stop - start, [(linear, start, True)]
-        case _:
-            return
-    for name, start, shifts in parts:
-        rows, count = slice(start, start + width), len(folded[name].weight)
+    channels = folded[site.consumers[0]].weight.shape[1]
+    for made in rows_of(site.producer, channels):
+        count = len(folded[made.owner].weight)
+        width = min(channels, count - made.start)
+        rows = slice(made.start, made.start + width)
         ones, zeros = torch.ones(count).double(), torch.zeros(1, count).double()
-        known = given.setdefault(name, Given(ones, zeros))
+        known = given.setdefault(made.owner, Given(ones, zeros))
         if taken.smooth is not None:
             known.u[rows] = 1 / taken.smooth[:width]
-        if not shifts:
+        if made.multiplies:
             known.a[:, rows] = 1
         elif taken.shift is not None:
             known.a = known.a.expand(max(len(known.a), len(taken.shift)), -1).clone()

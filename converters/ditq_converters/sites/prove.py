@@ -22,9 +22,9 @@ from ditq_runtime.families import (
     NormWeights,
     OnTheFly,
     Producer,
-    ProductRows,
     Site,
     ValueRows,
+    rows_of,
 )
 
 PROVEN = 1e-10  # relative; right folds err by some 1e-15, a forgotten reader by 1e-1
@@ -136,20 +136,13 @@ class Prover:
 
     def _makers(self, fold: Fold) -> list[tuple[Any, slice, torch.Tensor, torch.Tensor]]:
         """Modules that the transform goes into: which entries, factors, shifts."""
-        match fold.site.producer:
-            case NormWeights(norm):
-                whole = slice(None)
-                norms = self.twin.get_submodule(f"{fold.block}.{norm}")
-                return [(norms, whole, fold.smooth, fold.shift)]
-            case ProductRows(linear, start, stop):
-                rows = slice(start, stop)
-                return [(self._linear(f"{fold.block}.{linear}"), rows, fold.smooth, fold.shift)]
-            case ValueRows(values):
-                linears = [self._linear(f"{fold.block}.{name}") for name in values]
-                width = linears[0].out_features
-                smooth, shift = fold.smooth[:width], fold.shift[:width]
-                return [(linear, slice(None), smooth, shift) for linear in linears]
-        raise AssertionError(f"{fold.site.producer} folds nothing on a twin")
+        found = []
+        for made in rows_of(fold.site.producer, len(fold.smooth)):
+            module: Any = self.twin.get_submodule(f"{fold.block}.{made.owner}")
+            width = min(len(fold.smooth), len(module.weight) - made.start)
+            rows = slice(made.start, made.start + width)
+            found.append((module, rows, fold.smooth[:width], fold.shift[:width]))
+        return found
 
     def _input(self, linear: str) -> torch.Tensor:
         return self.graph.values[self.graph.calls[linear][0].get("input")].tensor
