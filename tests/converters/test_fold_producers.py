@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ditq_converters.convert.fold import LinearTensors
-from ditq_converters.convert.fold_producers import absorbs, fold_norm, fold_product, norm_tensors
+from ditq_converters.convert.fold import LinearTensors, fold_norm, fold_product, norm_tensors
 from ditq_converters.methods import Transform
-from ditq_runtime.families import AdaLN, NormWeights, OnTheFly, ProductRows, ValueRows
+from ditq_runtime.families import ProductRows
 
 K, N = 6, 4
 
@@ -56,23 +55,6 @@ def test_the_linear_factor_of_a_gated_mlp_makes_the_transformed_input():
     assert torch.equal(linear.weight[K:], weight[K:])
     with pytest.raises(ValueError, match="takes no shift"):
         fold_product(linear, ProductRows("proj", 0, K), Transform(SMOOTH, SHIFT))
-
-
-@pytest.mark.parametrize(
-    ("producer", "takes"),  # a factor; a factor and one shift; shifts per timestep group
-    [
-        (AdaLN("norm1.linear", 0, 1), (True, True, True)),
-        (ValueRows(("to_v",)), (True, True, False)),
-        (ValueRows(("to_v",), takes_shift=False), (True, False, False)),
-        (NormWeights("norm2", takes_shift=True), (True, True, False)),
-        (NormWeights("norm2", takes_shift=False), (True, False, False)),
-        (ProductRows("proj", 0, K), (True, False, False)),
-        (OnTheFly("GELU"), (False, False, False)),
-    ],
-)
-def test_what_a_producer_takes(producer, takes):
-    shifts = (None, SHIFT, rand(3, K, seed=5))
-    assert tuple(absorbs(producer, Transform(SMOOTH, shift)) for shift in shifts) == takes
 
 
 def test_a_norm_is_stored_as_its_model_has_it():

@@ -11,14 +11,12 @@ def test_equal_runs_keep_their_timesteps():
     schedule = schedule_of([[900.0, 500.0, 0.0]] * 3)
     assert schedule.timesteps == (900.0, 500.0, 0.0)
     assert [schedule.bin_of[t] for t in (0.0, 500.0, 900.0)] == [2, 1, 0]
-    assert not schedule.rising
 
 
 def test_a_timestep_that_rises_while_noise_falls():
     """Some models are told 1 - t: the first call is the noisiest all the same."""
     schedule = schedule_of([[0.0, 0.4, 0.9], [0.0, 0.4, 0.9]])
     assert schedule.timesteps == (0.0, 0.4, 0.9)
-    assert schedule.rising
 
 
 def test_calls_at_one_timestep_are_one():

@@ -19,11 +19,6 @@ class Schedule:
     timesteps: tuple[float, ...]
     bin_of: dict[float, int]
 
-    @property
-    def rising(self) -> bool:
-        """The model is told a timestep that rises while noise falls."""
-        return len(self.timesteps) > 1 and self.timesteps[0] < self.timesteps[-1]
-
 
 def schedule_of(runs: Sequence[Sequence[float]]) -> Schedule:
     """The axis of several runs.

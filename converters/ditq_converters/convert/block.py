@@ -17,9 +17,9 @@ from ditq_converters.convert.fold import (
     LinearTensors,
     block_linears,
     fold_block,
+    norm_tensors,
     stored_folds,
 )
-from ditq_converters.convert.fold_producers import norm_tensors
 from ditq_converters.convert.groups import by_timestep, group_bounds
 from ditq_converters.convert.modulation import observe_modulation
 from ditq_converters.convert.observed import Observed, observe

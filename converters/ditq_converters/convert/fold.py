@@ -8,7 +8,8 @@ A site's input X becomes (X - z_g) u with u = 1 / s and z_g one shift per timest
 * a table added to a modulation that all blocks share (adaLN-single): as the bias of a diagonal modulation linear,
   whose weight is one factor per row;
 * V producer: rows (W, b) <- u (W, b - z), exact because softmax rows sum to one;
-* norms and products: see `fold_producers.py`;
+* norms: weight <- u weight, bias <- u (bias - z), for X = norm(h) * weight + bias;
+* products: rows (W, b) <- u (W, b), for X = linear(h) * g(h); a shift would be multiplied by g, so there is none;
 * anywhere else the quantizer subtracts z_g and multiplies by u.
 """
 
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ditq_converters.convert.fold_producers import fold_norm, fold_product
 from ditq_converters.methods import Transform
 from ditq_runtime.families import (
     AdaLN,
@@ -221,3 +221,41 @@ def _fold_modulation(
     if transform.smooth is not None:
         linear.scale_rows(scale, 1 / transform.smooth)
         linear.scale_rows(shift, 1 / transform.smooth)
+
+
+def fold_norm(norm: LinearTensors, transform: Transform) -> None:
+    """Fold into a norm in place: its weight [K, 1] and its bias [1, K] or None.
+
+    Raises:
+        ValueError: a shift, and no bias to take it.
+    """
+    if transform.shift is not None:
+        if norm.bias is None or len(transform.shift) > 1:
+            raise ValueError(
+                "fold: a norm takes one shift if it has a bias, and none otherwise; leave it to the quantizer"
+            )
+        norm.add_to_bias(-transform.shift)
+    if transform.smooth is not None:
+        norm.scale_rows(slice(None), 1 / transform.smooth)
+
+
+def fold_product(linear: LinearTensors, producer: ProductRows, transform: Transform) -> None:
+    """Fold a factor into some rows of a linear in place.
+
+    Raises:
+        ValueError: a shift.
+    """
+    if transform.shift is not None:
+        raise ValueError(
+            "fold: a product takes no shift, its other factor would multiply it; leave it to the quantizer"
+        )
+    if transform.smooth is not None:
+        linear.scale_rows(slice(producer.start, producer.stop), 1 / transform.smooth)
+
+
+def norm_tensors(norm: LinearTensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What the checkpoint stores of a folded norm: `weight` [K] and, where it has one, `bias` [K]."""
+    stored = {"weight": norm.weight[:, 0].to(dtype)}
+    if norm.bias is not None:
+        stored["bias"] = norm.bias[0].to(dtype)
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
