@@ -21,7 +21,10 @@ STORED = {  # tensor -> attribute of the quantized weight
 
 
 def quantize_weight(
-    weight: torch.Tensor, layer_format: LayerFormat, symmetric: bool = False
+    weight: torch.Tensor,
+    layer_format: LayerFormat,
+    symmetric: bool = False,
+    importance: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """A weight in the integers of a format.
 
@@ -29,13 +32,14 @@ def quantize_weight(
         weight: [N, K] float, finite.
         layer_format: `w8`, `w4p` or `w4g`, with its group size.
         symmetric: `w4g` weights without zero points.
+        importance: [K], what squared errors in the columns of `w4p` weigh when its groups are searched; None: alike.
     """
     if layer_format.weights == "w8":
         return k.quantize_weight_w8(weight)
     assert layer_format.group_size is not None
     if layer_format.weights == "w4g":
         return k.quantize_weight_w4g(weight, layer_format.group_size, symmetric)
-    return k.quantize_weight_w4p(weight, layer_format.group_size)
+    return k.quantize_weight_w4p(weight, layer_format.group_size, importance)
 
 
 def stored_tensors(

@@ -29,7 +29,12 @@ def test_auto_is_the_default_in_the_bits_that_were_asked_for():
         "aimed",
         0.65,
     )
-    assert (four.method, four.weights, four.rounding, four.alpha) == ("osplus", "w4p", "aimed", 0.5)
+    assert (four.method, four.weights, four.rounding, four.alpha) == (
+        "osplus",
+        "w4p",
+        "aimed",
+        0.35,
+    )
     assert chosen(budget="smallest").weights == "w4p"
     assert chosen(budget="largest").weights == "w8"
     assert four.kept_dtype == "bf16"

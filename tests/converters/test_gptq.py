@@ -85,6 +85,23 @@ def test_it_is_optimal_brain_surgery_column_by_column(inputs, ordered):
     assert torch.equal(codes, expected)
 
 
+def test_importance_is_what_an_error_costs_behind_the_feedback():
+    """Of real-valued later columns: |e|^2 times the Schur complement of H, from numpy; columns cost in their order."""
+    rows = correlated(50, 30)
+    feedback = error_feedback(rows, 0.03)
+    order = feedback.order.numpy()
+    hessian = rows.numpy().T @ rows.numpy()
+    hessian = (hessian + 0.03 * np.trace(hessian) / 30 * np.eye(30))[order][:, order]
+    cost = np.empty(30)
+    for place, column in enumerate(order):
+        later = slice(place + 1, None)
+        cross = hessian[place, later]
+        solved = np.linalg.solve(hessian[later, later], cross)
+        cost[column] = hessian[place, place] - cross @ solved
+    found = feedback.importance.numpy()
+    np.testing.assert_allclose(found, cost / cost.mean(), rtol=1e-9)
+
+
 def test_the_order_of_the_channels_does_not_matter():
     """By energy, so that permuting inputs and columns permutes the codes; distinct energies, one scale a row."""
     rows, weight = correlated(200, 40)[:, torch.arange(40) != 8], 3 * weight_of(6, 39)

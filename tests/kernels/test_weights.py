@@ -133,3 +133,21 @@ def test_resolve_group_size(in_features, requested, expected):
 def test_resolve_group_size_refuses(in_features, requested):
     with pytest.raises(ValueError, match=f"divides K={in_features}"):
         k.resolve_group_size(in_features, requested)
+
+
+def test_columns_that_weigh_more_are_held_closer(generator):
+    """The error as weighed falls, at the price of the plain one; where all weigh 3 the search loses nothing."""
+    weight = torch.randn(64, 128, generator=generator)
+    order = torch.randperm(128, generator=generator)
+    importance = torch.logspace(-2, 2, 128)[order]
+
+    def error(columns, weighs):
+        found = k.quantize_weight_w4p(weight, 64, columns).dequantize()
+        return float(((found - weight).double().square() * weighs).sum())
+
+    ones = torch.ones(128)
+    assert error(importance, importance) < 0.9 * error(None, importance)
+    assert error(importance, ones) > error(None, ones)
+    assert error(3 * ones, ones) <= error(
+        None, ones
+    )  # all ranges of the plain search, and finer ones

@@ -11,6 +11,7 @@ from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.gptq import compensated_codes, error_feedback
+from ditq_converters.convert.jobs import AIMED_CALLS
 from ditq_converters.plan.entries import LinearPlan
 from ditq_converters.plan.plan import Plan
 from ditq_kernels import quantize_weight_w8
@@ -43,7 +44,7 @@ def seconds_of(plan: Plan, model: nn.Module, stats: CalibrationStats, searches: 
     blocks = max(1, len({site.name.rpartition(".")[0] for site in plan.sites}))
     # up to every block, and through half of it for each of its sites, in float and as packed
     runs = (blocks + 1) / 2 + 0.5 * len(plan.sites) / blocks
-    aiming = len(calls) * forward * (1 + EMULATED) * runs
+    aiming = min(len(calls), AIMED_CALLS) * forward * (1 + EMULATED) * runs
     trying = 2 * (len(plan.sites) + blocks) * TRIALS * forward * EMULATED
     return rounding + aiming + searches * (3 * rounding + trying)
 

@@ -38,6 +38,7 @@ from ditq_runtime.families import Family
 CALLS = 8  # replayed calls that judge a unit, evenly over those that were kept
 BEST = {
     "method": "osplus",
+    "alpha": 0.35,  # less than usual: coarse weights can take little of what is hard to round
     "activations": "token_asym",
     "rounding": "aimed",
     "bias_correction": True,
@@ -48,7 +49,7 @@ BEST = {
 RUNGS: tuple[dict[str, Any], ...] = (  # what a unit can be stored as, the smallest first
     {"weights": "w4p"},
     {"weights": "w4p", "group_size": 32},
-    {"weights": "w8", "alpha": 0.65},  # fine weights can take more of what is hard to round
+    {"weights": "w8", "alpha": 0.65},  # fine weights can take more
 )
 DATA_FREE: dict[str, Any] = {  # the best without any calibration
     "method": "linear",

@@ -239,7 +239,9 @@ def convert_linear(
     final = entry.layer_format(linear.bias is not None, groups)
     assert final is not None
     rounded = linear if observed.target is None else LinearTensors(observed.target, linear.bias)
-    stored = quantize_linear(rounded, final, observed.feedback, entry.symmetric)
+    stored = quantize_linear(
+        rounded, final, observed.feedback, entry.symmetric, weighed=entry.runs_model
+    )
     if observed.rows is not None and final.bias:
         stored["bias"] = corrected_bias(linear, final, stored, quantizer, observed.rows())
     return Rounded(final, stored, quantizer)

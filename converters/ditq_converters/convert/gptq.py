@@ -40,6 +40,16 @@ class Feedback:
     order: torch.Tensor
     upper: torch.Tensor
 
+    @property
+    def importance(self) -> torch.Tensor:
+        """[K] what a squared error of a column still costs when all later columns have made up for it, mean 1.
+
+        Errors e of `compensated_codes` leave the loss sum over columns of (e / upper[p, p])^2.
+        """
+        cost = torch.empty_like(self.upper.diagonal())
+        cost[self.order] = self.upper.diagonal() ** -2
+        return cost / cost.mean()
+
 
 def error_feedback(
     rows: torch.Tensor, damping: float = DAMPING, *, ordered: bool = True, centred: bool = False

@@ -19,7 +19,7 @@ from ditq_converters.convert.block import (
     play_block,
 )
 from ditq_converters.convert.pack import make_scheme
-from ditq_converters.convert.prefix import Prefix
+from ditq_converters.convert.prefix import Prefix, evenly
 from ditq_converters.convert.reconstruct import Tell
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
@@ -39,6 +39,10 @@ from ditq_runtime.families.placing import Shapes
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.scheme import Scheme
 from ditq_runtime.version import __version__
+
+AIMED_CALLS = (
+    8  # of those kept, evenly: aimed rounding runs the model on them, and is no better on 16
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,10 @@ def prefix_of(job: Job) -> Prefix | None:
         return None
     streamed = streamed_of(job.model)
     budget = None if streamed is None else streamed.memory_budget
-    return Prefix(job.model, job.stats.replay(), job.family.block_names(job.model), budget)
+    calls = list(job.stats.replay())
+    if not any(linear.rounding == "reconstruct" for linear in job.plan.linears):
+        calls = [calls[i] for i in evenly(len(calls), AIMED_CALLS)]
+    return Prefix(job.model, calls, job.family.block_names(job.model), budget)
 
 
 def provenance(plan: Plan, stats: CalibrationStats | None) -> dict[str, Any]:

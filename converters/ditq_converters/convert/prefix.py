@@ -151,7 +151,7 @@ class Prefix:
         each = 4 * _nbytes(one)  # what a block is given and what it makes, in both models
         most = (self._memory_budget or 0) // SHARE // max(each, 1)
         if self._memory_budget is not None and most < len(self._calls):
-            self._calls = [self._calls[i] for i in _evenly(len(self._calls), max(1, most))]
+            self._calls = [self._calls[i] for i in evenly(len(self._calls), max(1, most))]
         self._fitted = True
 
     def _reach(self, model: nn.Module, call: int, finished: bool) -> Arguments:
@@ -224,7 +224,7 @@ class Prefix:
         for call in range(self.num_calls):
             with _until_reached(place, keep):
                 self.run(call, finished)
-            some = _evenly(len(read[-1]), share)
+            some = evenly(len(read[-1]), share)
             read[-1], half[-1] = read[-1][some], half[-1][some]
         return torch.cat(read).double().cpu(), torch.cat(half)
 
@@ -276,7 +276,7 @@ def _nbytes(tree: Any) -> int:
     return sum(sizes)
 
 
-def _evenly(length: int, most: int) -> list[int]:
+def evenly(length: int, most: int) -> list[int]:
     """At most so many places out of `length`, evenly spaced."""
     if length <= most:
         return list(range(length))

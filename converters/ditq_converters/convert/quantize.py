@@ -40,6 +40,7 @@ def quantize_linear(
     layer_format: LayerFormat,
     feedback: Feedback | None = None,
     symmetric: bool = False,
+    weighed: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Tensors of `LayerFormat.tensors` for a folded linear.
 
@@ -48,6 +49,7 @@ def quantize_linear(
         layer_format: what to make.
         feedback: of `gptq.error_feedback` for the folded input; None: round to nearest.
         symmetric: `w4g` weights without zero points.
+        weighed: scales of groups are searched by what an error costs behind the feedback.
 
     Returns:
         name -> tensor, contiguous.
@@ -67,7 +69,8 @@ def quantize_linear(
     if layer_format.weights == "fp32":
         tensors = {"weight": weight}
     else:
-        quantized = quantize_weight(weight, layer_format, symmetric)
+        importance = feedback.importance if feedback is not None and weighed else None
+        quantized = quantize_weight(weight, layer_format, symmetric, importance)
         if feedback is not None:
             quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
         tensors = stored_tensors(quantized, layer_format)

@@ -18,6 +18,8 @@ from ditq_kernels.codes.packing import GROUP_MULTIPLE
 MAX_GROUP_SCALE = 17  # 15 * 17 = 255 covers [-127, 127]
 RANGE_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 OFFSET_STEPS = (0.0, -1.0, 1.0)
+FINE_SHRINKS = (*RANGE_SHRINKS, 0.7, 0.65, 0.6, 0.55, 0.5)  # where columns weigh differently
+FINE_STEPS = (*OFFSET_STEPS, -2.0, 2.0, -4.0, 4.0)
 ROUND_TO_INTEGER = 1.5 * 2**23  # at this size fp32 has no fraction: adding it rounds, ties to even
 # rows searched together: temporaries stay in cache, and below 2**15 elements torch starts no threads
 # (thousands of tiny parallel regions take minutes on a busy machine)
@@ -138,7 +140,9 @@ def quantize_weight_w8(weight: torch.Tensor) -> W8:
     return W8(numerics.quantize_symmetric(weight, scale[:, None]), scale)
 
 
-def quantize_weight_w4p(weight: torch.Tensor, group_size: int) -> W4P:
+def quantize_weight_w4p(
+    weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None
+) -> W4P:
     """Progressive int4 weights: a row scale, then integer scale and offset for each group.
 
     Each group tries 6 ranges x 3 offsets and keeps the least squared error; the first wins a tie.
@@ -147,6 +151,8 @@ def quantize_weight_w4p(weight: torch.Tensor, group_size: int) -> W4P:
     Args:
         weight: [N, K] float, finite.
         group_size: neighbouring inputs that share a code range; see `resolve_group_size`.
+        importance: [K] float, positive: what a squared error in a column weighs; then 11 ranges x 7 offsets are tried.
+            None: all alike.
 
     Raises:
         ValueError: not a finite float matrix, or a group size that does not fit K.
@@ -160,9 +166,10 @@ def quantize_weight_w4p(weight: torch.Tensor, group_size: int) -> W4P:
         )
     scale = numerics.symmetric_scale(weight.abs().amax(dim=1))
     inv_scale = numerics.inverse_scale(scale)[:, None]
+    weighed = None if importance is None else importance.float().reshape(-1, group_size)
     rows_per_chunk = max(1, CHUNK_ELEMENTS // in_features)
     chunks = [
-        _search_groups((rows * inv).unflatten(1, (-1, group_size)))
+        _search_groups((rows * inv).unflatten(1, (-1, group_size)), weighed)
         for rows, inv in zip(
             weight.split(rows_per_chunk), inv_scale.split(rows_per_chunk), strict=True
         )
@@ -189,18 +196,23 @@ def finite_matrix(weight: torch.Tensor, op: str) -> torch.Tensor:
     return weight
 
 
-def _search_groups(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Best (codes uint8, group_scale uint8, group_offset int8) for weights in int8 units [R, J, G]."""
+def _search_groups(
+    units: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Best (codes uint8, group_scale uint8, group_offset int8) for weights in int8 units [R, J, G], columns [J, G]."""
+    plain = importance is None
+    shrinks, steps = (RANGE_SHRINKS, OFFSET_STEPS) if plain else (FINE_SHRINKS, FINE_STEPS)
     high, low = units.amax(dim=2), units.amin(dim=2)
     best_error = torch.full_like(high, torch.inf)
     best_scale, best_offset = torch.ones_like(high), torch.zeros_like(high)
-    for shrink in RANGE_SHRINKS:
+    for shrink in shrinks:
         group_scale = ((high - low) * (shrink / 15.0)).round_().clamp_(1, MAX_GROUP_SCALE)
-        for step in OFFSET_STEPS:
+        for step in steps:
             offset = ((high + low) * 0.5 - 7.5 * group_scale + step).round_().clamp_(-128, 127)
             values = _codes(units, group_scale, offset)
             values.mul_(group_scale[:, :, None]).add_(offset[:, :, None]).sub_(units)
-            error = values.square_().sum(dim=2)
+            values.square_()
+            error = (values if importance is None else values.mul_(importance)).sum(dim=2)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, group_scale, best_scale)
