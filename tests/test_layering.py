@@ -16,10 +16,15 @@ ROOM_OF = {  # package -> its room, leftmost first: each may import only those t
     "ditq_kernels": "kernels",
 }
 ORDER = list(ROOM_OF)
-WINGS = (  # of the converters, from the front door to the cellar: each imports only those below it
-    "cli", "showcase", "auto", "evaluate", "convert", "plan", "calibrate", "sites", "methods", "models",
-    "streaming", "demo", "pages",
-)  # fmt: skip
+WINGS = {  # of a package, from the front door to the cellar: each imports only those below it
+    "ditq_converters": (
+        "cli", "showcase", "auto", "evaluate", "convert", "plan", "calibrate", "sites", "methods", "models",
+        "streaming", "demo", "pages",
+    ),
+    "ditq_runtime": (
+        "cli", "speed", "host", "report", "lora", "calls", "families", "attention", "layers", "format",
+    ),
+}  # fmt: skip
 
 
 def sources(package):
@@ -70,20 +75,21 @@ def test_this_test_sees_a_wrong_import(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_wings_of_the_converters_import_one_way():
-    root = ROOT / ROOM_OF["ditq_converters"] / "ditq_converters"
+@pytest.mark.parametrize("package", WINGS)
+def test_the_wings_of_a_package_import_one_way(package):
+    root, order = ROOT / ROOM_OF[package] / package, WINGS[package]
     wings = [path.name for path in root.iterdir() if path.is_dir() and any(path.glob("*.py"))]
-    assert sorted(wings) == sorted(WINGS)
-    shared = [path.stem for path in root.glob("*.py") if path.stem != "__init__"]
-    for path in sources("ditq_converters"):
+    assert sorted(wings) == sorted(order)
+    shared = [path.stem for path in root.glob("*.py") if not path.stem.startswith("__")]
+    for path in sources(package):
         here = path.relative_to(root).parts[0].removesuffix(".py")
-        if here == "__init__":  # what the package shows, by lazy names
+        if here.startswith("__"):  # what the package shows, by lazy names, and its front door
             continue
-        below = [*(WINGS[WINGS.index(here) :] if here in WINGS else ()), *shared]
+        below = [*(order[order.index(here) :] if here in order else ()), *shared]
         wrong = [
             module
             for module, _ in imports(path)
-            if module.startswith("ditq_converters.") and module.split(".")[1] not in below
+            if module.startswith(f"{package}.") and module.split(".")[1] not in below
         ]
         assert wrong == [], path
 

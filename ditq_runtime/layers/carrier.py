@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+REPLAYS = "replays"  # attribute of what stands for a model's forward and makes again what it once captured
+
 
 class PerThread(threading.local):
     """A base of objects whose attributes each thread has for itself; a copy starts anew."""

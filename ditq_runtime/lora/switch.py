@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_runtime.layers.carrier import REPLAYS
 from ditq_runtime.lora.branch import ADAPTERS, Adapters, add_branches
 from ditq_runtime.lora.file import Adapter, LoraFile
-from ditq_runtime.speed.cuda_graph import GraphedForward
 
 ATTENTION_KWARGS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 
@@ -106,7 +106,7 @@ def check_name(name: str, scale: float) -> None:
 
 def check_not_graphed(model: nn.Module, caller: str) -> None:
     """ValueError where a captured CUDA graph would replay what it captured, whatever adapters say."""
-    if isinstance(getattr(vars(model).get("forward"), "__self__", None), GraphedForward):
+    if hasattr(getattr(vars(model).get("forward"), "__self__", None), REPLAYS):
         raise ValueError(
             f"{caller}: the transformer replays a CUDA graph, which would not see it; undo() what "
             "ditq.prepare gave, change adapters, then prepare again"

@@ -56,7 +56,10 @@ class GraphedForward:
 
     Attributes:
         measured: for each set of shapes, what was found where a graph need not help.
+        replays: see `carrier.REPLAYS`.
     """
+
+    replays = True
 
     def __init__(self, model: nn.Module, always: bool = True) -> None:
         """Install; graphs are captured at their first use, on the model's device; kept `always`, or where they help."""
