@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ditq_converters import CalibrationStats, StatisticsError, calibrate
+from ditq_converters import CalibrationStats, Recipe, StatisticsError, calibrate, convert
 from ditq_converters.calibrate.shards import Handles, shard_folder
 from ditq_runtime.calls.seeds import generator
 
@@ -401,3 +401,22 @@ def files_of(folder):
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()
     }
+
+
+def test_a_method_over_time_says_that_schedules_differ(make_pipeline, tmp_path, capfd):
+    """3 steps at 666, 333 and 0 and 2 at 500 and 0: four timesteps, of which the longest run has three."""
+    pipe = make_pipeline()
+    entries = [
+        {"class_labels": [1], "num_inference_steps": n, "guidance_scale": 1.0} for n in (3, 2)
+    ]
+    for count, said in ((2, True), (1, False)):
+        stats = calibrate(pipe, tmp_path / str(count), entries[:count], quiet=True)
+        assert stats.differing_timesteps == (4 if said else 0)
+        for recipe, over_time in (
+            (Recipe("htg", num_groups=2), True),
+            (Recipe("smoothquant"), False),
+        ):
+            capfd.readouterr()
+            convert(pipe, recipe, stats)
+            told = "htg orders their 4 timesteps by noise and takes neighbours together, as 3"
+            assert (told in capfd.readouterr().err) is (said and over_time)

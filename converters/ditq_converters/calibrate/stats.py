@@ -160,6 +160,15 @@ class CalibrationStats:
         return list(self._schedule["timesteps"])
 
     @property
+    def differing_timesteps(self) -> int:
+        """How many timesteps there were, where inputs have different schedules; 0 where each is one of `timesteps`."""
+        if self.manifest["version"] == 1:
+            return 0
+        visits = (visit for shard in self.shards() for visit in shard.meta["visits"])
+        met = {visit["timestep"] for visit in visits if visit["component"] == self.component}
+        return len(met) if len(met) > self.calls else 0
+
+    @property
     def has_attention(self) -> bool:
         """Whether the ranges of Q, K and V were recorded."""
         settings = self.manifest.get("settings", self.manifest)

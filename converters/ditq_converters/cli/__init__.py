@@ -1,1 +1,1 @@
-"""The workshop's subcommands: inspect, calibrate, convert, demo."""
+"""A command line in, calls of the wings below, figures and words out: calibrate, plan, inspect, convert, eval, demo."""

@@ -120,8 +120,23 @@ def jobs_of(
             note(f"{component}: stays float ({error})", quiet)
             continue
         check_statistics(plan, own)
+        tell_of_schedules(component, plan, own, quiet)
         jobs.append(Job(pipe, model, family, plan, own, quiet, component=component))
     return jobs
+
+
+def tell_of_schedules(
+    component: str, plan: Plan, stats: CalibrationStats | None, quiet: bool
+) -> None:
+    """A line where a method over time does not see the timesteps as they were met."""
+    methods = {site.method for site in plan.sites if METHODS[site.method].over_time}
+    met = stats.differing_timesteps if methods and stats is not None else 0
+    if met and stats is not None:
+        note(
+            f"{component}: its inputs have different schedules; {' and '.join(sorted(methods))} orders their {met} "
+            f"timesteps by noise and takes neighbours together, as {stats.calls}",
+            quiet,
+        )
 
 
 def checked_plan(
