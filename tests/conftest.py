@@ -57,6 +57,7 @@ def python_without_interpreter():
 def processor(monkeypatch):
     """Sets what torch says of this processor; puts that and all choices of backends back at the end."""
     monkeypatch.setattr("ditq_kernels.launch.backend._reference_on", set())
+    monkeypatch.setattr("ditq_kernels.launch.prepared._kept", False)
 
     def has(**features):
         found = {"cpu_name": "Some CPU", "avx2": True, "avx512_vnni": False} | features

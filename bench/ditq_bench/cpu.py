@@ -28,6 +28,8 @@ from ditq_bench.results import ORIGIN, backend_of, commit, origin_of
 from ditq_bench.shapes import SHAPES
 from ditq_bench.timing import Timing, time_in_turn
 from ditq_bench.xl_model import DIT_XL_2
+from ditq_kernels.launch import cpu_features
+from ditq_kernels.launch.prepared import copies_kept
 from ditq_runtime.files import atomic_file
 from ditq_runtime.host.on_the_fly import Choice, choose_formats
 from ditq_runtime.host.skeleton import install
@@ -38,6 +40,7 @@ COMMIT = commit()  # of the code that was imported, whatever is checked out befo
 SAMPLES = 2
 LINEARS = ("torch fp32 linear", "torch bf16 linear", "torch._int_mm", "ditq W8A8", "ditq W4A8")
 PACKED = {"ditq W8A8": "w8", "ditq W4A8": "w4p"}
+KEPT = ", copies kept"  # of weights, in a second form that is multiplied faster
 SPREAD = 0.5  # of weights, times 1 / sqrt(inputs)
 TILE_ROWS = 64  # of normal weights that are packed; a layer repeats them
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -66,16 +69,26 @@ def steps(config: dict[str, Any], rounds: int, clock: str) -> list[Row]:
         **{name: _random(config, weights) for name, weights in PACKED.items()},
     }
     runs = {name: _step(model) for name, model in models.items()}
+    sizes = {name: _bytes(model) for name, model in models.items()}
+    for name in PACKED if cpu_features.int8_gemm() == "pairs" else ("ditq W4A8",):
+        runs[name + KEPT] = copies_kept()(runs[name])
+        held = k.copied_bytes()
+        runs[name + KEPT]()
+        sizes[name + KEPT] = sizes[name] + k.copied_bytes() - held
     timings = time_in_turn(runs, CPU, rounds, clock=CLOCKS[clock])
     fp32, bf16, *_ = (timing.median for timing in timings.values())
     what = f"dit-xl-256 step, batch {SAMPLES}"
     return [
         _row(
             what, name, clock, timing, (fp32 / timing.median, bf16 / timing.median),
-            sum(p.numel() * p.element_size() for p in models[name].parameters()),
+            sizes[name],
         )
         for name, timing in timings.items()
     ]  # fmt: skip
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _random(config: dict[str, Any], weights: str = "") -> Any:

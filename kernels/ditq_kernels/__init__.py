@@ -29,6 +29,7 @@ from ditq_kernels.codes.weights import (
 )
 from ditq_kernels.codes.weights_w4g import W4G, dequantize_w4g, fits_w4g, quantize_weight_w4g
 from ditq_kernels.launch.backend import backend_of, choose_backend
+from ditq_kernels.launch.prepared import copied_bytes, keep_copies, keeps_copies
 from ditq_kernels.ops.attention import attention_qk_int8_pv_bf16, attention_qk_int8_pv_int8
 from ditq_kernels.ops.expand import w4_expand
 from ditq_kernels.ops.gemm_fused import gemm_gelu_quantize, gemm_residual
@@ -58,6 +59,7 @@ __all__ = [
     "attention_qk_int8_pv_int8",
     "backend_of",
     "choose_backend",
+    "copied_bytes",
     "dequantize",
     "dequantize_w4g",
     "expand_w4g",
@@ -70,6 +72,8 @@ __all__ = [
     "gemm_w4a8",
     "gemm_w4a8_per_group",
     "gemm_w8a8",
+    "keep_copies",
+    "keeps_copies",
     "linear_w4",
     "linear_w4_per_group",
     "linear_w8",

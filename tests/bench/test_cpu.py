@@ -1,9 +1,11 @@
 """The CPU table: every precision of a step runs on one small model, in the packed formats it names."""
 
+import pytest
 import torch
 
 import ditq_kernels as k
 from ditq_bench import cpu
+from ditq_kernels.launch.prepared import keeps_copies
 from ditq_runtime import QuantLinear
 
 TINY = {
@@ -12,17 +14,27 @@ TINY = {
 }  # fmt: skip
 
 
-def test_a_step_at_each_precision():
+@pytest.mark.parametrize(
+    ("dot_products", "copies"),
+    [
+        (True, ["ditq W4A8, copies kept"]),
+        (False, ["ditq W8A8, copies kept", "ditq W4A8, copies kept"]),
+    ],
+)
+def test_a_step_at_each_precision(processor, dot_products, copies):
+    processor(avx_vnni=dot_products)
     rows = cpu.steps(TINY, 1, "wall")
     assert [row["candidate"] for row in rows] == [
-        "torch fp32", "torch bf16", "ditq W8A8", "ditq W4A8",
+        "torch fp32", "torch bf16", "ditq W8A8", "ditq W4A8", *copies,
     ]  # fmt: skip
     assert all(row.keys() == set(cpu.FIELDS) for row in rows)
     backend = k.backend_of("gemm_w8a8", "cpu")
-    assert [row["backend"] for row in rows] == ["torch", "torch", backend, backend]
+    assert [row["backend"] for row in rows] == ["torch", "torch", *[backend] * (2 + len(copies))]
     assert float(rows[0]["speedup_over_fp32"]) == float(rows[1]["speedup_over_bf16"]) == 1
     sizes = [row["weight_bytes"] for row in rows]
     assert sizes[0] == 2 * sizes[1] > sizes[2] > sizes[3]
+    assert all(kept > plain for kept, plain in zip(sizes[4:][::-1], sizes[3:1:-1], strict=False))
+    assert not keeps_copies()
 
 
 def test_random_codes_have_the_spread_of_random_weights():

@@ -14,6 +14,7 @@ from ditq_kernels import _cpu
 from ditq_kernels._cpu import epilogue, pairs, per_group, product
 from ditq_kernels.codes import packing
 from ditq_kernels.launch import backend, cpu_features
+from ditq_kernels.launch.prepared import copied_bytes, keep_copies
 from ditq_kernels.reference import fused as reference_fused
 from ditq_kernels.reference import linear as reference
 
@@ -39,8 +40,9 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["dot products", "pairs"])
 def way(request, processor):
-    """Both ways to multiply, one after the other."""
+    """Both ways to multiply, one after the other; pairs need copies."""
     processor(avx_vnni=request.param == "dot products")
+    keep_copies(request.param == "pairs")
     assert cpu_features.int8_gemm() == request.param
     return request.param
 
@@ -199,6 +201,7 @@ def test_changed_weights_are_prepared_anew(generator):
 @pytest.mark.parametrize("kind", ["w8", "w4p"])
 def test_inference_weights_are_not_prepared_at_every_call(kind, processor, monkeypatch, generator):
     processor()
+    keep_copies(True)
     with torch.inference_mode():
         weight, *groups = weights(kind, 17, 96, generator)
     expanded = weight if kind == "w8" else packing.expand_w4p(weight, *groups)
@@ -206,6 +209,28 @@ def test_inference_weights_are_not_prepared_at_every_call(kind, processor, monke
     monkeypatch.setattr(pairs, "_prepare", None)  # not callable
     total = product.product(q, weight, *groups)
     assert torch.equal(total.long(), q.long() @ expanded.long().t())
+
+
+@pytest.mark.parity("P5")
+@pytest.mark.parametrize("dot_products", [True, False])
+@pytest.mark.parametrize("kind", ["w8", "w4p"])
+def test_copies_of_weights_are_made_on_request_and_freed(kind, dot_products, processor, generator):
+    """Int4 as int8: [17, 96] bytes. Pairs: at least as many. Int8 itself is what dot products read."""
+    processor(avx_vnni=dot_products)
+    weight, *groups = weights(kind, 17, 96, generator)
+    expanded = weight if kind == "w8" else packing.expand_w4p(weight, *groups)
+    q, before = int8((5, 96), generator), copied_bytes()
+    expected = q.long() @ expanded.long().t()
+    assert torch.equal(product.product(q, weight, *groups).long(), expected)
+    assert copied_bytes() == before
+    keep_copies(True)
+    for _ in range(2):
+        assert torch.equal(product.product(q, weight, *groups).long(), expected)
+    least = 0 if dot_products and kind == "w8" else 17 * 96
+    most = least if dot_products else 2 * 17 * 96
+    assert least <= copied_bytes() - before <= most
+    keep_copies(False)
+    assert copied_bytes() == 0
 
 
 @pytest.mark.parity("P5")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PixArtSigmaPipeline
 
+import ditq_kernels as k
 import ditq_runtime as ditq
 from ditq_converters import Recipe, calibrate, convert
 from ditq_runtime.families import family_of
@@ -305,6 +306,35 @@ def test_switches(folders, pipes, processor):
     with pytest.raises(ValueError, match="has no integer linears"):
         ditq.configure(pipes["own"].transformer)
     assert ditq.configure(model, linear="auto") == "cpu"
+
+
+@pytest.mark.parametrize("dot_products", [True, False])
+def test_int4_weights_are_resident_once_on_a_cpu_unless_copies_are_asked_for(
+    packed_folder, processor, dot_products
+):
+    processor(avx_vnni=dot_products)
+    folder = packed_folder("w4p_token")
+    model = _open(folder).transformer
+    stored = sum(p.stat().st_size for p in (folder / "transformer").glob("*.safetensors"))
+    before = k.copied_bytes()
+    forward_once(model)
+    assert k.copied_bytes() == before
+    embedder = sum(
+        p.numel() * p.element_size()
+        for block in model.transformer_blocks[1:]
+        for p in block.norm1.emb.parameters()
+    )  # a file has it once
+    assert model.get_memory_footprint() - embedder <= 1.03 * stored
+    ditq.configure(model, copies=True)
+    forward_once(model)
+    assert k.copied_bytes() > before
+    ditq.configure(model, copies=False)
+    assert k.copied_bytes() == 0
+
+
+def forward_once(model):
+    with torch.no_grad():
+        model(**family_of(type(model).__name__).example_inputs(model))
 
 
 @pytest.mark.parametrize("fuse", [True, False])

@@ -1,8 +1,9 @@
 """Exact products of int8 matrices, by what the processor multiplies fastest.
 
 With int8 dot products: `torch._int_mm`, for which oneDNN has kernels with AMX, AVX512-VNNI and AVX-VNNI, in int32.
-Without, it is as exact and 30 times slower than fp32, and `pairs` does it. That prepares weights once; those made under
-`torch.inference_mode` would be prepared at every call (`prepared`), so the reference multiplies them.
+Without, it is as exact and 30 times slower than fp32, and `pairs` does it, if copies of weights may be kept
+(`prepared.keep_copies`); else the reference, which is about as fast as fp32. Weights made under `torch.inference_mode`
+would be prepared at every call, so the reference multiplies them.
 """
 
 import functools
@@ -13,6 +14,7 @@ from ditq_kernels._cpu import pairs
 from ditq_kernels._cpu.pairs import CODES
 from ditq_kernels.codes import packing
 from ditq_kernels.launch import cpu_features
+from ditq_kernels.launch.prepared import keeps_copies, prepared
 from ditq_kernels.reference import linear as reference
 
 CHECKED = (
@@ -45,7 +47,7 @@ def product(
     groups = () if group_scale is None or group_offset is None else (group_scale, group_offset)
     if cpu_features.int8_dot():
         return _by_dot_products(q, weight, *groups)
-    if weight.is_inference():
+    if weight.is_inference() or not keeps_copies():
         return reference.integer_matmul(
             q, packing.expand_w4p(weight, *groups) if groups else weight
         )
@@ -53,10 +55,12 @@ def product(
 
 
 def _by_dot_products(q: torch.Tensor, weight: torch.Tensor, *groups: torch.Tensor) -> torch.Tensor:
-    """Progressive int4 is expanded a block of rows at a time."""
+    """Progressive int4 is expanded a block of rows at a time, or once, if copies may be kept."""
     _check_dot_products()
     if not groups:
         return _int_mm(q, weight)
+    if keeps_copies() and not weight.is_inference():
+        return _int_mm(q, prepared("gemm_w4a8", (weight, *groups), packing.expand_w4p))
     rows = max(1, EXPANDED_BYTES // q.shape[1])
     blocks = zip(*(part.split(rows) for part in (weight, *groups)), strict=True)
     totals = [_int_mm(q, packing.expand_w4p(*block)) for block in blocks]

@@ -8,12 +8,14 @@ copy. Two limits: writes through `.data` bypass the version counter, as they byp
 one that made a copy waits for that stream.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -27,6 +29,44 @@ class _Entry:
 
 
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_kept = False  # see `keep_copies`
+
+
+def keep_copies(wanted: bool) -> None:
+    """Whether ops on a CPU may keep a second form of weights that is multiplied faster; for this process, off at first.
+
+    Int4 is kept as int8 beside itself where the processor has int8 dot products: twice its bytes more. Where it
+    has not, all integer weights are kept in oneDNN's order, up to 1.75 times their int8 size; without, products run in
+    fp32, as exact and slower. Copies that were made are freed when this is switched off.
+    """
+    global _kept
+    _kept = wanted
+    if not wanted:
+        for key in [key for key in _cache if key.device.type == "cpu"]:
+            del _cache[key]
+
+
+@contextlib.contextmanager
+def copies_kept() -> Iterator[None]:
+    """`keep_copies(True)` inside; what was made stays for the next time."""
+    global _kept
+    before, _kept = _kept, True
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def keeps_copies() -> bool:
+    """What `keep_copies` was told last."""
+    return _kept
+
+
+def copied_bytes() -> int:
+    """Bytes of all second forms of weights on CPUs that this process holds."""
+    held = [entry.prepared for key, entry in _cache.items() if key.device.type == "cpu"]
+    tensors = tree_leaves([getattr(one, "parts", one) for one in held])
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def prepared(op: str, parts: tuple[torch.Tensor, ...], prepare: Callable[..., Any]) -> Any:

@@ -13,7 +13,7 @@ from ditq_kernels.codes.products import ieee_product, is_ieee
 from ditq_kernels.codes.weights_w4g import dequantize_w4g
 
 EXACT_FP32_INPUTS = 2**24 // 2**14  # inputs whose int8 products sum exactly in fp32
-FLOAT_ROWS = 256  # weights widened to fp32 at a time, where each is used for a few rows only
+FLOAT_ROWS = 128  # weights widened to fp32 at a time, where each is used for a few rows only
 
 
 def quantize_per_token(
