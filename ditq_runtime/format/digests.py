@@ -1,12 +1,11 @@
 """Digests of stored tensors: they find damage. They are no signature; who can change a file can change its digest.
 
-`sum:` and eight hexadecimal digits: the CRC-32 (of zlib) of the text `DTYPE SHAPE` as the safetensors header has them,
-`I8 [4608, 1152]`, then of the sums of all whole blocks, then of the bytes after the last. A block is 64 rows of 256
-little-endian 64-bit words; its sums are those of its columns, row r (from 0) times 2 r + 1, modulo 2^64, as bytes.
-Odd factors have inverses, so that a change of one word always changes a sum; and rows that changed places do.
+`page:` and eight hexadecimal digits: the CRC-32 (of zlib) of the text `DTYPE SHAPE` as the safetensors header has them,
+`I8 [4608, 1152]`, then of the sums of all whole pages, then of the bytes after the last. A page is 512 little-endian
+64-bit words, its sum is modulo 2^64: any change of one word changes it, and pages that change places change the CRC.
 
-This runs at the speed of memory, a CRC at a fifth of it. Earlier files have the CRC-32 of the text and all bytes, with
-nothing before the digits; they are compared with that.
+This runs at the speed of memory, a CRC at a fifth of it. Earlier files have sums of larger blocks (`sum:`), or the
+CRC-32 of the text and all bytes, with nothing before the digits; they are compared with those.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,9 @@ CONFIG = (
 )
 NOTES = ("_diffusers_version", "_name_or_path")  # in it, what copies may change
 SWITCH = "DITQ_VERIFY"  # environment variable: 0 loads without looking at digests
-MARK = "sum:"
+PAGE = 4096  # bytes
 ROWS, COLUMNS = 64, 256  # of words in a block
-BLOCK = ROWS * COLUMNS * 8  # bytes
+BLOCK = ROWS * COLUMNS * 8  # bytes, of earlier files
 FACTORS = 2 * np.arange(ROWS, dtype=np.uint64) + 1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -39,15 +38,25 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def digest(tensor: torch.Tensor) -> str:
     """The digest of a tensor as it would be stored; it is read once, on the CPU."""
     raw, crc = _raw(tensor)
+    whole = len(raw) - len(raw) % PAGE
+    if whole:
+        sums = raw[:whole].view("<u8").reshape(-1, PAGE // 8).sum(axis=1)
+        crc = zlib.crc32(sums.astype("<u8", copy=False).data, crc)
+    return f"page:{zlib.crc32(raw[whole:].data, crc):08x}"
+
+
+def _blocks(tensor: torch.Tensor) -> str:
+    """The digest of files of a while ago: a sum for each column of a block, row r of it times 2 r + 1."""
+    raw, crc = _raw(tensor)
     whole = len(raw) - len(raw) % BLOCK
     if whole:
         words = raw[:whole].view("<u8").reshape(-1, ROWS, COLUMNS)
         crc = zlib.crc32(np.einsum("brc,r->bc", words, FACTORS).astype("<u8").data, crc)
-    return f"{MARK}{zlib.crc32(raw[whole:].data, crc):08x}"
+    return f"sum:{zlib.crc32(raw[whole:].data, crc):08x}"
 
 
 def _crc(tensor: torch.Tensor) -> str:
-    """The digest of earlier files."""
+    """The digest of the first files that had any."""
     raw, crc = _raw(tensor)
     return f"{zlib.crc32(raw.data, crc):08x}"
 
@@ -56,6 +65,9 @@ def _raw(tensor: torch.Tensor) -> tuple[np.ndarray, int]:
     """The bytes of a tensor, and the CRC-32 of its head."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return raw, zlib.crc32(f"{NAMES[tensor.dtype]} {list(tensor.shape)}".encode())
+
+
+KINDS: dict[str, Callable[[torch.Tensor], str]] = {"page": digest, "sum": _blocks, "": _crc}
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -118,7 +130,13 @@ def check_digest(
         raise CheckpointError(
             f"quantization_config: digests: {name} is missing; the config.json is damaged, copy it again"
         )
-    found = (digest if digests[name].startswith(MARK) else _crc)(tensor)
+    kind = digests[name].rpartition(":")[0]
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"quantization_config: digests: {name} has one of an unknown kind, {digests[name][:40]!r}; update ditq "
+            f"(or set {SWITCH}=0 to load it as it is)"
+        )
+    found = KINDS[kind](tensor)
     if found != digests[name]:
         raise CheckpointError(
             f"{headers[name].file}: {name} is damaged: its digest is {found}, config.json says {digests[name]}; "
