@@ -152,7 +152,26 @@ def is_packed(path: Path, config: dict[str, Any]) -> bool:
             raise CheckpointError(
                 f"{path}: quantization_config: quant_method is missing; copy it again"
             )
+        _check_names(path, config, found)
     return found is not None and found.get("quant_method") == "ditq"
+
+
+def _check_names(path: Path, config: dict[str, Any], found: dict[str, Any]) -> None:
+    """The method of a quantization and the class of its model, which decide who reads the rest."""
+    method, scheme = found.get("quant_method", ""), found.get("scheme")
+    architecture = scheme.get("architecture") if isinstance(scheme, dict) else None
+    ours = architecture is not None
+    if not isinstance(method, str) or (ours and method != "ditq"):
+        wanted = "'ditq'" if ours else "a string"
+        raise CheckpointError(
+            f"{path}: quantization_config: quant_method must be {wanted}, got {shown(method)}; copy it again"
+        )
+    if not ours or "_class_name" not in config or config["_class_name"] == architecture:
+        return
+    raise CheckpointError(
+        f"{path}: _class_name is {shown(config['_class_name'])}, but its scheme was written for "
+        f"{shown(architecture)}; copy it again"
+    )
 
 
 def refuse_codes_as_weights(

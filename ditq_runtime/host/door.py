@@ -7,6 +7,8 @@ memory ends, and a `quantization_config` that is no object would end in an Attri
 from __future__ import annotations
 
 import re
+import threading
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,18 @@ from diffusers.configuration_utils import ConfigMixin
 from ditq_runtime.errors import CheckpointError
 
 READER = "_dict_from_json_file"  # of ConfigMixin: everything of diffusers reads its configs by it
+BUILDER = (
+    "from_config"  # of ConfigMixin: then it makes the model, when all files of a hub have come
+)
+
+
+class _Early(threading.local):
+    """The last config that was read here before its weights were there, as on the first load from a hub."""
+
+    config: tuple[Path, dict[str, Any]] | None = None
+
+
+_EARLY = _Early()
 
 
 def watch_configs() -> None:
@@ -26,14 +40,31 @@ def watch_configs() -> None:
             config = stock(cls, json_file)
         except RecursionError as error:
             raise CheckpointError(f"{json_file}: nested without end; copy it again") from error
-        objects = isinstance(config, dict) and any(isinstance(v, dict) for v in config.values())
-        if objects or (isinstance(config, dict) and config.get("quantization_config") is not None):
-            _look_around(Path(json_file), config)
-        if isinstance(config, dict) and "_class_name" in config:
-            _look_for_codes(Path(json_file), config)
+        if isinstance(config, dict):
+            _look(Path(json_file), config)
+            early = not any(Path(json_file).parent.glob("*.safetensors"))
+            _EARLY.config = (Path(json_file), config) if early else None
         return config
 
     setattr(ConfigMixin, READER, classmethod(read))
+    build = vars(ConfigMixin)[BUILDER].__func__
+
+    @wraps(build)
+    def look_again(cls: Any, *arguments: Any, **options: Any) -> Any:
+        early, _EARLY.config = _EARLY.config, None
+        if early is not None:
+            _look(*early)
+        return build(cls, *arguments, **options)
+
+    setattr(ConfigMixin, BUILDER, classmethod(look_again))
+
+
+def _look(path: Path, config: dict[str, Any]) -> None:
+    objects = any(isinstance(value, dict) for value in config.values())
+    if objects or config.get("quantization_config") is not None:
+        _look_around(path, config)
+    if "_class_name" in config:
+        _look_for_codes(path, config)
 
 
 def _look_around(path: Path, config: dict[str, Any]) -> None:

@@ -248,7 +248,10 @@ def _group_size(size):
             "pos_embed: listed",
         ),
         (lambda q: q["scheme"]["layers"].update({Q: "w4p32_weight_only"}), f"{Q}."),
-        (lambda q: q["scheme"].update(architecture="PixArt"), "written for PixArt, but config.js"),
+        (
+            lambda q: q["scheme"].update(architecture="PixArt"),
+            "but its scheme was written for 'PixArt'",
+        ),
         (lambda q: q["scheme"].update(shared_embedder=False), "norm1.emb."),
         (_group_size(128), "multiple of 32 that divides the 64 inputs, got 128"),
         (_group_size(48), "multiple of 32 that divides the 64 inputs, got 48"),

@@ -169,7 +169,8 @@ def test_codes_beside_a_config_without_quantization_are_refused(packed_folder, t
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c["quantization_config"].update(quant_method="gptq"), "quantized with 'gptq'"),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "quantized with 'gptq'"),
+        (lambda c: c["quantization_config"].update(quant_method="gptq"), "must be 'ditq', got"),
         (lambda c: c["quantization_config"].update(format_version=9), "format_version 9 is not"),
         (lambda c: c["quantization_config"].pop("scheme"), "scheme: expected an object"),
         (lambda c: c.update(quantization_config="ditq"), "quantization_config"),
@@ -180,9 +181,12 @@ def test_quantizations_that_are_not_ours_are_refused(copy, change, sentence):
         _ = open_folder(_edit(copy, change)).scheme
 
 
-@pytest.mark.parametrize(
-    "change", [lambda c: c.pop("_class_name"), lambda c: c.update(_class_name="UNet2DModel")]
-)
+def of_a_unet(config):
+    config["_class_name"] = "UNet2DModel"
+    config["quantization_config"]["scheme"]["architecture"] = "UNet2DModel"
+
+
+@pytest.mark.parametrize("change", [lambda c: c.pop("_class_name"), of_a_unet])
 def test_sizes_of_an_unknown_architecture_are_refused_with_a_sentence(copy, change):
     folder = open_folder(_edit(copy, change))
     with pytest.raises(ValueError, match=r"DiTTransformer2DModel|_class_name"):

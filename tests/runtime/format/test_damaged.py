@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoModel, DiTTransformer2DModel, configuration_utils
+from diffusers.utils import hub_utils
+from huggingface_hub.errors import EntryNotFoundError
 
 import ditq_runtime as ditq
 from ditq_runtime.format.digests import CONFIG, SWITCH, config_digest
@@ -93,7 +96,7 @@ DAMAGES = [
         "attention",
     ),
     (scheme(lambda s: s.update(attention={f"{BLOCK}.attn1": []})), "expected an object, got list"),
-    (scheme(lambda s: s.update(architecture="UNet2DModel")), "written for UNet2DModel"),
+    (scheme(lambda s: s.update(architecture="UNet2DModel")), "written for 'UNet2DModel'"),
 ]
 
 
@@ -123,6 +126,78 @@ def test_a_quantization_that_lost_its_name_or_method_is_refused(copy, opened):
     edit(copy, lambda c: c.update(quantization_config={"": 0}, quantization_confi=None))
     with pytest.raises(ditq.CheckpointError, match="quant_method is missing"):
         opened(copy)
+
+
+@pytest.mark.parametrize("method", [None, "", 5, ["ditq"], "DITQ"])
+def test_a_method_of_another_name_is_refused(copy, method):
+    edit(copy, lambda c: c["quantization_config"].update(quant_method=method))
+    sentence = re.escape(f"quant_method must be 'ditq', got {method!r}")
+    for read in (open_folder, DiTTransformer2DModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ditq.CheckpointError, match=sentence):
+            read(str(copy))
+    edit(copy, lambda c: c.update(quantization_config={"quant_method": method}))
+    if not isinstance(method, str):  # of another method otherwise, which diffusers knows or not
+        with pytest.raises(ditq.CheckpointError, match="quant_method must be a string"):
+            DiTTransformer2DModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Nope", "", None, 5])
+def test_a_class_of_another_name_is_refused(copy, name):
+    edit(copy, lambda c: c.update(_class_name=name))
+    sentence = f"_class_name is {name!r}, but its scheme was written for 'DiTTransformer2DModel'"
+    for read in (open_folder, DiTTransformer2DModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ditq.CheckpointError, match=sentence):
+            read(str(copy))
+
+
+def without_quantization(folder):
+    edit(folder, lambda c: c.pop("quantization_config"))
+
+
+def of_many_layers(folder):
+    def change(config):
+        config.update(num_layers=100_000)
+        config["quantization_config"].pop("digests")
+
+    edit(folder, change)
+
+
+def cut_off(folder):
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-8])
+
+
+def flipped(folder):
+    raw = bytearray((folder / FILE).read_bytes())
+    raw[-9] ^= 4
+    (folder / FILE).write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (without_quantization, "quantization_config is missing, though"),
+        (of_many_layers, "num_layers is '100000', but the files beside it hold"),
+        (cut_off, "bytes on disk"),
+        (flipped, "is damaged: its digest"),
+    ],
+)
+def test_a_first_load_from_a_hub_is_looked_at_when_its_weights_are_there(
+    copy, damage, sentence, tmp_path, monkeypatch
+):
+    def download(name, filename, **_):
+        """config.json comes first, and nothing is beside it."""
+        if not (copy / filename).exists():
+            raise EntryNotFoundError(filename)
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        return shutil.copy(copy / filename, tmp_path / "cache" / filename)
+
+    for module in (configuration_utils, hub_utils):
+        monkeypatch.setattr(module, "hf_hub_download", download)
+    DiTTransformer2DModel.from_pretrained("someone/name")
+    shutil.rmtree(tmp_path / "cache")
+    damage(copy)
+    with pytest.raises(ditq.CheckpointError, match=sentence):
+        DiTTransformer2DModel.from_pretrained("someone/name")
 
 
 def test_json_of_any_depth_is_refused(copy):
