@@ -25,7 +25,10 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     print_table("versions", ("package", "version"), report["versions"].items())
     for device in report["devices"]:
         say(f"device {device['device']}: {device['name']}")
-        print_table(f"ops on {device['device']}", ("op", "backend", "why"), device["ops"])
+        rows = [(op, backend) for op, backend, _ in device["ops"]]
+        print_table(f"ops on {device['device']}", ("op", "backend"), rows)
+        for backend, why in dict.fromkeys((backend, why) for _, backend, why in device["ops"]):
+            say(f"{backend}: {why}")
 
 
 def examine() -> dict[str, Any]:

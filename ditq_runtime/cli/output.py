@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def table_lines(
     total = sum(widths) + len(GAP) * (len(widths) - 1)
     if width is not None and total > width and len(columns) > 1:
         if not droppable:
-            return _stacked(columns, texts)
+            return _stacked(columns, texts, width)
         kept = [i for i, name in enumerate(columns) if name != droppable[0]]
         fewer = [[row[i] for i in kept] for row in rows]
         return table_lines([columns[i] for i in kept], fewer, width, droppable[1:])
@@ -76,14 +77,24 @@ def table_lines(
     return [line(columns), line(["-" * size for size in widths]), *map(line, texts)]
 
 
-def _stacked(columns: Sequence[str], texts: list[list[str]]) -> list[str]:
-    """One line a value, with its heading, and an empty line between rows; values that are empty are left out."""
+def _stacked(columns: Sequence[str], texts: list[list[str]], width: int) -> list[str]:
+    """A value under the other, each with its heading, and an empty line between rows; none for an empty value."""
     size = max(map(len, columns))
-    blocks = (
-        [f"{name.ljust(size)}{GAP}{cell}" for name, cell in zip(columns, row, strict=True) if cell]
-        for row in texts
-    )
-    return [line for block in blocks for line in (*block, "")][:-1]
+    lines = []
+    for row in texts:
+        for name, cell in zip(columns, row, strict=True):
+            parts = textwrap.wrap(
+                cell,
+                max(width - size - len(GAP), 1),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            heads = [name, *[""] * (len(parts) - 1)]
+            lines += [
+                f"{head.ljust(size)}{GAP}{part}" for head, part in zip(heads, parts, strict=False)
+            ]
+        lines.append("")
+    return lines[:-1]
 
 
 def say(text: str) -> None:

@@ -54,3 +54,8 @@ def test_no_figure_is_written_with_an_exponent_for_being_in_the_thousands():
     assert [shown(x) for x in (4070.2, 999.4, 0.0123, 12345, "a\nb")] == [
         "4,070", "999", "0.0123", "12,345", "a b",
     ]  # fmt: skip
+
+
+def test_a_long_value_of_a_stacked_row_goes_on_below_its_beginning():
+    lines = table_lines(("a", "why"), [("1", "no word of this sentence is broken")], 20)
+    assert lines == ["a    1", "why  no word of this", "     sentence is", "     broken"]

@@ -13,6 +13,7 @@ COLUMNS = (
     "kernel", "target", "tokens", "launch", "registers", "spills", "instructions", "products",
     "others_per_product", "issue_share", "limiter", "programs_per_sm",
 )  # fmt: skip
+DROPPABLE = ("programs_per_sm", "others_per_product", "limiter", "issue_share", "products")
 
 
 def census(
@@ -41,7 +42,7 @@ def census(
     from ditq_bench.census import gate, rows
     from ditq_bench.results import commit
     from ditq_converters.progress import progress_bar
-    from ditq_runtime.cli.output import print_json, print_table, say
+    from ditq_runtime.cli.output import print_json, say
     from ditq_runtime.version import __version__
 
     kernels = chosen_of("--kernel", kernel, rows.kernel_names())
@@ -72,13 +73,27 @@ def census(
     else:
         table = [[_cell(row.fields()[name]) for name in COLUMNS] for row in taken]
         made = f"Triton {_triton_version()}, ditq {__version__} ({commit()})"
-        print_table(f"{made}; compiled, not run", COLUMNS, table)
+        _print(f"{made}; compiled, not run", table)
         for fault in wrong:
             say(fault)
         if check:
             say(f"{len(found)} kernels checked on {_architectures(found)}, {len(wrong)} faults")
     if wrong and check:
         raise typer.Exit(1)
+
+
+def _print(title: str, table: list[list[Any]]) -> None:
+    """A table for every kernel and target, so that they fit a terminal; one for all as CSV."""
+    from ditq_runtime.cli.output import print_table, say
+    from ditq_runtime.cli.voice import voice
+
+    if voice.csv:
+        print_table(title, COLUMNS, table)
+        return
+    say(title)
+    for kernel, target in dict.fromkeys((row[0], row[1]) for row in table):
+        rows = [row[2:] for row in table if row[:2] == [kernel, target]]
+        print_table(f"\n{kernel}, sm_{target}", COLUMNS[2:], rows, DROPPABLE)
 
 
 def _names(targets: tuple[int, ...]) -> tuple[str, ...]:

@@ -83,9 +83,9 @@ def show_plan(plan: Plan) -> None:
         for entry in plan.linears
     )
     rows = [(count, *key) for key, count in sites.items()]
-    print_table(f"sites of {plan.architecture}", ("", "site", "method", "place", "why"), rows)
+    print_table(f"sites of {plan.architecture}", ("count", "site", "method", "place", "why"), rows)
     lines = [(count, *key) for key, count in linears.items()]
-    print_table("linears", ("", "weights", "activations", "why"), lines)
+    print_table("linears", ("count", "weights", "activations", "why"), lines)
     attention = Counter((str(e.format or "float"), e.reason) for e in plan.attention)
     for (form, reason), count in attention.items():
         say(f"attention of {count} modules: {form} ({reason})")
