@@ -134,7 +134,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def calls_of(settings: dict[str, Any]) -> str:
     """What was drawn, in words."""
     return (
-        f"{settings['inputs']}, the first {settings['few_samples']} samples also for forced SQNR and layers; "
+        f"{settings['inputs']} inputs, the first {settings['few_samples']} samples also for forced SQNR and layers; "
         f"{settings['steps']} steps of {settings['sampler'] or 'its own sampler'}, seed {settings['seed']}"
     )
 
