@@ -17,7 +17,7 @@ from ditq_runtime.cli.output import print_json, say
 from ditq_runtime.cli.progress import told_steps
 
 PathArgument = Annotated[
-    str, typer.Argument(metavar="OUT", help="A folder written by `ditq convert`, or a hub id.")
+    str, typer.Argument(metavar="PACKED", help="A folder written by `ditq convert`, or a hub id.")
 ]
 OutOption = Annotated[
     Path,
