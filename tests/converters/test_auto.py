@@ -5,11 +5,12 @@ from itertools import product
 import pytest
 import torch
 
-from ditq_converters import calibrate, convert
+from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.auto.budget import float_bytes, parse_budget
 from ditq_converters.auto.ladder import Choice, Unit, best_choices
-from ditq_converters.auto.search import auto_plan, climb, ends
+from ditq_converters.auto.search import auto_plan, best, climb, ends, noise
 from ditq_converters.plan.entries import LinearPlan
+from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.sizes import linear_bytes
 from ditq_runtime.format.folder import open_folder
 
@@ -120,19 +121,24 @@ def test_a_budget_that_nothing_fits_into_is_refused(ladder):
 
 
 def test_more_bytes_are_never_worse(model, stats, ladder, tmp_path):
-    """No budget is exceeded by the file, and more of it is used; the frontier of gains never falls."""
-    sizes, gains = [], []
+    """No budget is exceeded by the file, and more of it is used; neither gains nor what the files give ever fall."""
+    sizes, gains, errors = [], [], []
+    calls = list(stats.replay())
+    wanted = [call.replay(model) for call in calls]
     room = sum(one.choices[-1].cost for one in ladder.units)
     for share in (0, 0.1, 0.5, 1):
         most = ladder.nbytes + round(share * room)
         out = tmp_path / str(share)
         convert(model, ladder.plan(most if share else 0), stats, out, quiet=True)
+        packed = type(model).from_pretrained(out, torch_dtype=torch.float32)
+        errors.append(noise(wanted, [call.replay(packed) for call in calls]))
         sizes.append(open_folder(out).nbytes)
         assert sizes[-1] <= most
         chosen = best_choices(ladder.units, most - ladder.nbytes)
         gains.append(sum(u.choices[i].gain for u, i in zip(ladder.units, chosen, strict=True)))
     assert sizes == sorted(set(sizes))
     assert gains == sorted(gains)
+    assert errors == sorted(errors, reverse=True)
     assert ladder.nbytes - sizes[0] < 0.01 * sizes[0]
     assert all(choice.gain < 1 for one in ladder.units for choice in one.choices)
     # 8 bits of everything take away nearly all: a code of 4 bits is 16 times as coarse
@@ -190,3 +196,20 @@ def test_aimed_rounding_lowers_the_error_of_the_model(model, stats):
     nearest = {"kept_dtype": "fp32", "rounding": "nearest", "bias_correction": False}
     assert error(low) < error(plain) < error(ends(model, None, nearest).low)
     assert torch.isfinite(torch.tensor(error(low)))
+
+
+def test_the_readers_of_some_sites_keep_float_activations(model, stats):
+    """By three rules each: nothing is left there but the rounding of 8-bit weights."""
+    rules = ("activations=none", "rounding=nearest", "bias_correction=false")
+    last = [f"transformer_blocks.1.ff.net.2:{rule}" for rule in rules]
+    recipe = Recipe.of(**{**best("w8"), "kept_dtype": "fp32"})
+    both = plan_of(model, recipe), plan_of(model, recipe, last)
+    calls = list(stats.replay())
+    wanted = [call.replay(model) for call in calls]
+    errors = []
+    for plan in both:
+        packed = convert(model, plan, stats, quiet=True)
+        errors.append(noise(wanted, [call.replay(packed) for call in calls]))
+    assert errors[1] < errors[0]
+    layer = packed.get_submodule("transformer_blocks.1.ff.net.2")
+    assert (layer.format.weights, layer.format.activations) == ("w8", "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
@@ -48,7 +50,7 @@ def site_data(
             )
         sampled: torch.Tensor | None = None
         calls: tuple[int, ...] = ()
-        if every or needs_rows(entry, readers):
+        if every or needs_rows(entry, [_unaimed(reader) for reader in readers]):
             sampled, calls = stats.rows(f"{block}.{site.name}")
         found.append(
             SiteData(
@@ -62,6 +64,13 @@ def _needed(entry: SitePlan, readers: list[LinearPlan]) -> bool:
     static = any(reader.activations == "static" for reader in readers)
     method = METHODS[entry.method].needs_statistics
     return method or static or needs_rows(entry, readers)
+
+
+def _unaimed(reader: LinearPlan) -> LinearPlan:
+    """A linear that is rounded by what replayed calls show, without what needs no sampled rows then."""
+    if not reader.runs_model:
+        return reader
+    return replace(reader, rounding="nearest", bias_correction=False)
 
 
 def _quantizers(readers: list[LinearPlan]) -> Quantizers:
