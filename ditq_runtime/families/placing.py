@@ -39,12 +39,23 @@ def placed_sites(
     Raises:
         CheckpointError: something was folded that nothing in the table can absorb.
     """
-    return {
-        f"{block}.{site.name}": found
-        for block, table in family.block_tables(model).items()
-        for site in table.sites
-        if (found := _placed(model, block, table, site, formats, shapes or {})) is not None
-    }
+    found: dict[str, SiteFormat] = {}
+    for block, table in family.block_tables(model).items():
+        for site in table.sites:
+            placed = _placed(model, block, table, site, formats, shapes or {})
+            if placed is not None:
+                found[f"{block}.{site.name}"] = placed
+        for name in table.modulations:  # weight-only as a rule
+            layer = formats.get(f"{block}.{name}")
+            if layer is not None and layer.integer_gemm:
+                reads = SiteFormat((f"{block}.{name}",), layer.activations)
+                found[f"{block}.{modulation_site(name)}"] = reads
+    return found
+
+
+def modulation_site(name: str) -> str:
+    """Inside the block, what a modulation linear of that name reads where its input is quantized."""
+    return name.replace(".", "_")
 
 
 def homes_of(model: nn.Module, family: Family) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.methods import METHODS
+from ditq_converters.methods.timestep_groups import greedy
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.site import Site
@@ -132,6 +133,64 @@ def test_bias_tables_return_the_shift_through_the_unquantized_weight(model, stat
         # W diag(s) u (z_1 - z_0) = W (z_1 - z_0), whatever s is: solve for the column factor from a plain conversion
         smoothed = weight @ torch.diag(_smooth_of(packed, model, name)) @ taken
         torch.testing.assert_close(returned, smoothed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parity("P19")
+def test_layers_with_groups_of_their_own_share_the_boundaries_of_their_block(
+    model, stats, batch, tmp_path
+):
+    recipe = Recipe("htg", "w8", "static", num_groups=3, groups_per_layer=True)
+    packed = convert(model, recipe, stats, tmp_path / "out", quiet=True)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    begins = {site: begins_of_groups(stats, f"transformer_blocks.0.{site}") for site in READERS}
+    assert begins["qkv"] != begins["fc1"]
+    edges = sorted(begins["qkv"] | begins["fc1"], reverse=True)  # calls, by rising timestep
+    block = loaded.transformer_blocks[0]
+    between = [(stats.timesteps[i - 1] + stats.timesteps[i]) / 2 for i in edges]
+    assert block.timestep_groups.bounds.tolist() == between  # halves of integers, exact in fp32
+    for site, name in READERS.items():
+        rows = block.get_submodule(name).bias
+        assert len(rows) == len(edges) + 1
+        switches = [not torch.equal(rows[i], rows[i + 1]) for i in range(len(edges))]
+        assert switches == [edge in begins[site] for edge in edges]
+    assert torch.equal(forward(loaded, batch), forward(packed, batch))
+    assert ditq.execution_report(loaded).totals["integer_linears"] == 12
+
+
+@pytest.mark.parametrize("activations", ["token", "token_asym", "static"])
+def test_modulation_can_read_integers(model, stats, batch, activations, tmp_path):
+    """Its site quantizes silu(embedding); the layer is then what its dequantized weight makes of these codes."""
+    recipe = Recipe("htg", "w8", "static", num_groups=2, modulation_activations=activations)
+    packed = convert(model, recipe, stats, tmp_path / "out", quiet=True)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(forward(loaded, batch), forward(packed, batch))
+    totals = ditq.execution_report(loaded).totals
+    assert (totals["integer_linears"], totals["weight_only_linears"]) == (14, 1)
+    block = loaded.transformer_blocks[0]
+    layer, read = block.norm1.linear, []
+    layer.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    layer.register_forward_hook(lambda *call: read.append(call[2]))
+    forward(loaded, batch)
+    rows, out = read[0].double(), read[1].double()
+    q, scale, zero = block.ditq_sites.norm1_linear(read[0])
+    levels = q.double() if zero is None else q.double() - zero.double()[:, None]
+    seen = levels * scale.double()[:, None]
+    step = scale.double()[:, None].expand_as(rows)
+    assert bool(((seen - rows).abs() <= 0.5001 * step).all())  # nothing was clipped
+    group = block.timestep_groups(batch["timestep"])
+    expected = seen @ layer.dequantized_weight().double().T + layer.bias.double()[group]
+    # three roundings of fp32 on values below 16
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=4e-6)
+
+
+READERS = {"qkv": "attn1.to_q", "fc1": "ff.net.0.proj"}
+
+
+def begins_of_groups(stats, site):
+    """The calls that begin a site's second and third of three groups."""
+    low, high = (part.double() for part in stats.ranges(site))
+    groups = greedy((low + high) / 2, 3)
+    return {groups.index(1), groups.index(2)}
 
 
 def _smooth_of(packed, model, name):

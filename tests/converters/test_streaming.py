@@ -29,13 +29,15 @@ RECIPES = {
     "w4p": Recipe(weights="w4p", activations="static"),
     "htg": Recipe(method="htg", weights="w4p", activations="static", num_groups=2),
     "corrected": Recipe(
-        "htg", "w4p", "static", num_groups=2, lora_rank=4, rounding="gptq", bias_correction=True
+        "htg", "w4p", "static", num_groups=2, groups_per_layer=True, lora_rank=4, rounding="gptq",
+        bias_correction=True, weight_range_method="ptq4dit_pct",
     ),
     "learned": Recipe(
-        "osplus", "w4p", "token_asym", rounding="reconstruct", iterations=3, bias_correction=True
+        "osplus", "w4p", "token_asym", rounding="reconstruct", iterations=3, bias_correction=True,
+        modulation_activations="static",
     ),
     "ditas": Recipe(method="ditas", lora_rank=4, keep=("*.to_k", "*.1.norm1.linear")),
-}
+}  # fmt: skip
 
 SMALL = {"steps": 4, "samples": 3, "guidance": 2.0, "rows": 8, "quiet": True}
 

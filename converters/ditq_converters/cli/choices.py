@@ -51,6 +51,11 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "modulation": _option(
         str | None, None, "Weights of the AdaLN linears: w8, w4p or w4g; default: as --weights."
     ),
+    "modulation_activations": _option(
+        str,
+        "none",
+        "What the AdaLN linears of blocks read: none (float), token, token_asym or static.",
+    ),
     "attention": _option(
         str | None,
         None,
@@ -84,6 +89,9 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "range_method": _option(
         str, "minmax", "Static range: minmax, or searched on rows: qdiff_mse, ptq4dit_pct."
     ),
+    "weight_range_method": _option(
+        str, "minmax", "Ranges of weights: minmax, or searched by squared error: mse, ptq4dit_pct."
+    ),
     "symmetric": _option(
         bool | None,
         None,
@@ -104,6 +112,12 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     ),
     "linkage": _option(str, "ward", "htg: ward, centroid, average or exact_dp."),
     "ema": _option(float, 0.99, "htg: moving average of channel ranges."),
+    "groups_per_layer": _option(
+        bool,
+        False,
+        "htg: timestep groups of every layer by itself, not of the block.",
+        "--groups-per-layer",
+    ),
 }
 SetOption = Annotated[
     list[str],

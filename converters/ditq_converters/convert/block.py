@@ -30,9 +30,10 @@ from ditq_converters.convert.reconstruct import Tell, reconstruct
 from ditq_converters.convert.site_data import site_data
 from ditq_converters.convert.transforms import decide
 from ditq_converters.methods import BlockTransform, SiteData, Transform
-from ditq_converters.plan.entries import LinearPlan
+from ditq_converters.plan.entries import MODULATION, LinearPlan
 from ditq_converters.plan.plan import Part
 from ditq_runtime.families import BlockTable, Family
+from ditq_runtime.families.placing import modulation_site
 from ditq_runtime.families.sites import TIMESTEP_GROUPS, get_linear
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SITES
@@ -128,7 +129,7 @@ def play_block(
     aim = ready.aim(before, block)
     for full, layer_format in packed.formats.items():
         name = full.removeprefix(f"{block}.")
-        site = f"{block}.{SITES}.{aim.site[name]}" if name in aim.site else ""
+        site = f"{block}.{SITES}.{aim.site.get(name, modulation_site(name))}"
         stored = fields_of(packed.tensors, full)
         aim.finish(name, Rounded(layer_format, stored, fields_of(packed.tensors, site)))
 
@@ -172,7 +173,8 @@ class Ready:
             tensors |= named(f"{block}.{name}", one.stored)
             entry = part.linears[f"{block}.{name}"]
             if entry.is_integer:
-                quantizers[entry.site.removeprefix(f"{block}.")] = one.quantizer
+                own = modulation_site(name) if entry.site == MODULATION else entry.site
+                quantizers[own.removeprefix(f"{block}.")] = one.quantizer
         if self.choice.num_groups > 1 and stats is not None:
             bounds = group_bounds(stats.timesteps, self.choice.group_of_call)
             tensors[f"{block}.{TIMESTEP_GROUPS}.bounds"] = bounds
@@ -240,7 +242,12 @@ def convert_linear(
     assert final is not None
     rounded = linear if observed.target is None else LinearTensors(observed.target, linear.bias)
     stored = quantize_linear(
-        rounded, final, observed.feedback, entry.symmetric, weighed=entry.runs_model
+        rounded,
+        final,
+        observed.feedback,
+        entry.symmetric,
+        entry.weight_ranges,
+        weighed=entry.runs_model,
     )
     if observed.rows is not None and final.bias:
         stored["bias"] = corrected_bias(linear, final, stored, quantizer, observed.rows())

@@ -55,7 +55,9 @@ def observe_modulation(
     rows = SampledRows(torch.cat([p.x for p in parts]), torch.cat([p.group for p in parts]))
     corrects = entry.bias_correction
     feedback = None if entry.rounding == "nearest" else error_feedback(rows.x, centred=corrects)
-    return Observed(feedback=feedback, rows=(lambda: rows) if corrects else None)
+    static = entry.activations == "static"
+    limits = (rows.x.min().float(), rows.x.max().float()) if static else None
+    return Observed(limits, feedback, (lambda: rows) if corrects else None)
 
 
 @torch.no_grad()

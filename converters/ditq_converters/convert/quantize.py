@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 import ditq_kernels as k
 from ditq_converters.convert.fold import LinearTensors
 from ditq_converters.convert.gptq import Feedback, compensated_codes
+from ditq_converters.convert.weight_ranges import quantize_clipped
 from ditq_converters.methods import Transform, ranges
-from ditq_converters.methods.alternating import alternate
+from ditq_converters.methods.alternating import Quantizer, alternate
 from ditq_runtime.format.layer import ZERO_POINT, LayerFormat
-from ditq_runtime.format.stored_weight import quantize_weight, stored_tensors
+from ditq_runtime.format.stored_weight import stored_tensors
 
 
 def static_range(
@@ -40,6 +39,7 @@ def quantize_linear(
     layer_format: LayerFormat,
     feedback: Feedback | None = None,
     symmetric: bool = False,
+    ranges: str = "minmax",
     weighed: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Tensors of `LayerFormat.tensors` for a folded linear.
@@ -49,6 +49,7 @@ def quantize_linear(
         layer_format: what to make.
         feedback: of `gptq.error_feedback` for the folded input; None: round to nearest.
         symmetric: `w4g` weights without zero points.
+        ranges: of weights; see `weight_ranges.quantize_clipped`.
         weighed: scales of groups are searched by what an error costs behind the feedback.
 
     Returns:
@@ -65,12 +66,13 @@ def quantize_linear(
             )
     lora: dict[str, torch.Tensor] = {}
     if layer_format.lora_rank:
-        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None, symmetric)
+        quantizer = _quantizer(layer_format, symmetric, ranges)
+        weight, lora = _split_branch(linear.weight, layer_format, feedback is not None, quantizer)
     if layer_format.weights == "fp32":
         tensors = {"weight": weight}
     else:
         importance = feedback.importance if feedback is not None and weighed else None
-        quantized = quantize_weight(weight, layer_format, symmetric, importance)
+        quantized = quantize_clipped(weight, layer_format, symmetric, ranges, importance)
         if feedback is not None:
             quantized = quantized.with_codes(compensated_codes(weight, feedback, quantized))
         tensors = stored_tensors(quantized, layer_format)
@@ -111,7 +113,7 @@ def store_table(table: LinearTensors) -> dict[str, torch.Tensor]:
 
 
 def _split_branch(
-    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool, symmetric: bool
+    weight: torch.Tensor, layer_format: LayerFormat, compensated: bool, quantized: Quantizer
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the codes are made from [N, K] fp32, and the low-rank branch in bf16 (DiTAS Eq. 9-10).
 
@@ -119,7 +121,6 @@ def _split_branch(
     the grid moves with its input, so either may be closer. Rounding that compensates takes the rest: it must know
     what the codes should stand for.
     """
-    quantized = _quantizer(layer_format, symmetric)
     split = alternate(weight, quantized, layer_format.lora_rank)
     lora = {"lora_down": split.lora_down.bfloat16(), "lora_up": split.lora_up.bfloat16()}
     branch = lora["lora_up"].double() @ lora["lora_down"].double()
@@ -130,13 +131,11 @@ def _split_branch(
     return best.float(), lora
 
 
-def _quantizer(
-    layer_format: LayerFormat, symmetric: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _quantizer(layer_format: LayerFormat, symmetric: bool, ranges: str) -> Quantizer:
     """Weight -> the weight its codes stand for, [N, K] fp64."""
 
     def quantized(weight: torch.Tensor) -> torch.Tensor:
-        parts = quantize_weight(weight.float(), layer_format, symmetric)
+        parts = quantize_clipped(weight.float(), layer_format, symmetric, ranges)
         grouped = parts.expand().double().reshape(*parts.scale.shape, -1)  # [N, K] or [N, J, K / J]
         return (grouped * parts.scale.double()[..., None]).reshape(weight.shape)
 

@@ -3,7 +3,9 @@
 Where the paper is ambiguous or wrong we read it as follows: groups are floor(T / 10), as its Table 3 shows; the maxima
 of Eq. 6 and 7 and of the weights are of absolute values, for signed ones may be negative once the shift is shared by a
 group; the X of Eq. 7 has the group's shift, as defined after Eq. 5; and the shifted input owes `W z` to the bias (Eq. 5
-and 8, which Eq. 6 drops). Groups are clustered once a block, so that all its layers switch together.
+and 8, which Eq. 6 drops). Groups are clustered once a block, so that all its layers switch together; with
+`groups_per_layer` every layer has its own, as in the paper's Alg. 2. A block then switches where any of its layers
+does, and a layer that does not keeps its rows.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class HtgOptions:
         num_groups: timestep groups; None: max(1, T // 10).
         linkage: `ward`, `centroid`, `average` or `exact_dp`.
         ema: coefficient of the moving average of channel ranges, in [0, 1].
+        groups_per_layer: every layer has timestep groups of its own (Alg. 2); else the layers of a block share theirs.
     """
 
     shift: bool = True
@@ -39,6 +42,7 @@ class HtgOptions:
     num_groups: int | None = None
     linkage: str = "ward"
     ema: float = 0.99
+    groups_per_layer: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges and names."""
@@ -126,13 +130,26 @@ def transform(sites: Sequence[SiteData], options: HtgOptions) -> BlockTransform:
 
     Sites with one shift for all calls (behind V, whose producer sees all groups) get the mean of z_i.
     """
-    group_of_call = group_calls(sites, options)
+    together = [[site] for site in sites] if options.groups_per_layer else [sites]
+    own = {site.name: group_calls(part, options) for part in together for site in part}
+    group_of_call = timestep_groups.refinement(list(own.values()))
     transforms = {}
     if options.shift or options.scale:
         for site in sites:
-            groups = group_of_call if site.shifts == "groups" else (0,) * len(group_of_call)
-            transforms[site.name] = _site_transform(site, groups, options)
+            if site.shifts == "groups":
+                found = _site_transform(site, own[site.name], options)
+                transforms[site.name] = _in_groups(found, own[site.name], group_of_call)
+            else:
+                transforms[site.name] = _site_transform(site, (0,) * len(group_of_call), options)
     return BlockTransform(transforms, group_of_call)
+
+
+def _in_groups(found: Transform, own: Sequence[int], group_of_call: Sequence[int]) -> Transform:
+    """A transform of a layer's own groups as one of its block's, each of which lies in one of the layer's."""
+    if found.shift is None:
+        return found
+    rows = [own[group_of_call.index(group)] for group in range(group_of_call[-1] + 1)]
+    return Transform(found.smooth, found.shift[rows])
 
 
 def _site_transform(site: SiteData, groups: Sequence[int], options: HtgOptions) -> Transform:

@@ -73,7 +73,7 @@ def ptq4dit_pct(x: torch.Tensor) -> Range:
         low, high: fp32 scalars.
     """
     ordered = x.double().flatten().sort().values
-    pairs = ((_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in QUANTILES)
+    pairs = ((quantile(ordered, 1 - p), quantile(ordered, p)) for p in QUANTILES)
     return _best(x, pairs, 2.0)
 
 
@@ -107,9 +107,10 @@ def _best(x: torch.Tensor, candidates: Iterable[Range], power: float) -> Range:
     return pairs[scores.index(min(scores))]
 
 
-def _quantile(ordered: torch.Tensor, p: float) -> torch.Tensor:
-    """torch.quantile, which refuses more than 2^24 values: fp32 scalar from sorted values [n]."""
-    position = p * (len(ordered) - 1)
+def quantile(ordered: torch.Tensor, p: float) -> torch.Tensor:
+    """torch.quantile, which refuses more than 2^24 values: fp32 [...] from values [..., n] sorted along n."""
+    last = ordered.shape[-1] - 1
+    position = p * last
     below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], position - below).float()
+    above = min(below + 1, last)
+    return torch.lerp(ordered[..., below], ordered[..., above], position - below).float()

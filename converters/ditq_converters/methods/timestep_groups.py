@@ -6,7 +6,8 @@ distances to the mean of one's group, is minimized exactly by dynamic programmin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -77,6 +78,21 @@ def exact_dp(z: torch.Tensor, num_groups: int, squared: bool = False) -> tuple[i
     for start in reversed(starts):
         bounds.insert(0, int(start[bounds[0]]))
     return _group_of_call([0, *bounds])
+
+
+def refinement(partitions: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The coarsest groups of which each lies in one group of every partition: a new one begins where any changes.
+
+    Args:
+        partitions: at least one; [T] group of every call each.
+
+    Returns:
+        [T] group of every call; starts at 0, never falls, rises by at most 1.
+    """
+    groups = [0]
+    for earlier, later in pairwise(zip(*partitions, strict=True)):
+        groups.append(groups[-1] + (earlier != later))
+    return tuple(groups)
 
 
 def _distance(z: torch.Tensor, linkage: str) -> Callable[[int, int, int], float]:

@@ -23,7 +23,12 @@ from ditq_runtime.format.layer import GROUPED
 
 GROUP_SIZE = 64  # inputs per group where a linear becomes w4p or w4g and nobody says
 BY_HAND = "by hand: "
-OF_WEIGHTS = ("weights", "group_size", "symmetric")  # fields that weight-only linears have too
+OF_WEIGHTS = (
+    "weights",
+    "group_size",
+    "symmetric",
+    "weight_ranges",
+)  # fields that weight-only linears have too
 E = TypeVar("E", bound=Entry)
 Values = dict[str, Any]
 

@@ -39,6 +39,10 @@ def check_plan(plan: Plan, model: nn.Module, family: Family) -> None:
     site_of = _sites_of_linears(model, family)
     for linear in plan.linears:
         _check_linear(linear, linears[linear.name], site_of.get(linear.name, OUTSIDE))
+        if linear.name == family.final_modulation and linear.is_integer:
+            raise ValueError(
+                f"plan: {linear.name}: stands in no block, so it has weights alone; leave activations out"
+            )
     readers = plan.readers()
     for site in plan.sites:
         _check_site(site, sites[site.name], family, readers[site.name])
@@ -167,11 +171,7 @@ def _check_linear(entry: LinearPlan, linear: nn.Linear, site: str) -> None:
             f"plan: {entry.name}: weights 'as it is' is for linears outside the blocks and only for them; take fp32 "
             f"to keep one float, got {entry.weights!r}"
         )
-    if site in (MODULATION, OUTSIDE) and entry.is_integer:
-        raise ValueError(
-            f"plan: {entry.name}: reads no site, so it has weights alone; leave activations out"
-        )
-    if entry.runs_model and not entry.is_integer:
+    if entry.runs_model and (site == MODULATION or not entry.is_integer):
         raise ValueError(
             f"plan: {entry.name}: rounding {entry.rounding} is for linears that read a site; take gptq"
         )

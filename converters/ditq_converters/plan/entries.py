@@ -27,6 +27,7 @@ ACTIVATIONS = ("token", "token_asym", "static", "none")
 ITERATIONS = 400  # of learning a block, each on one call
 BEHIND = ("aimed", "reconstruct")  # roundings behind all that is quantized before
 ROUNDINGS = ("nearest", "gptq", *BEHIND)
+WEIGHT_RANGES = ("minmax", "mse", "ptq4dit_pct")
 MODULATION, OUTSIDE = "modulation", "outside"  # what stands for a site where a linear has none
 
 
@@ -93,7 +94,8 @@ class LinearPlan:
     Attributes:
         name: full module name.
         shape: outputs N and inputs K.
-        site: of its input; `modulation` for AdaLN linears (weight-only), `outside` for what lies outside the blocks.
+        site: of its input; `modulation` for AdaLN linears, which read none or one of their own, `outside` for what lies
+            outside the blocks.
         weights: `w8`, `w4p`, `w4g`, `fp32` (kept, in the checkpoint's own layer) or `as it is` (untouched).
         activations: `token`, `token_asym` (with a zero point), `static`, or `none` (weight-only).
         group_size: input channels per group of `w4p` or `w4g`.
@@ -103,6 +105,8 @@ class LinearPlan:
             before, or `reconstruct`: learned with its block, from there on.
         bias_correction: take its mean output error on sampled rows back through its bias.
         iterations: of learning, where it is reconstructed; a block takes the most that one of its linears has.
+        weight_ranges: `minmax`; or a search that clips, by squared error: `mse` or `ptq4dit_pct`
+            (`convert.weight_ranges`).
         reason: why, in words.
     """
 
@@ -117,6 +121,7 @@ class LinearPlan:
     rounding: str = "nearest"
     bias_correction: bool = False
     iterations: int = ITERATIONS
+    weight_ranges: str = "minmax"
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -124,6 +129,7 @@ class LinearPlan:
         _one_of(self.name, "weights", self.weights, WEIGHTS)
         _one_of(self.name, "activations", self.activations, ACTIVATIONS)
         _one_of(self.name, "rounding", self.rounding, ROUNDINGS)
+        _one_of(self.name, "weight_ranges", self.weight_ranges, WEIGHT_RANGES)
         if (self.weights in GROUPED) != (self.group_size is not None):
             raise ValueError(
                 f"plan: {self.name}: group_size belongs to w4p and w4g, got weights {self.weights!r} and group_size "
@@ -146,14 +152,17 @@ class LinearPlan:
             "rank": self.rank > 0,
             "rounding": self.rounding != "nearest",
             "bias_correction": self.bias_correction,
+            "weight_ranges": self.weight_ranges != "minmax",
         }
         asked = next((name for name, given in needs.items() if given), None)
         if asked and self.weights not in QUANTIZED:
             raise ValueError(
                 f"plan: {self.name}: {asked} is for quantized weights, got weights {self.weights!r}"
             )
-        if self.rank and self.activations == "none":
-            raise ValueError(f"plan: {self.name}: a low-rank branch needs quantized activations")
+        if self.rank and (self.activations == "none" or self.site == MODULATION):
+            raise ValueError(
+                f"plan: {self.name}: a low-rank branch is for linears that read a site with quantized activations"
+            )
 
     @property
     def is_integer(self) -> bool:
@@ -167,8 +176,9 @@ class LinearPlan:
 
     @property
     def needs_rows(self) -> bool:
-        """Whether it is rounded or corrected by sampled rows."""
-        return self.rounding != "nearest" or self.bias_correction
+        """Whether it is rounded or corrected by sampled rows, or they tell the range of its input."""
+        ranged = self.site == MODULATION and self.activations == "static"
+        return self.rounding != "nearest" or self.bias_correction or ranged
 
     def layer_format(self, bias: bool, groups: int = 1) -> LayerFormat | None:
         """Its format in the checkpoint; None where it stays as it is.

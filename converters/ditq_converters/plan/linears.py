@@ -24,14 +24,15 @@ def plan_reader(name: str, linear: nn.Linear, site: str, recipe: Recipe) -> Line
     return LinearPlan(
         name, shape, site, weights, recipe.activations, group,
         recipe.symmetric_weights and weights == "w4g", recipe.rank, recipe.rounding,
-        recipe.bias_correction, recipe.iterations, why or f"integer weights and {recipe.activations} activations",
+        recipe.bias_correction, recipe.iterations, recipe.weight_range_method,
+        why or f"integer weights and {recipe.activations} activations",
     )  # fmt: skip
 
 
 def plan_modulation(
     name: str, linear: nn.Linear, table: BlockTable | None, recipe: Recipe
 ) -> LinearPlan:
-    """A modulation linear, weight-only; without a table the final one, in 8 bits."""
+    """A modulation linear, weight-only unless asked otherwise; without a table the final one, in 8 bits."""
     shape = _shape(linear)
     if recipe.keeps(name):
         return LinearPlan(name, shape, MODULATION, "fp32", reason=KEPT)
@@ -39,11 +40,13 @@ def plan_modulation(
         why = "weight-only, in 8 bits: no block follows; one row per sample"
         return LinearPlan(name, shape, MODULATION, "w8", reason=why, **_rounding(recipe))
     direct = table.use_direct_multiplier is not None
-    what = "weight-only; " + ("emits the AdaLN multiplier" if direct else "one row per sample")
+    activations = recipe.modulation_activations
+    kind = "weight-only" if activations == "none" else f"input quantized, {activations}"
+    what = f"{kind}; {'emits the AdaLN multiplier' if direct else 'one row per sample'}"
     weights, group, why = _weights(linear, recipe.modulation_weights, recipe.group)
     symmetric = recipe.symmetric_weights and weights == "w4g"
     return LinearPlan(
-        name, shape, MODULATION, weights, "none", group, symmetric,
+        name, shape, MODULATION, weights, activations, group, symmetric,
         reason=f"{what}; {why}" if why else what, **_rounding(recipe),
     )  # fmt: skip
 
@@ -51,7 +54,11 @@ def plan_modulation(
 def _rounding(recipe: Recipe) -> dict[str, Any]:
     """Of a modulation linear, whose inputs are exact: aimed is no more than gptq."""
     rounding = "gptq" if recipe.rounding in BEHIND else recipe.rounding
-    return {"rounding": rounding, "bias_correction": recipe.bias_correction}
+    return {
+        "rounding": rounding,
+        "bias_correction": recipe.bias_correction,
+        "weight_ranges": recipe.weight_range_method,
+    }
 
 
 def plan_outside(name: str, linear: nn.Linear, family: Family) -> LinearPlan:

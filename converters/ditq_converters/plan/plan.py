@@ -7,7 +7,13 @@ from typing import Any
 
 from ditq_converters.methods import METHODS
 from ditq_converters.plan.change import Entries, changed, parse_rule
-from ditq_converters.plan.entries import AttentionPlan, LinearPlan, SitePlan, needs_rows
+from ditq_converters.plan.entries import (
+    MODULATION,
+    AttentionPlan,
+    LinearPlan,
+    SitePlan,
+    needs_rows,
+)
 
 KEPT_DTYPES = ("fp32", "bf16")
 
@@ -48,7 +54,8 @@ class Plan:
     def needs_rows(self) -> bool:
         """Whether the calibration must have sampled rows."""
         readers = self.readers()
-        return any(needs_rows(site, readers[site.name]) for site in self.sites)
+        ranged = any(e.site == MODULATION and e.activations == "static" for e in self.linears)
+        return ranged or any(needs_rows(site, readers[site.name]) for site in self.sites)
 
     @property
     def needs_operands(self) -> bool:

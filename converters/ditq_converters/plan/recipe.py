@@ -9,7 +9,7 @@ from typing import Any
 from ditq_converters.methods import METHODS
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_converters.plan.entries import ACTIVATIONS as ALL_ACTIVATIONS
-from ditq_converters.plan.entries import ITERATIONS, QUANTIZED, ROUNDINGS
+from ditq_converters.plan.entries import ITERATIONS, QUANTIZED, ROUNDINGS, WEIGHT_RANGES
 from ditq_converters.plan.plan import KEPT_DTYPES
 from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
 
@@ -31,6 +31,8 @@ class Recipe:
         group_size: input channels per group of `w4p` or `w4g`; lowered per layer to a divisor of its inputs; None: as
             the method has it (64; Meta: 128).
         modulation: weights of the AdaLN modulation linears (weight-only); None: the same as `weights`.
+        modulation_activations: what AdaLN modulation linears of blocks read: `none` (float; they are weight-only), or
+            int8 as `activations` has it (PTQ4DiT and HTG quantize their inputs).
         keep: glob patterns of module names that stay float.
         attention: `none` (float), `int8` (Q K^T and P V in int8) or `bf16` (Q K^T in int8, P V in bf16); None: as the
             method has it, in the modules that can.
@@ -38,6 +40,8 @@ class Recipe:
         lora_rank: rank of the low-rank branch beside the integer product; None: as the method has it; 0: none.
         range_method: of static activations: `minmax` (all that calibration met), or searched on sampled rows:
             `qdiff_mse` (Q-Diffusion, arXiv:2302.04304), `ptq4dit_pct` (PTQ4DiT, arXiv:2405.16005).
+        weight_range_method: of weights: `minmax`, or searched by squared error: `mse` (both ends shrunk), `ptq4dit_pct`
+            (quantiles per output channel, PTQ4DiT). `w4p` searches the ranges of its groups anyway.
         rounding: of weights: `nearest`; `gptq`, which passes the error of a column on to later ones by the sampled
             rows (arXiv:2210.17323), those of modulation linears included; `aimed`, gptq towards the float model's
             outputs behind all that is quantized before, on replayed calls; or `reconstruct`, learned block by block
@@ -60,6 +64,7 @@ class Recipe:
     activations: str = "token"
     group_size: int | None = None
     modulation: str | None = None
+    modulation_activations: str = "none"
     keep: tuple[str, ...] = ()
     lora_rank: int | None = None
     alpha: float = 0.5
@@ -70,7 +75,9 @@ class Recipe:
     num_groups: int | None = None
     linkage: str = "ward"
     ema: float = 0.99
+    groups_per_layer: bool = False
     range_method: str = "minmax"
+    weight_range_method: str = "minmax"
     rounding: str = "nearest"
     symmetric: bool | None = None
     attention: str | None = None
@@ -92,6 +99,7 @@ class Recipe:
         _one_of("attention", self.attention or "none", ATTENTION)
         _one_of("attention_scales", self.attention_scales or self.attention_default, SCALES)
         _one_of("modulation", self.modulation or self.weights, QUANTIZED)
+        _one_of("modulation_activations", self.modulation_activations, ALL_ACTIVATIONS)
         _one_of("kept_dtype", self.kept_dtype, KEPT_DTYPES)
         if self.group < 32 or self.group % 32:
             raise ValueError(
@@ -104,6 +112,7 @@ class Recipe:
         if self.iterations < 1:
             raise ValueError(f"recipe: iterations must be at least 1, got {self.iterations}")
         _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("weight_range_method", self.weight_range_method, WEIGHT_RANGES)
         _one_of("range_method", self.range_method, RANGE_METHODS)
         if self.range_method != "minmax" and self.activations != "static":
             raise ValueError(

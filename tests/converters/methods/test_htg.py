@@ -136,6 +136,28 @@ def test_a_block_is_clustered_once_on_its_grouped_sites(linkage):
     assert block.sites["fc1"].shift.shape == (4, 11)
 
 
+def test_layers_with_groups_of_their_own_are_those_alone():
+    """A block switches where any layer does; at every call a layer has the shift that it has in a block of its own."""
+    sites = block_of_sites()
+    options = HtgOptions(num_groups=3, groups_per_layer=True)
+    block = HTG.transform(sites, options)
+    alone = {name: HTG.transform([sites[i]], HtgOptions(num_groups=3)) for i, name in SHIFTED}
+    edges = {name: set(np.flatnonzero(np.diff(one.group_of_call))) for name, one in alone.items()}
+    assert edges["qkv"] != edges["fc1"]
+    assert set(np.flatnonzero(np.diff(block.group_of_call))) == edges["qkv"] | edges["fc1"]
+    for name, one in alone.items():
+        expected = one.sites[name].shift[list(one.group_of_call)]
+        assert torch.equal(block.sites[name].shift[list(block.group_of_call)], expected)
+        assert torch.equal(block.sites[name].smooth, one.sites[name].smooth)
+    shared = HTG.transform(sites, HtgOptions(num_groups=3))
+    for name in ("o_proj", "fc2"):
+        assert torch.equal(block.sites[name].smooth, shared.sites[name].smooth)
+    assert block.sites["o_proj"].shift.shape == (1, 6)
+
+
+SHIFTED = ((0, "qkv"), (2, "fc1"))  # of block_of_sites
+
+
 def test_one_shift_for_all_groups_where_the_producer_has_no_groups():
     sites = block_of_sites()
     found = HTG.transform(sites, HtgOptions(num_groups=4)).sites["o_proj"]

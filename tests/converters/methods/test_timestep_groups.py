@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
-from ditq_converters.methods.timestep_groups import LINKAGES, exact_dp, greedy
+from ditq_converters.methods.timestep_groups import LINKAGES, exact_dp, greedy, refinement
 
 
 def drift(calls, width, seed):
@@ -176,3 +176,9 @@ def test_a_common_offset_does_not_matter(squared):
     for seed in range(3):
         z = torch.from_numpy(drift(12, 6, seed))
         assert exact_dp(z + 1e9, 4, squared) == exact_dp(z, 4, squared)
+
+
+def test_a_refinement_switches_where_any_partition_does():
+    assert refinement([(0, 0, 1, 1, 1), (0, 0, 0, 1, 2)]) == (0, 0, 1, 2, 3)
+    assert refinement([(0, 0, 1), (0, 0, 1)]) == (0, 0, 1)
+    assert refinement([(0,)]) == (0,)

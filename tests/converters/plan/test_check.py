@@ -44,7 +44,8 @@ def test_a_plan_is_for_one_model(make_dit):
 
 CASES = [
     (with_linear, f"{BLOCK}.attn1.to_q", {"activations": "static"}, r"qkv: its readers share one"),
-    (with_linear, f"{BLOCK}.norm1.linear", {"activations": "token"}, "reads no site"),
+    (with_linear, "proj_out_1", {"activations": "token"}, "stands in no block"),
+    (with_linear, f"{BLOCK}.norm1.linear", {"rounding": "aimed"}, "for linears that read a site"),
     (with_linear, f"{BLOCK}.ff.net.2", {"weights": "w4p", "group_size": 48}, "does not divide its"),
     (with_linear, f"{BLOCK}.ff.net.2", {"weights": "as it is", "activations": "none"}, "take fp32"),
     (with_linear, "proj_out_2", {"weights": "w8"}, "outside the blocks and only for them"),
