@@ -1,15 +1,14 @@
 """A model of DiT-XL/2's size through the whole converter: seconds, peak memory and bytes of every stage.
 
-    python -m ditq_bench.full_size --out runs/xl
+    ditq bench full-size --out runs/xl
 
-Builds the float pipeline with random weights, calibrates it, converts it with two methods to two widths, loads each
-result with diffusers and samples from it. Every stage is a process of its own, so that its peak memory is its own.
+Builds the float pipeline with random weights, calibrates it, converts it in several ways, its weights on disk, loads
+each result with diffusers and samples from it. Every stage is a process of its own, so that its peak memory is its own.
 What is in OUT already is not made again: delete a folder there to time its stage anew.
 """
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import multiprocessing
 import os
@@ -27,24 +26,35 @@ from ditq_runtime.files import write_json
 
 CALIBRATION_BUDGET = 6 * 2**30
 CONVERSION_BUDGET = 2 * 2**30  # below the float model, so that it is converted block by block
+AIMED_BUDGET = 6 * 2**30
 STEPS, SAMPLES, ROWS = 2, 4, 16
-PARTS = {  # of a conversion: function -> what its time went into
-    "convert": "all",
-    "check_finite": "check for finite values",
-    "model_hash": "hash",
-    "load": "read blocks",
-    "block_linears": "to fp64",
-    "site_data": "read statistics",
-    "fold_block": "fold",
-    "quantize_linear": "quantize",
-    "save": "keep blocks",
-    "write_streamed": "write the folder",
+BLOCKS = 28
+PARTS = {  # of a conversion: file and function -> what its time went into; no part but all holds another
+    "story:convert": "all",
+    "story:check_finite": "check for finite values",
+    "stats:model_hash": "hash",
+    "model:load": "read blocks",
+    "fold:block_linears": "to fp64",
+    "site_data:site_data": "read statistics",
+    "fold:fold_block": "fold",
+    "prefix:enter": "run up to blocks",
+    "prefix:rows": "run blocks for what linears read",
+    "prefix:leave": "run blocks to their end",
+    "gptq:error_feedback": "error feedback",
+    "target:best_damping": "choice of damping",
+    "target:aimed": "targets",
+    "weight_ranges:quantize_clipped": "scales and offsets",
+    "gptq:compensated_codes": "codes",
+    "bias_correction:corrected_bias": "bias correction",
+    "finished:save": "keep blocks",
+    "write:write_streamed": "write the folder",
 }
 VARIANTS = {
     f"{method}-{weights}": {"method": method, "weights": weights}
     for method in ("linear", "smoothquant")
     for weights in ("w8", "w4p")
 } | {"smoothquant-w4p-g128": {"method": "smoothquant", "weights": "w4p", "group_size": 128}}
+AUTO = "auto-w4p"  # what `convert --weights w4p` does
 
 
 @dataclass(frozen=True)
@@ -64,31 +74,34 @@ class Stage:
     makes: Path | None = None
 
 
-def stages(out: Path) -> list[Stage]:
+def stages(out: Path, blocks: int = BLOCKS, samples: int = SAMPLES) -> list[Stage]:
     """All stages, in order."""
+    from ditq_converters.auto.search import best
+
     model, stats = out / "float", out / "stats"
     found = [
-        Stage("build", build_model, (model,), model),
-        Stage("calibrate", run_calibration, (model, stats), stats),
+        Stage("build", build_model, (model, blocks), model),
+        Stage("calibrate", run_calibration, (model, stats, samples), stats),
     ]
-    for name, recipe in VARIANTS.items():
-        packed = out / name
+    for name, recipe in {**VARIANTS, AUTO: best("w4p")}.items():
+        packed, budget = out / name, AIMED_BUDGET if name == AUTO else CONVERSION_BUDGET
+        work = (model, recipe, stats, packed, budget)
         found += [
-            Stage(f"convert {name}", run_conversion, (model, recipe, stats, packed), packed),
+            Stage(f"convert {name}", run_conversion, work, packed),
             Stage(f"load and sample {name}", load_and_sample, (packed,)),
         ]
     return found
 
 
-def build_model(folder: Path) -> dict[str, Any]:
-    """Write the float pipeline."""
-    from ditq_bench.xl_model import build
+def build_model(folder: Path, blocks: int = BLOCKS) -> dict[str, Any]:
+    """Write the float pipeline, with so many blocks of DiT-XL/2's width."""
+    from ditq_bench.xl_model import DIT_XL_2, build
 
-    build(folder)
+    build(folder, {**DIT_XL_2, "num_layers": blocks})
     return {"bytes": _bytes(folder)}
 
 
-def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
+def run_calibration(model: Path, stats: Path, samples: int = SAMPLES) -> dict[str, Any]:
     """Calibrate within CALIBRATION_BUDGET; a few calls are as large as many."""
     from ditq_converters import calibrate, open_model
 
@@ -97,7 +110,7 @@ def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
         pipe,
         stats,
         steps=STEPS,
-        samples=SAMPLES,
+        samples=samples,
         rows=ROWS,
         memory_budget=CALIBRATION_BUDGET,
         quiet=True,
@@ -105,23 +118,25 @@ def run_calibration(model: Path, stats: Path) -> dict[str, Any]:
     return {
         "inputs": len(made.manifest["inputs"]),
         "model_calls": STEPS,
-        "samples": SAMPLES,
+        "samples": samples,
         "bytes": _bytes(stats),
     }
 
 
-def run_conversion(model: Path, recipe: dict[str, Any], stats: Path, out: Path) -> dict[str, Any]:
-    """Convert within CONVERSION_BUDGET; where its time went."""
+def run_conversion(
+    model: Path, recipe: dict[str, Any], stats: Path, out: Path, budget: int = CONVERSION_BUDGET
+) -> dict[str, Any]:
+    """Convert with the weights on disk, even if they would fit into the budget; where its time went."""
     from ditq_converters import CalibrationStats, Recipe, convert
+    from ditq_converters.streaming.opening import open_in_pieces
     from ditq_runtime.format.folder import open_folder
     from ditq_runtime.host.sizes import size_by_category
 
     opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
     profile = cProfile.Profile(time.process_time)
     profile.runcall(
-        convert, str(model), Recipe(**recipe), opened, out, quiet=True,
-        memory_budget=CONVERSION_BUDGET,
-    )  # fmt: skip
+        convert, open_in_pieces(model, budget), Recipe(**recipe), opened, out, quiet=True
+    )
     folder = open_folder(out)
     return {
         "transformer_bytes": folder.nbytes,
@@ -155,10 +170,12 @@ def load_and_sample(out: Path) -> dict[str, Any]:
     }
 
 
-def run(out: Path, only: str = "") -> list[dict[str, Any]]:
+def run(
+    out: Path, only: str = "", blocks: int = BLOCKS, samples: int = SAMPLES
+) -> list[dict[str, Any]]:
     """Run the stages whose name contains `only`; every one's record also goes to OUT/records."""
     records = []
-    for stage in stages(out):
+    for stage in stages(out, blocks, samples):
         path = out / "records" / f"{stage.name.replace(' ', '_')}.json"
         done = path.exists() and (stage.makes is None or stage.makes.exists())
         if only in stage.name and not done:
@@ -220,8 +237,9 @@ def _parts(stats: pstats.Stats) -> dict[str, float]:
     """CPU seconds, so that other work on the machine does not count."""
     parts = dict.fromkeys(PARTS.values(), 0.0)
     for (path, _, function), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
-        if "ditq_converters" in path and function in PARTS:
-            parts[PARTS[function]] = max(parts[PARTS[function]], seconds)
+        part = PARTS.get(f"{Path(path).stem}:{function}")
+        if part is not None and "ditq_converters" in path:
+            parts[part] = max(parts[part], seconds)
     return parts
 
 
@@ -229,22 +247,8 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="A DiT-XL/2-sized model through the converter.")
-    parser.add_argument("--out", type=Path, default=Path("runs/xl"))
-    parser.add_argument("--only", default="", help="run only stages whose name contains this")
-    parser.add_argument("--results", type=Path, help="folder for full_size.json and .csv")
-    parser.add_argument("--remove", action="store_true", help="remove the models afterwards")
-    options = parser.parse_args(arguments)
-    records = run(options.out, options.only)
-    full_size_report.write(options.results or options.out, records)
-    if options.remove:
-        for stage in stages(options.out):
-            if stage.makes is not None:
-                shutil.rmtree(stage.makes, ignore_errors=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def remove(out: Path) -> None:
+    """The models, statistics and checkpoints of OUT; the records stay."""
+    for stage in stages(out):
+        if stage.makes is not None:
+            shutil.rmtree(stage.makes, ignore_errors=True)

@@ -18,6 +18,8 @@ MEBIBYTE = 2**20
 COLUMNS = (
     "stage", "seconds", "share", "cpu_seconds", "peak_rss_mib", "load_before", "load_after", "bytes_mib",
 )  # fmt: skip
+PARTS = ("stage", "part", "cpu_seconds")
+LEAST = 0.1  # seconds of a part that is shown
 NOTE = (
     "Random weights of DiT-XL/2's shape; other work ran on the machine at the same time (see the loads), so seconds "
     "are upper bounds and only shares and ratios compare."
@@ -31,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:
-    """full_size.json and full_size.csv in `folder`, and a table on stdout."""
+    """full_size.json, full_size.csv and full_size_parts.csv in `folder`, and a table on stdout."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = {
         "device": device_name(torch.device("cpu")),
@@ -41,14 +43,26 @@ def write(folder: Path, records: list[dict[str, Any]]) -> None:
     }
     write_json(folder / "full_size.json", {"machine": machine, "note": NOTE, "stages": records})
     rows = table(records)
-    with (
-        atomic_file(folder / "full_size.csv") as part,
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    _write_csv(folder / "full_size.csv", COLUMNS, rows)
+    _write_csv(folder / "full_size_parts.csv", PARTS, parts(records))
     print_table("a DiT-XL/2-sized model", COLUMNS, rows)
+
+
+def parts(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """One row of PARTS for everything that conversions spent a tenth of a second on."""
+    return [
+        (record["stage"], part, f"{seconds:.1f}")
+        for record in records
+        for part, seconds in record.get("cpu_seconds_by_part", {}).items()
+        if seconds >= LEAST
+    ]
+
+
+def _write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
 
 
 def table(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

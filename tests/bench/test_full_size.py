@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 from diffusers import DiTPipeline
+from typer.testing import CliRunner
 
 from ditq_bench import full_size, full_size_report
+from ditq_bench.cli import bench
 from ditq_bench.xl_model import build, random_tensor
 from ditq_runtime.families import family_of
 from ditq_runtime.host.skeleton import has_shared_embedder
@@ -52,21 +54,42 @@ def test_the_stages_fit_together(model, tmp_path):
         made = full_size.run_conversion(model, recipe, tmp_path / "stats", tmp_path / name)
         assert sum(made["bytes_by_category"].values()) == made["transformer_bytes"]
         parts = made["cpu_seconds_by_part"]
-        assert 0 < parts["quantize"] < parts["all"]
+        assert 0 < parts["scales and offsets"] < parts["all"]
         sampled = full_size.load_and_sample(tmp_path / name)
         assert (sampled["integer_linears"], sampled["weight_only_linears"]) == (12, 3)
 
 
+def test_auto_is_timed_part_by_part(model, tmp_path):
+    """What aimed rounding spends its time on is told, and no more than all of it; records and tables go by command."""
+    full_size.run_calibration(model, tmp_path / "stats", 2)
+    (tmp_path / "float").symlink_to(model)
+    result = CliRunner().invoke(
+        bench, ["full-size", "--only", "convert auto", "--out", str(tmp_path), "--blocks", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "full_size_parts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    parts = {row["part"]: float(row["cpu_seconds"]) for row in rows}
+    assert {row["stage"] for row in rows} == {"convert auto-w4p"}
+    assert {"all", "codes"} <= parts.keys()
+    assert sum(parts.values()) < 2.1 * parts["all"]  # rounded to tenths
+    assert (tmp_path / "auto-w4p" / "transformer").exists()
+
+
 def test_the_tables_hold_every_stage(tmp_path):
     base = {"cpu_seconds": 1.0, "peak_rss": 2**21, "load_before": 0.5, "load_after": 1.5}
+    spent = {"all": 3.0, "codes": 2.0, "hash": 0.0}
     records = [
         {"stage": "calibrate", "seconds": 30.0, "bytes": 2**20, **base},
+        {"stage": "convert y", "seconds": 0.0, "cpu_seconds_by_part": spent, **base},
         {"stage": "load and sample x", "seconds": 10.0, **base},
     ]
     full_size_report.write(tmp_path, records)
     with (tmp_path / "full_size.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["share"] for row in rows] == ["0.750", "0.250"]
-    assert [row["bytes_mib"] for row in rows] == ["1.0", ""]
+    assert [row["share"] for row in rows] == ["0.750", "0.000", "0.250"]
+    assert [row["bytes_mib"] for row in rows] == ["1.0", "", ""]
     assert rows[0]["peak_rss_mib"] == "2"
+    told = (tmp_path / "full_size_parts.csv").read_text().split()
+    assert told == ["stage,part,cpu_seconds", "convert", "y,all,3.0", "convert", "y,codes,2.0"]
     assert json.loads((tmp_path / "full_size.json").read_text())["stages"] == records
