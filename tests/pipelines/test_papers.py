@@ -30,6 +30,13 @@ def classes():
     return diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
 
 
+def test_figures_are_taken_on_as_many_samples_as_published():
+    """FID-10K at 256 pixels, FID-5K at 512."""
+    assert {name: table.samples for name, table in TABLES.items()} == {
+        "dit-256": 10000, "dit-256-100": 10000, "dit-512": 5000, "pixart-512": 1000,
+    }  # fmt: skip
+
+
 def test_a_table_of_classes(classes, tmp_path):
     table = TABLES["dit-256"]
     assert [row.published for row in table.rows[:3]] == ["9.05", "8.77", "9.17"]
@@ -49,8 +56,12 @@ def test_a_table_of_classes(classes, tmp_path):
     plan = read_plan(tmp_path / "ptq4dit-w4a8" / "ditq" / "plan.json")
     inner = [entry for entry in plan.linears if entry.is_integer]
     assert {(e.rounding, e.iterations, e.activations) for e in inner} == {
-        ("reconstruct", 2, "static")
+        ("reconstruct", 2, "static"),
+        ("gptq", 400, "static"),  # modulation, whose inputs the papers quantize
     }
+    assert {e.weight_ranges for e in plan.linears if e.is_integer} == {"ptq4dit_pct"}
+    plan = read_plan(tmp_path / "htg-w4a8" / "ditq" / "plan.json")
+    assert {s.options.get("groups_per_layer") for s in plan.sites if s.method == "htg"} == {True}
     before = (tmp_path / "htg-w4a8.json").stat().st_mtime_ns
     assert list(reproduce(table, classes, tmp_path, less=LESS)) == rows
     assert (tmp_path / "htg-w4a8.json").stat().st_mtime_ns == before

@@ -91,4 +91,4 @@ def _where(taken: torch.Tensor, one: QuantizedWeight, other: QuantizedWeight) ->
     for field in fields(one):
         a, b = getattr(one, field.name), getattr(other, field.name)
         parts[field.name] = torch.where(taken.reshape(-1, *[1] * (a.dim() - 1)), a, b)
-    return replace(one, **parts)
+    return type(one)(**parts)
