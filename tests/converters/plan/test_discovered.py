@@ -47,7 +47,7 @@ def cogvideox():
 class Recorded:
     """What a calibration of some forwards knows, read as `CalibrationStats` is."""
 
-    folder, has_attention, has_rows = "stats", False, True
+    folder, has_attention, has_rows, differing_timesteps = "stats", False, True, 0
 
     def __init__(self, model, family, batches, times):
         self.timesteps, self.calls = times, len(times)
