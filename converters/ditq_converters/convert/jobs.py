@@ -24,7 +24,7 @@ from ditq_converters.convert.reconstruct import Tell
 from ditq_converters.methods import METHODS
 from ditq_converters.models.gate import float_transformer
 from ditq_converters.plan.attention import BY_CHOICE
-from ditq_converters.plan.check import check_plan, check_statistics
+from ditq_converters.plan.check import check_plan, check_statistics, differing_schedules
 from ditq_converters.plan.compact import compact, headline
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
@@ -120,23 +120,11 @@ def jobs_of(
             note(f"{component}: stays float ({error})", quiet)
             continue
         check_statistics(plan, own)
-        tell_of_schedules(component, plan, own, quiet)
+        told = differing_schedules(plan, own)
+        if told:
+            note(f"{component}: {told}", quiet)
         jobs.append(Job(pipe, model, family, plan, own, quiet, component=component))
     return jobs
-
-
-def tell_of_schedules(
-    component: str, plan: Plan, stats: CalibrationStats | None, quiet: bool
-) -> None:
-    """A line where a method over time does not see the timesteps as they were met."""
-    methods = {site.method for site in plan.sites if METHODS[site.method].over_time}
-    met = stats.differing_timesteps if methods and stats is not None else 0
-    if met and stats is not None:
-        note(
-            f"{component}: its inputs have different schedules; {' and '.join(sorted(methods))} orders their {met} "
-            f"timesteps by noise and takes neighbours together, as {stats.calls}",
-            quiet,
-        )
 
 
 def checked_plan(

@@ -80,6 +80,18 @@ def check_statistics(plan: Plan, stats: CalibrationStats | None) -> None:
         )
 
 
+def differing_schedules(plan: Plan, stats: CalibrationStats | None) -> str | None:
+    """A sentence where a method over time does not see the timesteps as they were met."""
+    methods = {site.method for site in plan.sites if METHODS[site.method].over_time}
+    met = stats.differing_timesteps if methods and stats is not None else 0
+    if not met or stats is None:
+        return None
+    return (
+        f"its inputs have different schedules; {' and '.join(sorted(methods))} orders their {met} timesteps by noise "
+        f"and takes neighbours together, as {stats.calls}"
+    )
+
+
 def check_groups(plan: Plan, calls: int, source: str) -> None:
     """Refuse more timestep groups than `calls` of a run, of which `source` says where they come from."""
     for site in plan.sites:
