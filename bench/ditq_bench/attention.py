@@ -9,7 +9,9 @@ import torch
 import ditq_kernels as k
 from ditq_bench.ceilings import Ceilings
 from ditq_bench.measure import Candidate, Row, measure, relative_error
+from ditq_bench.others import OTHERS, fault
 from ditq_bench.shapes import AttentionShape
+from ditq_runtime.cli.output import say
 
 BASELINE = "torch fp32 attention"
 # Against fp64 of the operands a candidate was given. fp32: sums over keys; bf16: operands, probabilities and result
@@ -23,8 +25,9 @@ def bench_attention(
     device: torch.device,
     budget: float = 20.0,
     ceilings: Ceilings | None = None,
+    against: tuple[str, ...] = (),
 ) -> list[Row]:
-    """Time both quantized attentions and their baselines at a shape.
+    """Time both quantized attentions, their baselines and libraries of `others.OTHERS` at a shape.
 
     Raises:
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
@@ -33,7 +36,9 @@ def bench_attention(
     size = (shape.sequences, shape.heads, shape.tokens, shape.head_dim)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, key, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(3))
-    candidates = [*_floats(q, key, v), *_ours(q, key, v)]
+    libraries = [_library(name, shape.name, q, key, v) for name in against if name in OTHERS]
+    found = [one for one in libraries if one is not None]
+    candidates = [*_floats(q, key, v), *found, *_ours(q, key, v)]
     return measure(candidates, shape.operations, device, budget, ceilings)
 
 
@@ -49,6 +54,28 @@ def _floats(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candida
         candidate(BASELINE, torch.float32, SUM_ERROR, "fp32"),
         candidate("torch bf16 attention", torch.bfloat16, BF16_ERROR, "bf16"),
     ]
+
+
+def _library(
+    name: str, shape: str, q: torch.Tensor, key: torch.Tensor, v: torch.Tensor
+) -> Candidate | None:
+    """Another library's attention; None where it has none, or fails, which is said."""
+    other = OTHERS[name]
+    if other.attention is None:
+        return None
+
+    def check(y: Any) -> float:
+        return _error(y, q, key, v)
+
+    try:
+        run = other.attention(q.bfloat16(), key.bfloat16(), v.bfloat16())
+        reason = fault(run, check, other.tolerance)
+    except Exception as failed:  # somebody else's code, which may raise anything
+        reason = f"{type(failed).__name__}: {failed}"
+    if reason:
+        say(f"{name} at {shape} gets no row: {reason}")
+        return None
+    return Candidate(other.name, run, check, other.tolerance, "int8", 8 * q.numel())
 
 
 def _ours(q: torch.Tensor, key: torch.Tensor, v: torch.Tensor) -> list[Candidate]:

@@ -11,7 +11,9 @@ import torch
 import ditq_kernels as k
 from ditq_bench.ceilings import Ceilings
 from ditq_bench.measure import Candidate, Row, measure, relative_error
+from ditq_bench.others import OTHERS, fault, linear_call
 from ditq_bench.shapes import GemmShape
+from ditq_runtime.cli.output import say
 
 BASELINE = "torch fp32 linear"
 GROUP_SIZE = 64
@@ -59,7 +61,7 @@ def bench_gemm(
         device: where.
         budget: seconds for timing all candidates.
         ceilings: of this device; rows then say how near the roof they are.
-        against: names in BASELINES, beside fp32 and bf16.
+        against: names in BASELINES and `others.OTHERS`, beside fp32 and bf16.
 
     Raises:
         RuntimeError: a result is wrong; no time is reported for a wrong answer.
@@ -70,8 +72,30 @@ def bench_gemm(
 def candidates(shape: GemmShape, device: torch.device, against: tuple[str, ...]) -> list[Candidate]:
     """Torch in fp32 and bf16, baselines in BASELINES, and ours."""
     operands = _operands(shape, device)
-    others = [BASELINES[name](operands) for name in against]
-    return [*_floats(operands), *others, *_ours(operands)]
+    others = [BASELINES[name](operands) for name in against if name in BASELINES]
+    libraries = [_library(operands, name) for name in against if name in OTHERS]
+    found = [one for one in libraries if one is not None]
+    return [*_floats(operands), *others, *found, *_ours(operands)]
+
+
+def _library(o: Operands, name: str) -> Candidate | None:
+    """Another library's linear; None where it has none, or fails, which is said."""
+    other = OTHERS[name]
+    if other.linear is None:
+        return None
+
+    def check(y: Any) -> float:
+        return relative_error(y.detach(), o.truth)
+
+    try:
+        run = linear_call(name, o.weight, o.bias, o.x)
+        reason = fault(run, check, other.tolerance)
+    except Exception as failed:  # somebody else's code, which may raise anything
+        reason = f"{type(failed).__name__}: {failed}"
+    if reason:
+        say(f"{name} at {o.shape.name} gets no row: {reason}")
+        return None
+    return Candidate(other.name, run, check, other.tolerance, "int8", _bytes(o, 2))
 
 
 def _operands(shape: GemmShape, device: torch.device) -> Operands:

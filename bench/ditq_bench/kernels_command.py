@@ -16,7 +16,8 @@ BatchOption = Annotated[str, typer.Option(help="Multiples of a shape's images.")
 AgainstOption = Annotated[
     str,
     typer.Option(
-        help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao, torchao-fp8."
+        help="Baselines beside torch fp32 and bf16: compiled, int_mm, int_mm+dequant, torchao, torchao-fp8; "
+        "where installed sdnq, comfy-kitchen, gemlite, sageattention, nunchaku."
     ),
 ]
 AttentionOption = Annotated[bool, typer.Option(help="Also time attention.")]
@@ -47,16 +48,16 @@ def kernels(
     from ditq_bench.ceilings import measure_ceilings
     from ditq_bench.gemm import BASELINES, bench_gemm
     from ditq_bench.measure import Row
+    from ditq_bench.others import OTHERS
     from ditq_bench.plots import plot_roofline, plot_speedup
     from ditq_bench.results import Shape, device_name, write_csv
     from ditq_bench.shapes import ATTENTION_SHAPES, SHAPES
     from ditq_runtime.cli.device import place as device_of
 
     names = chosen_of("--shapes", shapes, tuple(SHAPES))
-    others = chosen_of("--against", against, tuple(BASELINES)) if against else ()
-    if any(name.startswith("torchao") for name in others):
-        _check_torchao()
+    others = chosen_of("--against", against, (*BASELINES, *OTHERS)) if against else ()
     place = device_of(device)
+    check_installed(others, place)
     ceilings = measure_ceilings(place, min(budget, 5.0))
     rows: list[tuple[Shape, Row]] = []
     for images in _batches(batch):
@@ -66,7 +67,8 @@ def kernels(
                 rows += [(gemm, row) for row in measured]
             for heads in ATTENTION_SHAPES.get(name, ()) if attention else ():
                 shape = heads.batched(images)
-                rows += [(shape, row) for row in bench_attention(shape, place, budget, ceilings)]
+                measured = bench_attention(shape, place, budget, ceilings, others)
+                rows += [(shape, row) for row in measured]
             write_csv(out / "kernels.csv", rows, place)  # a killed run leaves what it has
     plot_speedup(out / "speedup.png", rows, device_name(place))
     plot_roofline(out / "roofline.png", rows, ceilings, device_name(place))
@@ -130,8 +132,15 @@ def _batches(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _check_torchao() -> None:
+def check_installed(names: tuple[str, ...], place: Any) -> None:
+    """Refuse libraries that cannot be measured on a device."""
     import importlib.util
 
-    if importlib.util.find_spec("torchao") is None:
+    from ditq_bench.others import OTHERS, refusal
+
+    if any(n.startswith("torchao") for n in names) and importlib.util.find_spec("torchao") is None:
         raise typer.BadParameter("--against torchao: it is not installed; leave it out.")
+    for name in names:
+        reason = refusal(name, place) if name in OTHERS else ""
+        if reason:
+            raise typer.BadParameter(f"--against {name}: {reason}; leave it out.")

@@ -28,6 +28,12 @@ ModesOption = Annotated[
     str,
     typer.Option(help="eager, compiled, graph, and of a run hoisted; default: those that can run."),
 ]
+AgainstOption = Annotated[
+    str,
+    typer.Option(
+        help="Of a float MODEL: its step by ditq in W8A8, and by torchao, sdnq, sageattention where installed."
+    ),
+]
 SizeOption = Annotated[
     int, typer.Option(min=0, help="Pixels of an image's side; default: the pipeline's own.")
 ]
@@ -43,6 +49,7 @@ def model(
     images: ImagesOption = 8,
     steps: StepsOption = 50,
     modes: ModesOption = "",
+    against: AgainstOption = "",
     size: SizeOption = 0,
     dtype: DtypeOption = "",
     device: DeviceOption = "",
@@ -65,6 +72,7 @@ def model(
         peak_memory,
         recorded_step,
     )
+    from ditq_bench.model_peers import bench_peers
     from ditq_bench.page import facts_of, write_model_page
     from ditq_bench.results import doubt, origin_of, told
     from ditq_runtime.cli.device import place as device_of
@@ -73,6 +81,7 @@ def model(
     place = device_of(device)
     names, kind = _modes(modes, place), _dtype(dtype, place)
     pipe = open_pipeline(model, kind, place)
+    peers = _peers(against, pipe.transformer, place)
     sides = {"height": size, "width": size} if size else None
     if sides and "height" not in inspect.signature(pipe.__call__).parameters:
         raise typer.BadParameter(f"--size: {type(pipe).__name__} takes none; leave it out.")
@@ -81,6 +90,8 @@ def model(
         measured = [*bench_run(Sampling(pipe, images, steps, sides), place, names, budget / 2)]
         of_step = tuple(name for name in names if name in MODES)
         measured += bench_step(step, place, of_step, budget / 2)
+        if peers:
+            measured += bench_peers(step, peers, place, budget / 2)
     origin = origin_of(place)
     rows = [_fields(row, origin, model, images, steps, memory["peak_bytes"]) for row in measured]
     _write_csv(out / "model.csv", rows)
@@ -97,6 +108,20 @@ def model(
     for sentence in found:
         say(sentence)
     say(f"peak memory {peak}; {out / 'model.csv'}; {out / 'model.html'}: open it in a browser")
+
+
+def _peers(against: str, transformer: Any, place: Any) -> tuple[str, ...]:
+    """The libraries asked for; those that cannot run this model here are refused."""
+    from ditq_bench.model_peers import KNOWN, why_not
+
+    names = chosen_of("--against", against, KNOWN) if against else ()
+    if names and getattr(transformer.config, "quantization_config", None) is not None:
+        raise typer.BadParameter("--against: MODEL is quantized already; give a float one.")
+    for name in names:
+        reason = why_not(name, transformer, place)
+        if reason:
+            raise typer.BadParameter(f"--against {name}: {reason}; leave it out.")
+    return names
 
 
 def _modes(modes: str, place: Any) -> tuple[str, ...]:
