@@ -127,7 +127,9 @@ def _rows(
     if tables is None:
         return {}
     cos, sin = (t if t.dtype == torch.float32 else t.float() for t in tables)
-    return {"cos": cos.narrow(0, start, count), "sin": sin.narrow(0, start, count)}
+    if count < len(cos):
+        cos, sin = cos.narrow(0, start, count), sin.narrow(0, start, count)
+    return {"cos": cos, "sin": sin}
 
 
 def _mask(mask: torch.Tensor | None, batch: int, keys: int, takes_one: bool) -> torch.Tensor | None:

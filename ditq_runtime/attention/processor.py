@@ -116,7 +116,9 @@ def in_quantizer(norm: Any) -> dict[str, Any] | None:
     if hooked or type(norm) not in RMS_NORMS or held.get("bias") is not None:
         return None
     weight, eps = held.get("weight"), own["eps"]
-    return None if weight is None or eps is None else {"norm_weight": weight.data, "eps": eps}
+    if weight is None or eps is None:
+        return None
+    return {"norm_weight": weight.data if weight.requires_grad else weight, "eps": eps}
 
 
 def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:

@@ -76,7 +76,7 @@ def _moved(block: Any, layout: Parts) -> str:
         kind = type(part)
         if kind is not layout.parts[name]:
             return f"{name} is a {kind.__name__}"
-        if is_hooked(part) or (kind is QuantLinear and is_hooked(part.site)):
+        if is_hooked(part) or (kind is QuantLinear and is_hooked(part.__dict__["site"])):
             return f"{name} has a hook (an adapter, offloading or a probe) and must run by itself"
         if kind is nn.Dropout and part.training and part.p:
             return f"{name} drops values in training"

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 
 HEAD_DIM, SAMPLES, TOKENS_A_SIDE, CAPTION = 64, 2, 4, 8
-FLUX = {"Flux step": "none", "Flux step, int8 attention": "int8"}  # -> attention
+FLUX = {  # -> attention
+    "Flux step": "none",
+    "Flux step, int8 scores": "bf16",
+    "Flux step, int8 attention": "int8",
+}
 STATIC = {"method": "smoothquant", "activations": "static", "attention": "int8"}
 
 
