@@ -93,7 +93,7 @@ def app():
 
 def test_the_command_writes_rows_with_their_origin(app, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "small", (SMALL,))
-    arguments = ["bench", "kernels", "--shapes", "small", "--budget", "0", "--json"]
+    arguments = ["bench", "kernels", "--shapes", "small", "--budget", "0.01", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

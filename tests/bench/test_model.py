@@ -12,7 +12,7 @@ from ditq_bench.model_command import FIELDS
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_demo_model_on_a_cpu(tmp_path):
-    arguments = ["model", "demo:digits", "--images", "1", "--steps", "2", "--budget", "0"]
+    arguments = ["model", "demo:digits", "--images", "1", "--steps", "2", "--budget", "0.01"]
     result = CliRunner().invoke(
         bench, [*arguments, "--modes", "eager,hoisted", "--out", str(tmp_path), "--json"]
     )
