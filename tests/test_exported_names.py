@@ -41,6 +41,7 @@ EXPORTED = {
         "Plan",
         "Recipe",
         "StatisticsError",
+        "auto_plan",
         "calibrate",
         "convert",
         "evaluate",

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditq_converters.auto.search import auto_plan
     from ditq_converters.calibrate.run import calibrate
     from ditq_converters.calibrate.stats import CalibrationStats, StatisticsError
     from ditq_converters.convert.story import convert
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "StatisticsError",
+    "auto_plan",
     "calibrate",
     "convert",
     "evaluate",
@@ -46,6 +48,7 @@ _HOME = {
     "Plan": "plan.plan",
     "Recipe": "plan.recipe",
     "StatisticsError": "calibrate.stats",
+    "auto_plan": "auto.search",
     "calibrate": "calibrate.run",
     "convert": "convert.story",
     "evaluate": "evaluate.evaluation",

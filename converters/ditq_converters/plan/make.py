@@ -43,7 +43,8 @@ def make_plan(
         inputs: keyword arguments of one forward of the transformer, to find the sites of a class without a table;
             None: those that `stats` were taken at, or made from its configuration.
         set: changes, each `PATTERN:field=value` as in `Plan.set_rule`, one after another.
-        **choices: fields of `Recipe`, and options of its method.
+        **choices: fields of `Recipe`, and options of its method. Without a method it is smoothquant, not the command's
+            auto, which needs rows and whole calls of a calibration: for that take `auto_plan`.
 
     Returns:
         The plan, to read, to change, to save (`plan.file.write_plan`) and to convert with.
