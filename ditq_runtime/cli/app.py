@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
     debug, begin = "--debug" in arguments, time.monotonic()
     arguments = _hear(arguments)
     if not voice.verbose:
-        for package in ("diffusers", "transformers"):
+        for package in ("huggingface_hub", "diffusers", "transformers"):
             after_import(package, f"ditq_runtime.cli.quiet:quiet_{package}")
     code = _run(arguments, debug)
     if voice.verbose:

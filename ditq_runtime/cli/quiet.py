@@ -2,6 +2,8 @@
 
 import logging
 
+from ditq_runtime.cli.progress import note
+
 
 def quiet_diffusers() -> None:
     """Our commands show their own progress; diffusers' bars and type warnings would break it up."""
@@ -9,6 +11,26 @@ def quiet_diffusers() -> None:
 
     of_diffusers.set_verbosity_error()
     of_diffusers.disable_progress_bar()
+
+
+class _Retries(logging.Filter):
+    """One line for all that the hub's client says while it tries again."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep errors; of warnings, tell the first in our words."""
+        if record.levelno < logging.ERROR and not self.told:
+            self.told = True
+            note(
+                "the hub does not answer, trying again for half a minute; HF_HUB_OFFLINE=1 asks the cache alone"
+            )
+        return record.levelno >= logging.ERROR
+
+
+def quiet_huggingface_hub() -> None:
+    """Its twelve lines about retries."""
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_Retries())
 
 
 def quiet_inductor() -> None:

@@ -70,6 +70,11 @@ def claim_folder(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     for key, now in (*wanted["settings"].items(), *wanted.items()):
         then = before.get(key, known.get(key))
         grown = key == "inputs" and then == now[: len(then)]
+        if key == "inputs" and then != now and not grown:
+            raise StatisticsError(
+                f"{folder}: holds a calibration with other inputs ({len(then)}, now {len(now)}; prompts or classes, "
+                "steps, seed, guidance or size differ); use a new folder, or the same arguments to resume"
+            )
         if key != "settings" and then != now and not grown:
             raise StatisticsError(
                 f"{folder}: holds a calibration with other {key} ({_short(then)}, now {_short(now)}); "

@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a file; expected a checkpoint of DiT's own code")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            warnings.catch_warnings(
+                action="ignore", category=UserWarning
+            ),  # torch's, of old pickles
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error
     except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = "" if "weights_only" in reason else f" ({reason})"  # torch advises to run the code
         raise ValueError(
-            f"{path}: not a checkpoint that can be read without running code from it ({reason}); expected a state dict"
+            f"{path}: not a checkpoint that can be read without running code from it{told}; expected a state dict of "
+            "tensors, saved by torch"
         ) from error
     state = stored.get("ema", stored.get("model", stored)) if isinstance(stored, dict) else stored
     if not isinstance(state, dict) or not all(
