@@ -13,6 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ditq_runtime.calls.input_checks import (
+    SEED,
+    check_complete,
+    check_entries,
+    check_known,
+    check_positive,
+)
 from ditq_runtime.calls.input_files import embedding_entries, read_entries
 from ditq_runtime.calls.labels import check_labels, class_ids, draw, read_labels
 from ditq_runtime.calls.prompts import read_prompts
@@ -22,7 +29,6 @@ from ditq_runtime.calls.seeds import splitmix64
 SAMPLES, LABELS_PER_CALL = 32, 8
 CLASS_STEPS, CLASS_GUIDANCE = 50, 1.5  # DiT's; text pipelines have defaults of their own
 BINNED_SIZES = (32, 64, 128, 256)  # latents of the models that diffusers has aspect ratio bins for
-SEED = "seed"  # what an entry may hold instead of a generator, or of one per sample: an integer, a list of them
 
 Given = Sequence[Mapping[str, Any]] | str | Path
 
@@ -107,7 +113,9 @@ def gather(
     ]
     if len(forms) > 1:
         raise ValueError(f"{caller}: give one of {' and '.join(forms)}, not both")
-    _check_positive(caller, samples=samples, batch=batch, steps=steps)
+    check_positive(caller, samples=samples, batch=batch, steps=steps)
+    if inputs is not None and not isinstance(inputs, str | Path):
+        check_entries(caller, inputs)
     saved = saved_call(pipe)
     known = saved.pop("prompt", None)
     if not forms and "class_labels" not in takes:
@@ -129,7 +137,8 @@ def gather(
         else:
             seeds = tuple(map(int, own)) if isinstance(own, list) else (int(own),)
         number += count
-        _check_known(f"{caller}: input {index}", pipe, takes, arguments)
+        check_known(f"{caller}: input {index}", pipe, takes, arguments)
+        check_complete(f"{caller}: input {index}", pipe, takes, arguments)
         check_encoded(f"{caller}: input {index}", pipe, arguments)
         made.append(Input(_filled(pipe, takes, arguments), seeds))
     if not made:
@@ -192,7 +201,7 @@ def _shared(
 ) -> dict[str, Any]:
     asked = {"num_inference_steps": steps, "guidance_scale": guidance}
     call |= {name: value for name, value in asked.items() if value is not None}
-    _check_known(caller, pipe, takes, call)
+    check_known(caller, pipe, takes, call)
     return call
 
 
@@ -220,18 +229,6 @@ def alike(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_known(
-    where: str, pipe: Any, takes: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> None:
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
-        return
-    for name in arguments:
-        if name not in takes and name != SEED:
-            raise ValueError(
-                f"{where}: {type(pipe).__name__} takes no argument {name!r}; its arguments are {', '.join(takes)}"
-            )
-
-
 def check_encoded(where: str, pipe: Any, arguments: Mapping[str, Any]) -> None:
     """ValueError for text where nothing is there to encode it."""
     encoders = [
@@ -243,12 +240,6 @@ def check_encoded(where: str, pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"{where}: {type(pipe).__name__} has no text encoder here, as a transformer alone or within a memory "
             "budget; give embeddings (prompt_embeds, ...) in place of text"
         )
-
-
-def _check_positive(caller: str, **counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{caller}: {name} must be at least 1, got {count}")
 
 
 def update_digest(state: Any, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from typing import Any
@@ -83,6 +83,8 @@ class DitqConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.choice = None
         if weights is not None:
+            if not isinstance(keep, Iterable):
+                raise ValueError(f"DitqConfig: keep must be a tuple of patterns, got {keep!r}")
             kept = keep if isinstance(keep, str) else tuple(keep)
             if modules_to_not_convert is not None and not isinstance(kept, str):
                 kept += substrings(modules_to_not_convert)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from inspect import getclosurevars
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def set_lora(target: Any, weights: Mapping[str, float]) -> None:
     check_not_graphed(model, "set_lora")
     known = names_of(model)
     for name, weight in weights.items():
-        if name not in known or not math.isfinite(weight):
+        number = isinstance(weight, Real) and math.isfinite(weight)
+        if name not in known or not number:
             raise ValueError(
                 f"set_lora: expected a finite factor of one of {', '.join(known) or 'no adapters'}, "
                 f"got {name!r}: {weight}"

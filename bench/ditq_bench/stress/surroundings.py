@@ -26,6 +26,10 @@ from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Site
 from ditq_runtime.surroundings import steady
 
+THREADS = "threads"  # they change the order of sums in products of floats, in weight-only layers as in any other
+Case = tuple[
+    str, Callable[[], torch.Tensor], bool
+]  # what, the run, whether its products are of integers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +51,7 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
-    "threads": lambda: _set(torch.set_num_threads, 2, torch.get_num_threads()),
+    THREADS: lambda: _set(torch.set_num_threads, 2, torch.get_num_threads()),
     "random state": lambda: _set(torch.manual_seed, 77, 0),
 }
 
@@ -64,8 +68,9 @@ def attack(cases: int, seed: int) -> list[Tally]:
     tally = Tally("surroundings", seed)
     for number in range(cases):
         rng = random.Random(f"surroundings {seed} {number}")
-        what, run = rng.choice((_linear, _linear, _attention))(rng)
-        names = rng.sample(list(SURROUNDINGS), rng.choice((1, 1, 2, 3)))
+        what, run, integers = rng.choice((_linear, _linear, _attention))(rng)
+        around = [name for name in SURROUNDINGS if integers or name != THREADS]
+        names = rng.sample(around, rng.choice((1, 1, 2, 3)))
         expected = run()
         try:
             with ExitStack() as stack:
@@ -118,7 +123,7 @@ def _held(
     return run
 
 
-def _linear(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
+def _linear(rng: random.Random) -> Case:
     """A linear of any format behind its site."""
     weights = rng.choice(("w8", "w4p", "w4g", "fp32"))
     activations = (
@@ -138,7 +143,8 @@ def _linear(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
         for name, parameter in site.named_parameters():
             parameter.data.fill_(0 if name == "act_zero" else 0.03)
         layer.read(site)
-    return f"{form} [{n}, {k}] of {t} {dtype}", lambda: layer(x).detach()
+    integers = activations != "none" and not rank
+    return f"{form} [{n}, {k}] of {t} {dtype}", lambda: layer(x).detach(), integers
 
 
 def _fill(layer: QuantLinear, weight: torch.Tensor, generator: torch.Generator) -> None:
@@ -155,7 +161,7 @@ def _fill(layer: QuantLinear, weight: torch.Tensor, generator: torch.Generator) 
             getattr(layer, name).data = (values * 3).to(dtype)
 
 
-def _attention(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
+def _attention(rng: random.Random) -> Case:
     """An attention between its projections."""
     form = AttentionFormat(rng.choice(("int8", "bf16")), rng.choice(("token", "static")))
     heads, d, dtype = rng.randrange(1, 4), rng.choice((32, 64, 72)), rng.choice(DTYPES)
@@ -167,4 +173,4 @@ def _attention(rng: random.Random) -> tuple[str, Callable[[], torch.Tensor]]:
     q, k, v = (
         torch.randn(batch, n, heads, d, generator=generator).to(dtype) for n in (rows, keys, keys)
     )
-    return f"{form} {heads}x{d} {rows}x{keys} {dtype}", lambda: core(q, k, v).detach()
+    return f"{form} {heads}x{d} {rows}x{keys} {dtype}", lambda: core(q, k, v).detach(), True

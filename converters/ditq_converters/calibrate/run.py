@@ -172,6 +172,8 @@ def pipeline_work(pipe: Any, given: list[Input]) -> Work:
 
 def own_work(pipe: Any, run: Callable[..., Any], inputs: Given | None) -> Work:
     """Somebody's own loop: one call of it, or one per entry of `inputs`."""
+    if not callable(run):
+        raise ValueError(f"calibrate: run must be a function that calls the model, got {run!r}")
     if isinstance(inputs, str | Path):
         raise ValueError("calibrate: with run=, inputs are a list of keyword arguments, not a file")
     entries: list[dict[str, Any]] = [{}] if inputs is None else [dict(entry) for entry in inputs]

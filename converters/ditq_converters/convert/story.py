@@ -12,6 +12,7 @@ from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats, model_hash
 from ditq_converters.convert.block import PackedBlock
+from ditq_converters.convert.given import check_given
 from ditq_converters.convert.jobs import Job, jobs_of, prefix_of
 from ditq_converters.convert.pack import pack_model, packed_skeleton
 from ditq_converters.memory import give_back
@@ -74,6 +75,7 @@ def convert(
         StatisticsError: the statistics are of another model, incomplete or damaged.
         FileExistsError: `out` is in use.
     """
+    check_given(plan, stats, out, max_shard_size)
     target = None if out is None else Path(out)
     if target is not None:
         check_new(target)

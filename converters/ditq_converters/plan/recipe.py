@@ -89,10 +89,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Validate every field."""
-        if isinstance(self.keep, str):
-            raise ValueError(
-                f"recipe: keep must be a tuple of patterns, got the string {self.keep!r}"
-            )
+        if isinstance(self.keep, str) or not all(isinstance(one, str) for one in self.keep):
+            raise ValueError(f"recipe: keep must be a tuple of patterns, got {self.keep!r}")
         _one_of("method", self.method, tuple(METHODS))
         _one_of("weights", self.weights, QUANTIZED)
         _one_of("activations", self.activations, ACTIVATIONS)
