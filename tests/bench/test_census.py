@@ -59,6 +59,12 @@ def test_a_sound_row_passes(op, target):
         ("gemm_w4a8", 100, {"register_operands": 0}, "registers: 0 of 8 products"),
         ("attention_qk_int8_pv_int8", 90, {"mma": {}}, "no IGMMA"),
         ("gemm_w8a8", 100, {"mma": {"IMMA.16832.S8.S8.SAT": 8}}, "no UTCIMMA on int8, but {'IMMA"),
+        (
+            "gemm_w8a8+residual",
+            90,
+            {"shared": 120_000},
+            "one program fits on a multiprocessor, kept alone by shared",
+        ),
     ],
 )
 def test_each_condition_can_fail(op, target, changes, fault):

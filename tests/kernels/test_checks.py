@@ -35,11 +35,14 @@ def test_the_examples_are_legal():
     assert k.gemm_w4a8(**w4_arguments()).shape == (4, 8)
 
 
+# never touched: four rows whose pages are not there
+FAR = torch.empty(3 * 2**23 + 64, dtype=torch.int8).as_strided((4, 64), (2**23, 1))
 W8_REFUSALS = [
     ({"q": torch.zeros(2, 4, 64, dtype=torch.int8)}, "q must be [T, K] int8, got [2, 4, 64] int8"),
     ({"q": torch.zeros(4, 64)}, "q must be [T, K] int8, got [4, 64] float32"),
     ({"q": torch.zeros(4, 0, dtype=torch.int8)}, "q must have columns, got [4, 0] int8"),
     ({"q": torch.zeros(64, 4, dtype=torch.int8).t()}, "rows of q must be contiguous"),
+    ({"q": FAR}, "rows of q must be at most 8388607 elements apart, got strides (8388608, 1)"),
     ({"weight": torch.zeros(8, 64, dtype=torch.uint8)}, "weight must be [N, K] int8"),
     ({"weight": torch.zeros(8, 32, dtype=torch.int8)}, "must share K, got K=64 and K=32"),
     ({"weight": torch.zeros(8, 64, dtype=torch.int8, device="meta")}, "must be on cpu"),

@@ -124,11 +124,11 @@ def test_a_low_rank_branch_is_within_its_roundings(op, device, generator):
 
 
 @pytest.mark.parametrize("op", GEMMS)
-@pytest.mark.parametrize("tile", [(16, 64, 64, 4, 2), (64, 16, 64, 4, 2)])
+@pytest.mark.parametrize(("tile", "parts"), [((16, 64, 64, 4, 2), 4), ((64, 16, 64, 4, 2), 1)])
 @pytest.mark.usefixtures("poisoned")
-def test_kernels_of_every_tile(op, tile, device, generator):
+def test_kernels_of_every_tile(op, tile, parts, device, generator):
     arguments, stages = problem(op, 128, 70, 128, generator, 2, 32, exact=True)
-    y = launch(op, device, arguments, stages, config=TileConfig(*tile))
+    y = launch(op, device, arguments, stages, config=TileConfig(*tile, parts=parts))
     assert torch.equal(y, getattr(reference, op)(*arguments, **stages))
 
 

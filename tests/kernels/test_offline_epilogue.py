@@ -43,8 +43,9 @@ def test_three_weights_cost_the_loop_of_one_and_no_bytewise_access(censuses):
     for gemm in GEMMS:
         one, three = (found[f"{gemm}+{stage}"] for stage in ("residual", "qkv_quantize"))
         assert one["config"] == three["config"]
-        # group words of a selected pointer, scheduled otherwise: on sm_89 9 more with Triton 3.6.0
-        slack = {"gemm_w4a8": 9, "gemm_w4a8_per_group": 12}.get(gemm, 0)
+        # group words of a selected pointer, scheduled otherwise: on sm_89 9 more with Triton 3.6.0; W8A8 on sm_8x keeps
+        # 4 scalars of the loop elsewhere
+        slack = {"gemm_w8a8": 4, "gemm_w4a8": 9, "gemm_w4a8_per_group": 12}[gemm]
         assert sum(three["loop"].values()) <= sum(one["loop"].values()) + slack, (gemm, target)
         loads = {name for name in three["loop_opcodes"] if name.startswith("LDGSTS")}
         assert loads == {name for name in one["loop_opcodes"] if name.startswith("LDGSTS")}

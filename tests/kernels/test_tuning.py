@@ -31,16 +31,20 @@ def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
 def test_variants_are_asked_for_only_where_they_exist(architecture):
     for op, rows in tuning.load_table(architecture)["ops"].items():
         fields = {name for row in rows for name in row} & set(tuning.UNSAID)
-        assert fields <= ({"split_k"} if op.startswith(("gemm_w8a8", "gemm_w4a8")) else set()), op
-        assert not (fields and "per_group" in op)
+        known = {"split_k"} if op.startswith(("gemm_w8a8", "gemm_w4a8")) else set()
+        known = set() if "per_group" in op else known
+        assert fields <= known | ({"parts"} if op.endswith("_epilogue") else set()), op
 
 
 def test_a_launch_in_words():
     words = tuning.launch_text
     plain = tuning.TileConfig(128, 256, 64, 8, 3, split_k="auto")
     assert words(vars(plain)) == "128x256x64, 8 warps, 3 stages"
-    other = tuning.TileConfig(128, 128, 128, 4, 3, 2, 1, "tma", True)
-    assert words(vars(other)).endswith("3 stages, split 2, persistent 1, tma, specialized")
+    other = tuning.TileConfig(128, 128, 128, 4, 3, 2, 1, "tma", specialize=True, parts=4)
+    assert words(vars(other)).endswith("3 stages, split 2, persistent 1, tma, specialized, 4 parts")
+    assert words(vars(tuning.TileConfig(64, 64, 64, 4, 3, 1, 2, flatten=False))).endswith(
+        "2, two loops"
+    )
     assert words(vars(tuning.RowConfig(4, 8))) == "4, 8 warps"
 
 

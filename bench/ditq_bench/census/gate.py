@@ -18,6 +18,10 @@ BUDGET = Path(__file__).with_name("budget.json")
 # how their names begin; those of sm_100 do not say the types of operands
 INTEGER_PRODUCT = {80: "IMMA", 86: "IMMA", 89: "IMMA", 120: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
 THROUGH_REGISTERS = (90, 100)  # whose products could also take expanded weights from shared memory
+# where stages behind a loop must leave room for a second program on a multiprocessor, to hide under its products
+ROOM_FOR_TWO = {"gemm_w8a8": (80, 86, 89, 90, 120), "gemm_w4a8": (86, 89, 90, 120)}
+STAGES = ("gathered", "low_rank", "residual", "ungated_residual", "gelu_quantize", "qkv_quantize")
+ALONE = {("gemm_w4a8+low_rank", 90)}  # 132 registers with Triton 3.9.0, 128 would do
 CONVERSIONS = ("F2I", "PRMT")  # of floats; of bytes, as in an operand with the wrong layout
 
 Budget = dict[str, dict[str, dict[str, int]]]  # kernel -> target -> case -> instructions
@@ -86,6 +90,16 @@ def _register_operand(row: CensusRow) -> str | None:
     return None
 
 
+def _room_for_two(row: CensusRow) -> str | None:
+    op, target = row.census["op"], row.census["target"]
+    gemm, _, stages = op.partition("+")
+    if stages not in STAGES or target not in ROOM_FOR_TWO.get(gemm, ()) or (op, target) in ALONE:
+        return None
+    if row.prediction.programs < 2:
+        return f"one program fits on a multiprocessor, kept alone by {row.prediction.bound}"
+    return None
+
+
 def _over_budget(row: CensusRow, budget: Budget) -> str | None:
     allowed = budget.get(row.census["op"], {}).get(str(row.census["target"]), {}).get(row.case)
     if allowed is None:
@@ -104,4 +118,5 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("attention_qk_int8", _integer_products),
     ("gemm_w8a8", _conversions),
     ("gemm_w4", _register_operand),
+    ("gemm_", _room_for_two),
 )

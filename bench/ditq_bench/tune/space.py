@@ -15,6 +15,8 @@ from ditq_kernels.launch import tuning, waves
 
 LOWEST_OF_MANY = 512  # tokens; fewer have no second tile for a program
 STAYING: tuple[dict[str, Any], ...] = ({"programs_per_sm": 1}, {"programs_per_sm": 2})
+# two loops, the inner one as short as without staying; Hopper's products wait for one another in the one long loop
+UNFLATTENED = tuple(field | {"flatten": False} for field in STAYING)
 BY_TMA: tuple[dict[str, Any], ...] = (
     {"loads": "tma"}, *({"loads": "tma"} | field for field in STAYING),
     {"loads": "tma", "programs_per_sm": 1, "specialize": True},
@@ -109,7 +111,7 @@ def variants(bucket: Bucket, config: Any, target: int) -> list[Any]:
     """The same tile by programs that stay, or that load by TMA; ranked by no model, so a GPU has to time them."""
     if bucket.op != "gemm_w8a8" or bucket.num_tokens < LOWEST_OF_MANY:
         return []
-    fields = [*STAYING, *(BY_TMA if target == 90 else ())]
+    fields = [*STAYING, *((*UNFLATTENED, *BY_TMA) if target == 90 else ())]
     return [dataclasses.replace(config, split_k=1, **field) for field in fields]
 
 
@@ -218,7 +220,13 @@ def _tile_space(bucket: Bucket) -> Iterator[tuning.TileConfig]:
     for t, n, depth, warps in itertools.product(heights, _widths(bucket.op), depths, (4, 8)):
         for stages in (2,) if depth == 256 else (3, 4):
             if bucket.in_features % depth == 0:
-                yield tuning.TileConfig(t, n, depth, warps, stages, split)
+                parts = _parts(bucket.op, t * n // (32 * warps))
+                yield tuning.TileConfig(t, n, depth, warps, stages, split, parts=parts)
+
+
+def _parts(op: str, sums: int) -> int:
+    """Parts of a tile for its epilogue: about 32 sums a thread at once, in which nothing spills."""
+    return min(4, max(1, sums // 32)) if op.endswith("_epilogue") else 1
 
 
 def _widths(op: str) -> tuple[int, ...]:

@@ -25,7 +25,13 @@ from ditq_kernels._triton.parts.common import (
     run_kernel,
     tile_of_program,
 )
-from ditq_kernels._triton.parts.epilogue import Bias, Scales, dequantized, plus_bias
+from ditq_kernels._triton.parts.epilogue import (
+    Bias,
+    Scales,
+    dequantized,
+    offsets_in_tile,
+    plus_bias,
+)
 from ditq_kernels._triton.parts.prepared_w4 import prepared_w4
 from ditq_kernels._triton.parts.prepared_w4g import prepared_w4g
 from ditq_kernels.launch import tuning
@@ -110,9 +116,9 @@ def head_codes(y, heads, third, n, N, T_AXIS: tl.constexpr):
 def write_heads(total, third, tile_t, tile_n, T, N, epilogue, heads, T_AXIS: tl.constexpr):
     """Quantize a tile of sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in its third's tensor."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
-    first_t = tile_t * total.shape[T_AXIS]
+    first_t, first_n = tile_t * total.shape[T_AXIS], tile_n * total.shape[N_AXIS]
     t = first_t + tl.arange(0, total.shape[T_AXIS])
-    n = tile_n * total.shape[N_AXIS] + tl.arange(0, total.shape[N_AXIS])
+    n = first_n + tl.arange(0, total.shape[N_AXIS])
     y = values_of(total, epilogue.scales, third, t, n, T, N, T_AXIS)
     if epilogue.bias.table is not None:
         y = plus_bias_of(y, epilogue.bias, third, first_t, t, n, T, N, T_AXIS)
@@ -124,9 +130,8 @@ def write_heads(total, third, tile_t, tile_n, T, N, epilogue, heads, T_AXIS: tl.
         columns = tl.expand_dims(n.to(tl.int64) * heads.padded_tokens, T_AXIS)
         tl.store(heads.out[2] + rows + columns, codes, mask=inside)
     else:
-        rows = tl.expand_dims(t.to(tl.int64) * N, N_AXIS)
-        columns = tl.expand_dims(n.to(tl.int64), T_AXIS)
-        tl.store(of_third(third, heads.out) + rows + columns, codes, mask=inside)
+        at = of_third(third, heads.out) + (first_t.to(tl.int64) * N + first_n)
+        tl.store(at + offsets_in_tile(N, total.shape, T_AXIS), codes, mask=inside)
 
 
 @triton.jit

@@ -158,6 +158,7 @@ def _gemm_w4a8_kernel(
     SPLITS: tl.constexpr,  # programs that share a tile, see split_k
     GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, INLINE_ASM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_T: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile, for the epilogue
 ):  # fmt: skip
     tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     total = sums_w4a8(
@@ -167,7 +168,7 @@ def _gemm_w4a8_kernel(
     if SPLITS > 1:
         write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=1)
     else:
-        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
+        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1, PARTS=PARTS)
 
 
 def launch(
@@ -223,7 +224,7 @@ def run(
                 EVEN_K=in_features % weights.unit == 0, SPLITS=splits,
                 GROUP_SIZE=in_features // group_scale.shape[1], UNIT=weights.unit,
                 INLINE_ASM=not INTERPRETED,
-                BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
+                BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T, PARTS=config.parts,
                 num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
             )  # fmt: skip
 

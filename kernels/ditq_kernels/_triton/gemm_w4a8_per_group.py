@@ -167,6 +167,7 @@ def _gemm_w4a8_per_group_kernel(
     GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
     BY_BITS: tl.constexpr, INLINE_ASM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile, for the epilogue
 ):  # fmt: skip
     tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     y = sums_w4a8_per_group(
@@ -174,7 +175,7 @@ def _gemm_w4a8_per_group_kernel(
         tile_t, tile_n, T, N, K, stride_qt, stride_sn,
         PER_TOKEN_ZERO, EVEN_K, GROUP_SIZE, SPAN, BY_BITS, INLINE_ASM, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    write_tile(y, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1)
+    write_tile(y, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=1, PARTS=PARTS)
 
 
 def launch(
@@ -229,7 +230,7 @@ def run(
             EVEN_K=in_features % weights.span == 0,
             **group_constants(in_features // weight_scale.shape[1], weights.span, config.block_k),
             INLINE_ASM=not INTERPRETED,
-            BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T,
+            BLOCK_T=config.block_t, BLOCK_N=config.block_n, GROUP_T=GROUP_T, PARTS=config.parts,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
 

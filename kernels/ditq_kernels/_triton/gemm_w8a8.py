@@ -24,30 +24,31 @@ def sums_w8a8(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of q @ weight.T, int32 [BLOCK_T, BLOCK_N], or this program's part of the sums."""
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_t, first_n = tile_t * BLOCK_T, tile_n * BLOCK_N
     k = tl.arange(0, BLOCK_K)
     # rows past the end read the last row instead of needing a mask; they are never stored
-    rows = tl.minimum(t, T - 1).to(tl.int64) * stride_qt  # int64: T * K may pass 2**31
-    columns = tl.minimum(n, N - 1).to(tl.int64) * stride_wn
-    q_at = q_ptr + rows[:, None] + k[None, :]
-    weight_at = weight_ptr + columns[None, :] + k[:, None]
+    rows = tl.minimum(tl.arange(0, BLOCK_T), T - 1 - first_t) * stride_qt
+    columns = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n) * stride_wn
+    q_ptr += first_t.to(tl.int64) * stride_qt  # int64: T * K may pass 2**31; a tile does not
+    weight_ptr += first_n.to(tl.int64) * stride_wn
+    q_at = rows[:, None] + k[None, :]
+    weight_at = columns[None, :] + k[:, None]
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
     first, end = 0, K
     if SPLITS > 1:
         first, end = inputs_of_program(K, BLOCK_K, SPLITS)
-        q_at += first
-        weight_at += first
+        q_ptr += first
+        weight_ptr += first
     for start in range(first, end, BLOCK_K):
         if EVEN_K:
-            q = tl.load(q_at)
-            weight = tl.load(weight_at)
+            q = tl.load(q_ptr + q_at)
+            weight = tl.load(weight_ptr + weight_at)
         else:
-            q = tl.load(q_at, mask=(start + k < K)[None, :], other=0)
-            weight = tl.load(weight_at, mask=(start + k < K)[:, None], other=0)
+            q = tl.load(q_ptr + q_at, mask=(start + k < K)[None, :], other=0)
+            weight = tl.load(weight_ptr + weight_at, mask=(start + k < K)[:, None], other=0)
         total = tl.dot(q, weight, total, out_dtype=tl.int32)
-        q_at += BLOCK_K
-        weight_at += BLOCK_K
+        q_ptr += BLOCK_K
+        weight_ptr += BLOCK_K
     return total
 
 
@@ -59,6 +60,7 @@ def _gemm_w8a8_kernel(
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     SPLITS: tl.constexpr,  # programs that share a tile
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile, for the epilogue
 ):  # fmt: skip
     tile_t, tile_n = tile_of_program(T, N, BLOCK_T, BLOCK_N, GROUP_T)
     total = sums_w8a8(
@@ -68,7 +70,7 @@ def _gemm_w8a8_kernel(
     if SPLITS > 1:
         write_sums(total, tile_t, tile_n, T, N, out_ptr, T_AXIS=0)
     else:
-        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0)
+        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0, PARTS=PARTS)
 
 
 def launch(
@@ -115,7 +117,7 @@ def run(
             num_tokens, out_features, in_features, q.stride(0), weight.stride(0), to.stride(0),
             EVEN_K=in_features % config.block_k == 0, SPLITS=splits,
             BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            GROUP_T=GROUP_T,
+            GROUP_T=GROUP_T, PARTS=config.parts,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ def _gemm_w8a8_persistent_kernel(
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     TMA: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,  # the last two exclude each other
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile, for the epilogue
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(N, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -51,7 +52,7 @@ def _gemm_w8a8_persistent_kernel(
                     q = tl.load(q_at, mask=(start + k < K)[None, :], other=0)
                     weight = tl.load(weight_at, mask=(start + k < K)[:, None], other=0)
             total = tl.dot(q, weight, total, out_dtype=tl.int32)
-        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0)
+        write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS=0, PARTS=PARTS)
 
 
 def run(
@@ -77,7 +78,7 @@ def run(
         num_tokens, out_features, in_features, q.stride(0), weight.stride(0), out.stride(0),
         EVEN_K=in_features % config.block_k == 0,
         **schedule(config, epilogue.low_rank.x is not None),
-        BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_T=GROUP_T,
+        BLOCK_T=config.block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_T=GROUP_T, PARTS=config.parts,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -87,7 +88,7 @@ def schedule(config: tuning.TileConfig, two_products: bool) -> dict[str, bool]:
     specialize = config.specialize and not two_products
     return {
         "TMA": config.loads == "tma",
-        "FLATTEN": config.programs_per_sm > 0 and not specialize,
+        "FLATTEN": config.programs_per_sm > 0 and config.flatten and not specialize,
         "SPECIALIZE": specialize,
     }
 

@@ -36,6 +36,10 @@ def check_bias_and_branch(
     lora_up: torch.Tensor | None,
 ) -> None:
     """What every GEMM may add to its dequantized sums."""
+    if out_features > checks.MAX_ROW_STEP:
+        raise ValueError(
+            f"{op}: N must be at most {checks.MAX_ROW_STEP}, got N={out_features}; split the layer along N"
+        )
     if bias_index is None:
         check_bias(op, q, out_features, bias)
     check_bias_table(op, q, out_features, bias, bias_index)

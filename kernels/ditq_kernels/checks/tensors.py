@@ -12,6 +12,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # int32 holds the whole sum of K products, also at the extremes of int8
 MAX_K_SYMMETRIC = (2**31 - 1) // (128 * 128)
 MAX_K_ASYMMETRIC = (2**31 - 1) // (255 * 128)
+MAX_ROW_STEP = (
+    2**31 - 1
+) // 256  # elements from row to row: int32 counts inside of a tile, of at most 256 rows
 MAX_GROUP = (2**31 - 1) // (255 * 15)  # inputs of a group of int4 weights, with any zero points
 
 
@@ -30,6 +33,11 @@ def check_matrix(
         raise ValueError(
             f"{op}: rows of {name} must be contiguous, got strides {tuple(tensor.stride())}; "
             "call .contiguous()"
+        )
+    if tensor.stride(0) > MAX_ROW_STEP and tensor.shape[0] > 1:
+        raise ValueError(
+            f"{op}: rows of {name} must be at most {MAX_ROW_STEP} elements apart, got strides "
+            f"{tuple(tensor.stride())}; call .contiguous()"
         )
 
 

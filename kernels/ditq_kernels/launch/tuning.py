@@ -32,7 +32,7 @@ class TileConfig:
     """Launch of a GEMM: one program computes block_t tokens x block_n outputs.
 
     split_k is for gemm_w8a8 and gemm_w4a8 only: other GEMMs sum floats, where the order of sums shows. The fields after
-    it are for gemm_w8a8 only, and not together with split_k.
+    it up to specialize are for gemm_w8a8 only, and not together with split_k.
     """
 
     block_t: int
@@ -43,7 +43,11 @@ class TileConfig:
     split_k: int | Literal["auto"] = 1  # programs that share a tile's inputs; auto: see waves
     programs_per_sm: int = 0  # that stay and compute one tile after another; 0: one program a tile
     loads: Literal["pointers", "tma"] = "pointers"  # tma: sm_90
+    flatten: bool = True  # programs that stay: tiles and inputs in one loop, in which loads run under the epilogue
     specialize: bool = False  # some warps load, others multiply: sm_90, Triton 3.6, 4 warps
+    parts: int = (
+        1  # 1, 2 or 4, of a tile, that the epilogue takes one after the other: fewer registers
+    )
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,12 @@ class AttentionConfig:
 # fields of a launch in words; the rest are sizes of its tile
 WORDS = {
     "num_warps": "{} warps", "num_stages": "{} stages", "split_k": "split {}",
-    "programs_per_sm": "persistent {}", "loads": "{}", "specialize": "specialized",
+    "programs_per_sm": "persistent {}", "flatten": "two loops", "loads": "{}", "specialize": "specialized",
+    "parts": "{} parts",
 }  # fmt: skip
 UNSAID: dict[str, tuple[Any, ...]] = {
-    "split_k": (1, "auto"), "programs_per_sm": (0,), "loads": ("pointers",), "specialize": (False,),
+    "split_k": (1, "auto"), "programs_per_sm": (0,), "flatten": (True,), "loads": ("pointers",),
+    "specialize": (False,), "parts": (1,),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ditq_kernels.launch import tuning
 
 def _gemm_constants(op: str, problem: Problem, config: tuning.TileConfig) -> dict[str, Any]:
     epilogue = offline_epilogue.epilogue_of(op, problem.zero_point)
-    tiles = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
+    tiles = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T, "PARTS": config.parts}
     return tiles | {"epilogue": epilogue}
 
 
@@ -85,7 +85,7 @@ def w4a8_per_group_kernel(op: str, problem: Problem, config: tuning.TileConfig) 
     """Symmetric tokens, one calibrated scale and zero point, or asymmetric tokens, as the op's name says."""
     span = packing.kernel_span(problem.group_size)
     constants: dict[str, Any] = {"BLOCK_T": config.block_t, "BLOCK_N": config.block_n, "GROUP_T": GROUP_T}
-    constants |= {"PER_TOKEN_ZERO": op.endswith("+asymmetric"), "INLINE_ASM": True}
+    constants |= {"PARTS": config.parts, "PER_TOKEN_ZERO": op.endswith("+asymmetric"), "INLINE_ASM": True}
     constants |= {"EVEN_K": problem.in_features % span == 0}
     constants |= {"epilogue": offline_epilogue.epilogue_of_real_groups(op, problem.zero_point)}
     if not problem.zero_point:

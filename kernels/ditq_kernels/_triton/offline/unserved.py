@@ -13,7 +13,9 @@ BORROWED = {100: 90}
 SM_100_OUTPUTS = {
     "gemm_w8a8": 128, "gemm_w8a8+grouped": 128, "gemm_w8a8+qkv_quantize": 64, "gemm_w8a8+residual": 64,
 }  # fmt: skip
-SM_100_WARPS = {"attention_qk_int8_pv_int8": 8, "attention_qk_int8_pv_int8+strict": 8}
+SM_100_WARPS = {
+    "attention_qk_int8_pv_int8": 8, "attention_qk_int8_pv_int8+strict": 8, "gemm_w8a8+qkv_quantize": 8,
+}  # fmt: skip
 
 
 def tables_of(target: int) -> tuple[str, ...]:
@@ -26,7 +28,7 @@ def adapted(op: str, target: int, config: Config) -> Config:
     if target != 100:
         return config
     if isinstance(config, tuning.TileConfig) and op in SM_100_OUTPUTS:
-        return dataclasses.replace(config, block_n=min(config.block_n, SM_100_OUTPUTS[op]))
-    if isinstance(config, tuning.AttentionConfig) and op in SM_100_WARPS:
-        return dataclasses.replace(config, num_warps=max(config.num_warps, SM_100_WARPS[op]))
+        config = dataclasses.replace(config, block_n=min(config.block_n, SM_100_OUTPUTS[op]))
+    if op in SM_100_WARPS:
+        config = dataclasses.replace(config, num_warps=max(config.num_warps, SM_100_WARPS[op]))
     return config

@@ -17,6 +17,7 @@ SUMS = {"out_ptr": "*i32"}
 # variant -> fields of the launch, its warps, architectures; no specialized warps: Triton 3.7 fails there
 PERSISTENT: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "persistent": ({"programs_per_sm": 1}, 8, (80, 86, 89, 90, 120)),
+    "persistent_two_loops": ({"programs_per_sm": 1, "flatten": False}, 4, (90,)),
     "tma": ({"loads": "tma"}, 4, (90,)),
     "tma_persistent": ({"loads": "tma", "programs_per_sm": 1}, 8, (90,)),
 }

@@ -140,6 +140,14 @@ def load_table_rows(
 
 
 @triton.jit
+def offsets_in_tile(stride, shape: tl.constexpr, T_AXIS: tl.constexpr):
+    """Int32 offsets of a tile's elements from its first one, whose rows of outputs are `stride` apart."""
+    N_AXIS: tl.constexpr = 1 - T_AXIS
+    rows = tl.expand_dims(tl.arange(0, shape[T_AXIS]) * stride, N_AXIS)
+    return rows + tl.expand_dims(tl.arange(0, shape[N_AXIS]), T_AXIS)
+
+
+@triton.jit
 def plus_bias(y, bias, first_t, t, n, T, N, T_AXIS: tl.constexpr):
     """Add the bias, of the group of each sample if there are several."""
     if bias.index is None:
@@ -155,7 +163,7 @@ def plus_bias(y, bias, first_t, t, n, T, N, T_AXIS: tl.constexpr):
 
 
 @triton.jit
-def plus_residual(y, residual, first_t, t, n, T, N, T_AXIS: tl.constexpr):
+def plus_residual(y, residual, first_t, first_n, t, n, T, N, T_AXIS: tl.constexpr):
     """Gate if there is one, then add the residual."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
     if residual.gate is not None:
@@ -167,9 +175,9 @@ def plus_residual(y, residual, first_t, t, n, T, N, T_AXIS: tl.constexpr):
             residual.gate, row, residual.stride_gs, t, n, T, N, residual.one_sample, T_AXIS
         )
     inside = tl.expand_dims(t < T, N_AXIS) & tl.expand_dims(n < N, T_AXIS)
-    at = tl.expand_dims(t.to(tl.int64) * residual.stride_bt, N_AXIS) + tl.expand_dims(n, T_AXIS)
-    base = tl.load(residual.base + at, mask=inside, other=0.0).to(tl.float32)
-    return base + y
+    first = first_t.to(tl.int64) * residual.stride_bt + first_n
+    at = residual.base + first + offsets_in_tile(residual.stride_bt, y.shape, T_AXIS)
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32) + y
 
 
 @triton.jit
@@ -183,24 +191,50 @@ def gelu_codes(y, gelu, n, N, T_AXIS: tl.constexpr):
 
 
 @triton.jit
-def write_tile(total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS: tl.constexpr):
-    """Apply every stage to a tile of sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in out [T, N]."""
+def parts_of(tile, PARTS: tl.constexpr):
+    """A tile in 1, 2 or 4 parts along its second axis; every thread keeps what it has."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        halves = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+        parts = halves if PARTS == 2 else parts_of(halves[0], 2) + parts_of(halves[1], 2)
+    return parts
+
+
+@triton.jit
+def write_tile(
+    total, tile_t, tile_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS: tl.constexpr, PARTS: tl.constexpr = 1
+):  # fmt: skip
+    """Apply every stage to a tile of sums, [T, N] (T_AXIS 0) or [N, T] (1), and store it in out [T, N].
+
+    PARTS of a tile, one after the other, need fewer registers: values that a stage loads are those of a part.
+    """
+    first_t, first_n = tile_t * total.shape[T_AXIS], tile_n * total.shape[1 - T_AXIS]
+    parts = parts_of(total, PARTS)
+    for i in tl.static_range(PARTS):
+        at = i * (total.shape[1] // PARTS)
+        part_t, part_n = (first_t, first_n + at) if T_AXIS == 0 else (first_t + at, first_n)
+        write_part(parts[i], part_t, part_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS)
+
+
+@triton.jit
+def write_part(total, first_t, first_n, T, N, out_ptr, stride_ot, epilogue, T_AXIS: tl.constexpr):
+    """The same for sums from a token and an output on."""
     N_AXIS: tl.constexpr = 1 - T_AXIS
-    first_t = tile_t * total.shape[T_AXIS]
     t = first_t + tl.arange(0, total.shape[T_AXIS])
-    n = tile_n * total.shape[N_AXIS] + tl.arange(0, total.shape[N_AXIS])
+    n = first_n + tl.arange(0, total.shape[N_AXIS])
     y = dequantized(total, epilogue.scales, t, n, T, N, T_AXIS)
     if epilogue.low_rank.x is not None:
         y = plus_low_rank(y, epilogue.low_rank, t, n, T, N, T_AXIS)
     if epilogue.bias.table is not None:
         y = plus_bias(y, epilogue.bias, first_t, t, n, T, N, T_AXIS)
     if epilogue.residual.base is not None:
-        y = plus_residual(y, epilogue.residual, first_t, t, n, T, N, T_AXIS)
+        y = plus_residual(y, epilogue.residual, first_t, first_n, t, n, T, N, T_AXIS)
     if epilogue.gelu.scale is not None:
         y = gelu_codes(y, epilogue.gelu, n, N, T_AXIS)
-    rows = tl.expand_dims(t.to(tl.int64) * stride_ot, N_AXIS)  # int64: T * N may pass 2**31
     inside = tl.expand_dims(t < T, N_AXIS) & tl.expand_dims(n < N, T_AXIS)
-    at = out_ptr + rows + tl.expand_dims(n, T_AXIS)
+    first = first_t.to(tl.int64) * stride_ot + first_n  # int64: T * N may pass 2**31
+    at = out_ptr + first + offsets_in_tile(stride_ot, total.shape, T_AXIS)
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
