@@ -243,6 +243,12 @@ def _ours(o: Operands) -> list[Candidate]:
         "ditq quantize per token", lambda: k.quantize_per_token(o.x), lambda pair: _rounding(o, *pair),
         0.5 + 1e-5, "", o.x.numel() * (o.x.element_size() + 1),
     )  # fmt: skip
+    parts = [k.W8(*one) for one in zip(o.w8.qweight.chunk(3), o.w8.scale.chunk(3), strict=True)]
+    biases = o.bias.chunk(3)
+
+    def three() -> tuple[torch.Tensor, ...]:
+        return k.gemm_many(o.q, parts, o.scale, biases, out_dtype=out_dtype)
+
     w8, w4 = o.w8.dequantize(), o.w4.dequantize()
     return [
         quantize,
@@ -267,7 +273,7 @@ def _ours(o: Operands) -> list[Candidate]:
 def _integer(
     name: str,
     o: Operands,
-    run: Callable[[], torch.Tensor],
+    run: Callable[[], Any],
     weight: torch.Tensor,
     extra_bytes: int = 0,
     bits: int = 8,
@@ -278,7 +284,8 @@ def _integer(
     moved += s.tokens * s.outputs * o.x.element_size() + extra_bytes
 
     def check(y: Any) -> float:
-        return relative_error(y, o.quantized_truth(weight))
+        whole = torch.cat(y, dim=1) if isinstance(y, tuple) else y
+        return relative_error(whole, o.quantized_truth(weight))
 
     return Candidate(name, run, check, tolerance, "int8", moved)
 

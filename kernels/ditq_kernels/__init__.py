@@ -41,6 +41,7 @@ from ditq_kernels.ops.linear import (
     linear_w8,
     lora_down,
 )
+from ditq_kernels.ops.many import gemm_many
 from ditq_kernels.ops.per_group import gemm_w4a8_per_group, linear_w4_per_group
 from ditq_kernels.ops.qkv_fused import gemm_qkv_quantize
 from ditq_kernels.ops.quantize import quantize_per_token, quantize_static
@@ -67,6 +68,7 @@ __all__ = [
     "fits_w4g",
     "gelu_quantize",
     "gemm_gelu_quantize",
+    "gemm_many",
     "gemm_qkv_quantize",
     "gemm_residual",
     "gemm_w4a8",

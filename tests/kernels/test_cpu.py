@@ -351,6 +351,24 @@ def test_the_largest_real_groups_are_exact():
     assert y.item() == torch.tensor(255 * 15 * (group - 1)).float().item()
 
 
+@pytest.mark.parametrize("kind", ["w8", "w4p", "w4g"])
+@pytest.mark.usefixtures("small_blocks", "poisoned", "way")
+def test_layers_of_one_input_equal_the_reference_bit_for_bit(kind, generator):
+    tokens, inputs, layers = 70, 96, []
+    for outputs in (40, 7):
+        parts = weights(kind, outputs, inputs, generator)
+        layers.append((*parts, *stages_of(kind, parts, "everything", tokens, generator)))
+    codes, group_scales, group_offsets, scales, steps, biases, zeros, sums, index, *_ = (
+        [] if each[0] is None else list(each) for each in zip(*layers, strict=True)
+    )
+    shared = int8((tokens, inputs), generator), codes, group_scales, group_offsets, scales[0]
+    for dtype in DTYPES:
+        arguments = (*shared, steps, biases, zeros[0], sums, index[0], dtype)
+        expected = reference_fused.gemm_many(*arguments)
+        for got, right in zip(_cpu.gemm_many(*arguments), expected, strict=True):
+            assert torch.equal(got, right)
+
+
 @pytest.mark.parity("P7")
 @pytest.mark.parametrize("kind", ["w8", "w4p", "w4g"])
 @pytest.mark.parametrize("case", CASES)
@@ -484,6 +502,7 @@ def test_ops_run_what_backend_of_says(processor, monkeypatch, generator):
             q, w4, scale, residual=torch.ones(4, 3), gate=torch.ones(1, 3)
         ),
         "gemm_gelu_quantize": lambda: k.gemm_gelu_quantize(q, w8, scale, **out),
+        "gemm_many": lambda: torch.stack(k.gemm_many(q, (w8, w8), scale)),
         "gemm_qkv_quantize": lambda: torch.stack(
             k.gemm_qkv_quantize(
                 q, (w4,) * 3, scale, batch=2, heads=1, head_scales=(torch.ones(1),) * 3

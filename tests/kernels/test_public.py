@@ -30,6 +30,7 @@ EXPORTED = [
     "fits_w4g",
     "gelu_quantize",
     "gemm_gelu_quantize",
+    "gemm_many",
     "gemm_qkv_quantize",
     "gemm_residual",
     "gemm_w4a8",

@@ -15,7 +15,7 @@ def test_every_shape_has_a_launch(architecture, num_tokens, in_features):
     tables = tuning.tables_of_architecture(architecture)
     # run the tiles of the next two, and of the quantizers
     fused = {"gemm_residual", "gemm_gelu_quantize", "gemm_qkv_quantize", "gelu_quantize"}
-    fused.add("quantize_heads")  # has no table
+    fused |= {"quantize_heads", "gemm_many"}  # have no table
     for op in backend.TRITON_OPS - fused | {"gemm_w8a8_epilogue", "gemm_w4a8_epilogue"}:
         choose = tuning.row_config if "quantize" in op or op == "w4_expand" else tuning.tile_config
         if op.startswith("attention"):

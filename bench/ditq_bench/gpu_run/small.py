@@ -87,6 +87,16 @@ def _gemm_qkv_quantize(weights: str, device: torch.device) -> Any:
     )[:2]  # values are written with padding between images, which stays undefined
 
 
+def _gemm_many(weights: str, device: torch.device) -> Any:
+    q, scale, parts, weight_scale = _operands(weights, device)
+    three = ([] if part is None else [part] * 3 for part in parts)
+    return tuple(
+        launch_of("gemm_many")(
+            q, *three, scale, [weight_scale] * 3, [], None, [], None, torch.bfloat16
+        )
+    )
+
+
 def _operands(weights: str, device: torch.device) -> tuple[Any, ...]:
     """Codes and scales of the activations; the three parts of the weights, and their scales."""
     q, scale = k.quantize_per_token(torch.randn(TOKENS, INPUTS, device=device))
@@ -109,6 +119,7 @@ FUSED = {
     "gemm_residual": _gemm_residual,
     "gemm_gelu_quantize": _gemm_gelu_quantize,
     "gemm_qkv_quantize": _gemm_qkv_quantize,
+    "gemm_many": _gemm_many,
 }
 WITHOUT_TABLE: dict[str, Callable[[torch.device], Any]] = {
     "gelu_quantize": _gelu_quantize,

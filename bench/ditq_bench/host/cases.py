@@ -95,6 +95,9 @@ def _fused(
             k.gemm_gelu_quantize, q, layer, one, bias, **out, **static
         )
         found[f"gemm_qkv_quantize, {name}"] = partial(k.gemm_qkv_quantize, q, three, one, **heads)
+        found[f"gemm_many, {name}"] = partial(
+            k.gemm_many, q, three, one, (bias, bias + 1, bias + 2), **sums
+        )
     return found
 
 

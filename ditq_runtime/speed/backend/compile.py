@@ -1,7 +1,8 @@
 """The backend: rewrite the graph of Dynamo, then hand it to Inductor.
 
 Dynamo's graph is where GELU, layer norms and our ops are single nodes; Inductor's is too late. `PASSES` is all that is
-done, in order: `share` first, so that a pattern finds one quantizer where an attention has three.
+done, in order: `share` first, so that a pattern finds one quantizer where an attention has three; `fuse_many`
+last, which takes the GEMMs that are left.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from ditq_runtime.speed.backend import functional
 from ditq_runtime.speed.backend.adaln import fuse_adaln
 from ditq_runtime.speed.backend.gelu import fuse_gelu
 from ditq_runtime.speed.backend.graph import Graph
+from ditq_runtime.speed.backend.many import fuse_many
 from ditq_runtime.speed.backend.parts import PER_TOKEN, STATIC
 from ditq_runtime.speed.backend.report import CompiledGraph, note
 from ditq_runtime.speed.backend.residual import fuse_residual
 from ditq_runtime.speed.backend.share import share
 
-PASSES: tuple[Callable[[Graph], None], ...] = (share, fuse_residual, fuse_adaln, fuse_gelu, share)
+PASSES: tuple[Callable[[Graph], None], ...] = (
+    share, fuse_residual, fuse_adaln, fuse_gelu, share, fuse_many,
+)  # fmt: skip
 INDUCTOR = "inductor"
 # what quantizers need of Inductor: the roundings of eager half precision (a fused chain skips them, which moves codes),
 # division as IEEE says; and kernels that wait for nothing of each other in one launch

@@ -84,6 +84,10 @@ class Graph:
         nodes = [node for node in read if isinstance(node, fx.Node)]
         return not self._writes.between(nodes, self._place[first], self._place[last])
 
+    def stand_before(self, nodes: Iterable[fx.Node], last: fx.Node) -> bool:
+        """Whether some nodes all stand before another."""
+        return all(self._place[node] < self._place[last] for node in nodes)
+
     def ever_written(self, node: fx.Node) -> bool:
         """Whether some node writes into what this one gives."""
         return self._writes.ever(node)

@@ -2,6 +2,7 @@
 
 from ditq_kernels._cpu.gemm import (
     gemm_gelu_quantize,
+    gemm_many,
     gemm_qkv_quantize,
     gemm_residual,
     gemm_w4a8,
@@ -11,6 +12,7 @@ from ditq_kernels._cpu.gemm import (
 
 __all__ = [
     "gemm_gelu_quantize",
+    "gemm_many",
     "gemm_qkv_quantize",
     "gemm_residual",
     "gemm_w4a8",

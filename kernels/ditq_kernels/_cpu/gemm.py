@@ -103,12 +103,13 @@ def _gemm(
     group_scale: torch.Tensor | None,
     group_offset: torch.Tensor | None,
     *dequantize: Any,
+    out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """As `reference_fused.gemm`."""
     total, (*left, bias_index, lora_x, lora_up) = _sums(
         q, weight, group_scale, group_offset, dequantize
     )
-    return _linear(total, *left, torch.float32, bias_index, lora_x, lora_up)
+    return _linear(total, *left, out_dtype, bias_index, lora_x, lora_up)
 
 
 def _sums(
@@ -148,3 +149,4 @@ def _linear(
 
 
 gemm_qkv_quantize = partial(reference_fused.gemm_qkv_quantize, multiply=_gemm)
+gemm_many = partial(reference_fused.gemm_many, multiply=_gemm)

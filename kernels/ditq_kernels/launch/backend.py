@@ -25,6 +25,7 @@ TRITON_OPS = frozenset(
         "gemm_w4a8_per_group",
         "gemm_residual",
         "gemm_gelu_quantize",
+        "gemm_many",
         "gemm_qkv_quantize",
         "linear_w8",
         "linear_w4",
@@ -42,6 +43,7 @@ CPU_OPS = frozenset(
         "gemm_w4a8_per_group",
         "gemm_residual",
         "gemm_gelu_quantize",
+        "gemm_many",
         "gemm_qkv_quantize",
     }
 )

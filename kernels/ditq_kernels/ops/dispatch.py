@@ -174,6 +174,19 @@ gemm_qkv_quantize = define(
 )
 
 
+def _gemm_many(q, weights, *rest):
+    return [q.new_empty((q.shape[0], weight.shape[0]), dtype=rest[-1]) for weight in weights]
+
+
+gemm_many = define(
+    "gemm_many(Tensor q, Tensor[] weights, Tensor[] group_scales, Tensor[] group_offsets, Tensor scale, "
+    "Tensor[] weight_scales, Tensor[] biases, Tensor? zero_point, Tensor[] weight_sums, Tensor? bias_index, "
+    "ScalarType out_dtype) -> Tensor[]",
+    fused,
+    _gemm_many,
+)
+
+
 def _attention(q, *rest):
     """[B, H, Tq, D] over [B, Tq, H, D] memory; codes where an output scale follows the dtype."""
     at = next(i for i, value in enumerate(rest) if isinstance(value, torch.dtype))

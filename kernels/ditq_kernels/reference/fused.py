@@ -23,17 +23,47 @@ def gemm(
     zero_point: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     *stages: torch.Tensor | None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Fp32 [T, N] of any GEMM; the weights as in `gemm_fused.parts_of`."""
+    """[T, N] of any GEMM; the weights as in `gemm_fused.parts_of`."""
     if group_scale is None and group_offset is not None:
         return reference.gemm_w4a8_per_group(
-            q, weight, scale, weight_scale, group_offset, bias, zero_point, weight_sum, torch.float32, *stages
+            q, weight, scale, weight_scale, group_offset, bias, zero_point, weight_sum, out_dtype, *stages
         )  # fmt: skip
     if group_scale is not None and group_offset is not None:
         weight = packing.expand_w4p(weight, group_scale, group_offset)
     return reference.gemm_w8a8(
-        q, weight, scale, weight_scale, bias, zero_point, weight_sum, torch.float32, *stages
+        q, weight, scale, weight_scale, bias, zero_point, weight_sum, out_dtype, *stages
     )
+
+
+def gemm_many(
+    q: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    group_scales: Sequence[torch.Tensor],
+    group_offsets: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    zero_point: torch.Tensor | None,
+    weight_sums: Sequence[torch.Tensor],
+    bias_index: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    multiply: Callable[..., torch.Tensor] = gemm,
+) -> list[torch.Tensor]:
+    """[T, N_i] of each layer; an empty list is None for all. `multiply` runs one, as `gemm` does."""
+    found = []
+    for i, weight in enumerate(weights):
+        group_scale, group_offset, bias, weight_sum = (
+            each[i] if each else None for each in (group_scales, group_offsets, biases, weight_sums)
+        )
+        found.append(
+            multiply(
+                q, weight, group_scale, group_offset, scale, weight_scales[i], bias, zero_point, weight_sum,
+                bias_index, None, None, out_dtype=out_dtype,
+            )
+        )  # fmt: skip
+    return found
 
 
 def gemm_residual(

@@ -19,16 +19,21 @@ from ditq_runtime.speed.backend.compile import CONFIG
 AOT = {"backend": "ditq", "options": {"inner": "aot_eager"}, "fullgraph": True}
 # every class of fused op fires in one of them; diffusers' other classes are no different for the backend
 FAMILIES = {  # class -> what is rewritten at least
-    "DiTTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "FluxTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "SD3Transformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "WanTransformer3DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "QwenImageTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "PixArtTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "AuraFlowTransformer2DModel": {"adaln_quantize", "gemm_residual"},
-    "CogView4Transformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual"},
-    "SanaTransformer2DModel": {"adaln_quantize", "gemm_residual"},
-    "LTXVideoTransformer3DModel": {"gelu_quantize", "gemm_residual"},
+    "DiTTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "FluxTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "SD3Transformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "WanTransformer3DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "QwenImageTransformer2DModel": {
+        "adaln_quantize",
+        "gelu_quantize",
+        "gemm_residual",
+        "gemm_many",
+    },
+    "PixArtTransformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "AuraFlowTransformer2DModel": {"adaln_quantize", "gemm_residual", "gemm_many"},
+    "CogView4Transformer2DModel": {"adaln_quantize", "gelu_quantize", "gemm_residual", "gemm_many"},
+    "SanaTransformer2DModel": {"adaln_quantize", "gemm_residual", "gemm_many"},
+    "LTXVideoTransformer3DModel": {"gelu_quantize", "gemm_residual", "gemm_many"},
 }
 TODAY = list(FAMILIES)[datetime.date.today().toordinal() % len(FAMILIES)]
 DUE = list(FAMILIES) if "DITQ_FAMILIES" in os.environ else [TODAY]

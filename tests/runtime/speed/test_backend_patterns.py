@@ -331,6 +331,76 @@ def test_wide_rows_keep_the_kernel():
     assert narrow(torch.zeros(3, 65), None)[0].shape == (3, 65)  # a CPU has no such limit
 
 
+BIASES = [BIAS + i for i in range(6)]
+TABLES = [torch.stack([bias, -bias]) for bias in BIASES]
+SUMS = {kind: layer.weight_sum() for kind, layer in LAYERS.items()}
+
+
+def side(x, kind="w8", i=0, codes=None, biases=BIASES, **stages):
+    """One of several layers of one input, and something that reads it."""
+    if codes is not None:
+        *codes, zero_point = codes
+        stages |= {"zero_point": zero_point, "weight_sum": SUMS[kind]}
+    return linear(x, kind, biases and biases[i], codes, **stages) * (i + 2)
+
+
+TOGETHER = {
+    "w8": lambda x: [side(x, i=i) for i in range(3)],
+    "w4p": lambda x: [side(x, "w4p", i) for i in range(3)],
+    "w4g": lambda x: [side(x, "w4g", i) for i in range(3)],
+    "a zero point a token": lambda x: [side(x, i=i, codes=asymmetric(x)) for i in range(2)],
+    "w4g, a zero point a token": lambda x: [side(x, "w4g", i, asymmetric(x)) for i in range(2)],
+    "a bias a group": lambda x: [
+        side(x, i=i, biases=TABLES, **GROUPS) for i in range(2)
+    ],
+    "a reader in between": lambda x: [side(x), X + 1, side(x, i=1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_layers_of_one_input_run_in_one_launch(name):
+    assert check(TOGETHER[name], X)["gemm_many"] == 1
+    assert compile_report()[-1].ops["gemm_many"] == 1
+    assert not {"gemm_w8a8", "gemm_w4a8", "gemm_w4a8_per_group"} & set(compile_report()[-1].ops)
+
+
+def test_at_most_four_layers_run_in_one_launch():
+    assert check(lambda x: [side(x, i=i) for i in range(6)], X)["gemm_many"] == 2
+    assert "gemm_w8a8" not in compile_report()[-1].ops
+
+
+def _another_input(x):
+    return [side(x), side(x * 2)]
+
+
+def _another_kind(x):
+    return [side(x), side(x, "w4p"), side(x, "w4g")]
+
+
+def _one_bias(x):
+    return [side(x), side(x, biases=None)]
+
+
+def _bias_is_made_later(x):
+    first = side(x)
+    return [first, side(x, biases=[first.view(-1, WIDTH)[0].contiguous()])]
+
+
+def _scales_are_written(x):
+    """Between the layers, into what both read."""
+    codes = asymmetric(x)
+    first = side(x, codes=codes)
+    codes[1].mul_(2)
+    return [first, side(x, i=1, codes=codes)]
+
+
+@pytest.mark.parametrize(
+    "function", [_another_input, _another_kind, _one_bias, _bias_is_made_later, _scales_are_written]
+)
+def test_layers_stay_apart(function):
+    assert "gemm_many" not in check(function, X)
+
+
 def test_what_fired_is_reported_and_logged(caplog):
     with caplog.at_level(logging.INFO, "ditq.compile"):
         compiled(lambda x: quantized(gelu(x)), X)

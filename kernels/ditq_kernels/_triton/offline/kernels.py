@@ -1,6 +1,6 @@
 """Every kernel that compiles without tensors, and the problems that it meets in DiTs."""
 
-from ditq_kernels._triton.offline import attention, epilogue, gemms, rows, variants
+from ditq_kernels._triton.offline import attention, epilogue, gemms, many, rows, variants
 from ditq_kernels._triton.offline.problem import OfflineKernel, Problem
 from ditq_kernels.launch import tuning
 
@@ -65,6 +65,14 @@ PLAIN_GEMMS = {
         MODULATIONS, tuning.tile_config, gemms.weight_only_kernel, {"x_ptr": "*fp32", "weight_ptr": "*u8"}
     ),
 }
+MANY = {
+    f"{gemm}+many": OfflineKernel((GEMMS[0], Problem(256, zero_point=True)), many.tiles_of, kernel)
+    for gemm, kernel in (
+        ("gemm_w8a8", many.w8a8_kernel),
+        ("gemm_w4a8", many.w4a8_kernel),
+        ("gemm_w4a8_per_group", many.w4a8_per_group_kernel),
+    )
+}
 COPIES = {
     "w4_expand": OfflineKernel(
         (Problem(4608),), tuning.row_config, rows.w4_expand_kernel, {"packed_ptr": "*u8", "out_ptr": "*i8"}
@@ -106,4 +114,4 @@ PERSISTENT = {
     )
     for variant, (_, _, targets) in variants.PERSISTENT.items()
 }
-KERNELS = ROW_KERNELS | PLAIN_GEMMS | COPIES | STAGED_GEMMS | ATTENTIONS | SHARED_TILES | PERSISTENT
+KERNELS = ROW_KERNELS | PLAIN_GEMMS | MANY | COPIES | STAGED_GEMMS | ATTENTIONS | SHARED_TILES | PERSISTENT

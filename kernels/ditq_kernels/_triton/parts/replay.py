@@ -59,7 +59,7 @@ class LaunchPlan:
         fixed: sizes, strides and constants.
         steps: launches in order.
         outs: results.
-        single: one result, not a tuple.
+        single: one result, not several.
     """
 
     op: Op
@@ -99,7 +99,7 @@ def plan_of(op: Op, arguments: Arguments, recording: Recording, result: Any) -> 
         Step(kernel, (*grid, 1, 1)[:3], tuple(map(pool.place, values)))
         for kernel, grid, values in recording.launches
     )
-    results = result if isinstance(result, tuple) else (result,)
+    results = (result,) if isinstance(result, torch.Tensor) else result
     memory = [Memory(tuple(m.shape), m.stride(), m.dtype) for m in recording.memory]
     outs = []
     for at, seen in map(pool.memory_of, results):
@@ -115,5 +115,5 @@ def plan_of(op: Op, arguments: Arguments, recording: Recording, result: Any) -> 
     }
     return LaunchPlan(
         op, given[0].device, len(given), aligned, tuple(memory), tuple(pool.fixed), steps, tuple(outs),
-        not isinstance(result, tuple),
+        isinstance(result, torch.Tensor),
     )  # fmt: skip
