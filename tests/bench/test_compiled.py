@@ -14,7 +14,7 @@ from ditq_bench.compiled.table import table
 ROOT = Path(__file__).parents[2]
 COUNTED = ROOT / "bench" / "results" / "launches.csv"
 MOST = {  # launches of a block, by the backend
-    "DiT": 14, "SD3": 22, "Flux double": 23, "Flux single": 10, "Wan": 22, "Qwen-Image": 34,
+    "DiT": 14, "SD3": 19, "Flux double": 19, "Flux single": 7, "Wan": 21, "Qwen-Image": 40,
 }  # fmt: skip
 
 GENERATED = '''

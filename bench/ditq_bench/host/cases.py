@@ -83,7 +83,10 @@ def _fused(
     found: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         static = {"zero_point": zero, "weight_sum": layer.weight_sum()}
-        sums = {"zero_point": zero, "weight_sums": tuple(layer.weight_sum() for _ in range(3))}
+        sums: dict[str, Any] = {
+            "zero_point": zero,
+            "weight_sums": tuple(layer.weight_sum() for _ in range(3)),
+        }
         three: Any = tuple(
             type(layer)(*(part.clone() for part in vars(layer).values())) for _ in "qkv"
         )

@@ -160,12 +160,13 @@ def launch(
     outs = [torch.empty((num_tokens, n), dtype=out_dtype, device=q.device) for n in widths]
     if num_tokens == 0:
         return outs
-    op, scales, sums, zero = "gemm_w8a8", tuple(weight_scales), tuple(weight_sums) or None, zero_point
+    op = "gemm_w8a8"
     if group_offsets:
         op = "gemm_w4a8" if group_scales else gemm_w4a8_per_group.OP
+    steps: tuple[Any, ...] = (tuple(weight_scales), zero_point, tuple(weight_sums) or None)
     if op == gemm_w4a8_per_group.OP:  # weight scales and zero points are in the sums
-        scales, sums, zero = None, None, None
-    stages: tuple[Any, ...] = (scale, scales, tuple(biases) or None, zero, sums, bias_index, None, None)
+        steps = (None, None, None)
+    stages: tuple[Any, ...] = (scale, steps[0], tuple(biases) or None, *steps[1:], bias_index, None, None)
     epilogue, config = gemm_launch(op, q, *stages, config=config)
     tiles = triton.cdiv(num_tokens, config.block_t) * sum(triton.cdiv(n, config.block_n) for n in widths)
     with on_device_of(q):
