@@ -19,13 +19,12 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
-from ditq_runtime.attention.dispatcher import BACKENDS
+from ditq_runtime.attention.dispatcher import BACKENDS, SWITCH
 from ditq_runtime.attention.processor import key_mask_of
 from ditq_runtime.attention.quantized import attend_per_token
 from ditq_runtime.format.attention import VALUES
 
 CHOICES = ("auto", "native", *VALUES)
-SWITCH = "_attention_backend"  # attribute of every processor that asks the dispatcher
 NATIVE = "take configure(attention='native') for it"
 
 

@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 
 from ditq_runtime.format.attention import VALUES
 
+SWITCH = "_attention_backend"  # attribute of every processor that asks the dispatcher
 BACKENDS = {f"ditq_{values}": values for values in VALUES}
 
 
@@ -21,6 +22,18 @@ def register_attention_backends() -> None:
     for name, values in BACKENDS.items():
         if name not in {known.value for known in AttentionBackendName}:
             _AttentionBackendRegistry.register(_new_name(name))(_backend(values))
+
+
+def values_asked_of(processor: Any) -> str | None:
+    """Which of our backends the dispatcher takes for a processor, by type of P and V; None for another backend.
+
+    A processor that names none takes what `set_attention_backend` made the default of the process.
+    """
+    if not hasattr(processor, SWITCH):
+        return None
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    asked = getattr(processor, SWITCH) or default
+    return BACKENDS.get(AttentionBackendName(asked).value)
 
 
 def _new_name(name: str) -> AttentionBackendName:

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
+from ditq_runtime.attention.dispatcher import values_asked_of
 from ditq_runtime.attention.install import TAKES_PLACE_OF, not_plain
 from ditq_runtime.attention.joint import TEXT, TEXT_NORMS, attend_streams
 from ditq_runtime.attention.processor import IMAGE, NORMS, Names
@@ -39,7 +40,7 @@ from ditq_runtime.families.sublayers import (
     under,
     unshared,
 )
-from ditq_runtime.format.attention import CORE, HEADS
+from ditq_runtime.format.attention import CORE, HEADS, AttentionFormat
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Codes
 
@@ -171,9 +172,12 @@ class StreamsAttention:
 
     def steps_between(self, block: nn.Module) -> list[Step]:
         """Those of the attention itself; Q and K of each stream are quantized apart."""
-        core: Any = part_of(block, self.attn)._modules.get(CORE)
+        attn = part_of(block, self.attn)
+        core: Any = attn._modules.get(CORE)
         if core is None:
-            return [(FLOAT_ATTENTION, self.attn)]
+            values = values_asked_of(attn.processor)
+            ops = AttentionFormat(values, "token").ops if values else (FLOAT_ATTENTION,)
+            return [(op, self.attn) for op in ops]
         *quantizers, product = core.format.ops
         count = len(quantizers) + 2 * (len(self.streams) - 1)
         return [*[(HEADS, self.attn)] * count, (product, self.attn)]

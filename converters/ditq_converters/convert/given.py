@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 
+READ = ("ranges", "rows", "check_model")  # what `convert` reads of statistics, whoever made them
 SIZE = re.compile(r"[1-9]\d*\s*[KMGT]B", re.IGNORECASE)
 
 
@@ -23,7 +23,7 @@ def check_given(plan: Any, stats: Any, out: Any, max_shard_size: Any) -> None:
                 f"convert: plan must be a Plan, a Recipe, or component -> its plan, got {_shown(plan)}; "
                 "make one with make_plan or Recipe"
             )
-    if stats is not None and not isinstance(stats, CalibrationStats):
+    if stats is not None and not all(hasattr(stats, name) for name in READ):
         raise ValueError(
             f"convert: stats must be what calibrate returned, got {_shown(stats)}; open a folder with "
             "CalibrationStats.open(folder)"
