@@ -94,7 +94,7 @@ def models(folder: Path) -> Iterator[tuple[str, Any, CalibrationStats]]:
 
 
 def table() -> list[str]:
-    """The lines of the table in docs/performance.md."""
+    """The lines of the table in docs/performance_blocks.md."""
     lines = ["| block | format | stock | fused | of the fused, ours |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for family, source, stats in models(Path(folder)):

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = 28
-# The budget is what docs/performance.md promises to suffice: the libraries, 12 times the largest block, and slack; for
-# calibration 20 MiB more. Each
+# The budget is what docs/performance_conversion.md promises to suffice: the libraries, 12 times the largest block, and
+# slack; for calibration 20 MiB more. Each
 # job is a fork of one process that has imported everything: its peak is its own. What the libraries hold is the peak of
 # the same job on a model of one block, which is loaded.
 JOBS = """
