@@ -22,9 +22,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Machine code of every kernel and architecture against its budget, with the installed Triton; needs no GPU.
-census: $(READY)
+# Machine code of every kernel and architecture against its budget, with the installed Triton; then, with the others, of
+# what changed since it was counted. Needs no GPU.
+census: $(READY) $(TRITONS)
 	$(BIN)/ditq bench census --check
+	for release in $(TRITONS:/.ready=); do PYTHONPATH=$$release $(BIN)/ditq bench census --check \
+	    --known bench/results/census.csv --update-known || exit 1; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

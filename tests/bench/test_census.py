@@ -185,8 +185,16 @@ def test_counts_are_those_of_the_other_disassembler(python_without_interpreter):
         assert together == alone
 
 
-@pytest.mark.parametrize("option", [("--kernel", "gemm_w2"), ("--target", "75")])
-def test_unknown_kernels_and_targets_are_misuse(option):
-    result = CliRunner().invoke(bench, ["census", *option])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--kernel", "gemm_w2"), "choose from"),
+        (("--target", "75"), "choose from"),
+        (("--known", "t.csv"), "known counts are for"),
+        (("--check", "--update-known"), "--update-known: which table?"),
+    ],
+)
+def test_misuse_is_refused(options, said):
+    result = CliRunner().invoke(bench, ["census", *options])
     assert result.exit_code == 2
-    assert "choose from" in result.output
+    assert said in result.output

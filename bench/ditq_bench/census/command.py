@@ -27,6 +27,15 @@ def census(
     update_budget: Annotated[
         bool, typer.Option("--update-budget", help="With --check: raise budgets to what is seen.")
     ] = False,
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --check: a table of counts; launches from the same sources are not compiled, but for a sample."
+        ),
+    ] = None,
+    update_known: Annotated[
+        bool, typer.Option("--update-known", help="With --known: write what is compiled into it.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write a CSV file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -37,49 +46,60 @@ def census(
 
     Example: ditq bench census --kernel gemm_w8a8 --target 80,90
     """
-    if update_budget and not check:
-        raise typer.BadParameter("--update-budget: budgets are for --check; give both.")
+    if (update_budget or known is not None) and not check:
+        raise typer.BadParameter(
+            "--update-budget and --known: budgets and known counts are for --check; give both."
+        )
+    if update_known and known is None:
+        raise typer.BadParameter("--update-known: which table? Give --known too.")
     from ditq_bench.census import gate, rows
-    from ditq_bench.results import commit
-    from ditq_converters.progress import progress_bar
-    from ditq_runtime.cli.output import print_json, say
-    from ditq_runtime.version import __version__
+    from ditq_bench.census.taken import faults, take, triton_version, write_known
+    from ditq_runtime.cli.output import say
 
     kernels = chosen_of("--kernel", kernel, rows.kernel_names())
     targets = tuple(
         map(int, chosen_of("--target", target, _names((*rows.TARGETS, *rows.UNSERVED))))
     )
     if check and not target:
-        found = rows.gated_cases(kernels, _triton_version())
+        found = rows.gated_cases(kernels, triton_version())
     else:
         found = rows.cases(kernels, targets, usual_only=check)
-    with progress_bar("census", len(found)) as advance:
-        taken, refused = rows.census_rows(found, advance)
+    taken = take(found, known)
     if out is not None:
-        rows.write_csv(out, taken)
+        rows.write_csv(out, [row for _, row in taken.compiled])
     if update_budget:
-        gate.update_budget(taken, _triton_version())
-    budget = gate.load_budget()["instructions"]
-    wrong = [fault for row in taken for fault in gate.faults(row, budget)] if check else []
-    wrong += refused
+        gate.update_budget(taken.rows, triton_version())
+    if update_known and known is not None:
+        write_known(taken, known)
+    wrong = faults(taken, known) if check else taken.refused
+    _tell(taken, wrong, json)
+    if check and not json:
+        say(f"{len(found)} kernels checked on {_architectures(found)}, {len(wrong)} faults")
+    if wrong and check:
+        raise typer.Exit(1)
+
+
+def _tell(taken: Any, wrong: list[str], json: bool) -> None:
+    """Rows, and sentences about what is wrong with them."""
+    from ditq_bench.census.taken import triton_version
+    from ditq_bench.results import commit
+    from ditq_runtime.cli.output import print_json, say
+    from ditq_runtime.version import __version__
+
     if json:
         report: dict[str, Any] = {
             "ditq": __version__,
             "commit": commit(),
-            "triton": _triton_version(),
+            "triton": triton_version(),
+            "compiled": len(taken.compiled),
         }
-        report |= {"rows": [row.fields() for row in taken], "faults": wrong}
-        print_json(report)
-    else:
-        table = [[_cell(row.fields()[name]) for name in COLUMNS] for row in taken]
-        made = f"Triton {_triton_version()}, ditq {__version__} ({commit()})"
-        _print(f"{made}; compiled, not run", table)
-        for fault in wrong:
-            say(fault)
-        if check:
-            say(f"{len(found)} kernels checked on {_architectures(found)}, {len(wrong)} faults")
-    if wrong and check:
-        raise typer.Exit(1)
+        print_json(report | {"rows": [row.fields() for row in taken.rows], "faults": wrong})
+        return
+    table = [[_cell(row.fields()[name]) for name in COLUMNS] for row in taken.rows]
+    made = f"Triton {triton_version()}, ditq {__version__} ({commit()})"
+    _print(f"{made}; compiled, not run", table)
+    for fault in wrong:
+        say(fault)
 
 
 def _print(title: str, table: list[list[Any]]) -> None:
@@ -106,9 +126,3 @@ def _architectures(found: list[tuple[str, int, Any, Any]]) -> str:
 
 def _cell(value: Any) -> Any:
     return "" if value is None else value
-
-
-def _triton_version() -> str:
-    from importlib.metadata import version
-
-    return version("triton")

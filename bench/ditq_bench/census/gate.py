@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditq_bench.census.rows import CensusRow
+from ditq_bench.census.rows import CensusRow, KnownRow
 from ditq_runtime.files import atomic_file
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -35,16 +35,15 @@ def load_budget(path: Path = BUDGET) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def update_budget(rows: Sequence[CensusRow], triton: str, path: Path = BUDGET) -> None:
+def update_budget(rows: Sequence[CensusRow | KnownRow], triton: str, path: Path = BUDGET) -> None:
     """Raise budgets to what rows need; drop cases of the same kernel and target that no row has. Atomic."""
     old = load_budget(path)
     releases = sorted({*old["triton"], triton})
     budget: Budget = old["instructions"]
     fresh: Budget = {}
     for row in rows:
-        kernel, target = row.census["op"], str(row.census["target"])
-        seen = budget.get(kernel, {}).get(target, {}).get(row.case, 0)
-        cases = fresh.setdefault(kernel, {}).setdefault(target, {})
+        seen = budget.get(row.kernel, {}).get(str(row.target), {}).get(row.case, 0)
+        cases = fresh.setdefault(row.kernel, {}).setdefault(str(row.target), {})
         cases[row.case] = max(seen, row.instructions)
     for kernel, targets in fresh.items():
         budget.setdefault(kernel, {}).update(targets)
@@ -55,10 +54,27 @@ def update_budget(rows: Sequence[CensusRow], triton: str, path: Path = BUDGET) -
 
 def faults(row: CensusRow, budget: Budget) -> list[str]:
     """What is wrong with a row, a sentence each; empty if nothing is."""
-    name = f"{row.census['op']} on sm_{row.census['target']} ({row.case})"
-    found = [rule(row) for prefix, rule in RULES if row.census["op"].startswith(prefix)]
+    found = [rule(row) for prefix, rule in RULES if row.kernel.startswith(prefix)]
     found.append(_over_budget(row, budget))
-    return [f"{name}: {fault}" for fault in found if fault is not None]
+    return [f"{row.name}: {fault}" for fault in found if fault is not None]
+
+
+def known_faults(row: KnownRow, budget: Budget) -> list[str]:
+    """The same of a launch that is not compiled: a table has none with other faults than a budget that shrank."""
+    fault = _over_budget(row, budget)
+    return [] if fault is None else [f"{row.name}: {fault}"]
+
+
+def _over_budget(row: CensusRow | KnownRow, budget: Budget) -> str | None:
+    """What is wrong with the number of instructions of a row."""
+    allowed = budget.get(row.kernel, {}).get(str(row.target), {}).get(row.case)
+    if allowed is None:
+        return (
+            "no budget; see it in the table, then run `ditq bench census --check --update-budget`"
+        )
+    if row.instructions > allowed:
+        return f"{row.instructions} instructions, budget {allowed}"
+    return None
 
 
 def _spills(row: CensusRow) -> str | None:
@@ -97,17 +113,6 @@ def _room_for_two(row: CensusRow) -> str | None:
         return None
     if row.prediction.programs < 2:
         return f"one program fits on a multiprocessor, kept alone by {row.prediction.bound}"
-    return None
-
-
-def _over_budget(row: CensusRow, budget: Budget) -> str | None:
-    allowed = budget.get(row.census["op"], {}).get(str(row.census["target"]), {}).get(row.case)
-    if allowed is None:
-        return (
-            "no budget; see it in the table, then run `ditq bench census --check --update-budget`"
-        )
-    if row.instructions > allowed:
-        return f"{row.instructions} instructions, budget {allowed}"
     return None
 
 

@@ -41,10 +41,24 @@ class CensusRow:
     prediction: Prediction
 
     @property
+    def kernel(self) -> str:
+        """Its name."""
+        return self.census["op"]
+
+    @property
+    def target(self) -> int:
+        """Compute capability without the dot."""
+        return self.census["target"]
+
+    @property
     def case(self) -> str:
         """What the row is budgeted under: problem and launch."""
-        problem = f"{self.problem['num_tokens']} x {self.problem['in_features']}"
-        return f"{problem}: {self.launch}"
+        return case_text(self.problem["num_tokens"], self.problem["in_features"], self.launch)
+
+    @property
+    def name(self) -> str:
+        """Of the row in a sentence."""
+        return f"{self.kernel} on sm_{self.target} ({self.case})"
 
     @property
     def launch(self) -> str:
@@ -85,6 +99,51 @@ class CensusRow:
         return dict(zip(FIELDS, values, strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class KnownRow:
+    """A row that was counted before, see `known`.
+
+    Attributes:
+        text: its columns by name.
+    """
+
+    text: dict[str, str]
+
+    def fields(self) -> dict[str, Any]:
+        """What is printed, by name."""
+        return {**self.text, "target": self.target}
+
+    @property
+    def kernel(self) -> str:
+        """As in a census row."""
+        return self.text["kernel"]
+
+    @property
+    def target(self) -> int:
+        """As in a census row."""
+        return int(self.text["target"])
+
+    @property
+    def case(self) -> str:
+        """What the row is budgeted under."""
+        return case_text(self.text["tokens"], self.text["inputs"], self.text["launch"])
+
+    @property
+    def name(self) -> str:
+        """As in a census row."""
+        return f"{self.kernel} on sm_{self.target} ({self.case})"
+
+    @property
+    def instructions(self) -> int:
+        """As in a census row."""
+        return int(self.text["instructions"])
+
+
+def case_text(num_tokens: int | str, in_features: int | str, launch: str) -> str:
+    """What a launch of a problem is budgeted under."""
+    return f"{num_tokens} x {in_features}: {launch}"
+
+
 def kernel_names() -> tuple[str, ...]:
     """Every kernel that compiles offline."""
     from ditq_kernels._triton.offline import compile as offline
@@ -120,13 +179,11 @@ def gated_cases(kernels: tuple[str, ...], triton_version: str) -> list[Case]:
     return [case for case in found if case[1] in WHOLE or "+" not in case[0]]
 
 
-def census_rows(
-    found: Sequence[Case], advance: Callable[[], None]
-) -> tuple[list[CensusRow], list[str]]:
+def census_rows(found: Sequence[Case], advance: Callable[[], None]) -> list[CensusRow | str]:
     """Compile case after case, about a second each, and count.
 
     Returns:
-        A row for each case that compiles, and a sentence with the compiler's reason for each that does not.
+        In order, a row for each case that compiles, and a sentence with the compiler's reason for each that does not.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set.
@@ -135,18 +192,19 @@ def census_rows(
     from ditq_kernels._triton.offline import machine_code
 
     offline.refuse_the_interpreter()
-    problems, binaries, refused = [], [], []
+    made = []
     for case in found:
-        binary = _binary(case)
-        if isinstance(binary, str):
-            refused.append(binary)
-        else:
-            binaries.append(binary)
-            problems.append(dataclasses.asdict(case[2]))
+        made.append(_binary(case))
         advance()
-    censuses = [dataclasses.asdict(each) for each in machine_code.censuses_of(binaries)]
-    made = zip(problems, censuses, strict=True)
-    return [CensusRow(problem, census, predict(census)) for problem, census in made], refused
+    counted = iter(machine_code.censuses_of([one for one in made if not isinstance(one, str)]))
+    rows: list[CensusRow | str] = []
+    for (_, _, problem, _), one in zip(found, made, strict=True):
+        if isinstance(one, str):
+            rows.append(one)
+        else:
+            census = dataclasses.asdict(next(counted))
+            rows.append(CensusRow(dataclasses.asdict(problem), census, predict(census)))
+    return rows
 
 
 def _binary(case: Case) -> Any:

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ditq_kernels._triton.offline import unserved as offline_unserved
+from ditq_kernels._triton.offline.digest import digest_of
 from ditq_kernels._triton.offline.kernels import KERNELS
 from ditq_kernels._triton.offline.machine_code import Binary, Census, censuses_of
 from ditq_kernels._triton.offline.problem import Config, Problem
@@ -85,14 +86,30 @@ def binary_of(op: str, target: int, problem: Problem, config: Config | None = No
     """
     refuse_the_interpreter()
     config = config or tuned_config(op, target, problem)
+    source, options = _source(op, problem, config)
+    with our_passes():
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return Binary(op, target, config, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def digest(op: str, target: int, problem: Problem, config: Config) -> str:
+    """What decides the machine code of a launch: nothing is compiled.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set.
+    """
+    refuse_the_interpreter()
+    source, options = _source(op, problem, config)
+    return digest_of(source, target, options)
+
+
+def _source(op: str, problem: Problem, config: Config) -> tuple[Any, dict[str, Any]]:
+    """What to compile, and with which options."""
     kernel, constants = KERNELS[op].specialize(op, problem, config)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
     if not isinstance(config, tuning.RowConfig):
         options["num_stages"] = config.num_stages
-    source = source_of(kernel, constants, KERNELS[op].types)
-    with our_passes():
-        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return Binary(op, target, config, compiled.asm["cubin"], compiled.metadata.shared)
+    return source_of(kernel, constants, KERNELS[op].types), options
 
 
 def refuse_the_interpreter() -> None:
