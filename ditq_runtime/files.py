@@ -227,8 +227,10 @@ def check_place(path: Path) -> None:
     """That something can be written at `path`, or in it where it is a folder; before work begins.
 
     Raises:
-        ValueError: part of the path is a file, or the file system lets nobody write; says which.
+        ValueError: it is the root, part of the path is a file, or the file system lets nobody write; says which.
     """
+    if not path.absolute().name:
+        raise ValueError(f"{path}: is the root of the file system; name something in it")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{path}: {above} is a file; choose another place")

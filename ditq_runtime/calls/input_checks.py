@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+WITHIN_TRAINED = ("DDIMScheduler", "DDPMScheduler")  # schedulers that refuse more steps, late
 SEED = "seed"  # what an entry may hold instead of a generator, or of one per sample: an integer, a list of them
 
 
@@ -36,6 +37,17 @@ def check_complete(
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}: {name} must be a finite number, got {value}")
+
+
+def check_steps(where: str, pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for more steps than the scheduler can make of the timesteps that the model was trained with."""
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    steps = arguments.get("num_inference_steps")
+    if type(scheduler).__name__ not in WITHIN_TRAINED or not isinstance(steps, int):
+        return
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ValueError(f"{where}: at most {most} steps, as the model was trained, got {steps}")
 
 
 def check_entries(caller: str, inputs: Any) -> None:

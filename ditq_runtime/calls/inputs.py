@@ -19,6 +19,7 @@ from ditq_runtime.calls.input_checks import (
     check_entries,
     check_known,
     check_positive,
+    check_steps,
 )
 from ditq_runtime.calls.input_files import embedding_entries, read_entries
 from ditq_runtime.calls.labels import check_labels, class_ids, draw, read_labels
@@ -139,6 +140,7 @@ def gather(
         number += count
         check_known(f"{caller}: input {index}", pipe, takes, arguments)
         check_complete(f"{caller}: input {index}", pipe, takes, arguments)
+        check_steps(f"{caller}: input {index}", pipe, arguments)
         check_encoded(f"{caller}: input {index}", pipe, arguments)
         made.append(Input(_filled(pipe, takes, arguments), seeds))
     if not made:

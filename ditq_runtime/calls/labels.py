@@ -15,8 +15,16 @@ CLASSES = 1000
 
 
 def class_ids(pipe: Any) -> list[int]:
-    """Class ids that mean something: those the pipeline has names for, else all that the embedding has."""
+    """Class ids that mean something: those the pipeline has names for, else all that the embedding has.
+
+    Raises:
+        ValueError: the model knows no classes.
+    """
     config: Any = transformer_of(pipe).config
+    if "num_embeds_ada_norm" not in config:
+        raise ValueError(
+            f"labels are classes, and {type(pipe).__name__} has none; give prompts or inputs"
+        )
     named = sorted(set(getattr(pipe, "labels", {}).values()))
     return named or list(range(min(CLASSES, config.num_embeds_ada_norm)))
 

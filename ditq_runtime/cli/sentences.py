@@ -48,7 +48,7 @@ def _did_you_mean(found: re.Match[str]) -> str:
     """An unknown option with those that are alike but for their dashes; typer also finds dashes alike."""
     asked = str(found[1])
     known = {other.strip("-"): other for other in str(found[2]).split(", ")}
-    alike = difflib.get_close_matches(asked.strip("-"), known)
+    alike = difflib.get_close_matches(asked.strip("-"), known, cutoff=0.7)
     return f"No such option: {asked}" + (
         f". Did you mean {' or '.join(known[name] for name in alike)}?" if alike else ""
     )

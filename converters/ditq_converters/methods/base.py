@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -97,6 +98,20 @@ class SiteData:
     def absmax(self) -> torch.Tensor:
         """[T, K] fp64: largest |x| per call and channel."""
         return torch.maximum(self.minimum.abs(), self.maximum.abs()).double()
+
+
+KINDS: dict[type, tuple[type, str]] = {  # of a default -> what may stand in its place
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+}
+
+
+def check_kind(name: str, default: Any, value: Any) -> None:
+    """ValueError for a value of another kind than the default, as far as that tells."""
+    kind, told = KINDS.get(type(default), (object, ""))
+    if not isinstance(value, kind) or (isinstance(value, bool) and type(default) in (int, float)):
+        raise ValueError(f"{name} must be {told}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -201,6 +216,8 @@ class Method:
         if unknown:
             has = ", ".join(self.option_names) or "none"
             raise ValueError(f"method {self.name} has no option {unknown[0]!r}; it has: {has}")
+        for name, value in chosen.items():
+            check_kind(f"option {name}", getattr(self.options(), name, None), value)
         return self.options(**chosen)
 
     def reads_rows(self, options: Any) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ditq_converters.methods import timestep_groups
-from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform
+from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform, check_kind
 from ditq_converters.methods.smoothquant import check_fraction, smooth_factor
 
 CALLS_PER_GROUP = 10
@@ -51,6 +51,8 @@ class HtgOptions:
             raise ValueError(
                 f"option linkage must be one of {', '.join(LINKAGES)}, got {self.linkage!r}"
             )
+        if self.num_groups is not None:
+            check_kind("option num_groups", 1, self.num_groups)
         if self.num_groups is not None and self.num_groups < 1:
             raise ValueError(f"option num_groups must be at least 1, got {self.num_groups}")
 

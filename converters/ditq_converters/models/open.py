@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ditq_converters.demo import DEMO_MODELS, open_demo
 from ditq_converters.models.facebook_dit import open_facebook_dit
 from ditq_converters.streaming.opening import fits, open_in_pieces
 from ditq_runtime.calls.parts import transformer_of
-from ditq_runtime.format.folder import refuse_codes_beside
+from ditq_runtime.format.folder import read_json, refuse_codes_beside
 from ditq_runtime.host.hub_cache import is_pipeline, snapshot
 
 TRANSFORMER_FILE = "config.json"
@@ -81,7 +80,7 @@ def open_skeleton(model: str) -> nn.Module:
     import diffusers
     from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 
-    config = json.loads((folder / TRANSFORMER_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / TRANSFORMER_FILE)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise ValueError(
@@ -100,7 +99,7 @@ def alike_beside(model: str) -> dict[str, bool]:
     if not (path / PIPELINE_FILE).exists():
         return {}
     inside = sorted(path.glob(f"transformer*/{TRANSFORMER_FILE}"))
-    read = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in inside}
+    read = {file.parent.name: read_json(file) for file in inside}
     shapes = {n: {k: v for k, v in c.items() if k != "_name_or_path"} for n, c in read.items()}
     first = shapes.pop("transformer", None)
     return {name: config == first for name, config in shapes.items()}
@@ -126,7 +125,7 @@ def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None
 def _refuse_packed(config: Path) -> None:
     if not config.exists():
         return
-    parsed = json.loads(config.read_text(encoding="utf-8"))
+    parsed = read_json(config)
     if parsed.get("quantization_config"):
         raise ValueError(_packed(str(config.parent)))
     refuse_codes_beside(config, parsed)
@@ -140,12 +139,16 @@ def _variant(folder: Path) -> str | None:
     """The variant (`fp16`, `bf16`, ...) whose weights a transformer's folder holds, where it holds no plain ones.
 
     Raises:
-        ValueError: it holds several, and nothing says which.
+        ValueError: it holds none, or several, and nothing says which.
     """
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
     weights = [match[1] for name in files if (match := WEIGHTS.fullmatch(name))]
+    if files and not weights:
+        raise ValueError(
+            f"{folder}: no diffusion_pytorch_model*.safetensors there; it is incomplete"
+        )
     if not weights or None in weights:
-        return None  # diffusers takes the plain ones, or says that there are none
+        return None  # diffusers takes the plain ones
     variants = sorted(set(filter(None, weights)))
     if len(variants) > 1:
         raise ValueError(

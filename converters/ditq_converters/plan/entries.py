@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ditq_converters.methods import METHODS
-from ditq_converters.methods.base import SHIFTS
+from ditq_converters.methods.base import SHIFTS, check_kind
 from ditq_converters.methods.ranges import RANGE_METHODS
 from ditq_runtime.format.attention import SCALES, VALUES, AttentionFormat
 from ditq_runtime.format.layer import GROUPED, LayerFormat
@@ -130,6 +130,8 @@ class LinearPlan:
         _one_of(self.name, "activations", self.activations, ACTIVATIONS)
         _one_of(self.name, "rounding", self.rounding, ROUNDINGS)
         _one_of(self.name, "weight_ranges", self.weight_ranges, WEIGHT_RANGES)
+        for switch in ("symmetric", "bias_correction"):
+            check_kind(f"plan: {self.name}: {switch}", False, getattr(self, switch))
         if (self.weights in GROUPED) != (self.group_size is not None):
             raise ValueError(
                 f"plan: {self.name}: group_size belongs to w4p and w4g, got weights {self.weights!r} and group_size "
