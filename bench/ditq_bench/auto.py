@@ -4,7 +4,9 @@
 
 Every row is converted, written, loaded from its folder in fp32 and judged by the calls of a float run that neither
 calibration nor search saw: of other seeds, and of other digits. It is calibrated on the even digits and judged on the
-odd ones. Bytes are those of the weight files.
+odd ones. Noise and calls that judge are held out. A DiT's class embeddings are among its weights, and rounding uses
+all of them; in cases that begin with `hidden` those are taken out of the model meanwhile
+(`hidden`), so that labels are held out as well. Bytes are those of the weight files.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 
 from ditq_bench.auto_cases import BUDGETS, ENDS, FLOWS, cases_of
+from ditq_bench.hidden import HIDDEN, hide, reveal
 from ditq_bench.methods import GUIDANCE, read_rows
 from ditq_bench.results import commit
 from ditq_converters import CalibrationStats, Recipe, calibrate, convert, open_model
@@ -50,7 +53,17 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with one calibration, and the float run that judges."""
+    """A model with one calibration, and the float run that judges.
+
+    Attributes:
+        model: of MODELS.
+        pipe: what is converted.
+        repeat: which calibration.
+        stats: of it.
+        inputs: that judge.
+        judge: the float model's run of them.
+        were: embeddings of the judged classes, where `pipe` does not know them.
+    """
 
     model: str
     pipe: Any
@@ -58,6 +71,7 @@ class Subject:
     stats: CalibrationStats
     inputs: list[Input]
     judge: Run
+    were: torch.Tensor | None = None
 
 
 def study(
@@ -77,27 +91,37 @@ def study(
     for repeat, model in ((repeat, model) for repeat in range(repeats) for model in models):
         asked = [case for case in cases_of(model) if any(fnmatch(case, p) for p in patterns)]
         missing = [case for case in asked if (model, case, repeat) not in have]
-        subject = prepare(out, model, repeat) if missing else None
-        for case in missing:
-            assert subject is not None
-            rows.append(measure(subject, case, choice_of(out, subject, case)))
-            _write(path, rows)
-            yield rows[-1]
+        for hides in (False, True):
+            cases = [case for case in missing if case.startswith(HIDDEN) == hides]
+            subject = prepare(out, model, repeat, hides) if cases else None
+            for case in cases:
+                assert subject is not None
+                rows.append(measure(subject, case, choice_of(out, subject, case)))
+                _write(path, rows)
+                yield rows[-1]
 
 
-def prepare(out: Path, model: str, repeat: int) -> Subject:
-    """Calibrate with seeds of the repeat; sample the float model that judges, alike for all repeats."""
+def prepare(out: Path, model: str, repeat: int, hides: bool = False) -> Subject:
+    """Calibrate with seeds of the repeat; sample the float model that judges, alike for all repeats.
+
+    Args:
+        out: folder of the statistics.
+        model: of MODELS.
+        repeat: number of the calibration.
+        hides: the judged classes before it.
+    """
     pipe, steps = open_model(model), STEPS[model in FLOWS]
 
     def entries(digits: Sequence[int], seed: int) -> list[dict[str, Any]]:
         arguments = call_arguments(pipe, list(digits) * EACH, GUIDANCE)
         return [{**arguments, "num_inference_steps": steps, "seed": seed}]
 
-    folder = out / "stats" / f"{model.partition(':')[2]}-{repeat}"
-    stats = calibrate(pipe, folder, entries(CALIBRATED, repeat), seed=repeat, quiet=True)
     inputs = gather("bench auto", pipe, entries(JUDGED, JUDGE_SEED))
     judge = run(pipe, inputs, few=len(JUDGED) * EACH, decode=True)
-    return Subject(model, pipe, repeat, stats, inputs, judge)
+    were = hide(pipe.transformer, JUDGED, CALIBRATED[0]) if hides else None
+    folder = out / "stats" / f"{model.partition(':')[2]}-{repeat}{'-hidden' * hides}"
+    stats = calibrate(pipe, folder, entries(CALIBRATED, repeat), seed=repeat, quiet=True)
+    return Subject(model, pipe, repeat, stats, inputs, judge, were)
 
 
 def choice_of(out: Path, subject: Subject, case: str) -> Plan | Recipe:
@@ -127,6 +151,8 @@ def measure(subject: Subject, case: str, choice: Plan | Recipe) -> dict[str, Any
         nbytes = open_folder(out).nbytes
         kind: Any = type(pipe.transformer)
         packed = kind.from_pretrained(out / "transformer", torch_dtype=torch.float32)
+        if subject.were is not None:
+            reveal(packed, JUDGED, subject.were)
         guided, forced = forced_db(subject.judge.calls, packed, subject.model in FLOWS)
         free, accuracy = free_run(subject, packed) if subject.model in FLOWS else ("", "")
     return {

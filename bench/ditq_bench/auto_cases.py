@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditq_bench.hidden import HIDDEN
+
 DITS = ("demo:digits", "demo:digits-salient", "demo:digits-asymmetric")
 FLOWS = ("demo:digits-flow", "demo:digits-flow-salient", "demo:digits-flow-asymmetric")
 MODELS = (*DITS, *FLOWS)
@@ -23,6 +25,7 @@ SINGLES: dict[str, dict[str, Any]] = {
     for weights in ("w4p", "w8")
     for method in SINGLE
 }
+RIVALS = ("smoothquant w4p", "osplus w8")  # also with the judged classes hidden
 BUDGETS = ("smallest", "15%", "16.6%", "18%", "largest")
 ENDS = ("smallest", "largest")
 AUTO = "auto "  # before a budget, in the name of a case
@@ -32,4 +35,7 @@ def cases_of(model: str) -> dict[str, dict[str, Any] | str]:
     """Name -> choices of a conversion, or the budget that auto is given."""
     budgets = BUDGETS if model in DITS else ENDS
     found: dict[str, dict[str, Any] | str] = {AUTO + budget: budget for budget in budgets}
-    return found | (NEAREST | SINGLES if model in DITS else ON_THE_FLY)
+    if model in FLOWS:
+        return found | ON_THE_FLY | SINGLES
+    hidden = {HIDDEN + AUTO + budget: budget for budget in ENDS}
+    return found | NEAREST | SINGLES | hidden | {HIDDEN + name: SINGLES[name] for name in RIVALS}

@@ -163,26 +163,29 @@ def full_size(
     out: Annotated[
         Path, typer.Option(help="Folder for the model, statistics, checkpoints and records.")
     ] = Path("runs/xl"),
-    only: Annotated[str, typer.Option(help="Run only stages whose name contains this.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Run only stages whose name contains one of these, comma-separated.")
+    ] = "",
     blocks: Annotated[int, typer.Option(min=1, help="Of the model's width; DiT-XL/2 has 28.")] = 28,
     samples: Annotated[int, typer.Option(min=1, help="Guided samples to calibrate on.")] = 4,
     results: Annotated[
-        Path | None, typer.Option(help="Folder for full_size.json and .csv; default: OUT.")
+        Path | None, typer.Option(help="Folder for NAME.json, .csv and _parts.csv; default: OUT.")
     ] = None,
+    name: Annotated[str, typer.Option(help="Of the files of results.")] = "full_size",
     remove: Annotated[bool, typer.Option("--remove", help="Remove the models afterwards.")] = False,
 ) -> None:
     """A model of DiT-XL/2's shape through calibration, conversion and loading: seconds, peak memory, bytes.
 
     Hours of a CPU with all stages; a stage that is done is not run again, and a killed conversion goes on after its
-    last block.
+    last block. OUT/full_size.log says when, and where each stage tells its progress.
 
-    Example: ditq bench full-size --blocks 2 --only build --out runs/xl-2
+    Example: ditq bench full-size --blocks 2 --only build,calibrate,auto --out runs/xl-2 --name full_size_auto
     """
     from ditq_bench import full_size as work
     from ditq_bench import full_size_report
 
     records = work.run(out, only, blocks, samples)
-    full_size_report.write(results or out, records)
+    full_size_report.write(results or out, records, name)
     if remove:
         work.remove(out)
 

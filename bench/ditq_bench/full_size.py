@@ -4,7 +4,8 @@
 
 Builds the float pipeline with random weights, calibrates it, converts it in several ways, its weights on disk, loads
 each result with diffusers and samples from it. Every stage is a process of its own, so that its peak memory is its own.
-What is in OUT already is not made again: delete a folder there to time its stage anew.
+What is in OUT already is not made again: delete a folder there to time its stage anew. A killed conversion goes on
+after its last block; its record says how many parts an earlier run had made, for its seconds are those of the rest.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from ditq_bench import full_size_report
+from ditq_bench.results import commit
+from ditq_converters.progress import Log
+from ditq_converters.streaming import finished
 from ditq_runtime.files import write_json
 
 CALIBRATION_BUDGET = 6 * 2**30
 CONVERSION_BUDGET = 2 * 2**30  # below the float model, so that it is converted block by block
 AIMED_BUDGET = 6 * 2**30
 STEPS, SAMPLES, ROWS = 2, 4, 16
+LOG = "full_size.log"  # in OUT: stages, with times and an ETA
 BLOCKS = 28
 PARTS = {  # of a conversion: file and function -> what its time went into; no part but all holds another
     "story:convert": "all",
@@ -113,12 +118,12 @@ def run_calibration(model: Path, stats: Path, samples: int = SAMPLES) -> dict[st
         samples=samples,
         rows=ROWS,
         memory_budget=CALIBRATION_BUDGET,
-        quiet=True,
     )
     return {
         "inputs": len(made.manifest["inputs"]),
         "model_calls": STEPS,
         "samples": samples,
+        "memory_budget": CALIBRATION_BUDGET,
         "bytes": _bytes(stats),
     }
 
@@ -133,12 +138,13 @@ def run_conversion(
     from ditq_runtime.host.sizes import size_by_category
 
     opened = CalibrationStats.open(stats) if recipe["method"] != "linear" else None
+    earlier = len(list(finished.folder_of(out).rglob("*.safetensors")))
     profile = cProfile.Profile(time.process_time)
-    profile.runcall(
-        convert, open_in_pieces(model, budget), Recipe(**recipe), opened, out, quiet=True
-    )
+    profile.runcall(convert, open_in_pieces(model, budget), Recipe(**recipe), opened, out)
     folder = open_folder(out)
     return {
+        "memory_budget": budget,
+        "earlier_parts": earlier,
         "transformer_bytes": folder.nbytes,
         "bytes_by_category": size_by_category(folder),
         "cpu_seconds_by_part": _parts(pstats.Stats(profile)),
@@ -173,18 +179,46 @@ def load_and_sample(out: Path) -> dict[str, Any]:
 def run(
     out: Path, only: str = "", blocks: int = BLOCKS, samples: int = SAMPLES
 ) -> list[dict[str, Any]]:
-    """Run the stages whose name contains `only`; every one's record also goes to OUT/records."""
-    records = []
-    for stage in stages(out, blocks, samples):
-        path = out / "records" / f"{stage.name.replace(' ', '_')}.json"
-        done = path.exists() and (stage.makes is None or stage.makes.exists())
-        if only in stage.name and not done:
-            record = in_process(stage)
-            write_json(path, record)
-            print(f"{stage.name}: {record['seconds']:.0f} s", file=sys.stderr)  # noqa: T201
-        if path.exists():
-            records.append(full_size_report.read(path))
-    return records
+    """Run the stages whose name contains one of `only`'s parts; every one's record also goes to OUT/records.
+
+    Args:
+        out: folder of everything.
+        only: parts of names, comma-separated; empty: all.
+        blocks: of the model.
+        samples: guided, to calibrate on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    every = stages(out, blocks, samples)
+    asked = [stage for stage in every if any(part in stage.name for part in only.split(","))]
+    missing = [stage for stage in asked if not _is_done(out, stage)]
+    log = Log(out / LOG, len(asked), len(asked) - len(missing))
+    for stage in missing:
+        log.write(f"{stage.name} begins{_own_log(stage)}")
+        record = {**in_process(stage), "blocks": blocks, "commit": commit()}
+        write_json(_record(out, stage), record)
+        log.finished(f"{stage.name}: {record['cpu_seconds']:.0f} CPU s")
+        print(f"{stage.name}: {record['seconds']:.0f} s", file=sys.stderr)  # noqa: T201
+    kept = (_record(out, stage) for stage in every)
+    return [full_size_report.read(path) for path in kept if path.exists()]
+
+
+def _record(out: Path, stage: Stage) -> Path:
+    return out / "records" / f"{stage.name.replace(' ', '_')}.json"
+
+
+def _is_done(out: Path, stage: Stage) -> bool:
+    return _record(out, stage).exists() and (stage.makes is None or stage.makes.exists())
+
+
+def _own_log(stage: Stage) -> str:
+    """Where a long stage tells how far it is."""
+    if stage.makes is None:
+        return ""
+    logs = {
+        run_calibration: f"{stage.makes}/calibrate.log",
+        run_conversion: f"{finished.folder_of(stage.makes)}/transformer/convert.log",
+    }
+    return f"; its progress: {logs[stage.work]}" if stage.work in logs else ""
 
 
 def in_process(stage: Stage) -> dict[str, Any]:

@@ -16,8 +16,11 @@ from ditq_runtime.files import atomic_file, write_json
 
 MEBIBYTE = 2**20
 COLUMNS = (
-    "stage", "seconds", "share", "cpu_seconds", "peak_rss_mib", "load_before", "load_after", "bytes_mib",
+    "stage", "blocks", "samples", "model_calls", "seconds", "share", "cpu_seconds", "peak_rss_mib",
+    "memory_budget_mib", "load_before", "load_after", "bytes_mib", "earlier_parts", "commit",
 )  # fmt: skip
+COPIED = ("blocks", "samples", "model_calls", "earlier_parts", "commit")  # as the record has them
+NAME = "full_size"
 PARTS = ("stage", "part", "cpu_seconds")
 LEAST = 0.1  # seconds of a part that is shown
 NOTE = (
@@ -32,8 +35,8 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def write(folder: Path, records: list[dict[str, Any]]) -> None:
-    """full_size.json, full_size.csv and full_size_parts.csv in `folder`, and a table on stdout."""
+def write(folder: Path, records: list[dict[str, Any]], name: str = NAME) -> None:
+    """NAME.json, NAME.csv and NAME_parts.csv in `folder`, and a table on stdout."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = {
         "device": device_name(torch.device("cpu")),
@@ -41,10 +44,10 @@ def write(folder: Path, records: list[dict[str, Any]]) -> None:
         "python": platform.python_version(),
         "commit": commit(),
     }
-    write_json(folder / "full_size.json", {"machine": machine, "note": NOTE, "stages": records})
+    write_json(folder / f"{name}.json", {"machine": machine, "note": NOTE, "stages": records})
     rows = table(records)
-    _write_csv(folder / "full_size.csv", COLUMNS, rows)
-    _write_csv(folder / "full_size_parts.csv", PARTS, parts(records))
+    _write_csv(folder / f"{name}.csv", COLUMNS, rows)
+    _write_csv(folder / f"{name}_parts.csv", PARTS, parts(records))
     print_table("a DiT-XL/2-sized model", COLUMNS, rows)
 
 
@@ -68,19 +71,20 @@ def _write_csv(path: Path, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -
 def table(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """One row of COLUMNS a stage."""
     total = sum(record["seconds"] for record in records) or 1.0
-    rows = []
-    for record in records:
-        size = record.get("transformer_bytes", record.get("bytes"))
-        rows.append(
-            (
-                record["stage"],
-                f"{record['seconds']:.1f}",
-                f"{record['seconds'] / total:.3f}",
-                f"{record['cpu_seconds']:.1f}",
-                f"{record['peak_rss'] / MEBIBYTE:.0f}",
-                f"{record['load_before']:.1f}",
-                f"{record['load_after']:.1f}",
-                "" if size is None else f"{size / MEBIBYTE:.1f}",
-            )
-        )
-    return rows
+    return [tuple(_row(record, total)[name] for name in COLUMNS) for record in records]
+
+
+def _row(record: dict[str, Any], total: float) -> dict[str, Any]:
+    size, budget = record.get("transformer_bytes", record.get("bytes")), record.get("memory_budget")
+    return {
+        **{name: record.get(name, "") for name in COPIED},
+        "stage": record["stage"],
+        "seconds": f"{record['seconds']:.1f}",
+        "share": f"{record['seconds'] / total:.3f}",
+        "cpu_seconds": f"{record['cpu_seconds']:.1f}",
+        "peak_rss_mib": f"{record['peak_rss'] / MEBIBYTE:.0f}",
+        "memory_budget_mib": "" if budget is None else f"{budget / MEBIBYTE:.0f}",
+        "load_before": f"{record['load_before']:.1f}",
+        "load_after": f"{record['load_after']:.1f}",
+        "bytes_mib": "" if size is None else f"{size / MEBIBYTE:.1f}",
+    }

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from ditq_bench.auto import CALIBRATED, JUDGED, forced_db
 from ditq_bench.auto_cases import AUTO, DITS, FLOWS, MODELS, SINGLE, cases_of
 from ditq_bench.front_page import places
 from ditq_bench.frontier import FIELDS, MEASURED, draw, means, write_means
+from ditq_bench.hidden import HIDDEN, hide, reveal
 from ditq_bench.methods import METHOD_NAMES, read_rows
 from ditq_converters import Recipe
 from ditq_converters.evaluate.runs import Recorded
@@ -36,13 +38,38 @@ ROWS = [
 def test_every_case_can_be_converted():
     for model in MODELS:
         for name, chosen in cases_of(model).items():
-            assert name == AUTO + chosen if isinstance(chosen, str) else Recipe(**chosen)
+            assert (
+                name.removeprefix(HIDDEN) == AUTO + chosen
+                if isinstance(chosen, str)
+                else Recipe(**chosen)
+            )
     assert {*SINGLE, "linear"} == set(METHOD_NAMES)
     assert set(DITS) | set(FLOWS) == set(MODELS)
 
 
 def test_what_judges_was_not_optimized_on():
     assert not set(CALIBRATED) & set(JUDGED)
+
+
+@torch.no_grad()
+def test_hidden_classes_are_in_no_tensor_and_come_back_as_bf16():
+    model = DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=2, sample_size=4,
+        norm_num_groups=1, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    tables = [
+        block.norm1.emb.class_embedder.embedding_table.weight for block in model.transformer_blocks
+    ]
+    tables[1].copy_(tables[0])
+    before = tables[0].clone()
+    were = hide(model, JUDGED, CALIBRATED[0])
+    for table in tables:
+        assert torch.equal(table[list(JUDGED)], before[:1].expand(len(JUDGED), -1))
+        assert torch.equal(table[list(CALIBRATED)], before[list(CALIBRATED)])
+    reveal(model, JUDGED, were)
+    for table in tables:
+        assert torch.equal(table[list(JUDGED)], before[list(JUDGED)].bfloat16().float())
+        assert torch.equal(table[[*CALIBRATED, 10]], before[[*CALIBRATED, 10]])
 
 
 def test_means_and_spread_by_hand(tmp_path):

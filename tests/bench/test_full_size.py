@@ -64,10 +64,17 @@ def test_auto_is_timed_part_by_part(model, tmp_path):
     full_size.run_calibration(model, tmp_path / "stats", 2)
     (tmp_path / "float").symlink_to(model)
     result = CliRunner().invoke(
-        bench, ["full-size", "--only", "convert auto", "--out", str(tmp_path), "--blocks", "2"]
-    )
+        bench, ["full-size", "--only", "nothing,convert auto", "--out", str(tmp_path), "--blocks", "2", "--name", "few"]
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    with (tmp_path / "full_size_parts.csv").open() as file:
+    with (tmp_path / "few.csv").open() as file:
+        told = next(csv.DictReader(file))
+    assert (told["blocks"], told["memory_budget_mib"], told["earlier_parts"]) == ("2", "6144", "0")
+    log = (tmp_path / "full_size.log").read_text()
+    assert f"its progress: {tmp_path}/.auto-w4p.blocks/transformer/convert.log" in log
+    assert "convert auto-w4p: " in log
+    assert "1 of 1" in log
+    with (tmp_path / "few_parts.csv").open() as file:
         rows = list(csv.DictReader(file))
     parts = {row["part"]: float(row["cpu_seconds"]) for row in rows}
     assert {row["stage"] for row in rows} == {"convert auto-w4p"}

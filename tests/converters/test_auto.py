@@ -9,9 +9,11 @@ from ditq_converters import Recipe, calibrate, convert
 from ditq_converters.auto.budget import float_bytes, parse_budget
 from ditq_converters.auto.ladder import Choice, Unit, best_choices
 from ditq_converters.auto.search import auto_plan, best, climb, ends, noise
+from ditq_converters.convert.classes import ask_all_classes
 from ditq_converters.plan.entries import LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.sizes import linear_bytes
+from ditq_converters.streaming.opening import open_in_pieces
 from ditq_runtime.format.folder import open_folder
 
 
@@ -171,6 +173,14 @@ def test_a_plan_says_what_was_chosen_and_what_is_next():
     assert eight == "auto: 8 bits, take away 40.0% of the noise for 50 bytes"
 
 
+def test_a_budget_is_searched_with_the_weights_on_disk(model, stats, ladder, tmp_path):
+    """The same choices, gains and bytes; refused where the model in 4 and in 8 bits does not fit."""
+    model.save_pretrained(tmp_path / "float")
+    assert climb(open_in_pieces(tmp_path / "float", 2**40), stats, quiet=True) == ladder
+    with pytest.raises(ValueError, match="a search for a --budget holds the model in 4 and in 8"):
+        climb(open_in_pieces(tmp_path / "float", 2**20), stats, quiet=True)
+
+
 def test_the_ends_need_no_search(model, stats):
     low, high = (auto_plan(model, stats, name, quiet=True) for name in ("smallest", "largest"))
     assert {entry.weights for entry in low.linears if entry.is_integer} == {"w4p"}
@@ -184,7 +194,7 @@ def test_the_ends_need_no_search(model, stats):
 def test_aimed_rounding_lowers_the_error_of_the_model(model, stats):
     """On the calls that it aims at: the same scales, bytes and transforms, only the codes and biases differ."""
     low = ends(model, None, {"kept_dtype": "fp32"}).low
-    calls = list(stats.replay())
+    calls = ask_all_classes(model, list(stats.replay()))
 
     def error(plan):
         packed = convert(model, plan, stats, quiet=True)

@@ -22,18 +22,22 @@ from ditq_converters.auto.ladder import Choice, Ladder, Unit
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.jobs import Job
+from ditq_converters.convert.pack import packed_skeleton
 from ditq_converters.convert.prefix import Prefix
-from ditq_converters.convert.story import convert_in_memory
-from ditq_converters.plan.entries import MODULATION, LinearPlan
+from ditq_converters.convert.story import convert_parts
+from ditq_converters.memory import SLACK, format_bytes, held
+from ditq_converters.plan.entries import MODULATION, QUANTIZED, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
 from ditq_converters.plan.sizes import linear_bytes
 from ditq_converters.progress import progress_bar
 from ditq_converters.sites.find import family_for
-from ditq_converters.streaming.model import streamed_of
+from ditq_converters.streaming.model import largest_block, streamed_of
+from ditq_converters.streaming.write import WORK
 from ditq_runtime.calls.parts import transformer_of
 from ditq_runtime.families import Family
+from ditq_runtime.format.layer import LayerFormat
 
 CALLS = 8  # replayed calls that judge a unit, evenly over those that were kept
 BEST = {
@@ -137,13 +141,9 @@ def climb(
 ) -> Ladder:
     """Measure what every choice gains, unit by unit; arguments and errors as `auto_plan`."""
     model = transformer_of(pipe)
-    if streamed_of(model) is not None:
-        raise ValueError(
-            "auto: a budget is searched by running the model, and this one is read block by block; take smallest or "
-            "largest, or convert without --memory-budget"
-        )
     low, *better = rungs(model, inputs, choices)
     family, found = family_for(model, inputs), units(model, low, better)
+    _check_room(model, family, low, better)
     smallest, nbytes = _emulated(model, family, low, stats)
     wanted = smallest.outputs(finished=False)
     base = noise(wanted, smallest.outputs(finished=True))
@@ -224,9 +224,31 @@ def _emulated(
     plain = replace(plan, linears=tuple(linears))
     kept = list(stats.replay())
     prefix = Prefix(model, islice(kept, 0, None, max(1, len(kept) // CALLS)))
+    job = Job(model, model, family, plain, stats, True, prefix)
+    formats: dict[str, LayerFormat] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in convert_parts(job, None):
+        formats |= part.formats
+        shapes |= {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
+    scheme = job.scheme(formats, shapes)
+    return prefix, file_bytes(packed_skeleton(model, scheme, job.provenance, plan.kept_dtype))
 
-    packed = convert_in_memory(Job(model, model, family, plain, stats, True, prefix))
-    return prefix, file_bytes(packed)
+
+def _check_room(model: nn.Module, family: Family, low: Plan, better: list[Plan]) -> None:
+    """ValueError if a model whose weights are on disk does not fit into its budget twice, in 4 and in 8 bits."""
+    streamed = streamed_of(model)
+    if streamed is None or streamed.memory_budget is None:
+        return
+    sizes = [_bytes(model, tuple(e for e in p.linears if e.weights in QUANTIZED)) for p in better]
+    smallest = _bytes(model, tuple(e for e in low.linears if e.weights in QUANTIZED))
+    block = WORK * largest_block(model, family)
+    needed = held(torch.device("cpu")) + SLACK + smallest + max(sizes) + block
+    if needed > streamed.memory_budget:
+        raise ValueError(
+            f"auto: a search for a --budget holds the model in 4 and in 8 bits and a block in fp32, which needs "
+            f"{format_bytes(needed)} and may take {format_bytes(streamed.memory_budget)}; allow more, or take --budget "
+            "smallest or largest"
+        )
 
 
 def _exchange(one: Prefix, other: Prefix, linears: tuple[str, ...]) -> None:

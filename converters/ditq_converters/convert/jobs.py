@@ -18,6 +18,7 @@ from ditq_converters.convert.block import (
     convert_final_modulation,
     play_block,
 )
+from ditq_converters.convert.classes import ask_all_classes
 from ditq_converters.convert.pack import make_scheme
 from ditq_converters.convert.prefix import Prefix, evenly
 from ditq_converters.convert.reconstruct import Tell
@@ -174,7 +175,8 @@ def prefix_of(job: Job) -> Prefix | None:
     budget = None if streamed is None else streamed.memory_budget
     calls = list(job.stats.replay())
     if not any(linear.rounding == "reconstruct" for linear in job.plan.linears):
-        calls = [calls[i] for i in evenly(len(calls), AIMED_CALLS)]
+        few = [calls[i] for i in evenly(len(calls), AIMED_CALLS)]
+        calls = ask_all_classes(job.model, few)
     return Prefix(job.model, calls, job.family.block_names(job.model), budget)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.bias_correction import SampledRows
+from ditq_converters.convert.classes import different_classes
 from ditq_converters.convert.gptq import error_feedback
 from ditq_converters.convert.observed import Observed
 from ditq_converters.plan.entries import LinearPlan
@@ -78,11 +79,7 @@ def made_inputs(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor
     table = embedder.class_embedder.embedding_table.weight
     if table.is_meta:
         return None
-    _, kind = torch.unique(table, dim=0, return_inverse=True)
-    first = torch.full((int(kind.max()) + 1,), len(table)).scatter_reduce(
-        0, kind.cpu(), torch.arange(len(table)), "amin"
-    )
-    labels = first.sort().values  # classes that are embedded differently, each once
+    labels = different_classes(table)
     turns = torch.arange(TIMESTEPS * LABELS).reshape(TIMESTEPS, LABELS) % len(labels)
     none = torch.full((TIMESTEPS, LABELS), len(table) - 1)
     asked = torch.cat([labels[turns], none], dim=1).flatten().to(table.device)
