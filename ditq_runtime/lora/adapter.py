@@ -24,7 +24,9 @@ from ditq_runtime.lora.file import Adapter, LoraFile, read_adapters
 from ditq_runtime.lora.switch import (
     check_name,
     check_not_graphed,
+    let_run,
     packed_model,
+    running_names,
     tell_diffusers,
     text_encoders_of,
 )
@@ -67,9 +69,15 @@ def load_lora(
 
 
 def attach(
-    target: Any, model: Any, file: LoraFile, name: str, scale: float, replace: bool
+    target: Any,
+    model: Any,
+    file: LoraFile,
+    name: str,
+    scale: float,
+    replace: bool,
+    alone: bool = False,
 ) -> list[str]:
-    """`load_lora` of what was read, checked before anything is changed."""
+    """`load_lora` of what was read, checked before anything is changed; it runs `alone`, or with those that run."""
     check_not_graphed(model, "load_lora")
     give_text = text_encoders_of(target, file, name, scale)
     folds = [m for m in model.modules() if isinstance(m, Site) and m.format.is_folded]
@@ -88,9 +96,11 @@ def attach(
             f"load_lora: PEFT has an adapter {name!r} on this model; choose another name"
         )
     rank = (getattr(model, "_prepare_lora_hotswap_kwargs", None) or {}).get("target_rank", 0)
+    running = [] if alone else running_names(model)
     for layer, branch in branches.items():
         branch.widen(rank)
         adapters_of(linears[layer]).add(name, branch)
+    let_run(model, [*running, name])
     tell_diffusers(model, name, file.adapters)
     give_text()
     return list(branches)
@@ -178,6 +188,10 @@ def row_factors(site: Site, begins: tuple[int, ...], num_rows: int) -> torch.Ten
 
 
 def _check(layer: str, linear: Any, adapter: Adapter, name: str | None) -> None:
+    if hasattr(linear, "base_layer"):
+        raise ValueError(
+            f"load_lora: {layer} has an adapter of PEFT around it; unload that one, then load each with load_lora"
+        )
     if not isinstance(linear, nn.Linear):
         raise ValueError(
             f"load_lora: {layer} is no linear of the model; was the adapter trained on another architecture?"

@@ -105,7 +105,8 @@ class Adapters(nn.ModuleDict):
     """Name -> `LoraBranch` of one linear.
 
     Attributes:
-        active: names of the branches that run, in the order they are added.
+        active: names of the adapters of the model that run, in the order they are added; as in PEFT, the same in all
+            linears, also those that an adapter does not reach.
         weights: name -> the factor that `set_adapters` gave it.
         enabled: False: none runs.
     """
@@ -123,9 +124,8 @@ class Adapters(nn.ModuleDict):
         self.enabled = True
 
     def add(self, name: str, branch: LoraBranch) -> None:
-        """Another branch; it runs."""
+        """Another branch; `set_adapter` lets it run."""
         self[name] = branch
-        self.active.append(name)
         self.weights[name] = 1.0
 
     def running(self) -> Iterator[tuple[LoraBranch, float]]:
@@ -133,7 +133,7 @@ class Adapters(nn.ModuleDict):
         if self.enabled:
             factors = _call.factors.get(id(self))
             scale = factors[-1] if factors else 1.0
-            for name in self.active:
+            for name in filter(self.__contains__, self.active):
                 branch: Any = self[name]
                 yield branch, self.weights[name] * scale
 
@@ -142,6 +142,13 @@ class Adapters(nn.ModuleDict):
         """Name -> rank."""
         branches: dict[str, Any] = dict(self.items())
         return {name: len(branch.down) for name, branch in branches.items()}
+
+    @property
+    def lora_A(self) -> Adapters:
+        """What `set_lora_device` of a pipeline looks adapters up in, and moves."""
+        return self
+
+    lora_B = lora_A
 
     @property
     def active_adapters(self) -> list[str]:
@@ -161,8 +168,7 @@ class Adapters(nn.ModuleDict):
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = True) -> None:
         """Let these run, as far as this linear has them, and no others."""
-        wanted = [names] if isinstance(names, str) else names
-        self.active = [name for name in wanted if name in self]
+        self.active = [names] if isinstance(names, str) else list(names)
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply one of them from now on. After a forward with scale 0, diffusers asks for 1: that ends the 0."""
@@ -193,8 +199,8 @@ class Adapters(nn.ModuleDict):
         if name in self:
             del self[name]
             del self.weights[name]
-            if name in self.active:  # as in PEFT: another one runs then, if there is any
-                self.active = [n for n in self.active if n != name] or list(self)[:1]
+        if name in self.active:  # as in PEFT: another one runs then, if there is any
+            self.active = [n for n in self.active if n != name] or sorted(self)[:1]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """ValueError: it stays beside the integers."""

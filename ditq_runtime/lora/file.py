@@ -24,6 +24,22 @@ FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PREFIXES = ("base_model.model.", "transformer.")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 METADATA = "lora_adapter_metadata"
+INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # those that leave the base model as it is
+NOT_PLAIN = {  # options of PEFT that change what an adapter computes, or beside what
+    "use_dora": "a DoRA, which rescales the float weights",
+    "use_qalora": "a QA-LoRA, which averages its input over groups",
+    "use_bdlora": "a BD-LoRA, whose factors are block-diagonal",
+    "alora_invocation_tokens": "an aLoRA, which acts on some tokens only",
+    "arrow_config": "an Arrow router, which chooses among adapters by token",
+    "kasa_config": "a KaSA, which changes the float weights",
+}
 # the layer, then which tensor; an adapter's name may stand between lora_A and weight
 KEY = re.compile(
     r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up)(\.[^.]+)?\.(?P<field>weight|bias)"
@@ -83,10 +99,7 @@ def read_adapters(
     """
     state, stored = (source, stored or {}) if isinstance(source, Mapping) else _read(source)
     config = {key.removeprefix("transformer."): value for key, value in stored.items()}
-    if config.get("use_dora"):
-        raise ValueError(
-            "load_lora: this is a DoRA, which rescales the float weights; only plain LoRA is read"
-        )
+    _check_plain(config)
     text = {part: _begin(state, f"{part}.") for part in TEXT_ENCODERS}
     text = {part: tensors for part, tensors in text.items() if tensors}
     rest = {k: t for k, t in state.items() if not k.startswith(tuple(f"{p}." for p in text))}
@@ -96,6 +109,19 @@ def read_adapters(
             "take load_lora_weights of diffusers"
         )
     return LoraFile(_adapters(rest, config), text, dict(stored))
+
+
+def _check_plain(config: dict[str, Any]) -> None:
+    """ValueError for what its metadata says is no product beside the unchanged weights."""
+    for option, meaning in NOT_PLAIN.items():
+        if config.get(option):
+            raise ValueError(f"load_lora: this is {meaning}; only plain LoRA is read")
+    init = config.get("init_lora_weights")
+    if init not in INITS:
+        raise ValueError(
+            f"load_lora: trained with init_lora_weights={shown(init)}, which changed the float weights beside it; "
+            "convert it with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+        )
 
 
 def _begin(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -171,7 +197,8 @@ def _alpha(layer: str, rank: int, config: dict[str, Any]) -> float:
             ) from error
         if found:
             return _number(layer, value)
-    return _number(layer, config.get("lora_alpha") or rank)
+    common = config.get("lora_alpha")
+    return _number(layer, rank if common is None else common)
 
 
 def _read(source: str | Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:

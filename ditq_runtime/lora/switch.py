@@ -39,8 +39,8 @@ def set_lora(target: Any, weights: Mapping[str, float]) -> None:
                 f"set_lora: expected a finite factor of one of {', '.join(known) or 'no adapters'}, "
                 f"got {name!r}: {weight}"
             )
+    let_run(model, list(weights))
     for adapters in _all(model):
-        adapters.set_adapter(list(weights))
         for name, weight in weights.items():
             adapters.set_scale(name, weight)
 
@@ -59,7 +59,7 @@ def unload_lora(target: Any, name: str = "default") -> None:
     check_not_graphed(model, "unload_lora")
     if name not in names_of(model):
         raise ValueError(f"unload_lora: no adapter is called {name!r}")
-    for linear in [m for m in model.modules() if name in getattr(m, ADAPTERS, ())]:
+    for linear in [m for m in model.modules() if hasattr(m, ADAPTERS)]:
         getattr(linear, ADAPTERS).delete_adapter(name)
         if not getattr(linear, ADAPTERS):
             _forget(linear, add_branches)
@@ -79,6 +79,17 @@ def unload_lora(target: Any, name: str = "default") -> None:
 def names_of(model: nn.Module) -> list[str]:
     """Names of the adapters that `load_lora` added."""
     return list(dict.fromkeys(name for adapters in _all(model) for name in adapters))
+
+
+def running_names(model: nn.Module) -> list[str]:
+    """Names of those that run, while they are enabled."""
+    return next((adapters.active_adapters for adapters in _all(model)), [])
+
+
+def let_run(model: nn.Module, names: list[str]) -> None:
+    """Let these run and no others."""
+    for adapters in _all(model):
+        adapters.set_adapter(names)
 
 
 def packed_model(target: Any, caller: str) -> Any:

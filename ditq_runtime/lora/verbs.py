@@ -8,7 +8,7 @@ from typing import Any
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.lora.adapter import attach
 from ditq_runtime.lora.file import read_adapters
-from ditq_runtime.lora.switch import check_name, check_not_graphed, names_of, unload_lora
+from ditq_runtime.lora.switch import check_name, check_not_graphed, let_run, names_of, unload_lora
 
 
 class Verb:
@@ -44,10 +44,15 @@ def _load(
     hotswap: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """As `load_lora_weights` of a pipeline calls it: with a state dict."""
+    """As `load_lora_weights` of a pipeline calls it: with a state dict; as in PEFT, the newest runs alone."""
     folded = any(isinstance(m, QuantLinear) and m.folded for m in model.modules())
     if not folded or not isinstance(source, dict):
-        return stock(source, prefix=prefix, hotswap=hotswap, **kwargs)
+        known = set(getattr(model, "peft_config", ()))
+        made = stock(source, prefix=prefix, hotswap=hotswap, **kwargs)
+        new = [name for name in getattr(model, "peft_config", ()) if name not in known]
+        if new:
+            let_run(model, new)
+        return made
     begin = "" if prefix is None else f"{prefix}."
     state = {k.removeprefix(begin): v for k, v in source.items() if k.startswith(begin)}
     for key, value in (kwargs.get("network_alphas") or {}).items():
@@ -57,7 +62,7 @@ def _load(
     name = kwargs.get("adapter_name") or f"default_{len(getattr(model, 'peft_config', ()))}"
     check_name(name, 1.0)
     file = read_adapters(state, kwargs.get("metadata"))
-    attach(model, model, file, name, 1.0, hotswap)
+    attach(model, model, file, name, 1.0, hotswap, alone=True)
     return None
 
 

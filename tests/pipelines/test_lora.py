@@ -54,3 +54,68 @@ def test_a_lora_file_of_diffusers(build_pipe, packed_folder, transformer_inputs,
     merged.unload_lora_weights()
     packed = convert(merged, Recipe("linear"), out=tmp_path / "out", quiet=True)
     assert error(run(packed, inputs), expected) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter .* was active")
+def test_verbs_of_a_pipeline_act_as_on_the_float_model(
+    build_pipe, packed_folder, transformer_inputs
+):
+    """Of two adapters that reach different linears; the newest runs alone, and names hold for all linears."""
+    pipes = build_pipe("sd3"), DiffusionPipeline.from_pretrained(packed_folder("sd3", "htg"))
+    inputs = transformer_inputs(pipes[0])[0][0]
+    base = error(*(run(pipe.transformer, inputs) for pipe in pipes[::-1]))
+    generator, states = torch.Generator().manual_seed(2), {}
+    for name, ends in {
+        "few": ["to_q", "ff.net.2"],
+        "more": ["to_q", "to_out.0", "add_k_proj"],
+    }.items():
+        states[name] = {
+            f"transformer.{key}.lora_{part}.weight": torch.randn(*size, generator=generator) * 0.15
+            for key, linear in pipes[0].transformer.named_modules()
+            if "blocks" in key and key.endswith(tuple(ends))
+            for part, size in (("A", (4, linear.in_features)), ("B", (linear.out_features, 4)))
+        }  # fmt: skip
+    steps = {
+        "one": lambda pipe: pipe.load_lora_weights(dict(states["few"]), adapter_name="few"),
+        "the newest": lambda pipe: pipe.load_lora_weights(dict(states["more"]), adapter_name="more"),
+        "both": lambda pipe: pipe.set_adapters(["few", "more"], [0.5, -0.7]),
+        "moved": lambda pipe: pipe.set_lora_device(["few", "more"], "cpu"),
+        "the first": lambda pipe: pipe.set_adapters("few"),
+        "another in its place": lambda pipe: pipe.delete_adapters("few"),
+        "again": lambda pipe: pipe.load_lora_weights(dict(states["few"]), adapter_name="few"),
+    }  # fmt: skip
+    seen = []
+    for name, step in steps.items():
+        for pipe in pipes:
+            step(pipe)
+        truth, got = (run(pipe.transformer, inputs) for pipe in pipes)
+        # quantization alone is 1.3 %; a branch too many or too few is 10 % and more
+        assert error(got, truth) < 3 * base, name
+        assert pipes[0].get_list_adapters() == pipes[1].get_list_adapters()
+        seen.append(got)
+    for i, j in ((0, 1), (1, 2), (2, 4), (4, 5), (5, 6)):
+        assert error(seen[i], seen[j]) > 6 * base
+    assert pipes[1].get_active_adapters() == ["few"]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_an_adapter_of_peft_and_one_of_load_lora(build_pipe, transformer_inputs):
+    """Where nothing is folded both ways work, the second around the first; the other order is refused."""
+    pipe = build_pipe("flux")
+    name = "single_transformer_blocks.0.attn.to_q"
+    inputs = transformer_inputs(pipe)[0][0]
+    pipe.transformer = convert(pipe.transformer, Recipe("linear"), quiet=True)
+    plain = run(pipe.transformer, inputs)
+    state = {f"transformer.{name}.lora_A.weight": torch.ones(4, 64)}
+    state[f"transformer.{name}.lora_B.weight"] = torch.ones(64, 4)
+    ditq_runtime.load_lora(pipe, state, name="ours")
+    ours = run(pipe.transformer, inputs)
+    pipe.load_lora_weights(dict(state), adapter_name="theirs")
+    assert pipe.get_active_adapters() == ["theirs"]
+    # the same branch, which PEFT adds in another order: a code may move by one
+    assert error(run(pipe.transformer, inputs), ours) < 0.01 < 0.04 < error(plain, ours)
+    pipe.unload_lora_weights()
+    assert torch.equal(run(pipe.transformer, inputs), plain)
+    pipe.load_lora_weights(dict(state), adapter_name="theirs")
+    with pytest.raises(ValueError, match="has an adapter of PEFT around it"):
+        ditq_runtime.load_lora(pipe, state, name="ours")

@@ -20,6 +20,7 @@ from ditq_runtime.families import family_of
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SITES, SiteFormat
 from ditq_runtime.lora.branch import LoraBranch
+from ditq_runtime.lora.file import read_adapters
 from ditq_runtime.speed.cuda_graph import GraphedForward
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
@@ -249,6 +250,31 @@ def test_what_is_no_adapter_of_this_model_is_refused(packed_folder, load, forwar
     with pytest.raises(ValueError, match=sentence):
         ditq.load_lora(model, {**good, **state} if "to_qx" in str(state) else state)
     assert torch.equal(forward(model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "'pissa_niter_4', which changed the float weights",
+        ),
+        ({"init_lora_weights": "olora"}, "'olora', which changed the float weights"),
+        ({"transformer.init_lora_weights": "loftq"}, "'loftq', which changed the float weights"),
+        ({"use_qalora": True}, "this is a QA-LoRA"),
+        ({"alora_invocation_tokens": [1]}, "this is an aLoRA"),
+    ],
+)
+def test_what_is_more_than_a_product_beside_the_weights_is_refused(config, sentence):
+    """PEFT takes the start of a PiSSA from the float weights; a product beside all of them is silently wrong."""
+    with pytest.raises(ValueError, match=sentence):
+        read_adapters({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}, config)
+
+
+def test_an_alpha_of_zero_is_zero():
+    state = {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}
+    for config, strength in (({"lora_alpha": 0}, 0.0), ({"lora_alpha": 2}, 0.5), ({}, 1.0)):
+        assert read_adapters(state, config).adapters[LAYER].strength == strength
 
 
 def test_other_files_and_models_are_refused(build_model, packed_folder, load, tmp_path):
