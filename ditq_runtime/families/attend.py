@@ -53,7 +53,8 @@ def attend_to_itself(attn: Any, codes: Codes, shape: torch.Size) -> torch.Tensor
 
 def project(attn: Any, linear: QuantLinear, codes: Codes, shape: torch.Size) -> torch.Tensor:
     """The heads [B, T, H, D] that a projection makes of the codes of [B, T, K]."""
-    return linear.multiply(codes, linear.compute_dtype).view(*shape[:2], attn.heads, -1)
+    width = linear.out_features // attn.heads  # not -1: there may be no tokens
+    return linear.multiply(codes, linear.compute_dtype).view(*shape[:2], attn.heads, width)
 
 
 def attend(
@@ -84,7 +85,7 @@ def add_output(
 ) -> torch.Tensor:
     """The stream [B * T, D] + gate * to_out(context [B, T, H, D], or its codes), to_out by its name."""
     to_out: Any = packed_linear(attn, name)
-    context = context.reshape(len(rows), -1)
+    context = context.reshape(-1, to_out.in_features)
     is_coded = context.dtype == torch.int8
     codes = to_out.site.codes_left(context) if is_coded else to_out.quantize(context)
     added: torch.Tensor = to_out.add_to(rows, gate, codes)

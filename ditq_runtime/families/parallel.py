@@ -65,7 +65,7 @@ class ParallelLayer:
         mlp = part_of(block, self._activation)(fc1.multiply(codes, fc1.compute_dtype))
         context = self._attention.attend(block, [heads], rotation)
         output = packed_linear(block, self._output)
-        both = torch.cat([context.reshape(len(rows), -1), mlp], dim=1)
+        both = torch.cat([context.flatten(0, 1), mlp], dim=1)
         return output.add_to(rows, adaln[2], output.quantize(both)).view(hidden.shape)
 
     def steps(self, block: nn.Module) -> list[Step]:

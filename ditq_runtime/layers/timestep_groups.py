@@ -75,7 +75,7 @@ def group_index(num_rows: int) -> torch.Tensor:
             "timestep groups: a layer with groups ran outside of a forward of its model; call the model"
         )
     if index.dim() == 1:
-        if num_rows % len(index):
+        if not len(index) or num_rows % len(index):
             raise ValueError(
                 f"timestep groups: {num_rows} rows are no equal share of {len(index)} samples; something splits the "
                 "batch inside of the model, as perturbed attention does: pass timestep as t.expand(B), as pipelines "

@@ -229,6 +229,8 @@ def test_perturbed_attention_splits_the_batch_of_grouped_layers(pipes, stats):
     assert error(outputs[1], outputs[0]) < 0.05
     with pytest.raises(ValueError, match="no equal share of 3 samples; something splits the batch"):
         run(packed, {**inputs, "timestep": torch.tensor([400, 400, 400])})
+    with pytest.raises(ValueError, match="0 rows are no equal share of 0 samples"):
+        run(packed, {key: value[:0] for key, value in inputs.items()})
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

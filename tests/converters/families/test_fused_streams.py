@@ -86,6 +86,17 @@ def test_arguments_for_the_attention_keep_blocks_unfused(make_case, run):
     assert torch.equal(run(packed, told), run(packed, inputs))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "flux-attention"])
+def test_without_a_token_of_text_they_run_as_stock_blocks_do(make_case, run, name):
+    model, inputs = make_case(name)
+    options = W8 | ({"attention": "int8"} if "attention" in name else {})
+    packed = convert(model, Recipe(**options), quiet=True)
+    few = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0]}
+    few |= {key: inputs[key][:0] for key in inputs if key == "txt_ids"}
+    fused, stock = both_ways(run, packed, few)
+    assert torch.equal(fused, stock)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_fp16_streams_are_clipped_as_diffusers_does(make_case, fuse):
     """A gate that makes the sum pass 65504: infinity without the clip."""
