@@ -94,3 +94,4 @@ def __getattr__(name: str) -> Any:
 after_import("diffusers", "ditq_runtime.host.enter:enter_diffusers")
 after_import("peft", "ditq_runtime.lora.branch:enter_peft")
 after_import("diffusers.loaders.lora_pipeline", "ditq_runtime.lora.flux_loader:enter_flux_loader")
+after_import("diffusers.loaders.lora_base", "ditq_runtime.lora.wrapped:enter_lora_base")

@@ -119,3 +119,29 @@ def test_an_adapter_of_peft_and_one_of_load_lora(build_pipe, transformer_inputs)
     pipe.load_lora_weights(dict(state), adapter_name="theirs")
     with pytest.raises(ValueError, match="has an adapter of PEFT around it"):
         ditq_runtime.load_lora(pipe, state, name="ours")
+
+
+def test_verbs_reach_a_model_that_torch_compile_wrapped(packed_folder, transformer_inputs):
+    """diffusers looks past it, and would leave the adapter as it is."""
+    pipe = DiffusionPipeline.from_pretrained(packed_folder("sd3", "htg"))
+    pipe.set_progress_bar_config(disable=True)
+    inputs = transformer_inputs(pipe)[0][0]
+    model = pipe.transformer
+    plain = run(model, inputs)
+    pipe.transformer = wrapped = torch.compile(model, backend="eager")
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    state = {f"{name}.lora_A.weight": torch.ones(4, 64), f"{name}.lora_B.weight": torch.ones(64, 4)}
+    pipe.load_lora_weights(state, adapter_name="style")
+    assert not torch.equal(run(model, inputs), plain)
+    assert pipe.get_list_adapters() == {"transformer": ["style"]}
+    pipe.disable_lora()
+    assert torch.equal(run(model, inputs), plain)
+    pipe.set_adapters("style", 0.5)
+    pipe.enable_lora()
+    assert not torch.equal(run(model, inputs), plain)
+    with pytest.raises(ValueError, match="fuse_lora: not possible"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(run(model, inputs), plain)
+    assert pipe.get_active_adapters() == []
+    assert pipe.transformer is wrapped
