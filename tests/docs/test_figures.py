@@ -176,3 +176,16 @@ def test_the_study_prints_its_results(name, drawn):
 def test_the_page_of_diffusers_counts_the_forwards_of_threads():
     forwards = sum(int(row["cases"]) for row in rows("stress.csv") if "threads" in row["kind"])
     assert f"0 of {forwards:,}" in page("docs/host.md")
+
+
+def test_the_supported_versions_are_those_that_are_tested():
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", page("constraints.txt"), re.M))
+    cells = [line.split("|")[1:3] for line in page("docs/supported.md").splitlines() if "|" in line]
+    found = [
+        (name.strip().lower(), re.findall(r"\d+\.\d+(?:\.\d+)?", what)) for name, what in cells
+    ]
+    for package in ("torch", "diffusers", "triton"):
+        first = next(versions[0] for name, versions in found if name == package)
+        assert first == pinned[package], package
+    releases = page("tests/bench/triton_releases.txt").split()
+    assert ("triton", [releases[0], releases[-1]]) in found

@@ -30,6 +30,24 @@ def test_links_lead_somewhere(page):
     assert [target for target in files if not (page.parent / target).exists()] == []
 
 
+def _anchors(page):
+    """What a link to a heading of a page may end with, as GitHub makes it of the heading."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M
+    )
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {"#" + heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_headings(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+    links = [(page.parent / found[1], found[2]) for found in LINK.finditer(text) if found[2]]
+    inside = [(page, anchor) for anchor in re.findall(r"\]\((#[^)]+)\)", text)]
+    known = [(path, a) for path, a in [*links, *inside] if path.suffix == ".md" and path.exists()]
+    assert [(path.name, a) for path, a in known if a not in _anchors(path)] == []
+
+
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     listed = {(index.parent / match[1]).resolve() for match in LINK.finditer(index.read_text())}
