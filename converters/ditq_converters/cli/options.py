@@ -11,7 +11,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="demo:digits, demo:digits-salient, demo:digits-asymmetric, a diffusers folder, or a hub id.",
+        help="demo:digits or demo:digits-flow (both also with -salient and -asymmetric), a diffusers folder, a hub id, or "
+        "a .pt of DiT's own code.",
     ),
 ]
 RecordAttentionOption = Annotated[
