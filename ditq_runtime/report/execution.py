@@ -110,20 +110,25 @@ class ExecutionReport:
         }
 
     def __str__(self) -> str:
-        """A fixed-width table with the totals as its last line."""
-        header = f"{'layer':<44} {'op':<36} {'weights':<8} {'activations':<12} {'bytes':>10} backend    note"
-        rows = [
-            f"{r.name:<44} {r.op:<36} {r.weights:<8} {r.activations:<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
+        """A table, as wide as its longest cells, with the totals as its last line."""
+        table = [("layer", "op", "weights", "activations", "bytes", "backend", "note")]
+        table += [
+            (r.name, r.op, r.weights, r.activations, f"{r.nbytes:,}", r.backend, r.note)
             for r in self.layers
         ]
-        rows += [
-            f"{r.name:<44} {r.op:<36} {'-':<8} {f'{r.scores} {r.values}':<12} {r.nbytes:>10} {r.backend:<10} {r.note}"
+        table += [
+            (r.name, r.op, "-", f"{r.scores} {r.values}", f"{r.nbytes:,}", r.backend, r.note)
             for r in self.attention
         ]
-        rows += [f"{r.name:<44} not fused: {r.note}" for r in self.blocks if not r.fused]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        aligned = zip("<<<<><<", widths, strict=True)  # bytes to the right
+        line = "  ".join(f"{{:{side}{width}}}" for side, width in aligned)
+        rows = [line.format(*row).rstrip() for row in table]
+        name = widths[0]
+        rows += [f"{r.name:<{name}}  not fused: {r.note}" for r in self.blocks if not r.fused]
         rows += [
-            f"{name:<44} no linear: {count} parameters stay float"
-            for name, count in self.experts.items()
+            f"{whose:<{name}}  no linear: {count} parameters stay float"
+            for whose, count in self.experts.items()
         ]
         t = self.totals
         hoisted = f"modulation of {self.hoisted} hoisted, " if self.hoisted else ""
@@ -134,7 +139,7 @@ class ExecutionReport:
             f"{t['fused_blocks']:.0f} of {t['blocks']:.0f} blocks fused, {hoisted}"
             f"{t['bytes'] / 2**20:.2f} MiB"
         )
-        return "\n".join([header, *rows, last])
+        return "\n".join([*rows, last])
 
 
 WEIGHT_ONLY = "weight-only: integer weights, float activations"

@@ -11,8 +11,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="demo:digits or demo:digits-flow (both also with -salient and -asymmetric), a diffusers folder, a hub id, or "
-        "a .pt of DiT's own code.",
+        help="demo:digits or demo:digits-flow (both also with -salient and -asymmetric), a diffusers folder, a hub id, "
+        "or a .pt of DiT's own code.",
     ),
 ]
 RecordAttentionOption = Annotated[

@@ -133,7 +133,14 @@ def _variants(study: dict[str, Any]) -> str:
         "model", "SQNR free, dB", "SQNR forced, dB", "PSNR, dB", "accuracy", "digit-FD", "MiB", "convert, s",
     ]  # fmt: skip
     count = len(study["labels"])
-    told = f"<p>{count} samples per model; digit-FD compares rows of one table, from 65 samples on.</p>"
+    if base["digit_fd"] is None:  # from 65 samples on
+        at = header.index("digit-FD")
+        header, *rows = ([*row[:at], *row[at + 1 :]] for row in (header, *rows))
+        return table(header, rows) + f"<p>{count} samples per model.</p>"
+    told = (
+        f"<p>{count} samples per model. Digit-FD: Frechet distance to the real digits, on features of a small "
+        "classifier; compare rows of this table alone.</p>"
+    )
     return table(header, rows) + told
 
 
