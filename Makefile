@@ -23,11 +23,12 @@ check: $(READY)
 	$(BIN)/mypy
 
 # Machine code of every kernel and architecture against its budget, with the installed Triton; then, with the others, of
-# what changed since it was counted. Needs no GPU.
+# what changed since it was counted; then every launch of every op over a driver that does nothing. Needs no GPU.
 census: $(READY) $(TRITONS)
 	$(BIN)/ditq bench census --check
 	for release in $(TRITONS:/.ready=); do PYTHONPATH=$$release $(BIN)/ditq bench census --check \
 	    --known bench/results/census.csv --update-known || exit 1; done
+	for target in 80 86 89 90 120; do $(BIN)/python -m ditq_bench.census.launched $$target || exit 1; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,9 @@
-"""A call of every public op at one small shape, as a layer makes it."""
+"""A call of every public op at one shape, as a layer makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,37 @@ import torch
 
 import ditq_kernels as k
 
-TOKENS, INPUTS, OUTPUTS, HEADS, HEAD_DIM, GROUP_SIZE = 32, 128, 64, 1, 64, 64
+GROUP_SIZE = 64
 
 
-def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+@dataclass(frozen=True)
+class Shape:
+    """Of all ops: tokens of several images, inputs and outputs of a linear, its heads.
+
+    Attributes:
+        images: of a batch.
+        tokens: of all images.
+        inputs: a multiple of 64.
+        heads: of the attention.
+        head_dim: outputs are heads of so many channels.
+    """
+
+    images: int
+    tokens: int
+    inputs: int
+    heads: int
+    head_dim: int
+
+    @property
+    def outputs(self) -> int:
+        """Of a linear."""
+        return self.heads * self.head_dim
+
+
+ODD = Shape(images=3, tokens=33, inputs=192, heads=1, head_dim=72)  # no multiple of any tile
+
+
+def calls(device: torch.device, shape: Shape = ODD) -> dict[str, Callable[[], Any]]:
     """Name -> a call; operands are made once."""
     generator = torch.Generator().manual_seed(0)
 
@@ -25,20 +53,22 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         return made.to(device)
 
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    x, q = floats(TOKENS, INPUTS).bfloat16(), codes(TOKENS, INPUTS)
-    weight = floats(OUTPUTS, INPUTS)
+    x, q = floats(shape.tokens, shape.inputs).bfloat16(), codes(shape.tokens, shape.inputs)
+    weight = floats(shape.outputs, shape.inputs)
     layers = {
         "w8": k.quantize_weight_w8(weight),
         "w4p": k.quantize_weight_w4p(weight, GROUP_SIZE).arranged(),
         "w4g": k.quantize_weight_w4g(weight, GROUP_SIZE).arranged(),
     }
-    found = _rows(x, floats, zero) | _fused(q, layers, floats, zero)
-    return found | _gemms(q, layers, floats) | _attention(codes, floats)
+    found = _rows(shape, x, floats, zero) | _fused(shape, q, layers, floats, zero)
+    return found | _gemms(shape, q, layers, floats) | _attention(shape, codes, floats)
 
 
-def _rows(x: torch.Tensor, floats: Any, zero: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    one, smooth_inv, shift = floats(1), floats(INPUTS), floats(1, INPUTS)
-    multiplier, add = floats(2, INPUTS), floats(2, INPUTS)
+def _rows(
+    shape: Shape, x: torch.Tensor, floats: Any, zero: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    one, smooth_inv, shift = floats(1), floats(shape.inputs), floats(1, shape.inputs)
+    multiplier, add = floats(shape.images, shape.inputs), floats(shape.images, shape.inputs)
     static = {"scale": one, "zero_point": zero}
     return {
         "quantize_per_token": lambda: k.quantize_per_token(x),
@@ -52,13 +82,16 @@ def _rows(x: torch.Tensor, floats: Any, zero: torch.Tensor) -> dict[str, Callabl
     }
 
 
-def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Callable[[], Any]]:
-    step, bias, down = floats(TOKENS), floats(OUTPUTS), floats(16, INPUTS).bfloat16()
+def _gemms(
+    shape: Shape, q: torch.Tensor, layers: dict[str, Any], floats: Any
+) -> dict[str, Callable[[], Any]]:
+    step, bias = floats(shape.tokens), floats(shape.outputs)
+    down = floats(16, shape.inputs).bfloat16()
     w8, w4, w4g = layers.values()
     groups = (w4.group_scale, w4.group_offset, w4.scale)
     file = k.quantize_weight_w4p(w4.dequantize(), GROUP_SIZE)  # as modulation layers hold theirs
     half: dict[str, Any] = {"out_dtype": torch.bfloat16}
-    row = floats(2, INPUTS)
+    row = floats(shape.images, shape.inputs)
     return {
         "gemm_w8a8": lambda: k.gemm_w8a8(q, w8.qweight, step, w8.scale, bias, **half),
         "gemm_w4a8": lambda: k.gemm_w4a8(q, w4.packed, step, *groups, bias, **half),
@@ -66,6 +99,7 @@ def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Ca
             q, w4g.packed, step, w4g.scale, w4g.weight_zero, bias, **half
         ),
         "lora_down": lambda: k.lora_down(q, down, step),
+        "w4_expand": lambda: k.w4_expand(file.packed, file.group_scale, file.group_offset),
         "linear_w8": lambda: k.linear_w8(row, w8.qweight, w8.scale, bias),
         "linear_w4": lambda: k.linear_w4(
             row, file.packed, file.group_scale, file.group_offset, file.scale, bias
@@ -74,10 +108,11 @@ def _gemms(q: torch.Tensor, layers: dict[str, Any], floats: Any) -> dict[str, Ca
 
 
 def _fused(
-    q: torch.Tensor, layers: dict[str, Any], floats: Any, zero: torch.Tensor
+    shape: Shape, q: torch.Tensor, layers: dict[str, Any], floats: Any, zero: torch.Tensor
 ) -> dict[str, Callable[[], Any]]:
-    one, bias, stream = floats(1), floats(OUTPUTS), floats(TOKENS, OUTPUTS).bfloat16()
-    gate = floats(2, OUTPUTS)
+    one, bias = floats(1), floats(shape.outputs)
+    stream = floats(shape.tokens, shape.outputs).bfloat16()
+    gate = floats(shape.images, shape.outputs)
     out = {"out_scale": one + 1, "out_zero_point": zero + 1}
     steps = (floats(1), floats(1), floats(1))
     found: dict[str, Callable[[], Any]] = {}
@@ -90,7 +125,7 @@ def _fused(
         three: Any = tuple(
             type(layer)(*(part.clone() for part in vars(layer).values())) for _ in "qkv"
         )
-        heads: dict[str, Any] = {"batch": 2, "heads": HEADS, "head_scales": steps, **sums}
+        heads = {"batch": shape.images, "heads": shape.heads, "head_scales": steps, **sums}
         found[f"gemm_residual, {name}"] = partial(
             k.gemm_residual, q, layer, one, bias, residual=stream, gate=gate, **static
         )
@@ -104,12 +139,13 @@ def _fused(
     return found
 
 
-def _attention(codes: Any, floats: Any) -> dict[str, Callable[[], Any]]:
-    query, key, values = (codes(2, HEADS, TOKENS // 2, HEAD_DIM) for _ in "qkv")
+def _attention(shape: Shape, codes: Any, floats: Any) -> dict[str, Callable[[], Any]]:
+    rows, head_dim = shape.tokens // shape.images, shape.head_dim
+    query, key, values = (codes(shape.images, shape.heads, rows, head_dim) for _ in "qkv")
     steps, step = (floats(1), floats(1)), floats(1)
     half = values.bfloat16()
-    heads, weight = floats(2, TOKENS // 2, HEADS, HEAD_DIM).bfloat16(), floats(HEAD_DIM)
-    tables = [floats(TOKENS // 2, HEAD_DIM // 2) for _ in range(2)]
+    heads, weight = floats(shape.images, rows, shape.heads, head_dim).bfloat16(), floats(head_dim)
+    tables = [floats(rows, head_dim // 2) for _ in range(2)]
     options: dict[str, Any] = {"softmax_scale": 0.125, "out_dtype": torch.bfloat16}
     return {
         "quantize_heads": lambda: k.quantize_heads(heads, weight, *tables),

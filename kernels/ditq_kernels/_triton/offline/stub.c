@@ -3,6 +3,7 @@
 
 typedef int CUresult;
 static long context = 1;
+int shared_limit = 232448; /* bytes a program may ask for; whoever loads this sets it */
 #define DONE return 0
 
 CUresult cuInit(unsigned flags) { DONE; }
@@ -17,7 +18,7 @@ CUresult cuDeviceGet(int *device, int ordinal) { *device = 0; DONE; }
 CUresult cuDevicePrimaryCtxRetain(void **c, int device) { *c = &context; DONE; }
 /* 97: shared memory a program may ask for; 8: without asking; the rest are counts */
 CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
-  *value = attribute == 97 ? 232448 : attribute == 8 ? 49152 : 132;
+  *value = attribute == 97 ? shared_limit : attribute == 8 ? 49152 : 132;
   DONE;
 }
 CUresult cuModuleLoadData(void **module, const void *image) { *module = &context; DONE; }

@@ -23,6 +23,9 @@ from triton.runtime import driver
 from ditq_kernels.launch import backend, tuning, waves
 
 SOURCE = Path(__file__).with_name("stub.c")
+SHARED_LIMIT = {  # bytes that a program may ask for
+    80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10, 121: 99 << 10,
+}  # fmt: skip
 
 
 def install(target: int) -> None:
@@ -38,7 +41,7 @@ def install(target: int) -> None:
         raise RuntimeError(
             "stub driver: unset TRITON_INTERPRET, an interpreted kernel is not launched"
         )
-    _load_stub()
+    _load_stub(SHARED_LIMIT[target])
     driver.set_active(_driver_of(target))
     tables = tuning.tables_of_architecture(f"sm_{target}")
     tuning.tables_of = lambda device: tables  # type: ignore[assignment]
@@ -48,7 +51,7 @@ def install(target: int) -> None:
     backend.backend_of = _backend_of
 
 
-def _load_stub() -> None:
+def _load_stub(shared_limit: int) -> None:
     """Compile it as libcuda and load it, so that the libraries that Triton builds find it."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -58,7 +61,8 @@ def _load_stub() -> None:
     soname = "-Wl,-soname,libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", soname, SOURCE, "-o", library], check=True)
     (folder / "libcuda.so").symlink_to(library)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    ctypes.c_int.in_dll(loaded, "shared_limit").value = shared_limit
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
 
 
