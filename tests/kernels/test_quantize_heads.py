@@ -214,9 +214,9 @@ def test_no_tokens(device, generator):
 
 
 def test_programs_hold_what_they_norm():
-    assert kernel.shape_of_program(24, 128, wide=False) == (16, 128, 4)
-    assert kernel.shape_of_program(40, 128, wide=True) == (64, 128, 16)
-    assert kernel.shape_of_program(16, 72, wide=False) == (16, 128, 4)
+    assert kernel.shape_of_program(24, 128, wide=False) == (16, 128, 2)
+    assert kernel.shape_of_program(40, 128, wide=True) == (64, 128, 8)
+    assert kernel.shape_of_program(16, 72, wide=False) == (16, 128, 2)
 
 
 def refusals(generator):

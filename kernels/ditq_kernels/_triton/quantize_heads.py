@@ -13,7 +13,7 @@ from ditq_kernels._triton.parts.common import (
 from ditq_kernels._triton.parts.rows import INT8_MAX, scale_of_steps
 
 VALUES_OF_A_PROGRAM = 2048  # fp32 values that a program holds, where heads are normed apart
-VALUES_OF_A_WARP = 512
+VALUES_OF_A_WARP = 1024
 
 
 @triton.jit
@@ -60,18 +60,21 @@ def _quantize_heads_kernel(
         inv_rms = tl.div_rn(tl.full((HEADS,), 1.0, tl.float32), rms)[:, None]
         y = normed(y, inv_rms, norm_weight_ptr, h, d, H, D, WIDE)
     if cos_ptr is not None:
-        if INTERLEAVED:
-            partner, pair, first = d ^ 1, d // 2, d % 2 == 0
+        if INTERLEAVED:  # a thread has both channels of a pair
+            pair = d // 2
+            first, second = tl.split(y.reshape(HEADS, BLOCK_D // 2, 2))
+            turned = tl.join(-second, first).reshape(HEADS, BLOCK_D)
         else:
-            partner, pair, first = (d + D // 2) % D, d % (D // 2), d < D // 2
-        other = load_channels(x_ptr, h, partner, H, D, stride_xh)  # of the same cache lines
-        if norm_weight_ptr is not None:
-            other = normed(other, inv_rms, norm_weight_ptr, h, partner, H, D, WIDE)
+            partner, pair = (d + D // 2) % D, d % (D // 2)
+            other = load_channels(x_ptr, h, partner, H, D, stride_xh)  # of the same cache lines
+            if norm_weight_ptr is not None:
+                other = normed(other, inv_rms, norm_weight_ptr, h, partner, H, D, WIDE)
+            turned = tl.where((d < D // 2)[None, :], -other, other)
         column = pair if PAIRS else d
         at = b * stride_cb + t.to(tl.int64) * stride_ct + column * stride_cd
         cos = tl.load(cos_ptr + at, mask=d < D, other=0.0)[None, :]
         sin = tl.load(sin_ptr + at, mask=d < D, other=0.0)[None, :]
-        y = y * cos + tl.where(first[None, :], -other, other) * sin
+        y = y * cos + turned * sin
     inside = (h < H)[:, None] & (d < D)[None, :]
     if shift_ptr is not None:
         at = shift_ptr + ((b * H + h) * D)[:, None] + d[None, :]
