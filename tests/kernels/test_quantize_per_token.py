@@ -7,6 +7,7 @@ import torch
 
 import ditq_kernels as k
 from ditq_kernels._triton import quantize_per_token as kernel
+from ditq_kernels.launch import tuning
 from ditq_kernels.launch.tuning import RowConfig
 from ditq_kernels.reference import linear as reference
 
@@ -57,6 +58,17 @@ def test_kernel_equals_reference(num_tokens, in_features, dtype, device, generat
     smooth_inv = (torch.rand(in_features, generator=generator) + 0.1).to(device)
     for smooth in (None, smooth_inv):
         assert_same(kernel.launch(x, smooth), reference.quantize_per_token(x, smooth))
+
+
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 128), (31, 64), (33, 72), (65, 256)])
+@pytest.mark.usefixtures("poisoned")
+def test_narrow_rows_share_a_program(num_tokens, head_dim, device, generator):
+    """A row for each head of a token, 32 a program, as the tables of GPUs have it."""
+    narrow = tuning.row_config("quantize_per_token", ("sm_90",), 8192, head_dim)
+    assert narrow == RowConfig(32, 4)
+    x = hard_activations(num_tokens, head_dim, torch.bfloat16, generator).to(device)
+    expected = reference.quantize_per_token(x, None)
+    assert_same(kernel.launch(x, None, config=narrow), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])

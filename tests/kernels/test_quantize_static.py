@@ -31,6 +31,16 @@ def test_a_scale_for_each_head_by_hand():
     assert q.tolist() == [[2, -3, 4, -6], [127, 0, -128, 1]]
 
 
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 128), (31, 64), (33, 72)])
+@pytest.mark.usefixtures("poisoned")
+def test_narrow_rows_share_a_program(num_tokens, head_dim, device, generator):
+    """A row for each head of a token, 32 a program, as the tables of GPUs have it."""
+    x = (torch.randn(num_tokens, head_dim, generator=generator) * 3).to(device)
+    scale, zero = torch.tensor([0.03], device=device), int32(5).to(device)
+    found = kernel.launch(x, scale, zero, None, config=RowConfig(32, 4))
+    assert torch.equal(found, reference.quantize_static(x, scale, zero, None))
+
+
 @pytest.mark.parametrize("zero_point", [None, -128, 33])
 @pytest.mark.parametrize(
     ("num_tokens", "heads", "head_dim"),

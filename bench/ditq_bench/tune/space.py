@@ -88,7 +88,7 @@ def buckets(target: int, ops: Collection[str]) -> list[Bucket]:
                 kind = "attention" if op.startswith("attention") else ""
                 sizes = HEAD_DIMS if kind else WIDTHS
                 limit = limits.get("max_in_features", sizes[-1] if _row_wise(op) else sizes[0])
-                inputs = max(size for size in sizes if size <= max(limit, sizes[0]))
+                inputs = max((size for size in sizes if size <= limit), default=limit)
                 many = MANY_TOKENS.get(op.partition("_")[0], 8192)
                 tokens = limits.get("max_tokens", many)
                 found.append(
@@ -206,8 +206,9 @@ def _iterations(bucket: Bucket, config: dict[str, Any]) -> int:
     return math.ceil(contracted / config["block_k"])
 
 
-def _row_space(_: Bucket) -> Iterator[tuning.RowConfig]:
-    for rows, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)):
+def _row_space(bucket: Bucket) -> Iterator[tuning.RowConfig]:
+    rows_of_program = (8, 16, 32, 64) if bucket.in_features < WIDTHS[0] else (1, 2, 4, 8)
+    for rows, warps in itertools.product(rows_of_program, (2, 4, 8, 16)):
         yield tuning.RowConfig(rows, warps)
 
 

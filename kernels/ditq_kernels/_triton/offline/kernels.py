@@ -5,6 +5,7 @@ from ditq_kernels._triton.offline.problem import OfflineKernel, Problem
 from ditq_kernels.launch import tuning
 
 ROWS = tuple(Problem(t, k) for t, k in ((8192, 1152), (256, 1152), (8192, 4608), (256, 15360)))
+NARROW = (ROWS[0], Problem(131072, 128), *ROWS[1:])  # with channels of heads, a row for each head of a token
 GEMM_TOKENS = (8192, 16, 32, 256, 512, 1024, 2048)  # 8192: 16 images of 256 pixels, guided
 GEMMS = (*(Problem(t) for t in GEMM_TOKENS), Problem(16, 4608))
 FEW_TOKENS = (Problem(512, 4608),)  # fc2 of one guided image
@@ -22,8 +23,8 @@ HEADS_TYPES = {
 }  # fmt: skip
 MODULATIONS = (Problem(16), Problem(64))
 ROW_KERNELS = {
-    "quantize_per_token": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
-    "quantize_static": OfflineKernel(ROWS, tuning.row_config, rows.row_kernel),
+    "quantize_per_token": OfflineKernel(NARROW, tuning.row_config, rows.row_kernel, checked=2),
+    "quantize_static": OfflineKernel(NARROW, tuning.row_config, rows.row_kernel, checked=2),
     "quantize_static+heads": OfflineKernel(
         ROWS[:2], rows.same_rows_as("quantize_static"), rows.heads_kernel
     ),
