@@ -63,7 +63,8 @@ class Launches:
             self.rows.add((op, tuple(found.items())))
             return found
 
-        utils.launch, tuning._fitting_row = noted, row
+        utils.launch = noted
+        tuning._fitting_row = row  # type: ignore[assignment]
 
 
 def rows_of(target: int) -> Iterator[Row]:

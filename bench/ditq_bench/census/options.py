@@ -27,7 +27,7 @@ def _rows(device: torch.device, shape: Shape) -> Calls:
         torch.ones(shape.inputs, device=device),
         torch.ones(shape.images, shape.inputs, device=device),
     )
-    shift = {
+    shift: dict[str, Any] = {
         "group_shift": torch.ones(GROUPS, shape.inputs, device=device),
         "group_index": _index(device, shape),
     }
@@ -53,16 +53,16 @@ def _gemms(device: torch.device, shape: Shape) -> Calls:
     zero, zeros = (torch.zeros(n, dtype=torch.int32, device=device) for n in (1, shape.tokens))
     table = torch.ones(GROUPS, shape.outputs, device=device)
     stream = torch.ones(shape.tokens, shape.outputs, device=device)
-    branch = {
+    branch: dict[str, Any] = {
         "lora_x": torch.ones(shape.tokens, RANK, dtype=torch.bfloat16, device=device),
         "lora_up": torch.ones(shape.outputs, RANK, dtype=torch.bfloat16, device=device),
         "bias_index": _index(device, shape),
     }
-    head_scales = (torch.ones(shape.heads, device=device),) * 3
+    head_scales: Any = (torch.ones(shape.heads, device=device),) * 3
     found: Calls = {}
     for name, layer in _layers(device, shape).items():
         sums = layer.weight_sum()
-        asymmetric = {"zero_point": zeros, "weight_sum": sums}
+        asymmetric: dict[str, Any] = {"zero_point": zeros, "weight_sum": sums}
         found[f"gemm_{name}, asymmetric, grouped, low rank"] = partial(
             _plain(name, layer), q, step, table, **asymmetric, **branch, out_dtype=torch.float16
         )
@@ -111,13 +111,13 @@ def _attention(device: torch.device, shape: Shape) -> Calls:
     q, key, values = (torch.ones(size, dtype=torch.int8, device=device) for _ in "qkv")
     of_heads = torch.ones(shape.heads, device=device)
     of_tokens = torch.ones(size[:3], device=device)
-    out = {
+    out: dict[str, Any] = {
         "out_scale": of_heads[:1].clone(),
         "out_zero_point": torch.zeros(1, dtype=torch.int32, device=device),
     }
     mask = torch.ones(shape.images, tokens, dtype=torch.bool, device=device)
     step: dict[str, Any] = {"softmax_scale": 0.125}
-    half = step | {"out_dtype": torch.float16}
+    half: dict[str, Any] = step | {"out_dtype": torch.float16}
     inside = values.transpose(2, 3).contiguous().transpose(2, 3)
     x = torch.ones(shape.images, tokens, shape.heads, shape.head_dim, device=device)
     angles = torch.ones(shape.images, tokens, shape.head_dim, device=device)
