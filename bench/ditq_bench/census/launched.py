@@ -46,10 +46,10 @@ class Launches:
 
     def __init__(self) -> None:
         """Nothing yet; a stub is installed."""
-        from triton.runtime import driver
+        from ditq_kernels._triton.offline import stub
 
         self.count, self.grids, self.rows = 0, set[tuple[int, ...]](), set[Row]()
-        utils, fitting = driver.active.utils, tuning._fitting_row
+        utils, fitting = stub.utilities(), tuning._fitting_row
         launch = utils.launch
 
         def noted(*arguments: Any) -> Any:

@@ -51,6 +51,11 @@ def install(target: int) -> None:
     backend.backend_of = _backend_of
 
 
+def utilities() -> Any:
+    """Of the driver that is installed; its `launch` starts a kernel: grid, stream, function, and the rest."""
+    return driver.active.utils
+
+
 def _load_stub(shared_limit: int) -> None:
     """Compile it as libcuda and load it, so that the libraries that Triton builds find it."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
