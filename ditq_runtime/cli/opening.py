@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def open_packed(path: str, dtype: str, device: Any, offload: str = "none") -> An
     from ditq_runtime.format.folder import open_folder
     from ditq_runtime.host.hub_cache import local
 
-    how = f"`ditq convert {path} OUT` makes one"
+    how = f"`ditq convert {quote(path)} OUT` makes one"
     if path.startswith("demo:"):
         raise ValueError(f"{path} is a built-in float model, not a packed folder; {how}")
     path = local(path)

@@ -33,6 +33,7 @@ def test_the_command_line_loads_no_torch():
     program = (
         "import sys\nfrom ditq_runtime.cli.app import run\n"
         "assert run(['--help']) == 0 and run(['sample', '--nope']) == 2\n"
+        "assert run('convert demo:digits out --weights w5'.split()) == 2\n"
         "heavy = {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

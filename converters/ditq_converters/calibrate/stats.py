@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -319,7 +320,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         raise StatisticsError(
-            f"{folder}: no manifest.json there; make it with `ditq calibrate MODEL --out {folder}`"
+            f"{folder}: no manifest.json there; make it with `ditq calibrate MODEL --out {quote(str(folder))}`"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

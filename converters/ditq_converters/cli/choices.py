@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditq_converters.plugins import BUILT_IN, found_methods
+from ditq_converters.cli.refusals import as_options, check_values, refuse_lost
+from ditq_converters.plugins import found_methods
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,9 +120,6 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         "--groups-per-layer",
     ),
 }
-OF_METHODS = (  # choices that a method has or does not have
-    "alpha", "search", "ssc", "shift", "scale", "num_groups", "linkage", "ema", "groups_per_layer",
-)  # fmt: skip
 SetOption = Annotated[
     list[str],
     typer.Option(
@@ -149,6 +147,7 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**given: Any) -> None:
         choices = {name: given.pop(name) for name in CHOICES}
+        check_values(choices)
         command(**given, choices={**choices, "keep": tuple(choices["keep"])})
 
     own = inspect.signature(command, eval_str=True).parameters
@@ -184,36 +183,10 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
         check_budget(budget or SMALLEST)
         recipe = Recipe(**{name: value for name, value in asked.items() if value is not None})
     except ValueError as error:
-        raise typer.BadParameter(f"{_as_options(str(error), choices)}.") from error
-    _refuse_lost(recipe.method, choices)
+        raise typer.BadParameter(f"{as_options(str(error), choices)}.") from error
+    lost = {name: value for name, value in choices.items() if not _is_default(name, value)}
+    refuse_lost(recipe.method, lost)
     return recipe
-
-
-def _refuse_lost(method: str, choices: dict[str, Any]) -> None:
-    """A choice of other methods would be lost without a word."""
-    from ditq_converters.methods import METHODS
-
-    for name in OF_METHODS:
-        if _is_default(name, choices[name]) or name in METHODS[method].option_names:
-            continue
-        owners = [other for other in BUILT_IN if name in METHODS[other].option_names]
-        raise typer.BadParameter(
-            f"{_option_of(name)} is for {', '.join(owners)}, and the method is {method}; leave it out."
-        )
-
-
-def _option_of(field: str) -> str:
-    """The option that a command line has for a field of a recipe."""
-    return "--groups" if field == "num_groups" else f"--{field.replace('_', '-')}"
-
-
-def _as_options(sentence: str, choices: dict[str, Any]) -> str:
-    """A recipe's sentence about a field as one about the option that a command line has for it."""
-    field, _, rest = sentence.removeprefix("recipe: ").removeprefix("option ").partition(" ")
-    if field == "method":
-        rest = rest.replace("one of ", "one of auto, ", 1)
-    known = field.rstrip(":") in choices
-    return f"{_option_of(field)} {rest}" if known else sentence
 
 
 def is_auto(choices: dict[str, Any]) -> bool:
@@ -280,16 +253,6 @@ def searched(choices: dict[str, Any], pipe: Any, stats: CalibrationStats) -> Pla
 def _is_default(name: str, value: Any) -> bool:
     default = CHOICES[name][1]
     return bool(value == (tuple(default) if isinstance(default, list) else default))
-
-
-def refuse_choices(context: typer.Context, plan: Path | None) -> None:
-    """A plan holds every choice: others beside it would be lost without a word."""
-    for name in CHOICES if plan is not None else ():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(
-                f"--plan holds every choice already, and {_option_of(name)} was given too; change the plan with --set."
-            )
 
 
 def transformer_for(model: str, inputs: Path | None, stats: CalibrationStats | None) -> nn.Module:

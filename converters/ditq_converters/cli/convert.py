@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ditq_converters.cli import choices as c
 from ditq_converters.cli import options as o
+from ditq_converters.cli.refusals import refuse_choices
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def convert(
     """
     from ditq_runtime.files import check_new, one_writer
 
-    c.refuse_choices(context, plan)
+    refuse_choices(context, plan, c.CHOICES)
     recipe = c.recipe_of(choices)
     if str(out).startswith("demo:"):
         raise typer.BadParameter(f"OUT: {out} is the name of a built-in model; name a folder.")
@@ -170,4 +172,4 @@ def _next_step(out: Path, scheme: Scheme | None) -> str:
     if not (out / "model_index.json").exists():
         return "load it with its diffusers class, after `import ditq_runtime`"
     told = "" if scheme and scheme.architecture == "DiTTransformer2DModel" else ' --prompt "TEXT"'
-    return f"sample from it with `ditq sample {out}{told} --out x.png`"
+    return f"sample from it with `ditq sample {quote(str(out))}{told} --out x.png`"

@@ -11,6 +11,7 @@ import typer
 
 from ditq_converters.cli import choices as c
 from ditq_converters.cli import options as o
+from ditq_converters.cli.refusals import refuse_choices
 from ditq_runtime.cli.output import mebibytes, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def inspect(
         return
     if verify:
         raise typer.BadParameter(f"--verify: {path} is a float model, which has no digests.")
-    c.refuse_choices(context, plan)
+    refuse_choices(context, plan, c.CHOICES)
     recipe = c.recipe_of(choices)
     model = c.transformer_for(path, inputs, None)
     _show_float(inspect_float(model, c.plan_for(model, recipe, plan, set)), json)

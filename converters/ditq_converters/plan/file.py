@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_type_hints
 
 from ditq_converters.plan.entries import AttentionPlan, Entry, LinearPlan, SitePlan
@@ -44,7 +45,7 @@ def read_plan(path: str | Path) -> Plan:
         return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path}: no such plan; make it with `ditq plan MODEL --out {path}`"
+            f"{path}: no such plan; make it with `ditq plan MODEL --out {quote(str(path))}`"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
