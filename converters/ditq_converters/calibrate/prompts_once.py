@@ -16,15 +16,12 @@ import torch
 from torch import nn
 
 from ditq_converters.calibrate.transformer_calls import map_tensors
+from ditq_converters.hooks import until_reached
 from ditq_runtime.calls.inputs import Input, update_digest
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.calls.pipeline import draw
 
 ENCODERS = "text_encoder"
-
-
-class Begun(Exception):
-    """The pipeline calls its transformer for the first time."""
 
 
 @contextmanager
@@ -44,7 +41,8 @@ def encoded_once(pipe: Any, inputs: Iterable[Input]) -> Iterator[None]:
     pipe.encode_prompt = memory
     try:
         for given in inputs:
-            _begin(pipe, given)
+            with until_reached(transformers_in(pipe).values(), lambda *call: None):
+                draw(pipe, given)
         memory.complete = True
         for name in names:
             setattr(pipe, name, None)
@@ -52,20 +50,6 @@ def encoded_once(pipe: Any, inputs: Iterable[Input]) -> Iterator[None]:
         yield
     finally:
         del pipe.encode_prompt
-
-
-def _begin(pipe: Any, given: Input) -> None:
-    def stop(*_: Any) -> None:
-        raise Begun
-
-    hooks = [m.register_forward_pre_hook(stop) for m in transformers_in(pipe).values()]
-    try:
-        draw(pipe, given)
-    except Begun:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,7 @@ class Recorder:
         """
         self._models, self._choice, self._replay, self._done = models, choice, replay, done
         self._seed, self._attention = seed, attention
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
         self._watches: dict[str, OperandWatch] = {}
         self._visit: Visit | None = None
         self.calls = 0
@@ -78,7 +79,7 @@ class Recorder:
         """Install the hooks."""
         for component, (model, family) in self._models.items():
             begin = self._beginner(component, family.timestep_argument)
-            self._hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+            self._hooks.enter_context(model.register_forward_pre_hook(begin, with_kwargs=True))
             tables = family.block_tables(model).items()
             for block, table in tables:
                 for site in table.sites:
@@ -99,8 +100,7 @@ class Recorder:
 
     def __exit__(self, *error: Any) -> None:
         """Remove the hooks."""
-        for hook in reversed(self._hooks):
-            hook.__exit__(*error) if isinstance(hook, OperandWatch) else hook.remove()
+        self._hooks.close()
 
     def finish(self) -> list[TransformerCall]:
         """Hand over the last visit; the calls that were kept whole, in their order."""
@@ -108,7 +108,7 @@ class Recorder:
         return [call for _, call in sorted(self.kept.values(), key=lambda item: item[0])]
 
     def _listen(self, model: nn.Module, name: str, hook: Any) -> None:
-        self._hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        self._hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
 
     def _watch_operands(self, component: str, model: nn.Module, family: Family) -> None:
         names = family.attention_names(model) if self._attention else []
@@ -117,8 +117,7 @@ class Recorder:
                 {name: model.get_submodule(name) for name in names},
                 lambda operand, rows: self._observe(operand, rows.float()),
             )
-            self._hooks.append(watch.__enter__())
-            self._watches[component] = watch
+            self._watches[component] = self._hooks.enter_context(watch)
 
     def _beginner(self, component: str, traced: str | None) -> Any:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ditq_converters.convert.bias_correction import SampledRows
-from ditq_converters.convert.emulated import Emulated, Rounded, output_units, playable
-from ditq_converters.convert.fold import Block, LinearTensors
+from ditq_converters.convert.emulated import Emulated, Rounded, playable
+from ditq_converters.convert.fold import Block, LinearTensors, output_units
 from ditq_converters.convert.gptq import Feedback, error_feedback
 from ditq_converters.convert.observed import Observed
 from ditq_converters.convert.prefix import Prefix

@@ -13,63 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ditq_converters.convert.fold import Block
+from ditq_converters.convert.fold import Units
 from ditq_converters.methods import Transform
-from ditq_runtime.families import BlockTable, rows_of
 from ditq_runtime.format.layer import LayerFormat
 from ditq_runtime.format.site import SiteFormat
 from ditq_runtime.layers.linear import QuantLinear
 from ditq_runtime.layers.site import Site
 
 QUANTIZERS = ("act_scale", "act_zero")  # what a quantizer reads behind the transform
-
-
-@dataclass(frozen=True)
-class Units:
-    """How folds changed the output of a linear: y' = (y + added) * scale.
-
-    Attributes:
-        scale: [N] fp64.
-        added: [N] fp64.
-    """
-
-    scale: torch.Tensor
-    added: torch.Tensor
-
-
-def output_units(
-    linears: Block, table: BlockTable, folded: dict[str, Transform]
-) -> dict[str, Units]:
-    """What `fold_block` did to the outputs of a block's linears, for one shift in all timestep groups.
-
-    Args:
-        linears: of the block; only their shapes are read.
-        table: of the block.
-        folded: site name -> the transform that its producer took; not those that the quantizer applies.
-
-    Returns:
-        Producer name -> units; other linears kept theirs.
-    """
-    found: dict[str, Units] = {}
-    no_linears = {*table.tables, *table.norms}
-    for site in table.sites:
-        transform = folded.get(site.name, Transform())
-        channels = linears[site.consumers[0]].weight.shape[1]
-        for made in rows_of(site.producer, channels):
-            if made.owner in no_linears:
-                continue
-            size = len(linears[made.owner].weight)
-            width = min(channels, size - made.start)
-            rows = slice(made.start, made.start + width)
-            fresh = Units(torch.ones(size).double(), torch.zeros(size).double())
-            units = found.setdefault(made.owner, fresh)
-            if transform.smooth is not None:
-                units.scale[rows] = 1 / transform.smooth[:width]
-            if made.multiplies:
-                units.added[rows] = 1
-            elif transform.shift is not None:
-                units.added[rows] = -transform.shift[0, :width]
-    return found
 
 
 def playable(
@@ -141,7 +92,7 @@ class Emulated(nn.Module):
         self.register_buffer("u", None if smooth is None else (1 / smooth).float())
         self.register_buffer("z", None if shift is None else shift[0].float())
         self.register_buffer("scale", None if units is None else units.scale.float())
-        self.register_buffer("added", None if units is None else units.added.float())
+        self.register_buffer("added", None if units is None else units.added[0].float())
 
     def transformed(self, x: torch.Tensor) -> torch.Tensor:
         """Its input as the packed linear reads it: fp32, the shape of x."""

@@ -15,7 +15,7 @@ A site's input X becomes (X - z_g) u with u = 1 / s and z_g one shift per timest
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from torch import nn
 
 from ditq_converters.methods import Transform
 from ditq_runtime.families import (
-    AdaLN,
     BlockTable,
     NormWeights,
     OnTheFly,
@@ -31,7 +30,9 @@ from ditq_runtime.families import (
     Site,
     ValueRows,
     get_linear,
+    rows_of,
 )
+from ditq_runtime.families.sites import Rows
 
 
 @dataclass
@@ -117,57 +118,70 @@ def fold_block(
     on_the_fly = {}
     for site in table.sites:
         transform = transforms.get(site.name, Transform())
-        folded, left = transform, None  # what the producer takes, and what it does not
-        if site.name in in_quantizer or isinstance(site.producer, OnTheFly):
-            folded, left = Transform(), transform if _does_something(transform) else None
-        match site.producer:
-            case AdaLN() as producer:
-                chunks = table.chunks(producer.modulation)
-                _fold_modulation(linears[producer.modulation], chunks, producer, folded)
-            case ValueRows(values):
-                folded, rest = _fold_values([linears[name] for name in values], site, folded)
-                left = rest or left
-            case NormWeights(norm):
-                fold_norm(linears[norm], folded)
-            case ProductRows(linear) as producer:
-                fold_product(linears[linear], producer, folded)
+        taken, left = divide(site, transform, linears, in_quantizer)
+        _fold_rows(linears, site, taken)
         for name in site.consumers:
-            _absorb(linears[name], folded if name in float_readers else transform)
+            _absorb(linears[name], taken if name in float_readers else transform)
             if left is not None and name not in float_readers:
                 on_the_fly[name] = left
     return on_the_fly
 
 
-def _does_something(transform: Transform) -> bool:
-    return transform.smooth is not None or transform.shift is not None
+def divide(
+    site: Site, transform: Transform, linears: Block, in_quantizer: Collection[str]
+) -> tuple[Transform, Transform | None]:
+    """What the producer of a site takes of its transform, and what is left to the quantizer; None for nothing.
 
-
-def stored_folds(
-    linears: Block,
-    table: BlockTable,
-    transforms: dict[str, Transform],
-    in_quantizer: Collection[str] = (),
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `fold_shift` [S, K]; fp32.
-
-    Shifts run by rising timestep, as the bias tables do.
+    Raises:
+        ValueError: a shift that the producer cannot take.
     """
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    for site in table.sites:
-        transform = transforms.get(site.name, Transform())
-        shift, smooth = transform.shift, transform.smooth
-        on_the_fly = isinstance(site.producer, OnTheFly) or site.name in in_quantizer
-        if on_the_fly or (shift is None and smooth is None):
-            continue
-        stored = {} if shift is None else {"fold_shift": shift.flip(0).float()}
-        scale = (
-            torch.ones_like(stored["fold_shift"][0]) if smooth is None else smooth.float().clone()
-        )
-        if isinstance(site.producer, ValueRows):  # the quantizer applies what lies beyond V
-            scale[len(linears[site.producer.values[0]].weight) :] = 1
-        stored["scale"] = scale
-        kept[site.name] = stored
-    return kept
+    smooth, shift = transform.smooth, transform.shift
+    if site.name in in_quantizer or isinstance(site.producer, OnTheFly):
+        return Transform(), None if smooth is None and shift is None else transform
+    match site.producer:
+        case NormWeights(norm) if shift is not None:
+            if linears[norm].bias is None or len(shift) > 1:
+                raise ValueError(
+                    "fold: a norm takes one shift if it has a bias, and none otherwise; leave it to the quantizer"
+                )
+        case ProductRows() if shift is not None:
+            raise ValueError(
+                "fold: a product takes no shift, its other factor would multiply it; leave it to the quantizer"
+            )
+        case ValueRows(values, beyond):
+            width = len(linears[values[0]].weight)
+            if shift is not None and bool((shift[:, width:] != 0).any()):
+                raise ValueError(
+                    f"fold: site {site.name} cannot be shifted beyond its {width} channels of V: {beyond}"
+                )
+            if smooth is not None and not bool((smooth[width:] == 1).all()):
+                taken, left = smooth.clone(), smooth.clone()
+                taken[width:], left[:width] = 1, 1
+                return Transform(taken, shift), Transform(left)
+    return transform, None
+
+
+def _made_by(linears: Block, site: Site) -> Iterator[tuple[Rows, slice]]:
+    """What makes the channels of a site, the first ones, and which of its rows."""
+    channels = linears[site.consumers[0]].weight.shape[1]
+    for made in rows_of(site.producer, channels):
+        width = min(channels, len(linears[made.owner].weight) - made.start)
+        yield made, slice(made.start, made.start + width)
+
+
+def _fold_rows(linears: Block, site: Site, transform: Transform) -> None:
+    """The producer's side: its rows make the transformed input."""
+    for made, rows in _made_by(linears, site):
+        linear, width = linears[made.owner], rows.stop - rows.start
+        shift = None if transform.shift is None else -transform.shift[:, :width]
+        if made.multiplies:
+            shift = torch.ones(1, width, dtype=torch.float64)
+        if shift is not None:
+            term = torch.zeros(len(shift), len(linear.weight), dtype=torch.float64)
+            term[:, rows] = shift
+            linear.add_to_bias(term)
+        if transform.smooth is not None:
+            linear.scale_rows(rows, 1 / transform.smooth[:width])
 
 
 def _absorb(linear: LinearTensors, transform: Transform) -> None:
@@ -178,79 +192,68 @@ def _absorb(linear: LinearTensors, transform: Transform) -> None:
         linear.weight *= transform.smooth
 
 
-def _fold_values(
-    values: list[LinearTensors], site: Site, transform: Transform
-) -> tuple[Transform, Transform | None]:
-    """Fold into the rows of V.
+@dataclass
+class Units:
+    """How folds changed the output of a linear: y' = (y + added) * scale.
 
-    Returns:
-        What V took, and what is left for the channels beyond; None for nothing.
+    Attributes:
+        scale: [N] fp64.
+        added: [1, N] fp64, or [G, N] where shifts have timestep groups.
     """
-    width = len(values[0].weight)
-    smooth, shift = transform.smooth, transform.shift
-    if shift is not None and bool((shift[:, width:] != 0).any()):
-        assert isinstance(site.producer, ValueRows)
-        raise ValueError(
-            f"fold: site {site.name} cannot be shifted beyond its {width} channels of V: {site.producer.rest}"
-        )
-    for value in values:
-        if shift is not None:
-            value.add_to_bias(-shift[:, :width])
-        if smooth is not None:
-            value.scale_rows(slice(None), 1 / smooth[:width])
-    if smooth is None or bool((smooth[width:] == 1).all()):
-        return transform, None
-    taken, left = smooth.clone(), smooth.clone()
-    taken[width:], left[:width] = 1, 1
-    return Transform(taken, shift), Transform(left)
+
+    scale: torch.Tensor
+    added: torch.Tensor
 
 
-def _fold_modulation(
-    linear: LinearTensors, chunks: int, producer: AdaLN, transform: Transform
-) -> None:
-    num_rows = linear.weight.shape[0]
-    width = num_rows // chunks
-    rows = [slice(i * width, (i + 1) * width) for i in range(chunks)]
-    scale, shift = rows[producer.scale_chunk], rows[producer.shift_chunk]
-    groups = 1 if transform.shift is None else transform.shift.shape[0]
-    term = torch.zeros(groups, num_rows, dtype=torch.float64)
-    term[:, scale] = 1.0
-    if transform.shift is not None:
-        term[:, shift] = -transform.shift
-    linear.add_to_bias(term)
-    if transform.smooth is not None:
-        linear.scale_rows(scale, 1 / transform.smooth)
-        linear.scale_rows(shift, 1 / transform.smooth)
+def output_units(
+    linears: Block, table: BlockTable, taken: dict[str, Transform]
+) -> dict[str, Units]:
+    """What `fold_block` does to the outputs of what producers are made of: linears, tables, norms.
 
-
-def fold_norm(norm: LinearTensors, transform: Transform) -> None:
-    """Fold into a norm in place: its weight [K, 1] and its bias [1, K] or None.
-
-    Raises:
-        ValueError: a shift, and no bias to take it.
+    Args:
+        linears: of the block; their shapes are read.
+        table: of the block.
+        taken: site name -> what its producer takes.
     """
-    if transform.shift is not None:
-        if norm.bias is None or len(transform.shift) > 1:
-            raise ValueError(
-                "fold: a norm takes one shift if it has a bias, and none otherwise; leave it to the quantizer"
-            )
-        norm.add_to_bias(-transform.shift)
-    if transform.smooth is not None:
-        norm.scale_rows(slice(None), 1 / transform.smooth)
+    found: dict[str, Units] = {}
+    for site in table.sites:
+        transform = taken.get(site.name, Transform())
+        for made, rows in _made_by(linears, site):
+            count, width = len(linears[made.owner].weight), rows.stop - rows.start
+            fresh = Units(torch.ones(count).double(), torch.zeros(1, count).double())
+            units = found.setdefault(made.owner, fresh)
+            if transform.smooth is not None:
+                units.scale[rows] = 1 / transform.smooth[:width]
+            if made.multiplies:
+                units.added[:, rows] = 1
+            elif transform.shift is not None:
+                groups = max(len(units.added), len(transform.shift))
+                units.added = units.added.expand(groups, -1).clone()
+                units.added[:, rows] = -transform.shift[:, :width]
+    return found
 
 
-def fold_product(linear: LinearTensors, producer: ProductRows, transform: Transform) -> None:
-    """Fold a factor into some rows of a linear in place.
+def stored_folds(
+    linears: Block,
+    table: BlockTable,
+    transforms: dict[str, Transform],
+    in_quantizer: Collection[str] = (),
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What the checkpoint keeps of the folds: site name -> `scale` [K] and, with a shift, `fold_shift` [S, K]; fp32.
 
-    Raises:
-        ValueError: a shift.
+    Shifts run by rising timestep, as the bias tables do; factors beyond V are the quantizer's.
     """
-    if transform.shift is not None:
-        raise ValueError(
-            "fold: a product takes no shift, its other factor would multiply it; leave it to the quantizer"
-        )
-    if transform.smooth is not None:
-        linear.scale_rows(slice(producer.start, producer.stop), 1 / transform.smooth)
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for site in table.sites:
+        taken, _ = divide(site, transforms.get(site.name, Transform()), linears, in_quantizer)
+        stored = {} if taken.shift is None else {"fold_shift": taken.shift.flip(0).float()}
+        if taken.smooth is not None:
+            stored["scale"] = taken.smooth.float().clone()
+        elif stored:
+            stored["scale"] = torch.ones_like(stored["fold_shift"][0])
+        if stored:
+            kept[site.name] = stored
+    return kept
 
 
 def norm_tensors(norm: LinearTensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ditq_converters.calibrate.transformer_calls import TransformerCall, map_tensors
+from ditq_converters.hooks import until_reached
 from ditq_converters.streaming.model import copy_of, drop_weights, lend_weights
 
 MOST_ROWS = 8192  # rows of a linear's input that are kept, evenly over calls and tokens
@@ -40,10 +41,6 @@ class Rows:
     wanted: torch.Tensor
     seen: torch.Tensor
     half: torch.Tensor
-
-
-class Reached(Exception):
-    """The place that a run was for has been reached."""
 
 
 class Prefix:
@@ -189,7 +186,6 @@ class Prefix:
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept.append((args, kwargs))
-            raise Reached
 
         def give(name: str, *_: Any, **__: Any) -> Any:
             ran[name] += 1
@@ -197,7 +193,7 @@ class Prefix:
 
         assert self._block is not None
         with ExitStack() as stack:
-            stack.enter_context(_until_reached(model.get_submodule(self._block), keep))
+            stack.enter_context(until_reached([model.get_submodule(self._block)], keep))
             for name in known:
                 stack.enter_context(_instead(model.get_submodule(name), partial(give, name)))
             self._calls[call].replay(model)
@@ -218,27 +214,14 @@ class Prefix:
             number = torch.arange(len(read), len(read) + len(x)) % 2  # of call plus sample
             read.append(x.reshape(-1, x.shape[-1]))
             half.append(number.bool().repeat_interleave(x[0].numel() // x.shape[-1]))
-            raise Reached
 
         share = max(1, MOST_ROWS // self.num_calls)
         for call in range(self.num_calls):
-            with _until_reached(place, keep):
+            with until_reached([place], keep):
                 self.run(call, finished)
             some = evenly(len(read[-1]), share)
             read[-1], half[-1] = read[-1][some], half[-1][some]
         return torch.cat(read).double().cpu(), torch.cat(half)
-
-
-@contextmanager
-def _until_reached(module: nn.Module, hook: Any) -> Iterator[None]:
-    """A pre-forward hook that ends the run inside."""
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    except Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager

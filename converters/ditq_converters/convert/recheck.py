@@ -11,28 +11,19 @@ A few rows and columns of each matrix are compared, which meet the factor of eve
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ditq_converters.convert.fold import Block, LinearTensors
+from ditq_converters.convert.fold import Block, LinearTensors, Units, divide, output_units
 from ditq_converters.methods import Transform
-from ditq_runtime.families import BlockTable, OnTheFly, Site, ValueRows, rows_of
+from ditq_runtime.families import BlockTable
 
 ROWS, COLUMNS = (
     32,
     4,
 )  # of a matrix: a row shows the factor of every input, a column that of every output
 EPS = 2.0**-53
-
-
-@dataclass
-class Given:
-    """How folds change an output: u [N] and a [G, N] or [1, N], fp64."""
-
-    u: torch.Tensor
-    a: torch.Tensor
 
 
 def check_folds(
@@ -59,13 +50,14 @@ def check_folds(
         ValueError: a factor or a shift that is no number of fp32, or a fold that is not what was proven; names it.
     """
     read: dict[str, Transform] = {}
-    given: dict[str, Given] = {}
+    taken: dict[str, Transform] = {}
     for site in table.sites:
         transform = transforms.get(site.name, Transform())
         _check_numbers(f"{block}.{site.name}", transform)
-        taken = _taken(site, transform, folded, in_quantizer)
-        read |= {n: taken if n in float_readers else transform for n in site.consumers}
-        _give(given, site, taken, folded)
+        taken[site.name], _ = divide(site, transform, folded, in_quantizer)
+        float_reads = taken[site.name]
+        read |= {n: float_reads if n in float_readers else transform for n in site.consumers}
+    given = output_units(folded, table, taken)
     for name, made in folded.items():
         if not _holds(_original(module, table, name), made, read.get(name), given.get(name)):
             raise ValueError(
@@ -87,37 +79,6 @@ def _check_numbers(site: str, transform: Transform) -> None:
         )
 
 
-def _taken(
-    site: Site, transform: Transform, folded: Block, in_quantizer: Collection[str]
-) -> Transform:
-    """What the producer of a site takes of its transform."""
-    if site.name in in_quantizer or isinstance(site.producer, OnTheFly):
-        return Transform()
-    if transform.smooth is None or not isinstance(site.producer, ValueRows):
-        return transform
-    smooth = transform.smooth.clone()
-    smooth[len(folded[site.producer.values[0]].weight) :] = 1
-    return Transform(smooth, transform.shift)
-
-
-def _give(given: dict[str, Given], site: Site, taken: Transform, folded: Block) -> None:
-    """Note what a site asks of its producers: of each some rows, and what they are multiplied by and lack."""
-    channels = folded[site.consumers[0]].weight.shape[1]
-    for made in rows_of(site.producer, channels):
-        count = len(folded[made.owner].weight)
-        width = min(channels, count - made.start)
-        rows = slice(made.start, made.start + width)
-        ones, zeros = torch.ones(count).double(), torch.zeros(1, count).double()
-        known = given.setdefault(made.owner, Given(ones, zeros))
-        if taken.smooth is not None:
-            known.u[rows] = 1 / taken.smooth[:width]
-        if made.multiplies:
-            known.a[:, rows] = 1
-        elif taken.shift is not None:
-            known.a = known.a.expand(max(len(known.a), len(taken.shift)), -1).clone()
-            known.a[:, rows] = -taken.shift[:, :width]
-
-
 def _original(
     module: nn.Module, table: BlockTable, name: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,14 +96,14 @@ def _holds(
     original: tuple[torch.Tensor, torch.Tensor | None],
     made: LinearTensors,
     read: Transform | None,
-    given: Given | None,
+    given: Units | None,
 ) -> bool:
     """Whether one map is what it should be, as far as it is looked at."""
     (weight, bias), read = original, read or Transform()
     outputs, inputs = weight.shape
     ones = torch.ones(1, dtype=torch.float64)
     s = ones.expand(inputs) if read.smooth is None else read.smooth
-    u = ones.expand(outputs) if given is None else given.u
+    u = ones.expand(outputs) if given is None else given.scale
     rows, columns = _spread(outputs, ROWS), _spread(inputs, COLUMNS)
     every = slice(None)
     for n, k in ((rows, every), (every, columns)):
@@ -154,7 +115,7 @@ def _holds(
         return bias is None and read.shift is None and _keeps_zero(given)
     some = _wide(weight[rows])
     shift = torch.zeros(1, inputs, dtype=torch.float64) if read.shift is None else read.shift
-    added = torch.zeros(1, 1).double() if given is None else given.a[:, rows]
+    added = torch.zeros(1, 1).double() if given is None else given.added[:, rows]
     own = torch.zeros(1).double() if bias is None else _wide(bias[rows])
     wanted = u[rows] * (own + shift @ some.T + added)
     size = u[rows] * (own.abs() + shift.abs() @ some.abs().T + added.abs())
@@ -163,9 +124,9 @@ def _holds(
     return bool(((made.bias[:, rows] - wanted).abs() <= bound).all())
 
 
-def _keeps_zero(given: Given | None) -> bool:
+def _keeps_zero(given: Units | None) -> bool:
     """Whether an output keeps its zero."""
-    return given is None or not bool(given.a.any())
+    return given is None or not bool(given.added.any())
 
 
 def _spread(count: int, most: int) -> torch.Tensor:

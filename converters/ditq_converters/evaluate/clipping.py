@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,20 +39,20 @@ class ClipCounter:
         }
         self.names = list(self._layers)
         self.counted: list[tuple[float, torch.Tensor]] = []
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> ClipCounter:
         """Install the hooks."""
         for model in self._models.values():
-            self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            begin = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._hooks.enter_context(begin)
         for row, layer in enumerate(self._layers.values()):
-            self._hooks.append(layer.register_forward_pre_hook(self._observer(row)))
+            self._hooks.enter_context(layer.register_forward_pre_hook(self._observer(row)))
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = by_name(model, args, kwargs)

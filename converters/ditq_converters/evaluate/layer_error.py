@@ -8,7 +8,7 @@ linear expects an input that its producer has smoothed, which the float model ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,16 +211,12 @@ def _recorded(
 
         return hook
 
-    hooks = []
-    for name in names:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        hooks.append(module.register_forward_hook(after(name)))
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            stack.enter_context(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(after(name)))
         yield inputs, outputs
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str | int, torch.Tensor]:

@@ -16,6 +16,7 @@ from ditq_converters.calibrate.transformer_calls import (
     map_tensors,
     timestep_of,
 )
+from ditq_converters.hooks import hooked
 from ditq_converters.sites.find import timestep_carrier
 from ditq_runtime.calls.inputs import Input
 from ditq_runtime.calls.parts import transformers_in
@@ -123,12 +124,6 @@ def _recorded_calls(pipe: Any, wanted: bool) -> Iterator[list[Recorded]]:
 
         return note
 
-    hooks = []
-    if wanted:
-        for component, model in transformers_in(pipe).items():
-            hooks.append(model.register_forward_hook(after(component), with_kwargs=True))
-    try:
+    models = transformers_in(pipe).items() if wanted else ()
+    with hooked(m.register_forward_hook(after(c), with_kwargs=True) for c, m in models):
         yield found
-    finally:
-        for handle in hooks:
-            handle.remove()

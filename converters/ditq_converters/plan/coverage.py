@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,22 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ditq_converters.plan.one_image import ONE_IMAGE, Arguments
 from ditq_converters.plan.plan import Plan
 from ditq_runtime.families import Family, get_linear
 from ditq_runtime.format.layer import LayerFormat
 
 FLOAT_BYTES = 2  # bf16, what large models are published and run in
+FLUX_SIDE = 32  # 512 pixels; Flux's configuration names no size
+TOKENS = {  # as many as pipelines pad a prompt to, where the example has fewer
+    "PixArtTransformer2DModel": {"encoder_hidden_states": 300},
+    "SD3Transformer2DModel": {"encoder_hidden_states": 333},
+    "FluxTransformer2DModel": {
+        "encoder_hidden_states": 512,
+        "txt_ids": 512,
+        "hidden_states": FLUX_SIDE**2,
+        "img_ids": FLUX_SIDE**2,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,9 @@ def coverage(model: nn.Module, family: Family, plan: Plan) -> Coverage:
     for block, table in family.block_tables(model).items():
         for name in table.tables:  # rows in bf16 become rows and factors in fp32
             packed += (2 * 4 - FLOAT_BYTES) * model.get_parameter(f"{block}.{name}").numel()
-    arguments = ONE_IMAGE.get(type(model).__name__)
-    if arguments is None:
+    if family.example_inputs is None:
         return Coverage(None, None, None, total, packed)
-    rows = _count_rows(model, arguments)
+    rows = _count_rows(model, family)
     flops = {e.name: 2 * rows[e.name] * e.shape[0] * e.shape[1] for e in plan.linears}
     integer = sum(flops[entry.name] for entry in plan.linears if entry.is_integer)
     return Coverage(flops, integer / sum(flops.values()), max(rows.values()), total, packed)
@@ -90,7 +98,7 @@ def parameters_of(model: nn.Module, name: str) -> int:
     return sum(p.numel() for p in get_linear(model, name).parameters(recurse=False))
 
 
-def _count_rows(model: Any, arguments: Callable[[Any], Arguments]) -> dict[str, int]:
+def _count_rows(model: Any, family: Family) -> dict[str, int]:
     """Rows that every linear sees for one image: a forward of a model without weights."""
     with init_empty_weights():
         empty = type(model).from_config(model.config)
@@ -107,6 +115,11 @@ def _count_rows(model: Any, arguments: Callable[[Any], Arguments]) -> dict[str, 
         if isinstance(module, nn.Linear):
             rows[name] = 0
             module.register_forward_pre_hook(count(name))
+    assert family.example_inputs is not None
+    inputs = family.example_inputs(empty)
+    for name, tokens in TOKENS.get(family.architecture, {}).items():
+        few = inputs[name]
+        inputs[name] = few.new_empty(*few.shape[:-2], tokens, few.shape[-1])
     with torch.no_grad():
-        empty(**arguments(empty))
+        empty(**inputs)
     return rows

@@ -8,11 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ditq_converters.hooks import until_reached
 from ditq_converters.sites.inputs import NoInputs
-
-
-class _Enough(Exception):
-    """Ends the run at the call that was waited for."""
 
 
 def first_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
@@ -28,13 +25,10 @@ def first_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
         for name, value in list(bound.arguments.items())[1:]:  # the first is self
             if name != "return_dict":
                 found[name] = value
-        raise _Enough
 
-    hook = model.register_forward_pre_hook(take, with_kwargs=True)
-    try:
+    with until_reached([model], take):
         run()
-    except _Enough:
-        return found
-    finally:
-        hook.remove()
-    raise NoInputs(f"{type(model).__name__}: was not called, so that no inputs for it are known")
+        raise NoInputs(
+            f"{type(model).__name__}: was not called, so that no inputs for it are known"
+        )
+    return found

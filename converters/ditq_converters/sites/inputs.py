@@ -7,8 +7,8 @@ first linear, norm or convolution that expects another says which.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq_converters.hooks import hooked
 from ditq_converters.sites.trace import run_wide
 from ditq_converters.sites.twin import widen
 
@@ -177,8 +178,7 @@ def forward_inputs(twin: Any) -> dict[str, Any]:
     )
 
 
-@contextmanager
-def _widths_checked(model: nn.Module) -> Iterator[None]:
+def _widths_checked(model: nn.Module) -> ExitStack:
     """Inside, a layer that is given an odd width raises `Unlike`."""
 
     def check(module: Any, args: tuple[Any, ...]) -> None:
@@ -188,13 +188,8 @@ def _widths_checked(model: nn.Module) -> Iterator[None]:
             if width in ODD and width != expected:
                 raise Unlike(width, expected)
 
-    layers = [m for m in model.modules() if _expected(m)[0]]
-    hooks = [layer.register_forward_pre_hook(check) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = (m for m in model.modules() if _expected(m)[0])
+    return hooked(layer.register_forward_pre_hook(check) for layer in layers)
 
 
 def _expected(module: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,21 +35,21 @@ class OperandWatch(TorchFunctionMode):
         self._attentions, self._observe = attentions, observe
         self._inside: list[str] = []
         self.unlike: set[str] = set()
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> OperandWatch:
         """Install the hooks."""
         for name, attention in self._attentions.items():
-            self._hooks.append(attention.register_forward_pre_hook(self._enter_attention(name)))
-            self._hooks.append(attention.register_forward_hook(self._leave_attention))
+            enter = attention.register_forward_pre_hook(self._enter_attention(name))
+            self._hooks.enter_context(enter)
+            self._hooks.enter_context(attention.register_forward_hook(self._leave_attention))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Remove the hooks."""
         super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def __torch_function__(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ditq_converters.sites.folds import on_the_fly
 from ditq_converters.sites.trace import Graph, run_wide
@@ -173,18 +174,13 @@ def _changed(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[Non
         setattr(module, name, before)
 
 
-@contextmanager
-def _watched(model: nn.Module, name: str, read: dict[str, torch.Tensor]) -> Iterator[None]:
+def _watched(model: nn.Module, name: str, read: dict[str, torch.Tensor]) -> RemovableHandle:
     """Inside, what a linear reads is kept under its name."""
 
     def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         read[name] = args[0].clone()
 
-    hook = model.get_submodule(name).register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.get_submodule(name).register_forward_pre_hook(keep)
 
 
 def _bias(module: Any) -> torch.Tensor:

@@ -6,8 +6,7 @@ that the model asks for becomes fp64: a `.float()` inside of a norm would hide e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from ditq_converters.hooks import hooked
 
 WHOLE = {
     F.linear: "linear",
@@ -320,20 +321,14 @@ def _wider(leaf: Any) -> Any:
     return WIDER.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
 
-@contextmanager
-def _calls_noted(graph: Graph) -> Iterator[None]:
+def _calls_noted(graph: Graph) -> ExitStack:
     """Inside, linears that are called tell so."""
 
     def note(name: str) -> Any:
         return lambda module, args: graph.called.add(name)
 
-    hooks = [
+    return hooked(
         module.register_forward_pre_hook(note(name))
         for name, module in graph.modules.items()
         if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )

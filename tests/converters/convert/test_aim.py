@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ditq_converters.calibrate.transformer_calls import TransformerCall
-from ditq_converters.convert.emulated import Emulated, output_units, playable
-from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block
+from ditq_converters.convert.emulated import Emulated, playable
+from ditq_converters.convert.fold import LinearTensors, block_linears, fold_block, output_units
 from ditq_converters.convert.prefix import MOST_ROWS, Prefix
 from ditq_converters.convert.quantize import quantize_linear
 from ditq_converters.methods import Transform
