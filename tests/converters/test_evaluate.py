@@ -8,13 +8,13 @@ import torch
 from ditq_converters.evaluate import (
     Run,
     SqnrCurve,
-    cascade_errors,
     compare_runs,
     forced_sqnr,
+    layer_errors,
     run,
     sqnr_db,
 )
-from ditq_converters.evaluate.layer_error import comparable_layers
+from ditq_converters.evaluate.layer_error import CASCADE, comparable_layers
 from ditq_runtime.calls.inputs import gather
 from ditq_runtime.calls.pipeline import SchedulerStep
 
@@ -33,8 +33,8 @@ def ours(pipe):
 
 
 def errors_of(pipe, other, ours, told=None):
-    found = cascade_errors(
-        {"transformer": pipe.transformer}, {"transformer": other}, ours.calls, told
+    found = layer_errors(
+        CASCADE, {"transformer": pipe.transformer}, {"transformer": other}, ours.calls, told
     )
     return found.names, found.relative
 

@@ -7,7 +7,7 @@ import torch
 
 from ditq_bench.zoo import CLASSES, quiet
 from ditq_converters.calibrate.transformer_calls import TransformerCall
-from ditq_converters.evaluate import cascade_errors, forced_errors, run
+from ditq_converters.evaluate import layer_errors, run
 from ditq_converters.evaluate.clipping import ClipCounter, shares
 from ditq_converters.evaluate.layer_error import CASCADE, FORCED
 from ditq_converters.evaluate.runs import Recorded
@@ -42,7 +42,7 @@ def test_a_forced_error_stays_in_the_block_that_makes_it(model, calls, make_dit)
     other = make_dit()
     other.transformer_blocks[0].ff.net[2].weight *= 1.5
     told = []
-    forced = forced_errors(*pair(model, other), calls, lambda: told.append(1))
+    forced = layer_errors(FORCED, *pair(model, other), calls, lambda: told.append(1))
     assert forced.mode == FORCED
     assert forced.names == ["transformer_blocks.0", "transformer_blocks.1"]
     assert bool((forced.relative[0] > 1e-3).all())
@@ -50,7 +50,7 @@ def test_a_forced_error_stays_in_the_block_that_makes_it(model, calls, make_dit)
     assert len(told) == 2 * 2  # calls of both inputs
     assert all(not m._forward_hooks for m in [*model.modules(), *other.modules()])
     assert all(not m._forward_pre_hooks for m in [*model.modules(), *other.modules()])
-    cascade = cascade_errors(*pair(model, other), calls)
+    cascade = layer_errors(CASCADE, *pair(model, other), calls)
     row = cascade.names.index("transformer_blocks.1.ff.net.2")
     assert bool((cascade.relative[row] > 1e-3).all())
 
@@ -69,7 +69,7 @@ def test_a_forced_error_equals_the_block_called_by_hand(model, calls, make_dit):
     outputs = [(other.transformer_blocks[1](*a, **k), y) for a, k, y in seen]
     noise = sum((yq - y).double().square().sum() for yq, y in outputs)
     signal = sum(y.double().square().sum() for _, y in outputs)
-    forced = forced_errors(*pair(model, other), calls)
+    forced = layer_errors(FORCED, *pair(model, other), calls)
     assert float(forced.relative[1, 0]) == pytest.approx(float((noise / signal).sqrt()), rel=1e-6)
     largest = max(float((yq - y).abs().max()) for yq, y in outputs)
     assert float(forced.max_abs[1, 0]) == pytest.approx(largest, rel=1e-6)
@@ -81,7 +81,7 @@ def test_all_measures_of_a_known_error(model, calls, make_dit):
     last = other.transformer_blocks[1].ff.net[2]
     last.weight *= 1.25
     last.bias *= 1.25
-    errors = cascade_errors(*pair(model, other), calls)
+    errors = layer_errors(CASCADE, *pair(model, other), calls)
     assert errors.mode == CASCADE
     row = errors.names.index("transformer_blocks.1.ff.net.2")
     torch.testing.assert_close(
@@ -166,7 +166,7 @@ def test_layers_of_a_class_without_a_table_are_found_on_its_first_call():
         output = call.replay(model)
         with torch.no_grad():
             other.transformer_blocks[0].attn1.to_q.weight *= 1.25
-        found = cascade_errors(*pair(model, other), [[Recorded(call, output)]])
+        found = layer_errors(CASCADE, *pair(model, other), [[Recorded(call, output)]])
     scaled = {name for name in found.names if name.endswith("to_v")}
     assert scaled == set()  # V carries folds; where a row knows no folds it would compare
     row = found.names.index("transformer_blocks.0.attn1.to_q")

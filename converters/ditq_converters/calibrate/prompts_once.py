@@ -17,6 +17,7 @@ from torch import nn
 
 from ditq_converters.calibrate.transformer_calls import map_tensors
 from ditq_converters.hooks import until_reached
+from ditq_converters.sites.trace import tensors_in
 from ditq_runtime.calls.inputs import Input, update_digest
 from ditq_runtime.calls.parts import transformers_in
 from ditq_runtime.calls.pipeline import draw
@@ -68,9 +69,7 @@ class _Memory:
         if key not in self._known:
             with torch.no_grad():
                 found = self._encode(*args, **kwargs)
-            places: list[torch.device] = []
-            map_tensors(lambda t: places.append(t.device), found)
-            kept = map_tensors(lambda t: t.cpu(), found)
-            self._known[key] = kept, places[0] if places else None
+            place = next((t.device for t in tensors_in(found)), None)
+            self._known[key] = map_tensors(lambda t: t.cpu(), found), place
         kept, place = self._known[key]
         return map_tensors(lambda t: t.to(place), kept)

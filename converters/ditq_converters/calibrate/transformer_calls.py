@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 TIMESTEPS = ("timestep", "timesteps", "t")
 TENSOR = "tensor"
@@ -35,10 +36,7 @@ class TransformerCall:
         """The model's first output for these arguments, on its device; floating arguments in its dtype."""
         place = next(p for p in model.parameters() if not p.is_meta)
 
-        def fit(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(place.device)
-
-        args, kwargs = map_tensors(fit, (self.args, self.kwargs))
+        args, kwargs = map_tensors(lambda t: t.to(place.device), (self.args, self.kwargs))
         with torch.no_grad():
             out = model(*args, **kwargs)
         first: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
@@ -69,13 +67,7 @@ def timestep_of(traced: str | None, arguments: Mapping[str, Any]) -> float:
 
 def map_tensors(change: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     """A tree of dictionaries, lists and tuples with every tensor changed."""
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(change, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(change, value) for value in tree)
-    return tree
+    return tree_map_only(torch.Tensor, change, tree)
 
 
 def to_store(

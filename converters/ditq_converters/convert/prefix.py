@@ -21,6 +21,7 @@ from torch import nn
 
 from ditq_converters.calibrate.transformer_calls import TransformerCall, map_tensors
 from ditq_converters.hooks import until_reached
+from ditq_converters.sites.trace import tensors_in
 from ditq_converters.streaming.model import copy_of, drop_weights, lend_weights
 
 MOST_ROWS = 8192  # rows of a linear's input that are kept, evenly over calls and tokens
@@ -248,15 +249,11 @@ def _unknown(shape: torch.Tensor) -> torch.Tensor:
 
 
 def _has_nan(tree: Any) -> bool:
-    found: list[bool] = []
-    map_tensors(lambda t: found.append(t.is_floating_point() and bool(t.isnan().any())), tree)
-    return any(found)
+    return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(tree))
 
 
 def _nbytes(tree: Any) -> int:
-    sizes: list[int] = []
-    map_tensors(lambda t: sizes.append(t.numel() * t.element_size()), tree)
-    return sum(sizes)
+    return sum(t.nbytes for t in tensors_in(tree))
 
 
 def evenly(length: int, most: int) -> list[int]:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.transformer_calls import map_tensors
 from ditq_converters.convert.aim import Aim
 from ditq_converters.convert.emulated import Emulated, Rounded
 from ditq_converters.convert.learned import Learned
 from ditq_converters.convert.prefix import Prefix
+from ditq_converters.sites.trace import tensors_in
 from ditq_runtime.format.stored_weight import stored_tensors
 
 CODE_RATE = 0.03  # of Adam, for what lies between two codes
@@ -132,9 +132,7 @@ def distance(found: Any, wanted: Any) -> torch.Tensor:
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:
-    kept: list[torch.Tensor] = []
-    map_tensors(lambda t: kept.append(t) if t.is_floating_point() else None, tree)
-    return kept
+    return [t for t in tensors_in(tree) if t.is_floating_point()]
 
 
 @torch.no_grad()

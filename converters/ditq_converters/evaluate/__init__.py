@@ -1,7 +1,7 @@
 """Measure a packed model against its float model: SQNR per step, error per layer, images, distances, sizes."""
 
 from ditq_converters.evaluate.evaluation import evaluate
-from ditq_converters.evaluate.layer_error import LayerErrors, cascade_errors, forced_errors
+from ditq_converters.evaluate.layer_error import LayerErrors, layer_errors
 from ditq_converters.evaluate.records import Evaluation, EvaluationSettings
 from ditq_converters.evaluate.runs import Run, run
 from ditq_converters.evaluate.sqnr import SqnrCurve, compare_runs, forced_sqnr, sqnr_db
@@ -12,11 +12,10 @@ __all__ = [
     "LayerErrors",
     "Run",
     "SqnrCurve",
-    "cascade_errors",
     "compare_runs",
     "evaluate",
-    "forced_errors",
     "forced_sqnr",
+    "layer_errors",
     "run",
     "sqnr_db",
 ]

@@ -33,6 +33,7 @@ from ditq_converters.evaluate.scores import Judges, judge
 from ditq_converters.evaluate.sqnr import curve
 from ditq_converters.pages.origin import versions
 from ditq_converters.progress import progress_bar
+from ditq_runtime.calls.input_checks import check_positive
 from ditq_runtime.calls.inputs import Given, Input, gather
 from ditq_runtime.calls.schedulers import SAMPLERS
 from ditq_runtime.format.folder import transformer_folders
@@ -118,17 +119,13 @@ def _given(
         raise ValueError(
             f"evaluate: sampler must be one of {', '.join(SAMPLERS)}, got {settings.sampler!r}"
         )
-    for field in ("few_samples", "micro_batch"):
-        if getattr(settings, field) < 1:
-            raise ValueError(
-                f"evaluate: {field} must be at least 1, got {getattr(settings, field)}"
-            )
+    few, size = settings.few_samples, settings.micro_batch
+    check_positive("evaluate", few_samples=few, micro_batch=size)
     drawn = settings.samples
     if drawn is None and inputs is None and prompts is None:
         drawn = SAMPLES
-    size = min(settings.micro_batch, settings.few_samples)
     return gather(
-        "evaluate", pipe, inputs, prompts=prompts, samples=drawn, batch=size, steps=settings.steps,
+        "evaluate", pipe, inputs, prompts=prompts, samples=drawn, batch=min(size, few), steps=settings.steps,
         guidance=settings.guidance, seed=settings.seed, call=call,
     )  # fmt: skip
 

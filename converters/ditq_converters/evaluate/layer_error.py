@@ -79,37 +79,24 @@ def _scaled(producer: Producer) -> tuple[str, ...]:
     return ()
 
 
-def cascade_errors(
-    models: Models, quantized: Models, calls: Calls, after_call: Callable[[], None] | None = None
+def layer_errors(
+    mode: str,
+    models: Models,
+    quantized: Models,
+    calls: Calls,
+    after_call: Callable[[], None] | None = None,
 ) -> LayerErrors:
-    """Every linear that compares, both models given the calls of the float model's run.
+    """Every linear that compares, or every block.
 
     Args:
+        mode: CASCADE: linears, both models given the calls of the float model's run. FORCED: blocks, the packed one on
+            the float block's input; an output is the whole residual stream, which a block only adds to, so its error
+            is small beside that of a linear.
         models: component -> float transformer.
         quantized: component -> packed transformer.
         calls: of the float pipeline's run, input by input.
         after_call: told when a call is done.
     """
-    return _errors(CASCADE, models, quantized, calls, after_call)
-
-
-def forced_errors(
-    models: Models, quantized: Models, calls: Calls, after_call: Callable[[], None] | None = None
-) -> LayerErrors:
-    """Every block, the packed one on the float block's input; see `cascade_errors`.
-
-    An output is the whole residual stream, which a block only adds to: its error is small beside that of a linear.
-    """
-    return _errors(FORCED, models, quantized, calls, after_call)
-
-
-def _errors(
-    mode: str,
-    models: Models,
-    quantized: Models,
-    calls: Calls,
-    after_call: Callable[[], None] | None,
-) -> LayerErrors:
     found = [layer_series(mode, models, quantized, run, after_call) for run in calls]
     return gathered(mode, found[0][0], [series for _, series in found])
 

@@ -4,7 +4,7 @@
 
 We depart from the paper in two things. The target V is the smoothed weight, since per-output-channel quantization does
 not commute with smoothing. And the best iterate is kept: the low-rank half-step never increases |V - Qv - L|, but a
-quantizer whose grid follows its input can. With a grid that stays (`frozen_w8`) the error never rises.
+quantizer whose grid follows its input can. With a grid that stays the error never rises.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-import ditq_kernels as k
 
 Quantizer = Callable[[torch.Tensor], torch.Tensor]  # [N, K] fp64 -> its quantized real values
 
@@ -93,9 +91,3 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     root = image.norm(dim=0).sqrt()
     root = torch.where(root > 0, root, torch.ones_like(root))  # a zero column stays zero
     return (leading * root).T.contiguous(), image / root
-
-
-def frozen_w8(weight: torch.Tensor) -> Quantizer:
-    """An int8 quantizer whose row scales are those of `weight` [N, K], whatever it is given later."""
-    scale = k.symmetric_scale(weight.abs().amax(dim=1))[:, None]
-    return lambda values: k.dequantize(k.quantize_symmetric(values, scale), scale)

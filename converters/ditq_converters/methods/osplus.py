@@ -10,28 +10,12 @@ activations with a zero point per token (`token_asym`), which the shift keeps fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ditq_converters.methods.base import BlockTransform, Method, SiteData, Transform
-from ditq_converters.methods.smoothquant import check_fraction, smooth_factor
+from ditq_converters.methods.smoothquant import SmoothQuantOptions, smooth_factor
 
 
-@dataclass(frozen=True)
-class OsPlusOptions:
-    """Choices of Outlier Suppression+.
-
-    Attributes:
-        alpha: migration strength of the scale, s = a^alpha / w^(1 - alpha), in [0, 1].
-    """
-
-    alpha: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        check_fraction("alpha", self.alpha)
-
-
-def transform(sites: Sequence[SiteData], options: OsPlusOptions) -> BlockTransform:
+def transform(sites: Sequence[SiteData], options: SmoothQuantOptions) -> BlockTransform:
     """Shift what can be shifted to the centre of its range over all calls; scale by what is left."""
     chosen = {site.name: _site(site, options.alpha) for site in sites}
     return BlockTransform(chosen, (0,) * len(sites[0].minimum))
@@ -50,5 +34,5 @@ OSPLUS = Method(
     source="Outlier Suppression+, arXiv:2304.09145, Eq. 3 and 5; SmoothQuant's scale on the shifted input",
     needs_statistics=True,
     transform=transform,
-    options=OsPlusOptions,
+    options=SmoothQuantOptions,
 )

@@ -106,20 +106,17 @@ def alike_beside(model: str) -> dict[str, bool]:
 
 
 def _open_folder(path: Path, torch_dtype: torch.dtype, memory_budget: int | None) -> Any:
-    if (path / PIPELINE_FILE).exists():
-        _refuse_packed(path / "transformer" / TRANSFORMER_FILE)
-        if memory_budget is not None and not fits(path, memory_budget):
-            return open_in_pieces(path, memory_budget, torch_dtype)
-        variant = _variant(path / "transformer")
-        return _from_pretrained("DiffusionPipeline", str(path), torch_dtype, variant)
-    if (path / TRANSFORMER_FILE).exists():
-        _refuse_packed(path / TRANSFORMER_FILE)
-        if memory_budget is not None and not fits(path, memory_budget):
-            return open_in_pieces(path, memory_budget, torch_dtype)
-        return _from_pretrained("AutoModel", str(path), torch_dtype, _variant(path))
-    raise ValueError(
-        f"{path}: no {PIPELINE_FILE} and no {TRANSFORMER_FILE} in it, so it is no diffusers model"
-    )
+    kind, inside = "DiffusionPipeline", path / "transformer"
+    if not (path / PIPELINE_FILE).exists():
+        kind, inside = "AutoModel", path
+        if not (path / TRANSFORMER_FILE).exists():
+            raise ValueError(
+                f"{path}: no {PIPELINE_FILE} and no {TRANSFORMER_FILE} in it, so it is no diffusers model"
+            )
+    _refuse_packed(inside / TRANSFORMER_FILE)
+    if memory_budget is not None and not fits(path, memory_budget):
+        return open_in_pieces(path, memory_budget, torch_dtype)
+    return _from_pretrained(kind, str(path), torch_dtype, _variant(inside))
 
 
 def _refuse_packed(config: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ditq_kernels as k
 from ditq_converters.methods import METHODS
@@ -21,6 +21,9 @@ from ditq_converters.plan.entries import (
 )
 from ditq_runtime.format.layer import GROUPED
 
+if TYPE_CHECKING:
+    from ditq_converters.plan.plan import Plan
+
 GROUP_SIZE = 64  # inputs per group where a linear becomes w4p or w4g and nobody says
 BY_HAND = "by hand: "
 OF_WEIGHTS = (
@@ -31,14 +34,6 @@ OF_WEIGHTS = (
 )  # fields that weight-only linears have too
 E = TypeVar("E", bound=Entry)
 Values = dict[str, Any]
-
-
-class Entries(NamedTuple):
-    """All entries of a plan."""
-
-    sites: tuple[SitePlan, ...]
-    linears: tuple[LinearPlan, ...]
-    attention: tuple[AttentionPlan, ...]
 
 
 def parse_rule(rule: str) -> tuple[str, Values]:
@@ -56,8 +51,8 @@ def parse_rule(rule: str) -> tuple[str, Values]:
     return pattern, {name.strip(): _parsed(value.strip()) for name, _, value in pairs}
 
 
-def changed(entries: Entries, pattern: str, values: Values) -> Entries:
-    """The entries with new values where the pattern matches; errors as `Plan.set`."""
+def changed(entries: Plan, pattern: str, values: Values) -> tuple[Any, Any, Any]:
+    """A plan's sites, linears and attention with new values where the pattern matches; errors as `Plan.set`."""
     sites = {s.name for s in entries.sites if _matches(s, pattern)}
     linears = {e.name for e in entries.linears if _matches(e, pattern)}
     attention = {a.name for a in entries.attention if _matches(a, pattern)}
@@ -76,7 +71,7 @@ def changed(entries: Entries, pattern: str, values: Values) -> Entries:
         return tuple(after)
 
     integer = {e.site: e.activations for e in entries.linears if e.is_integer}
-    new_entries = Entries(
+    new_entries = (
         apply(entries.sites, own_sites, _of_site, _site),
         apply(entries.linears, own_linears, _of_linear, partial(_linear, integer=integer)),
         apply(entries.attention, attention, _of_attention, _attention),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditq_converters.methods import METHODS
-from ditq_converters.plan.change import Entries, changed, parse_rule
+from ditq_converters.plan.change import changed, parse_rule
 from ditq_converters.plan.entries import (
     MODULATION,
     AttentionPlan,
@@ -93,8 +93,7 @@ class Plan:
         Raises:
             ValueError: nothing has such a name, the entries have no such field, or an entry cannot have the value.
         """
-        entries = Entries(self.sites, self.linears, self.attention)
-        self.sites, self.linears, self.attention = changed(entries, pattern, values)
+        self.sites, self.linears, self.attention = changed(self, pattern, values)
         return self
 
     def set_rule(self, rule: str) -> Plan:

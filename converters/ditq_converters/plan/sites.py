@@ -15,6 +15,7 @@ from ditq_runtime.families import (
     Site,
     ValueRows,
 )
+from ditq_runtime.families.placing import PLACES
 
 
 def plan_site(block: str, site: Site, family: Family, recipe: Recipe) -> SitePlan:
@@ -58,16 +59,9 @@ def place_under(site: Site, method: Method) -> str:
 
 def place_of(site: Site, rest: bool = True) -> str:
     """Where the transform of a site goes by itself; `rest`: channels beyond V are left to the quantizer."""
-    match site.producer:
-        case AdaLN():
-            return "adaln"
-        case ValueRows(_, beyond):
-            return "value+quantizer" if rest and beyond is not None else "value"
-        case NormWeights():
-            return "norm"
-        case ProductRows():
-            return "product"
-    return "quantizer"
+    if rest and isinstance(site.producer, ValueRows) and site.producer.rest is not None:
+        return "value+quantizer"
+    return PLACES[type(site.producer)]
 
 
 def places_of(site: Site) -> tuple[str, ...]:

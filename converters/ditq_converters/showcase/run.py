@@ -14,7 +14,8 @@ from ditq_converters.calibrate.run import calibrate
 from ditq_converters.calibrate.stats import CalibrationStats
 from ditq_converters.convert.story import convert
 from ditq_converters.demo import export_demo
-from ditq_converters.evaluate import cascade_errors, compare_runs, forced_sqnr, run
+from ditq_converters.evaluate import compare_runs, forced_sqnr, layer_errors, run
+from ditq_converters.evaluate.layer_error import CASCADE
 from ditq_converters.evaluate.paired import pooled_psnr_db
 from ditq_converters.evaluate.scores import score_digits
 from ditq_converters.pages.origin import versions
@@ -140,7 +141,7 @@ def _variant(
     errors = None
     if variant.per_layer:
         with progress_bar(f"{baseline.name} {variant.name} layers", total) as tick:
-            found = cascade_errors(models, quantized, calls, tick)
+            found = layer_errors(CASCADE, models, quantized, calls, tick)
         errors = found.names, found.relative
     return result, own.images, errors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -67,15 +68,8 @@ def from_record(record: dict[str, Any]) -> Family:
 
 
 def _site_record(site: Site) -> dict[str, Any]:
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(site.producer).items()}
-    return {
-        "name": site.name,
-        "consumers": list(site.consumers),
-        "streams": list(site.streams),
-        "timed": site.timed,
-        "producer": type(site.producer).__name__,
-        "fields": fields,
-    }
+    stored: dict[str, Any] = json.loads(json.dumps(asdict(site)))
+    return {**stored, "producer": type(site.producer).__name__, "fields": stored["producer"]}
 
 
 def _site(stored: dict[str, Any]) -> Site:

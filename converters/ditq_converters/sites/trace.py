@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ditq_converters.hooks import hooked
 
@@ -140,9 +140,8 @@ class Graph:
         self._writes: dict[int, list[int]] = {}  # memory -> values that operations wrote to it
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         for name, argument in inputs.items():
-            for leaf in tree_flatten(argument)[0]:
-                if isinstance(leaf, torch.Tensor):
-                    self.values[self.ref(leaf)].argument = name
+            for leaf in tensors_in(argument):
+                self.values[self.ref(leaf)].argument = name
 
     def ref(self, tensor: torch.Tensor, op: Op | None = None) -> Ref:
         """The value of a tensor; a new one if an operation made it, or if nobody has seen it."""
@@ -304,13 +303,7 @@ def run_wide(
 
 def tensors_in(out: Any) -> list[torch.Tensor]:
     """The tensors of a nested output, in order."""
-    if isinstance(out, torch.Tensor):
-        return [out]
-    if isinstance(out, dict):
-        out = list(out.values())
-    if isinstance(out, list | tuple):
-        return [tensor for part in out for tensor in tensors_in(part)]
-    return []
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -6,9 +6,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
-from ditq_converters.sites.trace import MOVES, Graph, Op
+from ditq_converters.sites.trace import MOVES, Graph, Op, tensors_in
 
 ACTIVATIONS = frozenset({
     "gelu", "silu", "relu", "tanh", "sigmoid", "leaky_relu", "mish", "softplus", "elu", "hardswish",
@@ -33,7 +32,7 @@ class Usage:
         self._conditions = {
             name
             for name, argument in inputs.items()
-            if all(self._is_condition(leaf) for leaf in _tensors(argument))
+            if all(self._is_condition(leaf) for leaf in tensors_in(argument))
         }
         self.users = graph.users()
 
@@ -117,7 +116,3 @@ def batch_of(inputs: dict[str, Any]) -> int:
     tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim()]
     sizes = [len(x) for x in tensors if x.dim() == 1] or [len(x) for x in tensors]
     return min(sizes, default=1)
-
-
-def _tensors(argument: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(argument)[0] if isinstance(leaf, torch.Tensor)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ditq_kernels as k
-from ditq_converters.methods.alternating import alternate, frozen_w8, low_rank
+from ditq_converters.methods.alternating import alternate, low_rank
 
 SHAPES = [(48, 64), (64, 48), (33, 33)]
 
@@ -28,6 +28,12 @@ def coarse(levels):
 
 def w8(values):
     return k.quantize_weight_w8(values).dequantize()
+
+
+def frozen_w8(weight):
+    """An int8 quantizer whose row scales are those of `weight`, whatever it is given later."""
+    scale = k.symmetric_scale(weight.abs().amax(dim=1))[:, None]
+    return lambda values: k.dequantize(k.quantize_symmetric(values, scale), scale)
 
 
 def w4p(values):
