@@ -100,7 +100,8 @@ def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
     for name, score in (figures["demo"] or {}).items():
         whose = "the float model's digits" if name == "float" else "digits"
         rows.append((f"{whose}: accuracy", number(score["accuracy"], 3)))
-        rows.append((f"{whose}: digit-FD", number(score["digit_fd"])))
+        if score["digit_fd"] is not None:
+            rows.append((f"{whose}: digit-FD to the real ones", number(score["digit_fd"])))
     if figures["clip_fraction"]:
         worst = max(figures["clip_fraction"].values())
         rows.append(("worst layer's share of inputs cut off, %", number(100 * worst, 3)))

@@ -22,6 +22,7 @@ from ditq_runtime.files import atomic_file, atomic_folder, write_json
 SHOWN, COLUMNS = 16, 4  # sample pairs in the picture
 SIDE = 64  # smaller images are enlarged to it
 MAGNIFIED = 8  # of their difference
+LINEARS = "linears (not V, not modulation)"  # outputs of those carry factors
 
 
 def write_report(out: Path, found: Evaluation) -> None:
@@ -89,8 +90,8 @@ def write_pictures(out: Path, found: Evaluation) -> list[str]:
     plots.sqnr_curves(out / "sqnr.png", curves, "packed against float: mean of ratios")
     for errors in found.layers:
         forced = errors.mode == FORCED
-        name, what = (names[2], "block") if forced else (names[1], "linear")
-        title = f"error of every {what}, {errors.mode}"
+        name, what = (names[2], "every block") if forced else (names[1], LINEARS)
+        title = f"error of {what}, {errors.mode}"
         plots.layer_heatmap(out / name, errors.names, errors.relative, title)
     if found.clip[0]:
         names.append("clip.png")
