@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_bench.auto_cases import BUDGETS, ENDS, FLOWS, cases_of
+from ditq_bench.auto_cases import BUDGETS, ENDS, FLOATS, FLOWS, cases_of
 from ditq_bench.hidden import HIDDEN, hide, reveal
 from ditq_bench.methods import GUIDANCE, read_rows
 from ditq_bench.results import commit
@@ -129,8 +129,10 @@ def choice_of(out: Path, subject: Subject, case: str) -> Plan | Recipe:
     chosen = cases_of(subject.model)[case]
     if isinstance(chosen, dict):
         return Recipe(**chosen)
-    if chosen in ENDS:
-        return auto_plan(subject.pipe, subject.stats, chosen, quiet=True)
+    budget, _, number = chosen.partition(FLOATS)
+    if budget in ENDS:
+        sites = int(number or 0)
+        return auto_plan(subject.pipe, subject.stats, budget, float_sites=sites, quiet=True)
     folder = out / "plans" / f"{subject.model.partition(':')[2]}-{subject.repeat}"
     if not (folder / f"{chosen}.json").exists():
         ladder = climb(subject.pipe, subject.stats, quiet=True)

@@ -29,6 +29,7 @@ RIVALS = ("smoothquant w4p", "osplus w8")  # also with the judged classes hidden
 BUDGETS = ("smallest", "15%", "16.6%", "18%", "largest")
 ENDS = ("smallest", "largest")
 AUTO = "auto "  # before a budget, in the name of a case
+FLOATS = " float "  # between a budget and how many sites keep float activations
 
 
 def cases_of(model: str) -> dict[str, dict[str, Any] | str]:
@@ -36,6 +37,7 @@ def cases_of(model: str) -> dict[str, dict[str, Any] | str]:
     budgets = BUDGETS if model in DITS else ENDS
     found: dict[str, dict[str, Any] | str] = {AUTO + budget: budget for budget in budgets}
     if model in FLOWS:
-        return found | ON_THE_FLY | SINGLES
+        floats = (f"{budget}{FLOATS}{number}" for budget in ENDS for number in (2, 4))
+        return found | {AUTO + each: each for each in floats} | ON_THE_FLY | SINGLES
     hidden = {HIDDEN + AUTO + budget: budget for budget in ENDS}
     return found | NEAREST | SINGLES | hidden | {HIDDEN + name: SINGLES[name] for name in RIVALS}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditq_bench.auto_cases import AUTO, NEAREST, ON_THE_FLY, SINGLE, SINGLES
+from ditq_bench.auto_cases import AUTO, FLOATS, NEAREST, ON_THE_FLY, SINGLE, SINGLES
 from ditq_converters.pages.colours import FIXED
 from ditq_runtime.files import atomic_file
 
@@ -77,9 +77,12 @@ def draw(path: Path, rows: Sequence[Row], models: Sequence[str]) -> None:
 
 
 def _panel(axes: Any, rows: list[Row]) -> None:
-    curve = sorted(_place(row) for row in rows if row["case"].startswith(AUTO))
+    own = [row for row in rows if row["case"].startswith(AUTO)]
+    curve = sorted(_place(row) for row in own if FLOATS not in row["case"])
     if curve:
         axes.plot(*zip(*curve, strict=True), "o-", color="black", label="auto", zorder=3)
+    floats = [row["case"] for row in own if FLOATS in row["case"]]
+    _points(axes, rows, "auto, some float activations", floats, "o", "#888888")
     for method in SINGLE:
         cases = [f"{method} {weights}" for weights in ("w4p", "w8")]
         _points(axes, rows, f"{method}, gptq", cases, "s", FIXED[method])

@@ -1,5 +1,6 @@
 """Bits for a budget: what a text means in bytes, and which linears take 8 bits."""
 
+import re
 from itertools import product
 
 import pytest
@@ -193,7 +194,7 @@ def test_the_ends_need_no_search(model, stats):
 
 def test_aimed_rounding_lowers_the_error_of_the_model(model, stats):
     """On the calls that it aims at: the same scales, bytes and transforms, only the codes and biases differ."""
-    low = ends(model, None, {"kept_dtype": "fp32"}).low
+    low = ends(model, kept_dtype="fp32").low
     calls = ask_all_classes(model, list(stats.replay()))
 
     def error(plan):
@@ -202,9 +203,9 @@ def test_aimed_rounding_lowers_the_error_of_the_model(model, stats):
             float((call.replay(packed) - call.replay(model)).square().sum()) for call in calls
         )
 
-    plain = ends(model, None, {"kept_dtype": "fp32", "rounding": "gptq"}).low
+    plain = ends(model, kept_dtype="fp32", rounding="gptq").low
     nearest = {"kept_dtype": "fp32", "rounding": "nearest", "bias_correction": False}
-    assert error(low) < error(plain) < error(ends(model, None, nearest).low)
+    assert error(low) < error(plain) < error(ends(model, **nearest).low)
     assert torch.isfinite(torch.tensor(error(low)))
 
 
@@ -223,3 +224,32 @@ def test_the_readers_of_some_sites_keep_float_activations(model, stats):
     assert errors[1] < errors[0]
     layer = packed.get_submodule("transformer_blocks.1.ff.net.2")
     assert (layer.format.weights, layer.format.activations) == ("w8", "none")
+
+
+def test_auto_finds_sites_for_float_activations(model, stats, ladder, tmp_path):
+    """They lower the error, a plan says what they gain and cost, and a budget is kept."""
+    plain, freed = (
+        auto_plan(model, stats, "largest", quiet=True, float_sites=number, kept_dtype="fp32")
+        for number in (0, 2)
+    )
+    known = {entry.name: entry for entry in plain.linears}
+    free = [
+        entry for entry in freed.linears if known[entry.name].is_integer and not entry.is_integer
+    ]
+    assert len({entry.site for entry in free}) == 2
+    for entry in free:
+        assert (entry.weights, entry.rounding, entry.bias_correction) == ("w8", "nearest", False)
+        told = r"auto: float activations of its site, take away [\d.]+% of the noise; [\d.]+% of the products of blocks"
+        assert re.match(told, entry.reason)
+    calls = list(stats.replay())
+    wanted = [call.replay(model) for call in calls]
+    errors = []
+    for plan in (plain, freed):
+        packed = convert(model, plan, stats, quiet=True)
+        errors.append(noise(wanted, [call.replay(packed) for call in calls]))
+    assert errors[1] < errors[0]
+    most = ladder.nbytes + sum(one.choices[-1].cost for one in ladder.units) // 2
+    small = auto_plan(model, stats, f"{most}B", quiet=True, float_sites=1)
+    convert(model, small, stats, tmp_path / "out", quiet=True)
+    assert open_folder(tmp_path / "out").nbytes <= most
+    assert sum(entry.reason.startswith("auto: float") for entry in small.linears) >= 1

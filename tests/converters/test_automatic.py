@@ -1,7 +1,10 @@
 """What `ditq convert` does where nobody chose a method: auto where it can calibrate, else what needs no data."""
 
+import sys
+
 import pytest
 import torch
+import typer
 
 from ditq_converters import CalibrationStats, calibrate
 from ditq_converters.auto.estimate import seconds_of
@@ -48,6 +51,25 @@ def test_only_other_budgets_are_searched_for():
     ] * 2
 
 
+def test_float_sites_are_searched_for_in_the_bits_that_were_asked_for(monkeypatch):
+    """A search of whatever budget; another method has none."""
+    assert c.searches({**NOTHING, "float_sites": 2})
+    monkeypatch.setitem(
+        vars(sys.modules["ditq_converters.auto.search"]), "auto_plan", lambda *a, **k: (a[2], k)
+    )
+    for choices, budget in (
+        ({}, "largest"),
+        ({"weights": "w4p"}, "smallest"),
+        ({"budget": "9%"}, "9%"),
+    ):
+        assert c.searched({**NOTHING, "float_sites": 2, **choices}, None, None) == (
+            budget,
+            {"float_sites": 2},
+        )
+    with pytest.raises(typer.BadParameter, match="--float-sites is for --method auto"):
+        chosen(asked=True, method="smoothquant", float_sites=1)
+
+
 def test_another_method_is_as_it_was():
     other = chosen(asked=True, fed=False, method="smoothquant")
     assert (other.method, other.rounding, other.activations) == ("smoothquant", "nearest", "token")
@@ -63,6 +85,7 @@ def test_without_anything_to_calibrate_with_it_says_what_that_would_gain(capfd):
         chosen(fed=False, asked=True).method == "osplus"
     )  # by name: calibration will say what it needs
     assert chosen(fed=False, budget="40%").method == "osplus"
+    assert chosen(fed=False, float_sites=2).method == "osplus"
 
 
 def test_classes_are_something_to_calibrate_with(make_pipeline, make_dit):
@@ -91,7 +114,7 @@ def calibrated(make_dit, tmp_path_factory):
 def test_an_estimate_grows_with_what_is_asked_for(calibrated):
     model, stats = calibrated
     assert CalibrationStats.open(stats.folder).has_replay
-    low = ends(model, None, {}).low
+    low = ends(model).low
     nearest = plan_of(model, chosen(method="linear", asked=True))
     rounded = plan_of(model, chosen(rounding="gptq"))
     assert seconds_of(nearest, model, stats, False) == 0

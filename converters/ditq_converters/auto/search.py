@@ -11,35 +11,26 @@ converted in the end is rounded anew.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditq_converters.auto.budget import file_bytes, parse_budget
+from ditq_converters.auto.budget import parse_budget
+from ditq_converters.auto.float_sites import FloatSite, best_float_sites, with_float_sites
 from ditq_converters.auto.ladder import Choice, Ladder, Unit
+from ditq_converters.auto.measured import bytes_of, check_room, emulated, noise
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
-from ditq_converters.convert.jobs import Job
-from ditq_converters.convert.pack import packed_skeleton
 from ditq_converters.convert.prefix import Prefix
-from ditq_converters.convert.story import convert_parts
-from ditq_converters.memory import SLACK, format_bytes, held
-from ditq_converters.plan.entries import MODULATION, QUANTIZED, LinearPlan
+from ditq_converters.plan.entries import MODULATION, LinearPlan
 from ditq_converters.plan.make import plan_of
 from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.recipe import Recipe
-from ditq_converters.plan.sizes import linear_bytes
 from ditq_converters.progress import progress_bar
 from ditq_converters.sites.find import family_for
-from ditq_converters.streaming.model import largest_block, streamed_of
-from ditq_converters.streaming.write import WORK
 from ditq_runtime.calls.parts import transformer_of
-from ditq_runtime.families import Family
-from ditq_runtime.format.layer import LayerFormat
 
-CALLS = 8  # replayed calls that judge a unit, evenly over those that were kept
 BEST = {
     "method": "osplus",
     "alpha": 0.35,  # less than usual: coarse weights can take little of what is hard to round
@@ -68,6 +59,7 @@ def auto_plan(
     stats: CalibrationStats,
     budget: str = "smallest",
     *,
+    float_sites: int = 0,
     quiet: bool = False,
     inputs: dict[str, Any] | None = None,
     **choices: Any,
@@ -78,6 +70,8 @@ def auto_plan(
         pipe: a diffusers pipeline, or its transformer alone.
         stats: of this model, with sampled rows and calls to replay.
         budget: see `budget.parse_budget`.
+        float_sites: how many sites may keep float activations, where int8 costs the model's output most; their readers
+            have 8-bit weights, and their products run in floating point.
         quiet: show no progress bar.
         inputs: as in `convert`.
         **choices: fields of `Recipe` that differ from BEST; `weights` is decided here.
@@ -93,9 +87,22 @@ def auto_plan(
     most = parse_budget(budget, model)
     stats.check_model(model)
     know_sites(model, stats)
-    if most:
-        return climb(model, stats, quiet=quiet, inputs=inputs, **choices).plan(most)
-    return ends(model, inputs, choices).plan(most)
+    searched = climb if most else ends
+    ladder = searched(model, stats, quiet=quiet, inputs=inputs, **choices)
+    plan = ladder.plan(most)
+    if not float_sites:
+        return plan
+    chosen = best_float_sites(model, plan, stats, float_sites, quiet=quiet, inputs=inputs)
+    if most:  # what the larger weights take is left out before
+        plan = ladder.plan(most - _growth(model, ladder.low, chosen))
+    return with_float_sites(plan, chosen)
+
+
+def _growth(model: nn.Module, low: Plan, chosen: list[FloatSite]) -> int:
+    """Bytes that sites with float activations take beyond the smallest plan's."""
+    names = {entry.name for site in chosen for entry in site.entries}
+    before = bytes_of(model, (entry for entry in low.linears if entry.name in names))
+    return max(0, bytes_of(model, (e for site in chosen for e in site.entries)) - before)
 
 
 def best(weights: str) -> dict[str, Any]:
@@ -114,8 +121,15 @@ def rungs(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, An
     return made
 
 
-def ends(model: nn.Module, inputs: dict[str, Any] | None, choices: dict[str, Any]) -> Ladder:
-    """The plans in 4 and in 8 bits."""
+def ends(
+    model: nn.Module,
+    stats: CalibrationStats | None = None,
+    *,
+    quiet: bool = False,
+    inputs: dict[str, Any] | None = None,
+    **choices: Any,
+) -> Ladder:
+    """The plans in 4 and in 8 bits, without any search; arguments as `auto_plan`."""
     low, high = (_rung(model, inputs, choices, rung) for rung in (RUNGS[0], RUNGS[-1]))
     return Ladder(low, high)
 
@@ -143,14 +157,14 @@ def climb(
     model = transformer_of(pipe)
     low, *better = rungs(model, inputs, choices)
     family, found = family_for(model, inputs), units(model, low, better)
-    _check_room(model, family, low, better)
-    smallest, nbytes = _emulated(model, family, low, stats)
+    check_room(model, family, low, better)
+    smallest, nbytes = emulated(model, family, low, stats)
     wanted = smallest.outputs(finished=False)
     base = noise(wanted, smallest.outputs(finished=True))
     gains: dict[tuple[str, int], float] = {}
     with progress_bar("trying choices", len(better) * len(found), quiet=quiet) as advance:
         for number, plan in enumerate(better, 1):
-            other, _ = _emulated(model, family, plan, stats)
+            other, _ = emulated(model, family, plan, stats)
             for unit in found:
                 _exchange(smallest, other, unit.linears)
                 left = noise(wanted, smallest.outputs(finished=True)) / base
@@ -188,67 +202,13 @@ def units(model: nn.Module, low: Plan, better: list[Plan]) -> list[Unit]:
     found = []
     for name, smallest in members.items():
         forms = [tuple(smallest), *(tuple(of[e.name] for e in smallest) for of in entries)]
-        sizes = [_bytes(model, form) for form in forms]
+        sizes = [bytes_of(model, form) for form in forms]
         choices = (
             Choice(form, size - sizes[0], site=of.get(name))
             for form, size, of in zip(forms, sizes, sites, strict=True)
         )
         found.append(Unit(name, tuple(choices)))
     return found
-
-
-def _bytes(model: nn.Module, form: tuple[LinearPlan, ...]) -> int:
-    return sum(
-        linear_bytes(e, getattr(model.get_submodule(e.name), "bias", None) is not None)
-        for e in form
-    )
-
-
-def noise(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Mean over calls of |found - wanted|^2 / |wanted|^2."""
-    shares = [
-        float((b.double() - a.double()).square().sum() / a.double().square().sum())
-        for a, b in zip(wanted, found, strict=True)
-    ]
-    return sum(shares) / len(shares)
-
-
-def _emulated(
-    model: nn.Module, family: Family, plan: Plan, stats: CalibrationStats
-) -> tuple[Prefix, int]:
-    """A copy that computes as the plan's checkpoint will, rounded without aiming; and the checkpoint's bytes."""
-    linears = (
-        replace(entry, rounding="gptq") if entry.rounding == "aimed" else entry
-        for entry in plan.linears
-    )
-    plain = replace(plan, linears=tuple(linears))
-    kept = list(stats.replay())
-    prefix = Prefix(model, islice(kept, 0, None, max(1, len(kept) // CALLS)))
-    job = Job(model, model, family, plain, stats, True, prefix)
-    formats: dict[str, LayerFormat] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in convert_parts(job, None):
-        formats |= part.formats
-        shapes |= {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
-    scheme = job.scheme(formats, shapes)
-    return prefix, file_bytes(packed_skeleton(model, scheme, job.provenance, plan.kept_dtype))
-
-
-def _check_room(model: nn.Module, family: Family, low: Plan, better: list[Plan]) -> None:
-    """ValueError if a model whose weights are on disk does not fit into its budget twice, in 4 and in 8 bits."""
-    streamed = streamed_of(model)
-    if streamed is None or streamed.memory_budget is None:
-        return
-    sizes = [_bytes(model, tuple(e for e in p.linears if e.weights in QUANTIZED)) for p in better]
-    smallest = _bytes(model, tuple(e for e in low.linears if e.weights in QUANTIZED))
-    block = WORK * largest_block(model, family)
-    needed = held(torch.device("cpu")) + SLACK + smallest + max(sizes) + block
-    if needed > streamed.memory_budget:
-        raise ValueError(
-            f"auto: a search for a --budget holds the model in 4 and in 8 bits and a block in fp32, which needs "
-            f"{format_bytes(needed)} and may take {format_bytes(streamed.memory_budget)}; allow more, or take --budget "
-            "smallest or largest"
-        )
 
 
 def _exchange(one: Prefix, other: Prefix, linears: tuple[str, ...]) -> None:

@@ -36,6 +36,12 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         "",
         "auto: bytes of the transformer, as 45%, 1.9MiB, smallest or largest; default: all as --weights.",
     ),
+    "float_sites": _option(
+        int,
+        0,
+        "auto: so many sites may keep float activations, where int8 costs most; slower there.",
+        min=0,
+    ),
     "weights": _option(
         str,
         "w8",
@@ -171,14 +177,15 @@ def recipe_of(choices: dict[str, Any]) -> Recipe:
     from ditq_converters.plan.recipe import Recipe
 
     asked, budget = dict(choices), choices["budget"]
-    del asked["budget"]
+    del asked["budget"], asked["float_sites"]
     if is_auto(choices):
         bits = {"": asked["weights"], LARGEST: "w8"}.get(budget, "w4p")
         decided = {**best(bits), "weights": bits}
         asked |= {name: decided[name] for name in decided if _is_default(name, asked[name])}
         asked |= {"method": decided["method"], "weights": bits}
-    elif budget:
-        raise typer.BadParameter("--budget is for --method auto; leave it out, or take auto.")
+    elif budget or choices["float_sites"]:
+        option = "--budget" if budget else "--float-sites"
+        raise typer.BadParameter(f"{option} is for --method auto; leave it out, or take auto.")
     try:
         check_budget(budget or SMALLEST)
         recipe = Recipe(**{name: value for name, value in asked.items() if value is not None})
@@ -198,7 +205,8 @@ def searches(choices: dict[str, Any]) -> bool:
     """Whether bits are to be searched for."""
     from ditq_converters.auto.budget import LARGEST, SMALLEST
 
-    return is_auto(choices) and choices["budget"] not in ("", LARGEST, SMALLEST)
+    wanted = choices["budget"] not in ("", LARGEST, SMALLEST) or choices["float_sites"] > 0
+    return is_auto(choices) and wanted
 
 
 def without_data(choices: dict[str, Any]) -> Recipe:
@@ -228,7 +236,7 @@ def settled(
     recipe = recipe_of(choices)
     if not is_auto(choices):
         return recipe
-    if not asked and not choices["budget"]:
+    if not asked and not choices["budget"] and not choices["float_sites"]:
         if not fed:
             note(UNFED)
             return without_data(choices)
@@ -247,7 +255,8 @@ def searched(choices: dict[str, Any], pipe: Any, stats: CalibrationStats) -> Pla
         for name, value in choices.items()
         if name not in ("method", "budget", "weights") and not _is_default(name, value)
     }
-    return auto_plan(pipe, stats, choices["budget"], **fixed)
+    bits = "largest" if choices["weights"] == "w8" else "smallest"
+    return auto_plan(pipe, stats, choices["budget"] or bits, **fixed)
 
 
 def _is_default(name: str, value: Any) -> bool:
