@@ -113,7 +113,8 @@ def _weight_only(model: nn.Module, name: str) -> nn.Linear:
     with weights_of(model, name) as linear:
         weight: Any = linear.weight
         bias: Any = linear.bias
-        made = nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=weight.dtype)
+        outputs, width = weight.shape
+        made = nn.Linear(width, outputs, bias=bias is not None, dtype=weight.dtype)
         made.weight.copy_(k.quantize_weight_w8(weight.float()).dequantize())
         if bias is not None:
             made.bias.copy_(bias)
