@@ -1,8 +1,9 @@
-"""Hooks that are there inside a block, and runs that end where a module is reached."""
+"""Hooks that are there inside a block, what they are given, and runs that end where a module is reached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -36,3 +37,9 @@ def until_reached(
     handles = (m.register_forward_pre_hook(stop, with_kwargs=True) for m in modules)
     with suppress(Reached), hooked(handles):
         yield
+
+
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, by the names that the model's forward has for them."""
+    bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])  # the first is self

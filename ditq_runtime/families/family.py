@@ -118,6 +118,12 @@ class Family:
         last = [] if self.final_modulation is None else [self.final_modulation]
         return [*self.block_names(model), *last]
 
+    def modulation_names(self, model: nn.Module) -> list[str]:
+        """The modulation linears: those of the blocks, then the final one."""
+        tables = self.block_tables(model).items()
+        inside = [f"{block}.{name}" for block, table in tables for name in table.modulations]
+        return inside if self.final_modulation is None else [*inside, self.final_modulation]
+
     def attention_names(self, model: nn.Module) -> list[str]:
         """The attention modules of a model that can run quantized, in the order they run.
 

@@ -12,12 +12,8 @@ from torch import nn
 
 from ditq_converters.calibrate.errors import StatisticsError
 from ditq_converters.calibrate.rows import Kept, RowChoice
-from ditq_converters.calibrate.transformer_calls import (
-    TransformerCall,
-    by_name,
-    map_tensors,
-    timestep_of,
-)
+from ditq_converters.calibrate.transformer_calls import TransformerCall, map_tensors, timestep_of
+from ditq_converters.hooks import by_name
 from ditq_converters.sites.operands import OperandWatch
 from ditq_runtime.calls.seeds import splitmix64
 from ditq_runtime.families import Family
@@ -80,21 +76,14 @@ class Recorder:
         for component, (model, family) in self._models.items():
             begin = self._beginner(component, family.timestep_argument)
             self._hooks.enter_context(model.register_forward_pre_hook(begin, with_kwargs=True))
-            tables = family.block_tables(model).items()
-            for block, table in tables:
+            for block, table in family.block_tables(model).items():
                 for site in table.sites:
                     for reader in site.observed:
                         keeps = reader == site.observed[0]
                         hook = self._observer(f"{block}.{site.name}", keeps)
                         self._listen(model, f"{block}.{reader}", hook)
-                for modulation in table.modulations:
-                    self._listen(
-                        model, f"{block}.{modulation}", self._modulation(f"{block}.{modulation}")
-                    )
-            if family.final_modulation is not None:
-                self._listen(
-                    model, family.final_modulation, self._modulation(family.final_modulation)
-                )
+            for name in family.modulation_names(model):
+                self._listen(model, name, self._modulation(name))
             self._watch_operands(component, model, family)
         return self
 

@@ -91,7 +91,7 @@ class CalibrationStats:
         """Open a finished calibration; StatisticsError if it is missing, unfinished, damaged or mixed up."""
         folder = Path(folder)
         opened = cls(folder, read_manifest(folder))
-        if opened.manifest["version"] == 1:
+        if opened.is_version1:
             for call in range(opened.calls):
                 if not shard_path(folder, call).exists():
                     raise StatisticsError(
@@ -106,9 +106,14 @@ class CalibrationStats:
         return opened if TRANSFORMER in opened.components else opened.of(opened.components[0])
 
     @property
+    def is_version1(self) -> bool:
+        """Whether an earlier ditq recorded them: one folder of shards, merged as they were made."""
+        return bool(self.manifest["version"] == 1)
+
+    @property
     def components(self) -> list[str]:
         """The transformers that were watched."""
-        return sorted(self.manifest.get("models", {TRANSFORMER: None}))
+        return sorted(self.manifest["models"])
 
     def of(self, component: str) -> CalibrationStats:
         """The statistics of another transformer of the pipeline, such as `transformer_2`; StatisticsError if none."""
@@ -120,10 +125,8 @@ class CalibrationStats:
 
     @cached_property
     def _schedule(self) -> dict[str, Any]:
-        if self.manifest["version"] == 1:
-            scale = family_of(
-                self.manifest.get("architecture", "DiTTransformer2DModel")
-            ).timestep_scale
+        if self.is_version1:
+            scale = family_of(self.manifest["architecture"]).timestep_scale
             rows = self.manifest.get("rows", {}).get("calls", ())
             return {"timesteps": [scale * t for t in self.manifest["timesteps"]], "row_calls": rows}
         path = self._calls_folder / SCHEDULE
@@ -137,7 +140,7 @@ class CalibrationStats:
 
     @property
     def _calls_folder(self) -> Path:
-        if self.manifest["version"] == 1:
+        if self.is_version1:
             return self.folder
         return self.folder / MERGED / self.component
 
@@ -163,7 +166,7 @@ class CalibrationStats:
     @property
     def differing_timesteps(self) -> int:
         """How many timesteps there were, where inputs have different schedules; 0 where each is one of `timesteps`."""
-        if self.manifest["version"] == 1:
+        if self.is_version1:
             return 0
         visits = (visit for shard in self.shards() for visit in shard.meta["visits"])
         met = {visit["timestep"] for visit in visits if visit["component"] == self.component}
@@ -172,8 +175,7 @@ class CalibrationStats:
     @property
     def has_attention(self) -> bool:
         """Whether the ranges of Q, K and V were recorded."""
-        settings = self.manifest.get("settings", self.manifest)
-        return bool(settings.get("attention", False))
+        return bool(self.manifest["settings"].get("attention", False))
 
     @property
     def has_rows(self) -> bool:
@@ -183,25 +185,20 @@ class CalibrationStats:
     @property
     def has_replay(self) -> bool:
         """Whether rows, inputs of modulation and whole calls were kept, as rounding that is aimed reads them."""
-        return self.has_rows and self.manifest["version"] > 1
+        return self.has_rows and not self.is_version1
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says about the calibration that it was made with, JSON-safe."""
-        if self.manifest["version"] == 1:
-            plan = self.manifest["plan"]
-            made = {key: self.manifest[key] for key in ("calls", "sampler", "model_hash")}
-            return {
-                **made,
-                "guidance": plan.get("guidance"),
-                "samples": len(plan.get("labels", ())),
-            }
-        model = self.manifest["models"][self.component]
+        plan = self.manifest.get("plan", {})
+        given = {"inputs": len(self.manifest["inputs"])}
+        if self.is_version1:
+            given = {"guidance": plan.get("guidance"), "samples": len(plan.get("labels", ()))}
         return {
             "calls": self.calls,
             "sampler": self.manifest["sampler"],
-            "model_hash": model["model_hash"],
-            "inputs": len(self.manifest["inputs"]),
+            "model_hash": self.manifest["models"][self.component]["model_hash"],
+            **given,
         }
 
     def ranges(self, site: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +242,7 @@ class CalibrationStats:
         Raises:
             StatisticsError: none were kept: by version 1, with rows off, or for a linear that never ran.
         """
-        if self.manifest["version"] == 1:
+        if self.is_version1:
             raise StatisticsError(
                 f"{self.folder}: version 1 kept no inputs of modulation; calibrate again into a new folder"
             )
@@ -260,7 +257,7 @@ class CalibrationStats:
         Raises:
             StatisticsError: version 1 kept none, or a file is damaged.
         """
-        if self.manifest["version"] == 1:
+        if self.is_version1:
             raise StatisticsError(
                 f"{self.folder}: version 1 kept no calls to replay; calibrate again into a new folder"
             )
@@ -296,10 +293,7 @@ class CalibrationStats:
 
     def check_model(self, model: nn.Module) -> None:
         """StatisticsError if they were taken from another model."""
-        entry = (
-            self.manifest["models"][self.component] if "models" in self.manifest else self.manifest
-        )
-        if entry["model_hash"] != model_hash(model):
+        if self.manifest["models"][self.component]["model_hash"] != model_hash(model):
             raise StatisticsError(
                 f"{self.folder}: these statistics belong to another model (its weights differ); "
                 "calibrate this model into a new folder"
@@ -334,7 +328,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in KEYS[version] if key not in manifest]
     if missing:
         raise StatisticsError(f"{path}: lacks {', '.join(missing)}; calibrate again")
-    return manifest
+    return manifest if version == STATISTICS_VERSION else _as_version2(manifest)
+
+
+def _as_version2(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 with what version 2 has; the classes it knew first were DiT's."""
+    model = {"architecture": "DiTTransformer2DModel", **manifest}
+    settings = {"attention": manifest.get("attention", False)}
+    return {**model, "models": {TRANSFORMER: model}, "settings": settings, "inputs": []}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+
+from ditq_converters.hooks import by_name
 
 TIMESTEPS = ("timestep", "timesteps", "t")
 TENSOR = "tensor"
@@ -45,12 +46,6 @@ class TransformerCall:
     def by_name(self, model: nn.Module) -> dict[str, Any]:
         """All arguments, by the names that the model's forward has for them."""
         return by_name(model, self.args, self.kwargs)
-
-
-def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, by the names that the model's forward has for them."""
-    bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
-    return dict(list(bound.arguments.items())[1:])  # the first is self
 
 
 def timestep_of(traced: str | None, arguments: Mapping[str, Any]) -> float:

@@ -96,8 +96,17 @@ class Job:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What `config.json` keeps of how the checkpoint was made."""
-        return provenance(self.plan, self.stats)
+        """What `config.json` keeps of how the checkpoint was made; `ditq/plan.json` beside it has the reasons."""
+        methods = dict.fromkeys(site.method for site in self.plan.sites)
+        made: dict[str, Any] = {
+            **headline(self.plan),
+            "source": "; ".join(METHODS[method].source for method in methods),
+            "ditq": __version__,
+            "plan": compact(self.plan),
+        }
+        if self.stats is not None:
+            made["calibration"] = self.stats.provenance
+        return made
 
 
 def jobs_of(
@@ -178,17 +187,3 @@ def prefix_of(job: Job) -> Prefix | None:
         few = [calls[i] for i in evenly(len(calls), AIMED_CALLS)]
         calls = ask_all_classes(job.model, few)
     return Prefix(job.model, calls, job.family.block_names(job.model), budget)
-
-
-def provenance(plan: Plan, stats: CalibrationStats | None) -> dict[str, Any]:
-    """What `config.json` keeps of how the checkpoint was made; `ditq/plan.json` beside it has the reasons."""
-    methods = dict.fromkeys(site.method for site in plan.sites)
-    made: dict[str, Any] = {
-        **headline(plan),
-        "source": "; ".join(METHODS[method].source for method in methods),
-        "ditq": __version__,
-        "plan": compact(plan),
-    }
-    if stats is not None:
-        made["calibration"] = stats.provenance
-    return made

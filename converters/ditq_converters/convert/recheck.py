@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ditq_converters.convert.fold import Block, LinearTensors, Units, divide, output_units
+from ditq_converters.convert.prefix import evenly
 from ditq_converters.methods import Transform
 from ditq_runtime.families import BlockTable
 
@@ -104,7 +105,7 @@ def _holds(
     ones = torch.ones(1, dtype=torch.float64)
     s = ones.expand(inputs) if read.smooth is None else read.smooth
     u = ones.expand(outputs) if given is None else given.scale
-    rows, columns = _spread(outputs, ROWS), _spread(inputs, COLUMNS)
+    rows, columns = evenly(outputs, ROWS), evenly(inputs, COLUMNS)
     every = slice(None)
     for n, k in ((rows, every), (every, columns)):
         wanted = u[n, None] * _wide(weight[n][:, k]) * s[k]
@@ -127,11 +128,6 @@ def _holds(
 def _keeps_zero(given: Units | None) -> bool:
     """Whether an output keeps its zero."""
     return given is None or not bool(given.added.any())
-
-
-def _spread(count: int, most: int) -> torch.Tensor:
-    """At most so many places, the first and the last among them."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def _wide(part: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ditq_converters.calibrate.schedule import schedule_of
-from ditq_converters.calibrate.transformer_calls import by_name, timestep_of
+from ditq_converters.calibrate.transformer_calls import timestep_of
+from ditq_converters.hooks import by_name
 from ditq_converters.sites.find import timestep_carrier
 from ditq_runtime.layers.linear import QuantLinear
 

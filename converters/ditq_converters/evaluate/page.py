@@ -162,7 +162,13 @@ def _bytes(sizes: dict[str, Any]) -> str:
     if sizes["packed"] is None:
         return ""
     sides = {"float, in memory": sizes["float"], "packed, on disk": sizes["packed"]}
-    named = [c for c in sizes["packed"] if any(side[c] for side in sides.values())]
+    return "<h2>Bytes by category</h2>" + bytes_table(sides)
+
+
+def bytes_table(sides: Mapping[str, Mapping[str, int]]) -> str:
+    """Name -> category -> bytes as a table; categories that nobody has are left out."""
+    every = next(iter(sides.values()))
+    named = [c for c in every if any(side[c] for side in sides.values())]
     rows = [[escape(c), *(f"{side[c]:,}" for side in sides.values())] for c in named]
     rows.append(["total bytes", *(f"{sum(side.values()):,}" for side in sides.values())])
-    return "<h2>Bytes by category</h2>" + table(["category", *sides], rows)
+    return table(["category", *sides], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ditq_converters.calibrate.stats import model_hash
 from ditq_converters.evaluate.clipping import ClipCounter
@@ -47,29 +44,13 @@ class Part:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
-        tensors = dict(self.drawn)
-        for name, steps in self.series.items():
-            times, found = zip(*steps, strict=True) if steps else ((), ())
-            tensors[f"{name}/t"] = torch.tensor(times, dtype=torch.float64)
-            for number, column in enumerate(zip(*found, strict=True)):
-                tensors[f"{name}/{number}"] = torch.stack(column)
-        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_file(path) as part:
-            save_file(kept, part, {"names": json.dumps(self.names)})
+            torch.save(vars(self), part)
 
     @classmethod
     def load(cls, path: Path) -> Part:
         """Read it back, to the bit."""
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            names = json.loads(file.metadata()["names"])
-        series: dict[str, Series] = {}
-        for name in sorted(n.removesuffix("/t") for n in tensors if n.endswith("/t")):
-            times = tensors.pop(f"{name}/t").tolist()
-            count = sum(n.startswith(f"{name}/") for n in tensors)
-            columns = [tensors.pop(f"{name}/{number}") for number in range(count)]
-            series[name] = [(t, tuple(c[i] for c in columns)) for i, t in enumerate(times)]
-        return cls(series, names, tensors)
+        return cls(**torch.load(path, weights_only=True))
 
 
 @dataclass(frozen=True)
@@ -172,7 +153,7 @@ def parts_of(task: Task, out: Path | None) -> list[Part]:
             raise
         shutil.rmtree(folder)  # of an earlier run with other settings
         write_json(folder / WORK, work)
-    files = [folder / f"{index:04d}.safetensors" for index in total]
+    files = [folder / f"{index:04d}.pt" for index in total]
     take_turns(
         len(files),
         folder / LOCKS,

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq_converters.calibrate.transformer_calls import (
-    TransformerCall,
-    by_name,
-    map_tensors,
-    timestep_of,
-)
-from ditq_converters.hooks import hooked
+from ditq_converters.calibrate.transformer_calls import TransformerCall, map_tensors, timestep_of
+from ditq_converters.hooks import by_name, hooked
 from ditq_converters.sites.find import timestep_carrier
 from ditq_runtime.calls.inputs import Input
 from ditq_runtime.calls.parts import transformers_in

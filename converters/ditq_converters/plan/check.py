@@ -15,6 +15,7 @@ from ditq_converters.plan.plan import Plan
 from ditq_converters.plan.sites import places_of, shifts_at
 from ditq_runtime.attention.install import unsupported
 from ditq_runtime.families import Family, Site
+from ditq_runtime.families.placing import homes_of
 from ditq_runtime.format.layer import GROUPED
 
 AGAIN = "make the plan again with `ditq plan`"
@@ -36,7 +37,8 @@ def check_plan(plan: Plan, model: nn.Module, family: Family) -> None:
     _same_names("site", [entry.name for entry in plan.sites], sites)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _same_names("linear", [entry.name for entry in plan.linears], linears)
-    site_of = _sites_of_linears(model, family)
+    site_of = homes_of(model, family)
+    site_of |= dict.fromkeys(family.modulation_names(model), MODULATION)
     for linear in plan.linears:
         _check_linear(linear, linears[linear.name], site_of.get(linear.name, OUTSIDE))
         if linear.name == family.final_modulation and linear.is_integer:
@@ -123,17 +125,6 @@ def _same_names(kind: str, planned: list[str], there: Iterable[str]) -> None:
     missing = sorted(there - set(planned))
     if missing:
         raise ValueError(f"plan: {missing[0]}: this {kind} of the model is missing; {AGAIN}")
-
-
-def _sites_of_linears(model: nn.Module, family: Family) -> dict[str, str]:
-    found = {}
-    for block, table in family.block_tables(model).items():
-        for site in table.sites:
-            found.update({f"{block}.{name}": f"{block}.{site.name}" for name in site.consumers})
-        found.update({f"{block}.{name}": MODULATION for name in table.modulations})
-    if family.final_modulation is not None:
-        found[family.final_modulation] = MODULATION
-    return found
 
 
 def _check_site(entry: SitePlan, site: Site, family: Family, readers: list[LinearPlan]) -> None:

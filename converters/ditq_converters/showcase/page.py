@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ditq_converters.evaluate.page import bytes_table
 from ditq_converters.pages.origin import origin
 from ditq_converters.pages.template import (
     Heading,
@@ -31,6 +32,7 @@ WHAT = (
     "A Diffusion Transformer trained on handwritten digits, calibrated without data, converted to packed 8-bit and "
     "4-bit checkpoints, reloaded from disk through diffusers, and sampled in integers."
 )
+EMBEDDER = "<p>diffusers stores the timestep and label embedder in each block, ditq once.</p>"
 OWN = "Each model on its own trajectory"
 SAME = "All on the float model's latents"
 
@@ -51,7 +53,12 @@ def write_report_page(out: Path, report: dict[str, Any]) -> None:
         "<h2>Where the error is</h2>",
         side_by_side([picture(f"layers-{n.lower()}.png", _layers(n)) for n in ("W8A8", "W4A8")]),
         "<h2>Size</h2>",
-        side_by_side([_sizes(digits["bytes"]), picture("sizes.png", "The transformer on disk")]),
+        side_by_side(
+            [
+                bytes_table(digits["bytes"]) + EMBEDDER,
+                picture("sizes.png", "The transformer on disk"),
+            ]
+        ),
         "<h2>Activations: they drift over the steps, and channels differ</h2>",
         side_by_side([_activations(kind, name) for name in STUDIES for kind in KINDS]),
         "<h2>A harder model: planted outlier channels (demo:digits-salient)</h2>",
@@ -142,16 +149,6 @@ def _variants(study: dict[str, Any]) -> str:
         "classifier; compare rows of this table alone.</p>"
     )
     return table(header, rows) + told
-
-
-def _sizes(sizes: dict[str, dict[str, int]]) -> str:
-    categories = [
-        c for c in next(iter(sizes.values())) if any(parts[c] for parts in sizes.values())
-    ]
-    rows = [[escape(c), *(f"{parts[c]:,}" for parts in sizes.values())] for c in categories]
-    rows.append(["total bytes", *(f"{sum(parts.values()):,}" for parts in sizes.values())])
-    told = "<p>diffusers stores the timestep and label embedder in each block, ditq once.</p>"
-    return table(["category", *sizes], rows) + told
 
 
 def _execution(execution: dict[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ditq_converters.hooks import until_reached
+from ditq_converters.hooks import by_name, until_reached
 from ditq_converters.sites.inputs import NoInputs
 
 
@@ -21,10 +20,8 @@ def first_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        for name, value in list(bound.arguments.items())[1:]:  # the first is self
-            if name != "return_dict":
-                found[name] = value
+        found.update(by_name(module, args, kwargs))
+        found.pop("return_dict", None)
 
     with until_reached([model], take):
         run()
