@@ -75,8 +75,8 @@ run() { echo "$python -W ignore -m ditq_bench.gpu_run.$*"; }  # a warning is no 
 
 # limits add to at most 255 seconds
 if [ -n "$plan" ]; then
-    if [ -n "$rehearse" ]; then slow=40 small="" questions="--dry-run"; export TRITON_INTERPRET=1
-    else slow=1 small="" questions=""; fi
+    if [ -n "$rehearse" ]; then slow=40 questions="--dry-run"; export TRITON_INTERPRET=1
+    else slow=1 questions=""; fi
     interpreted="env" compiled="env -u TRITON_INTERPRET"
     has_diffusers=$("$python" -c 'import importlib.util as u; print(u.find_spec("diffusers") or "")')
 fi
@@ -90,9 +90,13 @@ elif [ "$plan" = B ]; then
     if [ -n "$rehearse" ]; then skip tests "no GPU"
     else stage tests 65 "$python" -m pytest -q -m gpu tests/kernels -p no:cacheprovider; fi
     stage attention $((40 * slow)) $(run questions) $questions --out "$out" --name attention --only values,sdpa --budget 35
-    for question in variants:30 split:20 rows:10 padded_rows:10; do
+    for question in variants:25 parts:15 split:15 rows:8 padded_rows:7; do
         name=${question%:*} limit=${question#*:}
-        stage "$name" $((limit * slow)) $(run questions) $questions --out "$out" --name "$name" --only "$name" --budget $((limit - 4))
+        case "$rehearse-$name" in  # other launches than a user's: all of them through the compiler and the launcher
+            --rehearsal-variants|--rehearsal-parts|--rehearsal-split) how="$compiled" what=$rehearse ;;
+            *) how=$interpreted what=$questions ;;
+        esac
+        stage "$name" $((limit * slow)) $how $(run questions) $what --out "$out" --name "$name" --only "$name" --budget $((limit - 4))
     done
     if command -v compute-sanitizer > /dev/null; then
         stage sanitizer 50 compute-sanitizer --error-exitcode 3 "$python" -m ditq_bench.gpu_run.small

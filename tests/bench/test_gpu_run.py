@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ditq_bench.gpu_run import gemms, models, questions, small, summary
-from ditq_bench.gpu_run.place import Place
+from ditq_bench.gpu_run.place import Place, compare
 from ditq_bench.host import cases
+from ditq_bench.tune.problems import PROBLEMS
 from ditq_kernels.launch import backend, tuning
 from ditq_runtime.families.fusible import fusible_blocks, why_not
 
@@ -144,7 +145,8 @@ def test_questions_are_answered_and_a_failing_one_does_not_stop_the_others(tmp_p
     report = questions.ask(
         place, names, 600, lambda partial: seen.append(len(partial["questions"]))
     )
-    assert seen == [1, 2, 3, 3]
+    assert sorted(set(seen)) == [1, 2, 3]  # after every answer
+    assert len(seen) == 1 + 4 + 4 + len(names) + 1
     found = report["questions"]
     assert found["broken"]["error"] == "no such tile"
     assert len(found["broken"]["answers"]) == 1
@@ -225,6 +227,47 @@ def test_the_stages_of_kernels_are_rehearsed_through_the_stub(tmp_path):
     }
     assert not [row for row in rows["gemms"] if "wrong" in row]
     assert {row["call"] for row in rows["host"]} == set(cases.calls(torch.device("cpu")))
+
+
+def test_variants_are_rehearsed_through_the_stub(tmp_path):
+    """Programs that stay, in one loop and in two, TMA, whole tiles and tiles in parts: compiled and launched."""
+    done = run_script(
+        tmp_path, "--rehearse", "B", "out", PYTHON=sys.executable, STAGES="variants,parts"
+    )
+    assert done.returncode == 0, done.stdout
+    assert stages_of(tmp_path / "out") == {"variants": ("ok", ""), "parts": ("ok", "")}
+    found = {}
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        for name in ("variants", "parts"):
+            report = json.load(archive.extractfile(f"./{name}.json"))
+            found[name] = [row["launch"] for row in report["questions"][name]["answers"]]
+    staying = [launch for launch in found["variants"] if "persistent" in launch]
+    assert any("two loops" in launch for launch in staying)
+    assert any("tma" in launch for launch in staying)
+    assert any("tma" not in launch and "two loops" not in launch for launch in staying)
+    assert sorted(launch.rpartition("stages")[2] for launch in found["parts"]) == [
+        "", ", 2 parts", ", 4 parts",
+    ]  # fmt: skip
+    refused = [launch for launch in found["variants"] if launch.startswith("refused")]
+    assert all(
+        "specialize=True" in launch for launch in refused
+    )  # which Triton 3.7 does not compile
+
+
+def test_a_launch_with_another_result_voids_its_row_only(monkeypatch):
+    bucket = Place(torch.device("cpu"), dry_run=True).bucket("quantize_static", 32, 128)
+    wrong = tuning.RowConfig(8, 4)
+    monkeypatch.setitem(
+        PROBLEMS, "quantize_static", lambda *_: lambda config: torch.ones(1) * (config == wrong)
+    )
+    launches = [wrong, tuning.RowConfig(2, 4)]
+    rows = list(compare(Place(torch.device("cpu"), dry_run=True), bucket, launches))
+    assert sorted(row["launch"] for row in rows if "median_us" in row) == [
+        "2, 4 warps",
+        "4, 4 warps",
+    ]
+    (other,) = (row["launch"] for row in rows if "median_us" not in row)
+    assert other.startswith("refused: tune: ")
 
 
 def test_a_wrong_answer_voids_its_row_only(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ditq_bench.timing import time_in_turn
-from ditq_bench.tune.run import time_launches
+from ditq_bench.tune.run import same, time_launches
 from ditq_bench.tune.space import Bucket
 from ditq_kernels.launch import tuning
 
@@ -19,10 +19,19 @@ Answer = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where questions are asked, and how large their shapes are."""
+    """Where questions are asked, and how large their shapes are.
+
+    Attributes:
+        device: of the tensors.
+        dry_run: tiny shapes.
+        rehearsal: over a driver that does nothing: launches as on a GPU, results hold anything.
+        seconds: of timing a comparison.
+    """
 
     device: torch.device
     dry_run: bool
+    rehearsal: bool = False
+    seconds: float = BUDGET
 
     def bucket(
         self, op: str, num_tokens: int, in_features: int, out_features: int = 4608
@@ -46,9 +55,13 @@ class Place:
 def compare(place: Place, bucket: Bucket, configs: list[Any]) -> Iterator[Answer]:
     """Launches of a problem and its default one, checked against that, the fastest first; and who refused."""
     others = [config for config in configs if config != bucket.default]
-    budget = 0.0 if place.dry_run else BUDGET
+    budget = 0.0 if place.dry_run else place.seconds
+    launches = [bucket.default, *others]
     refused: list[str] = []
-    found = time_launches(bucket, [bucket.default, *others], place.device, budget, refused.append)
+    found = time_launches(
+        bucket, launches, place.device, budget, refused.append, differs=refused.append,
+        equal=(lambda *_: True) if place.rehearsal else same,
+    )  # fmt: skip
     case = f"{bucket.op} {bucket.num_tokens} x {bucket.in_features}"
     for timed in found:
         yield {
@@ -65,7 +78,7 @@ def times_of(
     place: Place, candidates: Mapping[str, Callable[[], object]], graphs: bool = True
 ) -> Iterator[Answer]:
     """Other calls, each timed in turn; without `graphs` as they are."""
-    budget = 0.0 if place.dry_run else BUDGET
+    budget = 0.0 if place.dry_run else place.seconds
     for name, t in time_in_turn(
         candidates, place.device, budget=budget, rounds=30, graphs=graphs
     ).items():

@@ -1,7 +1,8 @@
 """Questions that only a GPU can answer, each a comparison of launches: `python -m ditq_bench.gpu_run.questions`.
 
-Every launch is checked against the default one before it is timed. A dry run takes tiny shapes through the Triton
-interpreter: its times mean nothing, its checks do.
+Every launch is checked against the default one before it is timed: a wrong one is left out. A dry run takes tiny shapes
+through the Triton interpreter: its times mean nothing, its checks do. A rehearsal takes them through Triton's compiler
+and launcher, over a driver that does nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 
 from ditq_bench.attention import bench_attention
 from ditq_bench.ceilings import measure_ceilings
-from ditq_bench.gpu_run.place import Answer, Place, compare, times_of
+from ditq_bench.gpu_run.place import BUDGET, Answer, Place, compare, times_of
 from ditq_bench.results import origin_of
 from ditq_bench.shapes import AttentionShape
 from ditq_bench.tune.problems import PROBLEMS, unswapped
-from ditq_bench.tune.space import BY_TMA, STAYING
+from ditq_bench.tune.space import BY_TMA, STAYING, UNFLATTENED
 from ditq_kernels.launch import tuning
 from ditq_runtime.files import atomic_file
 
@@ -65,7 +66,9 @@ def sdpa(place: Place) -> Iterator[Answer]:
             shape = AttentionShape(
                 f"{keys} x {head_dim}", sequences, heads, 32 if place.dry_run else keys, head_dim
             )
-            for row in bench_attention(shape, place.device, 0.0 if place.dry_run else 3.0):
+            for row in bench_attention(
+                shape, place.device, 0.0 if place.dry_run else place.seconds / 2
+            ):
                 times = {"p20_us": 1e6 * row.timing.p20, "median_us": 1e6 * row.timing.median}
                 yield {"case": f"{shape.name}, {row.candidate}", **times}
 
@@ -107,14 +110,15 @@ def graph(place: Place) -> Iterator[Answer]:
 
 
 def variants(place: Place) -> Iterator[Answer]:
-    """W8A8 by pointers, TMA, programs that stay, specialized warps, 64 to 256 inputs at once: what hides the waits?"""
+    """W8A8 by pointers, TMA, programs that stay (one loop or two), specialized warps, 64 to 256 inputs at once?"""
     shallow = [(128, 128, 64, 4, 4), (128, 256, 64, 8, 3)]
     tiles = [(128, 128, 128, 4, 3), (128, 256, 128, 8, 3), (128, 128, 256, 8, 2)]
     shapes = [(8192, 1152, 4608), (8192, 4608, 1152), (4096, 4096, 4096)]
     if place.dry_run:
-        shallow, tiles, shapes = [], [(16, 16, 64, 4, 2)], shapes[:1]
+        shallow, shapes = [], shapes[:1]
+        tiles = tiles[:1] if place.rehearsal else [(16, 16, 64, 4, 2)]
     plain = [tuning.TileConfig(*tile) for tile in tiles]
-    fields = [*STAYING[:1], *(BY_TMA if place.hopper else ())]
+    fields = [*STAYING[:1], *((*UNFLATTENED[:1], *BY_TMA) if place.hopper else ())]
     launches = [*plain, *(tuning.TileConfig(*tile) for tile in shallow)]
     launches += [dataclasses.replace(tile, **field) for tile in plain for field in fields]
     for shape in shapes:
@@ -133,6 +137,17 @@ def split(place: Place) -> Iterator[Answer]:
                 yield from compare(place, bucket, counts)
                 if place.dry_run:
                     return
+
+
+def parts(place: Place) -> Iterator[Answer]:
+    """Stages behind a GEMM: a whole tile, or in parts, so that registers leave room for a second program?"""
+    for op in ("gemm_w8a8_epilogue", "gemm_w4a8_epilogue"):
+        for outputs in (1152, 4608):
+            bucket = place.bucket(op, 8192, 1152, outputs)
+            launches = [dataclasses.replace(bucket.default, parts=count) for count in (1, 2, 4)]
+            yield from compare(place, bucket, launches)
+            if place.dry_run:
+                return
 
 
 def unpack(place: Place) -> Iterator[Answer]:
@@ -183,9 +198,11 @@ def _one_part(in_features: int) -> tuple[int, int]:
     return 1 << (in_features - 1).bit_length(), 0
 
 
+COMPARISONS = 24  # that share a budget, with what compiling takes
 QUESTIONS: dict[str, Callable[[Place], Iterator[Answer]]] = {
     "ceilings": ceilings,
     "variants": variants,
+    "parts": parts,
     "split": split,
     "four_bits": four_bits,
     "unpack": unpack,
@@ -209,7 +226,7 @@ def ask(
         place: where.
         names: in QUESTIONS.
         budget: seconds; what has not begun by then is not asked.
-        done: is given the report after every question, so that a killed run leaves what it has.
+        done: is given the report after every answer, so that a killed run leaves what it has.
     """
     report: dict[str, Any] = {"origin": origin_of(place.device), "dry_run": place.dry_run}
     answers = report["questions"] = {}
@@ -222,6 +239,7 @@ def ask(
         try:
             for answer in QUESTIONS[name](place):
                 answers[name]["answers"].append(answer)
+                done(report)
         except Exception as error:  # the compiler has errors of many classes
             answers[name]["error"] = " ".join(str(error).split())[:300]
         done(report)
@@ -239,8 +257,18 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes, interpreted on the CPU"
     )
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="tiny shapes, over a driver that does nothing"
+    )
     args = parser.parse_args()
-    place = Place(torch.device("cpu" if args.dry_run else "cuda"), args.dry_run)
+    if args.rehearsal:
+        from ditq_kernels._triton.offline import stub
+
+        stub.install(90)
+    dry_run = args.dry_run or args.rehearsal
+    seconds = min(BUDGET, args.budget / COMPARISONS)
+    device = torch.device("cpu" if dry_run else "cuda")
+    place = Place(device, dry_run, args.rehearsal, seconds)
 
     def write(report: Answer) -> None:
         with atomic_file(args.out / f"{args.name}.json") as part:

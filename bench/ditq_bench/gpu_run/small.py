@@ -19,6 +19,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemm_w8a8, split": {"split_k": 2},
     "gemm_w4a8, split": {"split_k": 2},
     "gemm_w8a8, persistent": {"split_k": 1, "programs_per_sm": 1},
+    "gemm_w8a8, persistent, two loops": {"split_k": 1, "programs_per_sm": 1, "flatten": False},
+    "gemm_w8a8_epilogue, whole": {"split_k": 1, "parts": 1},
+    "gemm_w8a8_epilogue, in parts": {"split_k": 1, "parts": 4},
     "gemm_w8a8, tma": {"split_k": 1, "loads": "tma"},
     "gemm_w8a8, tma persistent": {"split_k": 1, "loads": "tma", "programs_per_sm": 1},
 }

@@ -31,12 +31,26 @@ class Timed:
     p80: float
 
 
+def same(one: Any, other: Any) -> bool:
+    """Exactly, but for sums of bf16 products, whose order depends on the tile."""
+    if isinstance(one, tuple):
+        return all(same(a, b) for a, b in zip(one, other, strict=True))
+    if torch.equal(one, other):
+        return True
+    if not one.is_floating_point():
+        return False
+    difference = (one.double() - other.double()).norm() / other.double().norm()
+    return bool(difference < 2**-8)
+
+
 def time_launches(
     bucket: Bucket,
     configs: list[Any],
     device: torch.device,
     budget: float,
     refused: Callable[[str], None] | None = None,
+    differs: Callable[[str], None] | None = None,
+    equal: Callable[[Any, Any], bool] = same,
 ) -> list[Timed]:
     """Check every launch against the default one, exactly, then time them in turn; the fastest first.
 
@@ -47,9 +61,11 @@ def time_launches(
         budget: seconds of timing.
         refused: told of each launch that the compiler or the GPU refuses, which is then left out; without it, the
             error is raised.
+        differs: told of each launch with another result than the default's, which is then left out.
+        equal: whether two results are the same.
 
     Raises:
-        RuntimeError: a launch gives another result than the default: integers are exact, so one is wrong.
+        RuntimeError: a launch gives another result than the default, and nobody is told; one of them is wrong.
     """
     run = PROBLEMS[bucket.op](bucket, device)
     expected = run(bucket.default)
@@ -62,9 +78,13 @@ def time_launches(
                 raise
             refused(f"{bucket.op} with {config}: {' '.join(str(error).split())[:200]}")
             continue
-        if not _equal(got, expected):
-            raise RuntimeError(f"tune: {bucket.op} with {config} differs from {bucket.default}")
-        running.append(config)
+        if equal(got, expected):
+            running.append(config)
+            continue
+        sentence = f"tune: {bucket.op} with {config} differs from {bucket.default}"
+        if differs is None:
+            raise RuntimeError(sentence)
+        differs(sentence)
     configs = running
     candidates: dict[str, Callable[[], object]] = {
         str(index): functools.partial(run, config) for index, config in enumerate(configs)
@@ -127,15 +147,3 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
     """Write a launch table atomically."""
     with atomic_file(path) as part:
         part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Exactly, but for sums of bf16 products, whose order depends on the tile."""
-    if isinstance(one, tuple):
-        return all(_equal(a, b) for a, b in zip(one, other, strict=True))
-    if torch.equal(one, other):
-        return True
-    if not one.is_floating_point():
-        return False
-    difference = (one.double() - other.double()).norm() / other.double().norm()
-    return bool(difference < 2**-8)
