@@ -91,7 +91,7 @@ class CalibrationStats:
         """Open a finished calibration; StatisticsError if it is missing, unfinished, damaged or mixed up."""
         folder = Path(folder)
         opened = cls(folder, read_manifest(folder))
-        if opened.is_version1:
+        if opened._is_version1:
             for call in range(opened.calls):
                 if not shard_path(folder, call).exists():
                     raise StatisticsError(
@@ -106,7 +106,7 @@ class CalibrationStats:
         return opened if TRANSFORMER in opened.components else opened.of(opened.components[0])
 
     @property
-    def is_version1(self) -> bool:
+    def _is_version1(self) -> bool:
         """Whether an earlier ditq recorded them: one folder of shards, merged as they were made."""
         return bool(self.manifest["version"] == 1)
 
@@ -125,7 +125,7 @@ class CalibrationStats:
 
     @cached_property
     def _schedule(self) -> dict[str, Any]:
-        if self.is_version1:
+        if self._is_version1:
             scale = family_of(self.manifest["architecture"]).timestep_scale
             rows = self.manifest.get("rows", {}).get("calls", ())
             return {"timesteps": [scale * t for t in self.manifest["timesteps"]], "row_calls": rows}
@@ -140,7 +140,7 @@ class CalibrationStats:
 
     @property
     def _calls_folder(self) -> Path:
-        if self.is_version1:
+        if self._is_version1:
             return self.folder
         return self.folder / MERGED / self.component
 
@@ -166,7 +166,7 @@ class CalibrationStats:
     @property
     def differing_timesteps(self) -> int:
         """How many timesteps there were, where inputs have different schedules; 0 where each is one of `timesteps`."""
-        if self.is_version1:
+        if self._is_version1:
             return 0
         visits = (visit for shard in self.shards() for visit in shard.meta["visits"])
         met = {visit["timestep"] for visit in visits if visit["component"] == self.component}
@@ -185,14 +185,14 @@ class CalibrationStats:
     @property
     def has_replay(self) -> bool:
         """Whether rows, inputs of modulation and whole calls were kept, as rounding that is aimed reads them."""
-        return self.has_rows and not self.is_version1
+        return self.has_rows and not self._is_version1
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says about the calibration that it was made with, JSON-safe."""
         plan = self.manifest.get("plan", {})
         given = {"inputs": len(self.manifest["inputs"])}
-        if self.is_version1:
+        if self._is_version1:
             given = {"guidance": plan.get("guidance"), "samples": len(plan.get("labels", ()))}
         return {
             "calls": self.calls,
@@ -242,7 +242,7 @@ class CalibrationStats:
         Raises:
             StatisticsError: none were kept: by version 1, with rows off, or for a linear that never ran.
         """
-        if self.is_version1:
+        if self._is_version1:
             raise StatisticsError(
                 f"{self.folder}: version 1 kept no inputs of modulation; calibrate again into a new folder"
             )
@@ -257,7 +257,7 @@ class CalibrationStats:
         Raises:
             StatisticsError: version 1 kept none, or a file is damaged.
         """
-        if self.is_version1:
+        if self._is_version1:
             raise StatisticsError(
                 f"{self.folder}: version 1 kept no calls to replay; calibrate again into a new folder"
             )
