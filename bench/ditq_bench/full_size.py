@@ -186,10 +186,17 @@ def run(
         only: parts of names, comma-separated; empty: all.
         blocks: of the model.
         samples: guided, to calibrate on.
+
+    Raises:
+        ValueError: no stage has such a name.
     """
-    out.mkdir(parents=True, exist_ok=True)
     every = stages(out, blocks, samples)
-    asked = [stage for stage in every if any(part in stage.name for part in only.split(","))]
+    parts = [part.strip() for part in only.split(",") if part.strip()] or [""]
+    asked = [stage for stage in every if any(part in stage.name for part in parts)]
+    if not asked:
+        names = ", ".join(stage.name for stage in every)
+        raise ValueError(f"full-size: no stage is like {only!r}; there are {names}")
+    out.mkdir(parents=True, exist_ok=True)
     missing = [stage for stage in asked if not _is_done(out, stage)]
     log = Log(out / LOG, len(asked), len(asked) - len(missing))
     for stage in missing:

@@ -168,7 +168,6 @@ def reproduce(
     if table.prompts != (prompts is not None):
         need = "needs --prompts, a file of captions" if table.prompts else "takes no --prompts"
         raise ValueError(f"papers: {table.title}: {need}")
-    out.mkdir(parents=True, exist_ok=True)
     drawn = call if prompts is None else {"prompts": prompts, **call}
     for row in table.rows:
         done = out / f"{_stem(row.case)}.json"

@@ -54,12 +54,14 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "inputs": _there,
     "labels": _there,
     "prompts": _there,
+    "results": _folder,
 }
 # name of a command -> what its `out` is, where the command itself does not look
 OUTS: dict[str, Callable[[str, Any], None]] = dict.fromkeys(
     ("plan", "host", "launches", "census"), _file
 ) | dict.fromkeys(
-    ("kernels", "model", "methods", "flow", "profiles", "papers", "jitter", "auto"), _folder
+    ("kernels", "model", "methods", "flow", "profiles", "papers", "jitter", "auto", "full-size"),
+    _folder,
 )
 
 
