@@ -63,10 +63,14 @@ def _frontier(axes: Any) -> None:
     label = "smoothquant, rounded to nearest, 4 and 8 bits"
     axes.scatter(*zip(*nearest, strict=True), s=80, marker="^", color="#ccbb44", label=label)
     for method in METHODS:
-        label = f"{method} with GPTQ, 4 bits"
-        axes.scatter(*found[f"{method} w4p"], s=80, marker="s", color=FIXED[method], label=label)
+        both = [found[case] for case in (f"{method} w4p", f"{method} w8") if case in found]
+        if not both:
+            continue
+        label = f"{method} with GPTQ, {'4 and 8' if len(both) > 1 else '4'} bits"
+        axes.scatter(*zip(*both, strict=True), s=80, marker="s", color=FIXED[method], label=label)
     axes.set(
-        xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)", ylabel="forced SQNR, dB",
+        xlabel="transformer on disk, MB (fp32, its embedder stored once: 8.0)",
+        ylabel="forced SQNR before guidance, dB",
         title="demo:digits: what a checkpoint costs and keeps", xlim=(0, 3), ylim=(20, 60),
     )  # fmt: skip
     axes.grid(alpha=0.3)
