@@ -206,7 +206,7 @@ def shorter(monkeypatch):
         settings = replace(settings, steps=2, samples=2, few_samples=2)
         return evaluate(packed, pipe, settings, *args, **given)
 
-    monkeypatch.setattr(METHODS, "_loaded", dict(METHODS._loaded))  # pages add methods
+    monkeypatch.setattr(METHODS, "data", dict(METHODS.data))  # pages add methods
     monkeypatch.setattr(ditq_converters, "calibrate", calibrate_shortly)
     monkeypatch.setattr(ditq_converters, "evaluate", evaluate_shortly)
     for name in ("DiT", "PixArtAlpha", "PixArtSigma", "StableDiffusion3", "Flux", "Wan"):
