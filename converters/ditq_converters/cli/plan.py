@@ -45,7 +45,8 @@ def plan(
     known = None if stats is None else CalibrationStats.open(stats)
     if c.searches(choices):
         if known is None:
-            raise typer.BadParameter("--budget needs --stats; run `ditq calibrate` first.")
+            asked = "--float-sites" if choices["float_sites"] else "--budget"
+            raise typer.BadParameter(f"{asked} needs --stats; run `ditq calibrate` first.")
         made = c.searched(choices, open_model(model), known)
         for rule in set:
             made.set_rule(rule)
