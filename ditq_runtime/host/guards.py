@@ -20,7 +20,12 @@ BESIDE = (
     "peft.tuners.lokr.layer.Linear",
 )
 INITS = (True, False, None, "gaussian", "eva")  # of a LoRA, without the float weight
+HOLDS_ADAPTER = (
+    "base_layer",
+    "adapters",
+)  # submodules of linears with adapters: PEFT's, and `lora.branch.ADAPTERS`
 NO_FLOAT = "a packed ditq transformer has integer codes in its place; use plain LoRA, or tune the float model"
+_made = [0]
 
 
 class Refusal:
@@ -72,6 +77,8 @@ def refuse_methods(model: Any) -> None:
 
 def _watch_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Called by torch for every module that gets a submodule: PEFT's wrappers take the linear as `base_layer`."""
+    if name in HOLDS_ADAPTER:
+        _made[0] += 1
     if name != "base_layer":
         return
     from ditq_runtime.layers.linear import QuantLinear  # not above: this file is light
@@ -89,6 +96,11 @@ def _watch_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> No
     vars(parent)["merge"] = Refusal("merge", CANNOT["fuse_lora"])
     if ".lora." in wrapper:
         vars(parent)["update_layer"] = CheckedUpdate(parent)
+
+
+def adapters_made() -> int:
+    """How often a linear of this process got a first adapter, ours or PEFT's; a number that never falls."""
+    return _made[0]
 
 
 def watch_wrapping() -> None:

@@ -13,10 +13,12 @@ from torch import nn
 
 from ditq_runtime.families.adaln import HOISTS
 from ditq_runtime.families.family import Hoistable
+from ditq_runtime.host.guards import adapters_made
 from ditq_runtime.layers.carrier import PerThread, here
 
 SCALE = "scale_model_input"  # what most pipelines ask their scheduler to do before each forward
 NOTED = "_current_timestep"  # where newer pipelines note the timestep they are at
+LAYER_NAMES = "adapter_layer_names"  # attribute of what holds adapters: PEFT's layers, and ours
 KEPT = 2  # tables of one schedule: guidance may call the model with two prompts in turn
 
 
@@ -42,7 +44,8 @@ class Hoist:
     scale the model's input right before the model is called, or give the model an element of the schedule, or
     note which one they are at. A forward that says nothing of that, or whose timestep is none of the
     scheduler's, or differs from it, computes its modulation as ever; so does one whose weights still wait on another
-    device, as offloading moves them after this. Only what a pipeline notes (Flux) is believed on a GPU.
+    device, as offloading moves them after this, and one with an adapter in its modulation: it may be switched between
+    steps, and a `scale` is known inside of the forward only. Only what a pipeline notes (Flux) is believed on a GPU.
 
     Attributes:
         tables: how often modulation was computed for a whole schedule.
@@ -64,9 +67,11 @@ class Hoist:
         self._scale = getattr(scheduler, SCALE, None)
         if self._scale is not None:
             setattr(scheduler, SCALE, self._announced)
+        self._adapters, self._adapted, self._loads = -1, False, 0
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
+            model.register_load_state_dict_post_hook(self._loaded),
         ]
 
     def remove(self) -> None:
@@ -85,7 +90,7 @@ class Hoist:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
         steps, step = self.scheduler.timesteps, self._step_of(timestep)
-        if step < 0 or timestep is None or conditions is None:
+        if step < 0 or timestep is None or conditions is None or self._has_adapter():
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         if timestep.device.type == "cpu" and not bool(
@@ -97,7 +102,7 @@ class Hoist:
             run.steps, run.tables = steps, {}
         contents = tuple((id(c), 0 if c.is_inference() else c._version) for c in conditions)
         batch = len(conditions[0] if conditions else hidden)
-        key = (contents, batch, timestep.dtype, hidden.dtype)
+        key = (contents, batch, timestep.dtype, hidden.dtype, self._loads)
         found = run.tables.pop(key, None)
         if found is None:
             if _elsewhere(self.holders, hidden.device):
@@ -109,6 +114,20 @@ class Hoist:
             del run.tables[next(iter(run.tables))]
         here().hoisted = found[1][step]
         self.hits += 1
+
+    def _has_adapter(self) -> bool:
+        """One is in a holder or outside of the blocks; looked for while there is one, and where some were made."""
+        made = adapters_made()
+        if self._adapted or made != self._adapters:
+            others = (m for m in self._model.children() if not isinstance(m, nn.ModuleList))
+            parts = (m for part in (*self.holders, *others) for m in part.modules())
+            self._adapted = any(hasattr(m, LAYER_NAMES) for m in parts)
+            self._adapters = made
+        return self._adapted
+
+    def _loaded(self, *_: Any) -> None:
+        """Other weights: what was computed holds no more."""
+        self._loads += 1
 
     def _step_of(self, timestep: torch.Tensor | None) -> int:
         """Where in the schedule a forward with this timestep stands, as it was announced; -1: nobody said."""

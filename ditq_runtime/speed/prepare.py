@@ -55,7 +55,7 @@ def prepare(pipe: Any, cuda_graph: bool | None = None, compile: bool | None = No
     Hoisting: modulation is computed once per sampling run, for all steps (DiT, PixArt, SD3, Flux). It costs 4 bytes
     times blocks, steps, samples (twice with guidance) and 6 times the width: 310 MB for DiT-XL/2 at 50 steps and 4
     guided samples. Rounding may differ in the last bit from a step-by-step run, because the rows are summed in another
-    batch.
+    batch. Where an adapter reaches modulation, or an embedder, it is computed at every step, as without.
 
     CUDA graphs: on a CUDA GPU each new set of input shapes is captured, and timed with and without: small batches wait
     for Python, large ones do not. The graph is kept where it takes at most 97 % of the time.

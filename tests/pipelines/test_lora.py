@@ -145,3 +145,24 @@ def test_verbs_reach_a_model_that_torch_compile_wrapped(packed_folder, transform
     assert torch.equal(run(model, inputs), plain)
     assert pipe.get_active_adapters() == []
     assert pipe.transformer is wrapped
+
+
+def test_a_prepared_pipeline_scales_adapters_of_modulation(packed_folder, call_of):
+    """`scale` is known inside of a forward only; modulation that was computed before it would not be scaled."""
+    images = []
+    state = {"transformer.transformer_blocks.0.norm1.linear.lora_A.weight": torch.ones(4, 64)}
+    state["transformer.transformer_blocks.0.norm1.linear.lora_B.weight"] = torch.ones(384, 4) * 0.02
+    for prepared in (False, True):
+        pipe = DiffusionPipeline.from_pretrained(packed_folder("sd3", "htg"))
+        pipe.set_progress_bar_config(disable=True)
+        if prepared:
+            ditq_runtime.prepare(pipe)
+        ditq_runtime.load_lora(pipe, state)
+        for scale in (1.0, 0.2):
+            options = {**call_of(pipe), "joint_attention_kwargs": {"scale": scale}}
+            made = pipe(generator=torch.Generator().manual_seed(5), **options).images
+            images.append(torch.from_numpy(made))
+    plain, scaled, prepared_plain, prepared_scaled = images
+    assert error(scaled, plain) > 1e-3
+    assert torch.equal(prepared_scaled, scaled)
+    assert torch.equal(prepared_plain, plain)

@@ -253,6 +253,60 @@ def test_changed_labels_are_noticed(folders):
     assert prepared.hoist.tables == 2
 
 
+def test_modulation_with_an_adapter_is_computed_at_every_step(folders):
+    """It may be switched while a run goes on; what was computed for all its steps would not know."""
+    layer, generator = "transformer_blocks.0.norm1.linear", torch.Generator().manual_seed(0)
+    state = {f"{layer}.lora_A.weight": torch.randn(4, 64, generator=generator)}
+    state[f"{layer}.lora_B.weight"] = torch.randn(384, 4, generator=generator) * 0.05
+
+    def switched(prepared):
+        pipe, steps = _open(folders["grouped"]), []
+        done = ditq.prepare(pipe) if prepared else None
+        ditq.load_lora(pipe, state)
+        stock = pipe.scheduler.step
+
+        def step(*args, **kwargs):
+            steps.append(1)
+            if len(steps) == STEPS // 2:
+                ditq.set_lora(pipe, {})
+            return stock(*args, **kwargs)
+
+        pipe.scheduler.step = step
+        images = _sample(pipe)
+        del pipe.scheduler.step
+        ditq.unload_lora(pipe)
+        return images, done, _sample(pipe)
+
+    (plain, _, without), (images, done, after) = switched(False), switched(True)
+    assert torch.equal(images, plain)
+    assert not torch.equal(plain, without)
+    assert done.hoist.hits == STEPS  # of the last run
+    assert torch.allclose(after, without, rtol=0, atol=1e-5)
+
+
+def test_other_weights_are_noticed(folders):
+    pipe = _open(folders["plain"])
+    done = ditq.prepare(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    told = {"class_labels": torch.tensor([3])}
+
+    def forward():
+        timestep = pipe.scheduler.timesteps[1]
+        x = pipe.scheduler.scale_model_input(torch.ones(1, 1, 8, 8), timestep)
+        with torch.no_grad():
+            return pipe.transformer(x, timestep=timestep.expand(1), **told).sample
+
+    before = forward()
+    state = pipe.transformer.state_dict()
+    name = "transformer_blocks.0.norm1.linear.weight_scale"
+    pipe.transformer.load_state_dict({**state, name: 2 * state[name]})
+    changed = forward()
+    assert (done.hoist.hits, done.hoist.tables) == (2, 2)
+    done.undo()
+    assert not torch.equal(changed, before)
+    assert torch.allclose(changed, forward(), rtol=0, atol=1e-5)
+
+
 def test_a_failing_forward_leaves_nothing_behind(folders, forward):
     pipe = _open(folders["plain"])
     expected = forward(pipe.transformer)
