@@ -2,7 +2,8 @@
 
 `page:` and eight hexadecimal digits: the CRC-32 (of zlib) of the text `DTYPE SHAPE` as the safetensors header has them,
 `I8 [4608, 1152]`, then of the sums of all whole pages, then of the bytes after the last. A page is 512 little-endian
-64-bit words, its sum is modulo 2^64: any change of one word changes it, and pages that change places change the CRC.
+64-bit words, its sum is modulo 2^64. One flipped bit is always found, as are pages that change places; changes within
+one page whose sums cancel are not, such as two words that change places: docs/format.md says what is.
 
 This runs at the speed of memory, a CRC at a fifth of it. Earlier files have sums of larger blocks (`sum:`), or the
 CRC-32 of the text and all bytes, with nothing before the digits; they are compared with those.

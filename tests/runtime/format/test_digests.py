@@ -102,6 +102,23 @@ def test_it_sees_any_bit_and_pages_that_changed_places():
         assert digest(other) != expected, size
 
 
+def test_what_it_does_not_see_is_what_the_page_of_the_format_says():
+    """Changes of one page that cancel in its sum; the same in two pages are seen, and so is either alone."""
+    words = torch.arange(1, 1025, dtype=torch.int64)  # two pages
+    expected = digest(words)
+    for other_place, seen in ((1, False), (511, False), (512, True)):
+        swapped, moved = words.clone(), words.clone()
+        swapped[0], swapped[other_place] = words[other_place], words[0]
+        moved[0] += 5
+        assert digest(moved) != expected
+        moved[other_place] -= 5
+        for changed in (swapped, moved):
+            assert (digest(changed) != expected) is seen
+    one_set, page = torch.zeros(512, dtype=torch.int64), torch.zeros(512, dtype=torch.int64)
+    page[0], one_set[1] = 1 << 40, 1 << 40  # one bit cleared, the same bit of another word set
+    assert digest(one_set) == digest(page)
+
+
 @pytest.mark.parametrize("kind", [crc, blocks])
 def test_digests_of_earlier_files_are_compared_too(folder, tmp_path, kind):
     shutil.copytree(folder, tmp_path / "old")
