@@ -124,6 +124,20 @@ def test_a_budget_that_nothing_fits_into_is_refused(ladder):
         ladder.plan(ladder.nbytes - 1)
 
 
+def test_it_is_refused_before_anything_is_tried(model, stats, monkeypatch):
+    monkeypatch.setattr(
+        "ditq_converters.auto.search.progress_bar", None
+    )  # what tries would call it
+    with pytest.raises(ValueError, match=r"^--budget: 1,000 bytes are too few, the smallest"):
+        auto_plan(model, stats, "1kB", quiet=True)
+
+
+def test_an_output_of_zeros_counts_by_what_is_found():
+    zeros, ones = torch.zeros(2, 2), torch.ones(2, 2)
+    assert noise([zeros, ones], [zeros, ones]) == 0
+    assert noise([zeros, ones], [ones, zeros]) == (4 + 1) / 2
+
+
 def test_more_bytes_are_never_worse(model, stats, ladder, tmp_path):
     """No budget is exceeded by the file, and more of it is used; neither gains nor what the files give ever fall."""
     sizes, gains, errors = [], [], []

@@ -9,6 +9,7 @@ import typer
 from ditq_converters import CalibrationStats, calibrate
 from ditq_converters.auto.estimate import seconds_of
 from ditq_converters.auto.search import ends
+from ditq_converters.calibrate.errors import StatisticsError
 from ditq_converters.cli import choices as c
 from ditq_converters.cli.automatic import has_inputs
 from ditq_converters.cli.choices import OLD, UNFED, settled
@@ -125,3 +126,11 @@ def test_an_estimate_grows_with_what_is_asked_for(calibrated):
     assert plain > 0
     assert 0 < aimed < 300  # of two blocks, 64 wide
     assert aimed < searched
+
+
+def test_calls_of_another_model_are_not_replayed(calibrated, make_dit):
+    """To see how long they take; nobody could tell what they would do."""
+    _, stats = calibrated
+    other = make_dit(1)
+    with pytest.raises(StatisticsError, match="belong to another model"):
+        seconds_of(ends(other, None, {}).low, other, stats, False)

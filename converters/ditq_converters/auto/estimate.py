@@ -39,6 +39,7 @@ def seconds_of(plan: Plan, model: nn.Module, stats: CalibrationStats, searches: 
     rounding = _rounding(rounded)
     if not any(entry.rounding == "aimed" for entry in rounded):
         return rounding
+    stats.check_model(model)  # the calls of another one may not be calls of this one
     calls = list(stats.replay())
     forward = _timed(lambda: calls[0].replay(model)) if calls else 0.0
     blocks = max(1, len({site.name.rpartition(".")[0] for site in plan.sites}))

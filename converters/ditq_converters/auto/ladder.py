@@ -94,11 +94,7 @@ class Ladder:
         """
         if not most:
             return self.high if most is None else self.low
-        if most < self.nbytes:
-            raise ValueError(
-                f"--budget: {most:,} bytes are too few, the smallest checkpoint of this model has {self.nbytes:,}; "
-                "take more, or smallest"
-            )
+        check_least(most, self.nbytes)
         chosen = best_choices(self.units, most - self.nbytes)
         entries = {entry.name: entry for entry in self.low.linears}
         sites = {site.name: site for site in self.low.sites}
@@ -107,6 +103,15 @@ class Ladder:
             site = unit.choices[index].site
             sites |= {} if site is None else {site.name: site}
         return replace(self.low, sites=tuple(sites.values()), linears=tuple(entries.values()))
+
+
+def check_least(most: int, nbytes: int) -> None:
+    """ValueError for a budget under the smallest checkpoint's bytes."""
+    if most < nbytes:
+        raise ValueError(
+            f"--budget: {most:,} bytes are too few, the smallest checkpoint of this model has {nbytes:,}; "
+            "take more, or smallest"
+        )
 
 
 def best_choices(units: tuple[Unit, ...], room: int) -> list[int]:

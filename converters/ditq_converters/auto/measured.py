@@ -28,9 +28,9 @@ CALLS = 8  # replayed calls that judge, evenly over those that were kept
 
 
 def noise(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Mean over calls of |found - wanted|^2 / |wanted|^2."""
+    """Mean over calls of |found - wanted|^2 / |wanted|^2; those that are 0 all over count by what is found."""
     shares = [
-        float((b.double() - a.double()).square().sum() / a.double().square().sum())
+        float((b.double() - a.double()).square().sum() / (a.double().square().sum() or 1.0))
         for a, b in zip(wanted, found, strict=True)
     ]
     return sum(shares) / len(shares)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ditq_converters.auto.budget import parse_budget
 from ditq_converters.auto.float_sites import FloatSite, best_float_sites, with_float_sites
-from ditq_converters.auto.ladder import Choice, Ladder, Unit
+from ditq_converters.auto.ladder import Choice, Ladder, Unit, check_least
 from ditq_converters.auto.measured import bytes_of, check_room, emulated, noise
 from ditq_converters.calibrate.known_sites import know_sites
 from ditq_converters.calibrate.stats import CalibrationStats
@@ -87,8 +87,10 @@ def auto_plan(
     most = parse_budget(budget, model)
     stats.check_model(model)
     know_sites(model, stats)
-    searched = climb if most else ends
-    ladder = searched(model, stats, quiet=quiet, inputs=inputs, **choices)
+    if most:
+        ladder = climb(model, stats, quiet=quiet, inputs=inputs, most=most, **choices)
+    else:
+        ladder = ends(model, stats, quiet=quiet, inputs=inputs, **choices)
     plan = ladder.plan(most)
     if not float_sites:
         return plan
@@ -151,14 +153,17 @@ def climb(
     *,
     quiet: bool = False,
     inputs: dict[str, Any] | None = None,
+    most: int | None = None,
     **choices: Any,
 ) -> Ladder:
-    """Measure what every choice gains, unit by unit; arguments and errors as `auto_plan`."""
+    """Measure what every choice gains, unit by unit; arguments and errors as `auto_plan`, `most` bytes if known."""
     model = transformer_of(pipe)
     low, *better = rungs(model, inputs, choices)
     family, found = family_for(model, inputs), units(model, low, better)
     check_room(model, family, low, better)
     smallest, nbytes = emulated(model, family, low, stats)
+    if most:
+        check_least(most, nbytes)
     wanted = smallest.outputs(finished=False)
     base = noise(wanted, smallest.outputs(finished=True))
     gains: dict[tuple[str, int], float] = {}
@@ -167,8 +172,8 @@ def climb(
             other, _ = emulated(model, family, plan, stats)
             for unit in found:
                 _exchange(smallest, other, unit.linears)
-                left = noise(wanted, smallest.outputs(finished=True)) / base
-                gains[unit.name, number] = 1 - left
+                left = noise(wanted, smallest.outputs(finished=True))
+                gains[unit.name, number] = 1 - left / base if base else 0.0
                 _exchange(smallest, other, unit.linears)
                 advance()
     measured = (
