@@ -133,4 +133,4 @@ def test_calls_of_another_model_are_not_replayed(calibrated, make_dit):
     _, stats = calibrated
     other = make_dit(1)
     with pytest.raises(StatisticsError, match="belong to another model"):
-        seconds_of(ends(other, None, {}).low, other, stats, False)
+        seconds_of(ends(other).low, other, stats, False)
