@@ -36,6 +36,16 @@ def values_asked_of(processor: Any) -> str | None:
     return BACKENDS.get(AttentionBackendName(asked).value)
 
 
+def asks_for_torch(processor: Any) -> bool:
+    """Whether the dispatcher does for a processor what torch's own attention does, and nothing beside."""
+    registry = _AttentionBackendRegistry
+    asked = processor._attention_backend
+    if asked is None:
+        asked, _ = registry.get_active_backend()
+    native = asked is AttentionBackendName.NATIVE or asked == AttentionBackendName.NATIVE.value
+    return native and processor._parallel_config is None and not registry._checks_enabled
+
+
 def _new_name(name: str) -> AttentionBackendName:
     """A further member of the `Enum`, whose class says it can have none."""
     cls = AttentionBackendName

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,6 +64,7 @@ class Parts:
         modulations: names of the modules that emit it, in fp32, and what each must be; a fused block calls them.
         sublayers: in the order they run.
         parts: the modules that a fused block does not call: name -> what each must be.
+        paths: the same, taken apart: name, its steps, kind.
         linears: names of the packed ones among them.
         attentions: names of the attentions among them, and the processors they may have.
     """
@@ -72,7 +74,7 @@ class Parts:
         self.modulations = modulations
         self.sublayers: tuple[Any, ...] = sublayers
         self.parts = {name: kind for part in sublayers for name, kind in part.parts.items()}
-        self.paths = {name: tuple(name.split(".")) for name in self.parts}
+        self.paths = [(name, path_of(name), kind) for name, kind in self.parts.items()]
         self.linears = tuple(n for n, kind in self.parts.items() if kind is QuantLinear)
         self.attentions = {
             name: allowed for part in sublayers for name, allowed in part.processors.items()
@@ -122,9 +124,15 @@ def packed_linear(module: nn.Module, name: str) -> QuantLinear:
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another by its dotted name; as `get_submodule`, without looking for attributes in Python."""
     found: Any = module
-    for step in name.split("."):
+    for step in path_of(name):
         found = found._modules[step]
     return found
+
+
+@cache
+def path_of(name: str) -> tuple[str, ...]:
+    """The steps of a dotted name."""
+    return tuple(name.split("."))
 
 
 def quantizer_step(block: nn.Module, name: str) -> list[Step]:

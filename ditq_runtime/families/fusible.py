@@ -67,18 +67,18 @@ def why_not(block: nn.Module) -> str:
 
 def _moved(block: Any, layout: Parts) -> str:
     """What was done to the modules of a block since they were made; cheap, for every forward."""
-    for name, path in layout.paths.items():
+    for name, path, expected in layout.paths:
         part: Any = block
         for step in path:
             part = part._modules.get(step)
             if part is None:
                 return f"{name} is gone"
-        kind = type(part)
-        if kind is not layout.parts[name]:
+        kind, held = type(part), part.__dict__
+        if kind is not expected:
             return f"{name} is a {kind.__name__}"
-        if is_hooked(part) or (kind is QuantLinear and is_hooked(part.__dict__["site"])):
+        if is_hooked(part) or (kind is QuantLinear and is_hooked(held["site"])):
             return f"{name} has a hook (an adapter, offloading or a probe) and must run by itself"
-        if kind is nn.Dropout and part.training and part.p:
+        if kind is nn.Dropout and held["training"] and part.p:
             return f"{name} drops values in training"
     for name, emitter in layout.modulations.items():
         modulation = type(part_of(block, name))  # called by a fused block too: hooks are welcome
@@ -96,8 +96,9 @@ def is_hooked(part: nn.Module | None) -> bool:
     """Somebody wants to see or change what the module does when it is called."""
     if part is None:
         return False
-    if not part._forward_hooks and not part._forward_pre_hooks:  # as good as always
-        return "forward" in part.__dict__ and _has_own_forward(part)
+    held = part.__dict__
+    if not held["_forward_hooks"] and not held["_forward_pre_hooks"]:  # as good as always
+        return "forward" in held and _has_own_forward(part)
     hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     return not all(hasattr(hook, OBSERVES) for hook in hooks) or _has_own_forward(part)
 

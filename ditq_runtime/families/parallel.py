@@ -16,6 +16,7 @@ from ditq_runtime.families.fused import (
     product_steps,
     quantizer_step,
 )
+from ditq_runtime.families.projections import products
 from ditq_runtime.families.streams import Adaln, StreamsAttention, image_stream
 from ditq_runtime.layers.linear import QuantLinear
 
@@ -61,8 +62,9 @@ class ParallelLayer:
         """
         rows, fc1 = as_rows(hidden), packed_linear(block, self._fc1)
         codes = self._attention.codes(block, 0, rows, adaln)
-        heads = self._attention.heads(block, 0, codes, hidden.shape)
-        mlp = part_of(block, self._activation)(fc1.multiply(codes, fc1.compute_dtype))
+        *projected, mlp = products([*self._attention.linears(block, 0), fc1], codes)
+        mlp = part_of(block, self._activation)(mlp)
+        heads = self._attention.heads(block, projected, hidden.shape)
         context = self._attention.attend(block, [heads], rotation)
         output = packed_linear(block, self._output)
         both = torch.cat([context.flatten(0, 1), mlp], dim=1)
@@ -71,8 +73,7 @@ class ParallelLayer:
     def steps(self, block: nn.Module) -> list[Step]:
         """The ops of that forward, in order."""
         return [
-            *self._attention.steps_before(block),
-            *product_steps(block, self._fc1),
+            *self._attention.steps_before(block, self._fc1),
             *self._attention.steps_between(block),
             *quantizer_step(block, self._output),
             *product_steps(block, self._output, "gemm_residual"),

@@ -1,7 +1,7 @@
 """Fused blocks whose image and text tokens attend to each other: Flux's and SD3's.
 
-Each stream is quantized once behind its AdaLN, for all linears that read it; gates and sums happen in the GEMMs behind
-the attention. Norms of heads and rotation go into the quantizers of a quantized attention; a float one runs as ever.
+Each stream is quantized once behind its AdaLN, for all linears that read it, which are one launch; gates and sums
+happen in the GEMMs behind the attention. Norms of heads and rotation go into the quantizers of a quantized attention.
 Results are those of the stock path as `sublayers` says.
 """
 
@@ -20,7 +20,7 @@ from ditq_runtime.attention.install import TAKES_PLACE_OF, not_plain
 from ditq_runtime.attention.joint import TEXT, TEXT_NORMS, attend_streams
 from ditq_runtime.attention.processor import IMAGE, NORMS, Names
 from ditq_runtime.families.adaln import Modulation
-from ditq_runtime.families.attend import add_output, project
+from ditq_runtime.families.attend import add_output
 from ditq_runtime.families.float_streams import attend_flux, attend_sd3
 from ditq_runtime.families.fused import (
     FLOAT_ATTENTION,
@@ -33,6 +33,7 @@ from ditq_runtime.families.fused import (
     product_steps,
     quantizer_step,
 )
+from ditq_runtime.families.projections import products, projection_steps
 from ditq_runtime.families.sublayers import (
     FeedForwardLayer,
     adaln_codes,
@@ -113,11 +114,17 @@ class StreamsAttention:
         reader = packed_linear(part_of(block, self.attn), one.projections[0])
         return adaln_codes(reader, rows, part_of(block, one.norm), multiplier, shift)
 
-    def heads(self, block: nn.Module, index: int, codes: Codes, shape: torch.Size) -> Heads:
-        """Q, K and V of a stream [B, T, D], before any norm."""
+    def linears(self, block: nn.Module, index: int) -> list[QuantLinear]:
+        """The projections of a stream."""
         attn = part_of(block, self.attn)
-        names = self.streams[index].projections
-        return [project(attn, packed_linear(attn, name), codes, shape) for name in names]
+        return [packed_linear(attn, name) for name in self.streams[index].projections]
+
+    def heads(
+        self, block: nn.Module, projected: Sequence[torch.Tensor], shape: torch.Size
+    ) -> Heads:
+        """Q, K and V of a stream [B, T, D] as their projections made them, before any norm."""
+        count = part_of(block, self.attn).heads  # and not -1 behind it: there may be no tokens
+        return [one.view(*shape[:2], count, one.shape[1] // count) for one in projected]
 
     def attend(self, block: nn.Module, heads: Sequence[Heads], rotation: Any) -> torch.Tensor:
         """[B, T, H * D] of all streams."""
@@ -140,7 +147,8 @@ class StreamsAttention:
         heads = []
         for i, rows in enumerate(read):
             codes = self.codes(block, i, rows, adaln[i])
-            heads.append(self.heads(block, i, codes, shapes[i]))
+            made = products(self.linears(block, i), codes)
+            heads.append(self.heads(block, made, shapes[i]))
         context = self.attend(block, heads, rotation)
         parts = context.split([shape[1] for shape in shapes], dim=1)
         attn = part_of(block, self.attn)
@@ -161,13 +169,13 @@ class StreamsAttention:
                 ]
         return found
 
-    def steps_before(self, block: nn.Module) -> list[Step]:
-        """Those of quantizers and projections."""
+    def steps_before(self, block: nn.Module, *beside: str) -> list[Step]:
+        """Those of quantizers and projections, and of other linears that read the same input."""
         found: list[Step] = []
         for one in self.streams:
             names = [f"{self.attn}.{name}" for name in one.projections]
             found.append(("adaln_quantize", names[0]))
-            found += [step for name in names for step in product_steps(block, name)]
+            found += projection_steps(block, [*names, *beside])
         return found
 
     def steps_between(self, block: nn.Module) -> list[Step]:

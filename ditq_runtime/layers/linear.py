@@ -6,6 +6,7 @@ Its scales, biases and other fp32 tensors stay fp32 through every dtype cast of 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
         """Allocate the stored tensors, uninitialized."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.compute_dtype, self.wide_output = layer_format, compute_dtype, wide_output
+        self.format, self.compute_dtype, self.wide_output = (
+            _one(layer_format),
+            compute_dtype,
+            wide_output,
+        )
         self.folded = False
         self.read(None)
         self.register_parameter("bias", None)
@@ -203,6 +208,12 @@ class QuantLinear(Arranged, Pinned, nn.Linear):
         """Shape and format, for `print(model)`."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, {self.format}, compute_dtype={self.compute_dtype}"
+
+
+@functools.cache
+def _one(layer_format: LayerFormat) -> LayerFormat:
+    """The first of all formats that are equal to one: fused blocks compare them at every call."""
+    return layer_format
 
 
 def _linear_fp32(

@@ -87,10 +87,10 @@ class Site(Pinned):
         held: Any = self._parameters  # not by attribute: torch looks for those in Python
         if self.is_static:
             self._look(rows)
-            scale, zero, options = held["act_scale"], held["act_zero"], self._subtraction(len(rows))
+            scale, zero, options = held["act_scale"], held["act_zero"], self._subtraction(rows)
             q = k.quantize_static(rows, scale, zero, held["smooth_inv"], **options)
             return Codes(q, scale, zero)
-        return Codes(*k.quantize_per_token(rows, held["smooth_inv"], **self._token(len(rows))))
+        return Codes(*k.quantize_per_token(rows, held["smooth_inv"], **self._token(rows)))
 
     def transformed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T, K] fp32 as they are quantized: shifted and smoothed."""
@@ -105,10 +105,10 @@ class Site(Pinned):
         smooth_inv: Any = self._parameters["smooth_inv"]
         if self.is_static:
             self._look(rows)
-            options = self._static() | self._subtraction(len(rows))
+            options = self._static() | self._subtraction(rows)
             q, scale = k.gelu_quantize(rows, smooth_inv, **options)
             return Codes(q, scale, options["zero_point"])
-        return Codes(*k.gelu_quantize(rows, smooth_inv, **self._token(len(rows))))
+        return Codes(*k.gelu_quantize(rows, smooth_inv, **self._token(rows)))
 
     def of_adaln(
         self, rows: torch.Tensor, multiplier: torch.Tensor, shift: torch.Tensor, eps: float
@@ -119,7 +119,7 @@ class Site(Pinned):
         if held["shift"] is not None and self.format.shifts == 1:
             shift = shift - held["shift"]
         else:
-            options = self._subtraction(len(shift))
+            options = self._subtraction(shift)
         if self.is_static:
             self._look(rows, multiplier, shift)
             options |= self._static()
@@ -152,20 +152,20 @@ class Site(Pinned):
             for part in values:
                 check_nan.refuse_nan(part, f"the site of {', '.join(self.format.readers)}")
 
-    def _token(self, num_rows: int) -> dict[str, Any]:
-        options = self._subtraction(num_rows)
+    def _token(self, rows: torch.Tensor) -> dict[str, Any]:
+        options = self._subtraction(rows)
         return (
             options | {"asymmetric": True} if self.format.activations == "token_asym" else options
         )
 
-    def _subtraction(self, num_rows: int) -> dict[str, Any]:
-        """Arguments of an op that subtracts the shift of each row's timestep group."""
+    def _subtraction(self, rows: torch.Tensor) -> dict[str, Any]:
+        """Arguments of an op that subtracts the shift of the timestep group of each of these rows."""
         shift: Any = self._parameters["shift"]
         if shift is None:
             return {}
         if self.format.shifts == 1:
             return {"group_shift": shift}
-        return {"group_shift": shift, "group_index": group_index(num_rows)}
+        return {"group_shift": shift, "group_index": group_index(len(rows))}
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

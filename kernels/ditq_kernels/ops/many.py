@@ -45,13 +45,11 @@ def gemm_many(
         ValueError: a wrong number, shape, dtype, device or layout, or K too large for an int32 sum.
     """
     parts = [parts_of(weight) for weight in weights]
-    codes, group_scales, group_offsets = (
-        [] if not each or each[0] is None else list(each)
-        for each in (tuple(zip(*parts, strict=True)) or ((), (), ()))
-    )
-    scales, offsets, sums = (
-        list(each) for each in ([w.scale for w in weights], biases or (), weight_sums or ())
-    )
+    codes = [part[0] for part in parts]
+    group_scales = [part[1] for part in parts if part[1] is not None]
+    group_offsets = [part[2] for part in parts if part[2] is not None]
+    scales = [weight.scale for weight in weights]
+    offsets, sums = list(biases or ()), list(weight_sums or ())
     arguments = (
         q, codes, group_scales, group_offsets, scale, scales, offsets, zero_point, sums, bias_index, out_dtype,
     )  # fmt: skip

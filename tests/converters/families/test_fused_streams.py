@@ -38,6 +38,18 @@ def test_fused_equals_stock_to_the_bit(make_case, run, name, recipe):
     assert torch.equal(fused, stock)
 
 
+def test_projections_of_one_kind_are_one_launch(make_case):
+    """Three of a stream, and the MLP of a block with one."""
+    model, inputs = make_case("flux-dev")
+    packed = convert(model, Recipe(**W8), quiet=True)
+    ran = {row.name: row.op for row in ditq.execution_report(packed, inputs).layers}
+    double, single = "transformer_blocks.0.attn.", "single_transformer_blocks.0."
+    for first in (f"{double}to_q", f"{double}add_q_proj", f"{single}attn.to_q"):
+        assert ran[first] == "adaln_quantize + gemm_many"
+    rest = [f"{double}to_k", f"{double}add_v_proj", f"{single}attn.to_v", f"{single}proj_mlp"]
+    assert {ran[name] for name in rest} == {"gemm_many"}
+
+
 def _own_site(model):
     layer = model.single_transformer_blocks[0].proj_mlp
     layer.read(copy.deepcopy(layer.site))
