@@ -122,7 +122,15 @@ def test_shapes_and_groups_are_refused_by_sentence():
 @pytest.mark.parity("P6")
 @pytest.mark.parametrize(
     ("in_features", "requested", "expected"),
-    [(1152, 128, 128), (1152, 64, 64), (96, 64, 32), (96, 128, 96), (4608, 100, 96), (32, 500, 32)],
+    [
+        (1152, 128, 128),
+        (1152, 64, 64),
+        (96, 64, 32),
+        (96, 128, 96),
+        (4608, 100, 96),
+        (32, 500, 32),
+        (96, 10**15, 96),
+    ],
 )
 def test_resolve_group_size(in_features, requested, expected):
     assert k.resolve_group_size(in_features, requested) == expected

@@ -84,7 +84,7 @@ def from_json(text: str) -> Plan:
     """The plan of a file's text. Errors as `read_plan`, without the file."""
     try:
         stored = json.loads(text, object_pairs_hook=_without_doubles)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"plan: not valid JSON ({error})") from error
     _check_keys("plan", stored, (*HEAD, *KINDS), (*HEAD, *KINDS))
     if stored["plan_version"] != PLAN_VERSION:

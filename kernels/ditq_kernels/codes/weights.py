@@ -111,7 +111,8 @@ def resolve_group_size(in_features: int, requested: int, one_group: bool = False
     Raises:
         ValueError: there is none.
     """
-    start = requested - requested % GROUP_MULTIPLE
+    most = min(requested, in_features)  # none above K divides it
+    start = most - most % GROUP_MULTIPLE
     for size in range(start, 0, -GROUP_MULTIPLE):
         if in_features % size == 0:
             return size

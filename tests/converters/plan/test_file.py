@@ -82,9 +82,10 @@ def test_what_is_wrong_is_named(plan, change, sentence):
 def test_files_that_are_none(plan, tmp_path):
     with pytest.raises(ValueError, match="no such plan; make it with `ditq plan"):
         read_plan(tmp_path / "plan.json")
-    (tmp_path / "plan.json").write_text(to_json(plan)[:-3])
-    with pytest.raises(ValueError, match=r"plan\.json: plan: not valid JSON"):
-        read_plan(tmp_path / "plan.json")
+    for text in (to_json(plan)[:-3], "[" * 100_000):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.json: plan: not valid JSON"):
+            read_plan(tmp_path / "plan.json")
     twice = to_json(plan).replace('"sites"', '"sites": {}, "sites"')
     with pytest.raises(ValueError, match="sites is there twice"):
         from_json(twice)
