@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import ditq_runtime as ditq
 from ditq_bench.cli import bench
 from ditq_bench.host import cases, measure, models
+from ditq_bench.launches import Launches
 from ditq_kernels.launch import plans
 
 CPU = torch.device("cpu")
@@ -60,3 +61,19 @@ def test_blocks_and_steps_are_those_of_fused_models(monkeypatch):
     report = ditq.execution_report(made["w8"], models.dit_inputs(CPU))
     assert report.totals["fused_blocks"] == 2
     assert {row.op for row in report.attention} == {"attention_qk_int8_pv_int8"}
+
+
+def test_a_norm_of_heads_counts_as_one_operator():
+    """Elsewhere torch's own is back, also after an error."""
+    own, norm, x = torch.rms_norm, torch.nn.RMSNorm(8), torch.ones(2, 8)
+
+    def call():
+        assert torch.rms_norm is not own
+        with Launches() as counted:
+            torch.rms_norm(x, norm.normalized_shape, norm.weight, 1e-6)
+        return counted.ops
+
+    assert models.with_one_operator(call)() == {"aten.native_layer_norm": 1}
+    with pytest.raises(ZeroDivisionError):
+        models.with_one_operator(lambda: 1 // 0)()
+    assert torch.rms_norm is own
