@@ -68,7 +68,8 @@ HOISTS = "ditq_hoists"  # attribute of a model: the `ditq_runtime.speed.hoist.Ho
 
 def hoisted_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of a model whose modulation some prepared pipeline computes before its sampling loop."""
-    return {module for hoist in getattr(model, HOISTS, ()) for module in hoist.holders}
+    hoists = (hoist for hoist in getattr(model, HOISTS, ()) if not hoist.has_adapter())
+    return {module for hoist in hoists for module in hoist.holders}
 
 
 def hoisted(module: nn.Module) -> torch.Tensor | None:

@@ -90,7 +90,7 @@ class Hoist:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep, conditions = kwargs.get("timestep"), self._hoistable.conditions(kwargs)
         steps, step = self.scheduler.timesteps, self._step_of(timestep)
-        if step < 0 or timestep is None or conditions is None or self._has_adapter():
+        if step < 0 or timestep is None or conditions is None or self.has_adapter():
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         if timestep.device.type == "cpu" and not bool(
@@ -115,7 +115,7 @@ class Hoist:
         here().hoisted = found[1][step]
         self.hits += 1
 
-    def _has_adapter(self) -> bool:
+    def has_adapter(self) -> bool:
         """One is in a holder or outside of the blocks; looked for while there is one, and where some were made."""
         made = adapters_made()
         if self._adapted or made != self._adapters:

@@ -263,6 +263,7 @@ def test_modulation_with_an_adapter_is_computed_at_every_step(folders):
         pipe, steps = _open(folders["grouped"]), []
         done = ditq.prepare(pipe) if prepared else None
         ditq.load_lora(pipe, state)
+        assert ditq.execution_report(pipe.transformer).totals["hoisted_blocks"] == 0
         stock = pipe.scheduler.step
 
         def step(*args, **kwargs):
@@ -275,6 +276,8 @@ def test_modulation_with_an_adapter_is_computed_at_every_step(folders):
         images = _sample(pipe)
         del pipe.scheduler.step
         ditq.unload_lora(pipe)
+        hoisted = ditq.execution_report(pipe.transformer).totals["hoisted_blocks"]
+        assert hoisted == 2 * prepared
         return images, done, _sample(pipe)
 
     (plain, _, without), (images, done, after) = switched(False), switched(True)
