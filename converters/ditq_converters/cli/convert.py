@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -119,6 +119,7 @@ def _convert(
     plans = {
         name: planned(models[name], fed, opened) for name in list(models)[: 1 if alike else None]
     }
+    refuse_float(plans.values())
     o.place(pipe, device)
     if opened is None and any(plan.needs_statistics for plan in plans.values()):
         refuse_groups(pipe, plans.values(), calibration)
@@ -131,6 +132,17 @@ def _convert(
         assert opened is not None  # what auto starts from needs statistics
         chosen = search(pipe, opened)
     run(pipe, chosen, opened, out, max_shard_size)
+
+
+def refuse_float(plans: Iterable[Plan]) -> None:
+    """ValueError where no linear of any transformer would have integers."""
+    from ditq_converters.plan.entries import QUANTIZED
+
+    linears = [linear for plan in plans for linear in plan.linears]
+    if not any(linear.weights in QUANTIZED for linear in linears):
+        raise ValueError(
+            f"convert: all {len(linears)} linears stay float, nothing would be quantized; keep fewer of them"
+        )
 
 
 def _print(out: Path, seconds: float, json: bool) -> None:
