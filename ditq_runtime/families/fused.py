@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,7 +73,7 @@ class Parts:
         self.modulations = modulations
         self.sublayers: tuple[Any, ...] = sublayers
         self.parts = {name: kind for part in sublayers for name, kind in part.parts.items()}
-        self.paths = [(name, path_of(name), kind) for name, kind in self.parts.items()]
+        self.paths = [(name, name.split("."), kind) for name, kind in self.parts.items()]
         self.linears = tuple(n for n, kind in self.parts.items() if kind is QuantLinear)
         self.attentions = {
             name: allowed for part in sublayers for name, allowed in part.processors.items()
@@ -124,15 +123,9 @@ def packed_linear(module: nn.Module, name: str) -> QuantLinear:
 def part_of(module: nn.Module, name: str) -> Any:
     """A module inside of another by its dotted name; as `get_submodule`, without looking for attributes in Python."""
     found: Any = module
-    for step in path_of(name):
+    for step in name.split("."):
         found = found._modules[step]
     return found
-
-
-@cache
-def path_of(name: str) -> tuple[str, ...]:
-    """The steps of a dotted name."""
-    return tuple(name.split("."))
 
 
 def quantizer_step(block: nn.Module, name: str) -> list[Step]:
