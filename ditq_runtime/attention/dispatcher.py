@@ -25,25 +25,25 @@ def register_attention_backends() -> None:
 
 
 def values_asked_of(processor: Any) -> str | None:
-    """Which of our backends the dispatcher takes for a processor, by type of P and V; None for another backend.
-
-    A processor that names none takes what `set_attention_backend` made the default of the process.
-    """
-    if not hasattr(processor, SWITCH):
-        return None
-    default, _ = _AttentionBackendRegistry.get_active_backend()
-    asked = getattr(processor, SWITCH) or default
-    return BACKENDS.get(AttentionBackendName(asked).value)
+    """Which of our backends the dispatcher takes for a processor, by type of P and V; None for another backend."""
+    asked = _asked_by(processor) if hasattr(processor, SWITCH) else None
+    return None if asked is None else BACKENDS.get(AttentionBackendName(asked).value)
 
 
 def asks_for_torch(processor: Any) -> bool:
     """Whether the dispatcher does for a processor what torch's own attention does, and nothing beside."""
-    registry = _AttentionBackendRegistry
+    asked, native = _asked_by(processor), AttentionBackendName.NATIVE
+    return (
+        (asked is native or asked == native.value)
+        and processor._parallel_config is None
+        and not _AttentionBackendRegistry._checks_enabled
+    )
+
+
+def _asked_by(processor: Any) -> Any:
+    """Its backend; of a processor that names none, what `set_attention_backend` made the default of the process."""
     asked = processor._attention_backend
-    if asked is None:
-        asked, _ = registry.get_active_backend()
-    native = asked is AttentionBackendName.NATIVE or asked == AttentionBackendName.NATIVE.value
-    return native and processor._parallel_config is None and not registry._checks_enabled
+    return _AttentionBackendRegistry.get_active_backend()[0] if asked is None else asked
 
 
 def _new_name(name: str) -> AttentionBackendName:

@@ -107,13 +107,7 @@ def gather(
         OSError: a file cannot be read.
     """
     takes = inspect.signature(pipe.__call__).parameters
-    forms = [
-        name
-        for name, value in (("inputs", inputs), ("prompts", prompts), ("labels", labels))
-        if value is not None
-    ]
-    if len(forms) > 1:
-        raise ValueError(f"{caller}: give one of {' and '.join(forms)}, not both")
+    forms = _forms(caller, inputs=inputs, prompts=prompts, labels=labels)
     check_positive(caller, samples=samples, batch=batch, steps=steps)
     if inputs is not None and not isinstance(inputs, str | Path):
         check_entries(caller, inputs)
@@ -133,19 +127,36 @@ def gather(
         arguments = {**shared, **entry}
         count = len(arguments["class_labels"]) if drawn is not None else 1
         own = arguments.pop(SEED, None)
-        if own is None:
-            seeds = tuple(splitmix64(seed, number + i) for i in range(count))
-        else:
-            seeds = tuple(map(int, own)) if isinstance(own, list) else (int(own),)
+        drawn_seeds = tuple(splitmix64(seed, number + i) for i in range(count))
         number += count
-        check_known(f"{caller}: input {index}", pipe, takes, arguments)
-        check_complete(f"{caller}: input {index}", pipe, takes, arguments)
-        check_steps(f"{caller}: input {index}", pipe, arguments)
-        check_encoded(f"{caller}: input {index}", pipe, arguments)
-        made.append(Input(_filled(pipe, takes, arguments), seeds))
+        _check(f"{caller}: input {index}", pipe, takes, arguments)
+        made.append(Input(_filled(pipe, takes, arguments), _seeds(own, drawn_seeds)))
     if not made:
         raise ValueError(f"{caller}: inputs must hold at least one call, got none")
     return made
+
+
+def _forms(caller: str, **given: Any) -> list[str]:
+    """The one form that is given, by its name, or none; ValueError for two at once."""
+    forms = [name for name, value in given.items() if value is not None]
+    if len(forms) > 1:
+        raise ValueError(f"{caller}: give one of {' and '.join(forms)}, not both")
+    return forms
+
+
+def _check(where: str, pipe: Any, takes: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """ValueError for arguments of a call that its pipeline cannot take."""
+    check_known(where, pipe, takes, arguments)
+    check_complete(where, pipe, takes, arguments)
+    check_steps(where, pipe, arguments)
+    check_encoded(where, pipe, arguments)
+
+
+def _seeds(own: Any, drawn: tuple[int, ...]) -> tuple[int, ...]:
+    """An entry's own seeds, an integer or a list of them; else those that were drawn."""
+    if own is None:
+        return drawn
+    return tuple(map(int, own)) if isinstance(own, list) else (int(own),)
 
 
 def _entries(
