@@ -17,9 +17,8 @@ from ditq_converters.calibrate.transformer_calls import TransformerCall
 from ditq_converters.streaming.model import tensors_of
 
 ARGUMENT = "class_labels"
-GOLDEN = (
-    5**0.5 - 1
-) / 2  # its multiples, taken modulo 1, fill [0, 1) evenly however many are taken
+# its multiples, taken modulo 1, fill [0, 1) evenly however many are taken
+GOLDEN = (5**0.5 - 1) / 2
 TABLE = "class_embedder.embedding_table"
 
 
