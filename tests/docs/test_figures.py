@@ -37,6 +37,11 @@ AUTO = {  # row of docs/auto.md -> case of bench/results/auto.csv
         for method in ("meta", "ptq4dit", "smoothquant", "osplus", "htg", "ditas")
         for bits, weights in ((4, "w4p"), (8, "w8"))
     },
+    **{
+        f"`auto`, {end}, `--float-sites {number}`": f"auto {end} float {number}"
+        for end in ("smallest", "largest")
+        for number in (2, 4)
+    },
 }  # fmt: skip
 
 
