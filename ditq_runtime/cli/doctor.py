@@ -43,9 +43,11 @@ def examine() -> dict[str, Any]:
         device = f"cuda:{index}"
         name = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
         devices.append(_device(device, name, gpus.why_device_refused(torch.device(device))))
+    versions = {name: _version(name) for name in PACKAGES}
+    versions["torch"] = torch.__version__  # names its build too, which the package index leaves out
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions,
         "devices": devices,
     }
 
